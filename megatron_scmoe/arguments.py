@@ -1,0 +1,154 @@
+"""The command line: Megatron's own flags, and one group generated from ``config.ScMoEConfig``.
+
+What cannot work is refused here, before any process group starts: one line with the rule, the two values and the fix, and
+exit code 2 (which torchrun turns into 1).
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import sys
+import time
+import typing
+from argparse import ArgumentParser, Namespace
+from typing import Any, NoReturn
+
+from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.global_vars import set_global_variables
+
+from megatron_scmoe import mcore, resume
+from megatron_scmoe.config import ARCHITECTURE_FIELDS, Combine, ConfigError, ScMoEConfig
+
+EXIT_REFUSED = 2
+
+
+class _FlagFactory(ArgumentGroupFactory):
+    """Core's flag generator, taught choices that are words and one value for each group.
+
+    The namespace gets plain strings, numbers and lists: it is pickled into every checkpoint, which must load where this
+    package is not installed.
+    """
+
+    def _extract_type(self, config_type: Any) -> dict[str, Any]:
+        if typing.get_origin(config_type) is tuple:
+            return {**self._extract_type(typing.get_args(config_type)[0]), "nargs": "+"}
+        if isinstance(config_type, type) and issubclass(config_type, enum.StrEnum):
+            return {"type": str, "choices": [member.value for member in config_type]}
+        return super()._extract_type(config_type)
+
+    def _build_argparse_kwargs_from_field(self, attribute: Any) -> dict[str, Any]:
+        kwargs = super()._build_argparse_kwargs_from_field(attribute)
+        kwargs["default"] = _plain(kwargs["default"])
+        return kwargs
+
+
+def add_scmoe_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add our flags to Megatron's parser."""
+    _FlagFactory(ScMoEConfig).build_group(parser, title="shortcut-connected MoE (megatron_scmoe)")
+    return parser
+
+
+def scmoe_config_from_args(args: Namespace) -> ScMoEConfig:
+    """Our settings, from the namespace of a command line or of a checkpoint; flags that it lacks have their default."""
+    values: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(ScMoEConfig).items():
+        if not hasattr(args, name):
+            continue
+        if typing.get_origin(kind) is tuple:
+            item_kind = typing.get_args(kind)[0]
+            values[name] = tuple(item_kind(item) for item in getattr(args, name))
+        else:
+            values[name] = kind(getattr(args, name))
+    return ScMoEConfig(**values)
+
+
+def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig]:
+    """Parse the command line, refuse what cannot work, and set Megatron's global variables.
+
+    Megatron's function of this name has no place between parsing and validation, where the MoE pattern has to be set,
+    so its steps are called one by one.
+
+    Returns:
+        Megatron's namespace, validated, and our settings.
+    """
+    args = parse_args(add_scmoe_arguments)
+    try:
+        mcore.check_core_version()
+        mcore.check_hooks(args)
+        if args.use_checkpoint_args:
+            _restore_args(args)
+        scmoe = scmoe_config_from_args(args)
+        if scmoe.enabled:
+            scmoe.validate(_num_layers(args))
+            mcore.check_megatron_args(args, scmoe)
+            _set_megatron_args(args, scmoe)
+        else:
+            scmoe.validate(num_layers=0)
+        _validate_megatron_args(args)
+        if scmoe.enabled:
+            mcore.check_pipeline(scmoe, core_transformer_config_from_args(args))
+        resume.check(args, scmoe, scmoe_config_from_args)
+    except ConfigError as error:
+        refuse(str(error))
+    set_global_variables(args)
+    return args, scmoe
+
+
+def refuse(message: str) -> NoReturn:
+    """Print ``message`` once for each machine and end this process with exit code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"pretrain_gpt_scmoe.py: refused: {message}", file=sys.stderr, flush=True)
+    else:
+        # torchrun ends all processes as soon as one has failed: let the one that prints be the first.
+        time.sleep(3)
+    sys.exit(EXIT_REFUSED)
+
+
+def _restore_args(args: Namespace) -> None:
+    """--use-checkpoint-args: take Megatron's model settings, and ours, from the checkpoint."""
+    if args.load is None:
+        raise ConfigError("--use-checkpoint-args reads the arguments of a checkpoint: --load is None; add --load DIR")
+    load_args_from_checkpoint(args)
+    saved = mcore.saved_args(args)
+    if saved is None:
+        return
+    for name in ARCHITECTURE_FIELDS:
+        if hasattr(saved, name):
+            setattr(args, name, getattr(saved, name))
+
+
+def _num_layers(args: Namespace) -> int:
+    if args.num_layers is None:
+        raise ConfigError("groups are cut from --num-layers blocks: --num-layers is None; add --num-layers N")
+    return args.num_layers
+
+
+def _set_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
+    """Set the Megatron flags that follow from ours."""
+    pattern = 1 if scmoe.moe_every == 1 else ([0] * (scmoe.moe_every - 1) + [1]) * (args.num_layers // scmoe.moe_every)
+    if args.moe_layer_freq not in (1, pattern):
+        raise ConfigError(
+            f"--moe-every sets the MoE pattern: --moe-layer-freq is {args.moe_layer_freq} and --moe-every is "
+            f"{scmoe.moe_every}; drop --moe-layer-freq"
+        )
+    args.moe_layer_freq = pattern
+    args.moe_shared_expert_gate = scmoe.shortcut_combine is Combine.CG1
+
+
+def _validate_megatron_args(args: Namespace) -> None:
+    try:
+        validate_args(args)
+    except (AssertionError, ValueError) as error:
+        if not str(error):
+            raise
+        raise ConfigError(f"Megatron's own rule: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as builtin types alone."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, enum.Enum) else value

@@ -1,0 +1,147 @@
+"""How one group runs. This is the file to read: ``GroupBlock.forward`` shows the whole data flow.
+
+A group is ``moe_every`` consecutive blocks, the last of which carries the MoE. Its residual ops form the dense stream; for
+two blocks and position pos2 (ScMoE, arXiv 2404.05019, section 3)::
+
+                          tap                                                                  output
+    dense stream   attention | MLP ---------- attention -------- shared expert ---------------- + -->
+    routed experts           | route, dispatch ~~~~~~~> experts, combine ~~~~~~~~~~~~~~~~~~~~~> |
+
+Nothing in the dense stream waits for the routed experts, so what is drawn with ~ is hidden behind it, and in backward,
+where everything runs mirrored, again.
+
+In the module tree the blocks stay Core's own numbered layers, with the parameter names and checkpoint keys of the stock
+model. Only who runs them changes: the leading blocks of a group pass their input through, the last one runs them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_scmoe import mcore, observe
+from megatron_scmoe.config import WINDOW_OPS, Combine, Overlap, ScMoEConfig
+from megatron_scmoe.dispatch import Flight
+from megatron_scmoe.gating import CoefficientGate
+from megatron_scmoe.plan import Plan
+
+ATTENTION = "attention"
+MLP = "MLP"
+SHARED_EXPERT = "shared expert"
+
+
+@dataclass(frozen=True, slots=True)
+class DenseOp:
+    """One residual op of the dense stream: ``run(hidden, norm(hidden), inputs)`` is the next hidden state."""
+
+    name: str
+    norm: Callable[[Tensor], Tensor]
+    run: Callable[[Tensor, Tensor, mcore.AttentionInputs], Tensor]
+
+
+def _block_ops(block: TransformerLayer) -> list[DenseOp]:
+    return [
+        DenseOp(ATTENTION, partial(mcore.attention_norm, block), partial(mcore.attention_residual, block)),
+        DenseOp(MLP, partial(mcore.mlp_norm, block), partial(mcore.mlp_residual, block)),
+    ]
+
+
+class LeadingBlock(TransformerLayer):
+    """A block of a group before its last one: owns its parameters, and leaves running them to the last one."""
+
+    def __init__(self, *args: Any, scmoe: ScMoEConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scmoe = scmoe
+
+    def forward(self, hidden_states: Tensor, context: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the input as it is."""
+        return hidden_states, context
+
+
+class GroupBlock(TransformerLayer):
+    """The last block of a group: carries the MoE and runs the whole group.
+
+    Args:
+        scmoe: the architecture and the overlap. The other arguments are those of Core's layer.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, scmoe: ScMoEConfig, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.scmoe = scmoe
+        group_index = (self.layer_number - 1) // scmoe.moe_every
+        self.tap = 2 * scmoe.moe_every - WINDOW_OPS[scmoe.position(group_index)]
+        self.plan = Plan(slot=1, blocking=True)
+        if scmoe.overlap is Overlap.FIXED:
+            self.plan = Plan(slot=scmoe.slot(group_index), blocking=False)
+        if scmoe.shortcut_combine is Combine.CG2:
+            self.combine_gate = CoefficientGate(config)
+        self._dense_ops: tuple[DenseOp, ...] = ()
+
+    def link(self, leading: Sequence[LeadingBlock]) -> None:
+        """Take the ``moe_every - 1`` blocks before this one into the group; the model builder calls it once.
+
+        They are held inside a tuple of functions, which ``torch.nn.Module`` does not search for parameters.
+        """
+        assert len(leading) == self.scmoe.moe_every - 1
+        ops = [op for block in (*leading, self) for op in _block_ops(block)]
+        # In the MoE's own block the shared expert stands where the dense MLP would; its residual is added at the end.
+        self._dense_ops = (*ops[:-1], DenseOp(SHARED_EXPERT, ops[-1].norm, partial(mcore.shared_expert, self)))
+
+    @property
+    def dense_op_names(self) -> list[str]:
+        """Names of the dense stream's ops in order, the shared expert last."""
+        return [op.name for op in self._dense_ops]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        packed_seq_params: None = None,
+        **attention_inputs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the group on ``hidden_states`` [s, b, h]; returns its output, [s, b, h], and ``context`` as it is.
+
+        Raises:
+            ValueError: for packed sequences, whose boundaries the routers of a group do not see.
+        """
+        if packed_seq_params is not None:
+            raise ValueError("packed sequences do not reach the routers of a group: train without packing")
+        inputs = mcore.AttentionInputs(**attention_inputs)
+        expert_index = self.tap + self.plan.slot - 1  # the experts run before this op
+        residual = hidden_states
+
+        for index, op in enumerate(self._dense_ops):
+            residual = hidden_states
+            normed = op.norm(residual)
+            if index == self.tap:
+                probs, routing_map = self.mlp.route(normed, mcore.sequence_first(padding_mask))
+                flight = Flight(self.mlp, self.plan)
+                flight.start_dispatch(normed, probs, routing_map)
+            if index == expert_index:
+                self._run_experts(flight)
+            observe.mark(op.name)
+            hidden_states = op.run(residual, normed, inputs)
+
+        if expert_index == len(self._dense_ops):
+            self._run_experts(flight)
+        shared, routed = hidden_states, flight.finish_combine()
+        combined = self._combine(normed, shared, routed)
+        return mcore.add_mlp_output(self, residual, (combined, None)), context
+
+    def _run_experts(self, flight: Flight) -> None:
+        arrived = flight.finish_dispatch()
+        output = flight.experts(*arrived)
+        flight.start_combine(output)
+
+    def _combine(self, shared_input: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
+        if self.scmoe.shortcut_combine is Combine.CG2:
+            return self.combine_gate(shared_input, shared, routed)
+        return routed + shared  # cg1's gate is inside Core's shared expert

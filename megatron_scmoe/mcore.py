@@ -1,0 +1,339 @@
+"""The seam to Megatron-Core: every private or version-sensitive name that we use, and what we refuse to combine.
+
+Written against megatron-core 0.19.2. When Core changes, this is the file to read first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.metadata
+import importlib.util
+import io
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core import tensor_parallel
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+from megatron.training.checkpointing import _load_base_checkpoint
+from megatron.training.utils import print_rank_0
+from torch import Tensor
+
+from megatron_scmoe.config import Combine, ConfigError, ScMoEConfig
+
+SUPPORTED_CORE = ("0.19.2", "0.20")
+"""Lowest tested version of megatron-core, and the first one that is refused."""
+
+
+def check_core_version() -> None:
+    """Raise ConfigError where megatron-core is not a version this seam was written for."""
+    lowest, refused = SUPPORTED_CORE
+    installed = importlib.metadata.version("megatron-core")
+    numbers = tuple(int(part) for part in installed.split("+")[0].split(".")[:3] if part.isdigit())
+    if not _numbers(lowest) <= numbers < _numbers(refused):
+        raise ConfigError(
+            f"megatron-core must be >={lowest},<{refused}: {installed} is installed; "
+            f"pip install 'megatron-core=={lowest}'"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def saved_args(args: Namespace) -> Namespace | None:
+    """The arguments saved in the checkpoint that ``args`` would load; None where there is no checkpoint."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports on a load that is not happening yet
+        state_dict, *_ = _load_base_checkpoint(args.load, args, rank0=True)
+    return state_dict.get("args") if state_dict else None
+
+
+def uses_torch_optimizers() -> bool:
+    """Whether Core has neither Transformer Engine's nor Apex's optimizers to use."""
+    return not any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex"))
+
+
+# --- one block's halves ------------------------------------------------------------------------------------------
+
+
+def attention_norm(layer: TransformerLayer, hidden_states: Tensor) -> Tensor:
+    """The normed tensor that the attention of ``layer`` reads, [s, b, h]."""
+    return layer.input_layernorm(hidden_states)
+
+
+def attention_residual(
+    layer: TransformerLayer, hidden_states: Tensor, normed: Tensor, inputs: AttentionInputs
+) -> Tensor:
+    """``hidden_states`` plus the attention of ``layer`` on ``normed``; what Core's ``_forward_attention`` does to it.
+
+    Core has no method that takes the normed tensor, which the routed experts read as well, so this is its attention
+    without what a GPT block never has (cross attention) and without what is refused below (offloading, norm recompute).
+    """
+    attention_output = layer.self_attention(
+        normed,
+        attention_mask=inputs.attention_mask,
+        inference_context=inputs.inference_context,
+        rotary_pos_emb=inputs.rotary_pos_emb,
+        rotary_pos_cos=inputs.rotary_pos_cos,
+        rotary_pos_sin=inputs.rotary_pos_sin,
+        rotary_pos_cos_sin=inputs.rotary_pos_cos_sin,
+        attention_bias=inputs.attention_bias,
+        packed_seq_params=None,
+        sequence_len_offset=inputs.sequence_len_offset,
+    )
+    bias_dropout_add = layer.self_attn_bda(layer.training, layer.config.bias_dropout_fusion)
+    with layer.bias_dropout_add_exec_handler():
+        return bias_dropout_add(attention_output, _residual(layer, hidden_states), layer.hidden_dropout)
+
+
+def mlp_norm(layer: TransformerLayer, hidden_states: Tensor) -> Tensor:
+    """The normed tensor that the MLP, or MoE, of ``layer`` reads, [s, b, h]."""
+    return layer.pre_mlp_layernorm(hidden_states)
+
+
+def mlp_residual(layer: TransformerLayer, hidden_states: Tensor, normed: Tensor, _inputs: AttentionInputs) -> Tensor:
+    """``hidden_states`` plus the dense MLP of ``layer`` on ``normed``."""
+    if layer.recompute_mlp:
+        # The product that Core checkpoints in its ``_forward_mlp``, which would compute the norm a second time.
+        output_with_bias = tensor_parallel.checkpoint(layer.mlp, False, normed)
+    else:
+        output_with_bias = layer.mlp(normed)
+    return add_mlp_output(layer, hidden_states, output_with_bias)
+
+
+def shared_expert(layer: TransformerLayer, _hidden_states: Tensor, normed: Tensor, _inputs: AttentionInputs) -> Tensor:
+    """The output of the shared expert of ``layer`` on ``normed``, gated where Core gates it; no residual yet."""
+    return layer.mlp.shared_experts_compute(normed)
+
+
+def add_mlp_output(
+    layer: TransformerLayer, hidden_states: Tensor, output_with_bias: tuple[Tensor, Tensor | None]
+) -> Tensor:
+    """``hidden_states`` plus the output of an MLP or MoE, with bias and dropout as Core adds them."""
+    return layer._forward_post_mlp(output_with_bias, _residual(layer, hidden_states))
+
+
+def sequence_first(padding_mask: Tensor | None) -> Tensor | None:
+    """A padding mask [b, s] in the layout that routers expect, [s, b]; True marks padding."""
+    return None if padding_mask is None else padding_mask.transpose(0, 1).bool()
+
+
+def _residual(layer: TransformerLayer, hidden_states: Tensor) -> Tensor:
+    return hidden_states.float() if layer.config.fp32_residual_connection else hidden_states
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionInputs:
+    """What Core's ``TransformerBlock`` hands to every layer beside the hidden states; None where it has nothing."""
+
+    attention_mask: Tensor | None = None
+    rotary_pos_emb: Tensor | None = None
+    rotary_pos_cos: Tensor | None = None
+    rotary_pos_sin: Tensor | None = None
+    rotary_pos_cos_sin: Tensor | None = None
+    attention_bias: Tensor | None = None
+    inference_context: Any = None
+    sequence_len_offset: Tensor | None = None
+
+
+# --- one dispatch ------------------------------------------------------------------------------------------------
+
+
+def dispatcher_for_one_flight(moe: MoELayer) -> MoEAlltoAllTokenDispatcher:
+    """A dispatcher that holds the state of one flight alone.
+
+    Core's writes the state of the current dispatch onto itself (14 attributes), so two dispatches of one layer that fly
+    at once would overwrite each other. A shallow copy shares everything that does not change.
+    """
+    return copy.copy(moe.token_dispatcher)
+
+
+def split_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> tuple[list[int] | None, list[int] | None]:
+    """Rows that ``dispatcher`` sends to and receives from each expert-parallel rank; None for equal parts.
+
+    On a GPU this is the one host sync of a dispatch (none where experts are padded to capacity).
+    """
+    dispatcher.tokens_per_expert = dispatcher._maybe_dtoh_and_synchronize(
+        "before_ep_alltoall", dispatcher.tokens_per_expert
+    )
+    if dispatcher.input_splits is None:
+        return None, None
+    return dispatcher.input_splits.tolist(), dispatcher.output_splits.tolist()
+
+
+# --- what cannot be combined -------------------------------------------------------------------------------------
+
+
+def blocks_of_stage(config: TransformerConfig, vp_stage: int | None, pp_rank: int | None = None) -> list[int]:
+    """Blocks that a (virtual) pipeline stage holds, counted from 0 over the whole model; ``pp_rank``: default this rank."""
+    layout = config.pipeline_model_parallel_layout
+    if layout is not None:
+        return layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank)
+    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    return list(range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank)))
+
+
+def check_pipeline(scmoe: ScMoEConfig, config: TransformerConfig) -> None:
+    """Raise ConfigError where a (virtual) pipeline stage would hold a part of a group."""
+    num_virtual = config.virtual_pipeline_model_parallel_size
+    for pp_rank in range(config.pipeline_model_parallel_size):
+        for vp_stage in range(num_virtual) if num_virtual else (None,):
+            blocks = blocks_of_stage(config, vp_stage, pp_rank)
+            groups = {block // scmoe.moe_every for block in blocks}
+            if len(blocks) != len(groups) * scmoe.moe_every:
+                virtual = "" if vp_stage is None else f", virtual stage {vp_stage},"
+                raise ConfigError(
+                    f"a pipeline stage holds whole groups: stage {pp_rank}{virtual} would hold the blocks {blocks} and "
+                    f"--moe-every is {scmoe.moe_every}; give every stage whole groups of {scmoe.moe_every} blocks"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A Megatron flag that cannot be combined with a shortcut.
+
+    Attributes:
+        flag: the flag.
+        reason: the rule.
+        fix: what to do instead.
+        allowed: the values that can be combined.
+    """
+
+    flag: str
+    reason: str
+    fix: str = "drop it"
+    allowed: tuple[object, ...] = (None, False, 0)
+
+    def check(self, args: Namespace) -> None:
+        """Raise ConfigError where ``args`` has a value that is not allowed."""
+        value = getattr(args, self.flag.removeprefix("--").replace("-", "_"))
+        if value not in self.allowed:
+            raise ConfigError(f"{self.reason}: {self.flag} is {value} and --shortcut is {args.shortcut}; {self.fix}")
+
+
+_BYPASS = "it calls inner methods of a block, so that the group would never run"
+_PER_BLOCK_HOOKS = "its hooks expect every block to run its own parameters, and the last block runs the whole group"
+
+REFUSALS = (
+    Refusal(
+        "--moe-token-dispatcher-type",
+        "only the all-to-all can be split in two halves",
+        "use --moe-token-dispatcher-type alltoall",
+        ("alltoall",),
+    ),
+    Refusal("--overlap-moe-expert-parallel-comm", _BYPASS, "drop it: the shortcut overlaps inside one microbatch"),
+    Refusal(
+        "--moe-shared-expert-overlap", "the shared expert is an op of the dense stream", "drop it: it overlaps anyway"
+    ),
+    Refusal("--delay-wgrad-compute", _BYPASS),
+    Refusal("--overlap-dispatch-backward-with-experts-wgrad", "the dispatch halves have no hook for it"),
+    Refusal("--cuda-graph-impl", _BYPASS, "use --cuda-graph-impl none", ("none",)),
+    Refusal("--enable-cuda-graph", _BYPASS),
+    Refusal("--external-cuda-graph", _BYPASS),
+    Refusal("--use-megatron-fsdp", _PER_BLOCK_HOOKS),
+    Refusal("--use-torch-fsdp2", _PER_BLOCK_HOOKS),
+    Refusal("--cpu-offloading-num-layers", _PER_BLOCK_HOOKS),
+    Refusal("--fine-grained-activation-offloading", _BYPASS),
+    Refusal("--use-transformer-engine-op-fuser", "it fuses the MLP with the norm that the experts read"),
+    Refusal("--fused-residual-rmsnorm", "it fuses the residual with the norm that the experts read"),
+    Refusal("--heterogeneous-layers-config-path", "groups are made of equal blocks"),
+    Refusal("--heterogeneous-layers-config-encoded-json", "groups are made of equal blocks"),
+    Refusal("--experimental-attention-variant", "its blocks have a spec of their own"),
+    Refusal("--spec", "the shortcut brings its own block spec"),
+    Refusal("--mtp-num-layers", "a prediction layer is not a whole group"),
+    Refusal("--moe-latent-size", "latent projections lie outside the two halves of a dispatch"),
+    Refusal("--moe-use-upcycling", "it writes stock MoE layers"),
+    Refusal("--mlp-chunks-for-training", "a group does not cut its MLPs into chunks", "use 1", (1,)),
+    Refusal("--multi-latent-attention", "groups are not tested with it yet"),
+    Refusal(
+        "--transformer-impl",
+        "inference layers do not train",
+        "use --transformer-impl local or transformer_engine",
+        ("local", "transformer_engine"),
+    ),
+)
+
+HOOK_REFUSALS = (
+    Refusal("--sft", "the batch hook reads pretraining datasets"),
+    Refusal("--fim-data", "the dataset hook builds plain GPT datasets"),
+    Refusal("--dataloader-inter-document-masking", "the batch hook does not pack sequences"),
+    Refusal("--hybrid-context-parallel", "the batch hook does not pack sequences"),
+    Refusal("--perform-rl-step", "the forward hook computes a language-model loss"),
+    Refusal("--hybrid-layer-pattern", "this script builds GPT models"),
+    Refusal("--yaml-cfg", "settings are flags here", "give flags instead"),
+)
+"""What the hooks of pretrain_gpt_scmoe.py do not do, with or without a shortcut."""
+
+_RECOMPUTE_REFUSED = {
+    "moe": "it would run the all-to-all inside a recompute region, where nothing can hide it",
+    "layernorm": "it frees the normed tensor, which the routed experts read too",
+}
+
+
+def check_hooks(args: Namespace) -> None:
+    """Raise ConfigError for the first flag in ``args`` that the entry script's hooks do not do."""
+    for refusal in HOOK_REFUSALS:
+        refusal.check(args)
+
+
+def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
+    """Raise ConfigError for the first Megatron flag in ``args`` that cannot be combined with ``scmoe``."""
+    for refusal in REFUSALS:
+        refusal.check(args)
+    for module, reason in _RECOMPUTE_REFUSED.items():
+        if args.recompute_granularity == "selective" and module in (args.recompute_modules or ()):
+            raise ConfigError(
+                f"{reason}: --recompute-modules has {module} and --shortcut is {scmoe.shortcut}; drop {module} from it"
+            )
+    if not args.num_experts:
+        raise ConfigError(
+            f"a shortcut needs experts: --num-experts is {args.num_experts} and --shortcut is {scmoe.shortcut}; "
+            "add --num-experts 8"
+        )
+    if not args.moe_shared_expert_intermediate_size:
+        raise ConfigError(
+            "scmoe always runs a shared expert: --moe-shared-expert-intermediate-size is "
+            f"{args.moe_shared_expert_intermediate_size} and --shortcut is {scmoe.shortcut}; "
+            f"add --moe-shared-expert-intermediate-size {args.moe_ffn_hidden_size or args.ffn_hidden_size or 'SIZE'}"
+        )
+    if args.moe_router_topk == 1 and args.moe_router_score_function == "softmax" and not args.moe_router_pre_softmax:
+        raise ConfigError(
+            "the softmax over one logit is always 1, so the router would get no gradient: --moe-router-topk is 1 and "
+            "--moe-router-pre-softmax is off; add --moe-router-pre-softmax"
+        )
+    if args.add_bias_linear:
+        raise ConfigError(
+            "shared experts have no bias: --disable-bias-linear is not set and "
+            f"--shortcut is {scmoe.shortcut}; add --disable-bias-linear"
+        )
+    if args.moe_shared_expert_gate and scmoe.shortcut_combine is not Combine.CG1:
+        raise ConfigError(
+            "Megatron's shared-expert gate is cg1: --moe-shared-expert-gate is set and --shortcut-combine is "
+            f"{scmoe.shortcut_combine}; use --shortcut-combine cg1 or drop --moe-shared-expert-gate"
+        )
+    _check_parallelism(args, scmoe)
+
+
+def _check_parallelism(args: Namespace, scmoe: ScMoEConfig) -> None:
+    if args.transformer_impl == "local" and args.context_parallel_size > 1:
+        raise ConfigError(
+            "context parallelism needs Transformer Engine's attention: --context-parallel-size is "
+            f"{args.context_parallel_size} and --transformer-impl is local; use --transformer-impl transformer_engine"
+        )
+    if args.transformer_impl == "local" and args.tensor_model_parallel_size > 1:
+        raise ConfigError(
+            "tensor parallelism needs norms that know sequence parallelism: --tensor-model-parallel-size is "
+            f"{args.tensor_model_parallel_size} and --transformer-impl is local; use --transformer-impl transformer_engine"
+        )
+    if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        raise ConfigError(
+            "Core trains MoE layers with tensor parallelism only under sequence parallelism: "
+            f"--tensor-model-parallel-size is {args.tensor_model_parallel_size} and --sequence-parallel is off; "
+            "add --sequence-parallel"
+        )

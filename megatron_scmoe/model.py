@@ -1,0 +1,67 @@
+"""Core's GPT model with our blocks in it: one subclass step from Core's model configuration and from its builder."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.layer import GroupBlock
+from megatron_scmoe.specs import shortcut_block_spec
+
+
+@dataclass(kw_only=True)
+class ScMoEGPTModelConfig(GPTModelConfig):
+    """Core's GPT configuration and the settings of the groups.
+
+    Attributes:
+        scmoe: the groups' settings. It reaches the layers through the block spec; nothing is attached to Core's
+            ``TransformerConfig``, which Core rebuilds and deep-copies.
+    """
+
+    builder: ClassVar[str] = "megatron_scmoe.model.ScMoEGPTModelBuilder"
+    scmoe: ScMoEConfig = field(default_factory=ScMoEConfig)
+
+
+class ScMoEGPTModelBuilder(GPTModelBuilder):
+    """Builds Core's GPT model from our block spec and links the blocks of each group."""
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> GPTModel:
+        """Build one (virtual) pipeline stage; the arguments are those of Core's builder."""
+        model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
+        _link_groups(model, self._model_config.scmoe.moe_every)
+        return model
+
+
+def model_config_from_args(args: Namespace, scmoe: ScMoEConfig) -> GPTModelConfig:
+    """The model that ``args`` describe: ours where a shortcut is set, else Core's own, untouched."""
+    if not scmoe.enabled:
+        return gpt_config_from_args(args)
+    return with_shortcut(gpt_config_from_args(args, model_config_cls=ScMoEGPTModelConfig), scmoe)
+
+
+def with_shortcut(config: ScMoEGPTModelConfig, scmoe: ScMoEConfig) -> ScMoEGPTModelConfig:
+    """Give ``config`` the groups of ``scmoe``; returns it."""
+    config.scmoe = scmoe
+    config.transformer_layer_spec = partial(shortcut_block_spec, scmoe=scmoe)
+    return config
+
+
+def _link_groups(model: GPTModel, moe_every: int) -> None:
+    layers = list(model.decoder.layers)
+    for index, layer in enumerate(layers):
+        if isinstance(layer, GroupBlock):
+            layer.link(layers[index - moe_every + 1 : index])

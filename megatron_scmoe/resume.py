@@ -1,0 +1,81 @@
+"""May this run continue from that checkpoint? Decided from the arguments saved in it, before any process group starts.
+
+Parameter names and shapes are those of the stock model, whatever the shortcut: a checkpoint of another architecture loads
+without an error and is wrong. So the settings that give the parameters their meaning are compared.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+
+from megatron_scmoe import mcore
+from megatron_scmoe.config import ARCHITECTURE_FIELDS, ConfigError, Resume, ScMoEConfig
+
+_LAYOUT_FLAGS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "world_size",
+)
+
+
+def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace], ScMoEConfig]) -> None:
+    """Raise ConfigError where continuing would silently be wrong.
+
+    Args:
+        args: Megatron's validated namespace.
+        scmoe: the settings of this run.
+        read_config: reads our settings from the namespace saved in a checkpoint.
+    """
+    if args.use_distributed_optimizer and not args.dist_ckpt_optim_fully_reshardable:
+        _check_position_wise_optimizer(args)
+    saved = mcore.saved_args(args) if args.load else None
+    if saved is None:
+        return
+    _check_architecture(args, scmoe, read_config(saved))
+    if args.use_distributed_optimizer and not args.dist_ckpt_optim_fully_reshardable:
+        _check_layout(args, saved)
+
+
+def _check_architecture(args: Namespace, scmoe: ScMoEConfig, trained: ScMoEConfig) -> None:
+    for name in ARCHITECTURE_FIELDS:
+        now, then = getattr(scmoe, name), getattr(trained, name)
+        if now == then or not (scmoe.enabled or trained.enabled):
+            continue
+        flag = "--" + name.replace("_", "-")
+        if args.finetune or scmoe.shortcut_resume is Resume.CHANGED:
+            mcore.print_rank_0(f"shortcut: the checkpoint in {args.load} has {flag} {_words(then)}, now {_words(now)}")
+            continue
+        raise ConfigError(
+            f"a checkpoint continues with the shortcut it was trained with: {flag} is {_words(now)} and the checkpoint in "
+            f"{args.load} has {_words(then)}; use {flag} {_words(then)}, or --finetune (weights only), or "
+            "--shortcut-resume changed (optimizer too)"
+        )
+
+
+def _check_position_wise_optimizer(args: Namespace) -> None:
+    if not (args.bf16 or args.fp16) and mcore.uses_torch_optimizers() and (args.save or args.load):
+        raise ConfigError(
+            "fp32 moments are not restored from the position-wise format without Transformer Engine or Apex: "
+            "--use-distributed-optimizer is set and --dist-ckpt-optim-fully-reshardable is off; "
+            "add --dist-ckpt-optim-fully-reshardable"
+        )
+
+
+def _check_layout(args: Namespace, saved: Namespace) -> None:
+    if args.finetune or args.no_load_optim:
+        return
+    for name in _LAYOUT_FLAGS:
+        now, then = getattr(args, name), getattr(saved, name, None)
+        if then is not None and now != then:
+            raise ConfigError(
+                "the position-wise format of the distributed optimizer loads moments into the wrong parameters in another "
+                f"layout: {name} is {now} and the checkpoint in {args.load} has {then}; "
+                "save with --dist-ckpt-optim-fully-reshardable, or add --no-load-optim"
+            )
+
+
+def _words(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

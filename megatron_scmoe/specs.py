@@ -1,0 +1,82 @@
+"""Core's own block specs with our classes in the place of its layer.
+
+Core builds the spec of the stock model; here the layer class of each block is replaced, and nothing else in the local spec.
+Transformer Engine fuses the norm before an attention or a dense MLP into the linear that follows it. The op at the tap
+must give its normed input to the routed experts too, so there, and only there, the two are unfused again, under the key
+names of the fused module: checkpoints stay those of the stock model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+from megatron.core.post_training.modelopt.layers import Norm
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+
+from megatron_scmoe import mcore
+from megatron_scmoe.config import WINDOW_OPS, ScMoEConfig
+from megatron_scmoe.layer import GroupBlock, LeadingBlock
+
+
+def shortcut_block_spec(
+    model_config: GPTModelConfig, vp_stage: int | None, *, scmoe: ScMoEConfig
+) -> TransformerBlockSubmodules:
+    """The blocks of one (virtual) pipeline stage, as groups.
+
+    Args:
+        model_config: Core's model configuration; its own spec is the start.
+        vp_stage: virtual pipeline stage, None without interleaving.
+        scmoe: the groups' settings.
+    """
+    block_spec = default_layer_spec(model_config, vp_stage)
+    blocks = mcore.blocks_of_stage(model_config.transformer, vp_stage)
+    fused = model_config.transformer.transformer_impl == "transformer_engine"
+    layer_specs = [
+        _shortcut_layer_spec(layer_spec, block, scmoe, unfuse_tap=fused)
+        for layer_spec, block in zip(block_spec.layer_specs, blocks, strict=True)
+    ]
+    return dataclasses.replace(block_spec, layer_specs=layer_specs)
+
+
+def _shortcut_layer_spec(spec: ModuleSpec, block: int, scmoe: ScMoEConfig, *, unfuse_tap: bool) -> ModuleSpec:
+    group_index, block_in_group = divmod(block, scmoe.moe_every)
+    submodules = spec.submodules
+    tap = 2 * scmoe.moe_every - WINDOW_OPS[scmoe.position(group_index)]
+    if unfuse_tap and tap // 2 == block_in_group:
+        submodules = _unfuse_mlp(submodules) if tap % 2 else _unfuse_attention(submodules)
+    is_last = block_in_group == scmoe.moe_every - 1
+    return ModuleSpec(module=GroupBlock if is_last else LeadingBlock, params={"scmoe": scmoe}, submodules=submodules)
+
+
+def _unfuse_attention(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    attention = submodules.self_attention
+    linears = dataclasses.replace(attention.submodules, linear_qkv=TEColumnParallelLinear)
+    return dataclasses.replace(
+        submodules,
+        # Core's own TE norm for this purpose: it keeps `_extra_state`, which no stock checkpoint has, out of checkpoints.
+        input_layernorm=Norm,
+        self_attention=dataclasses.replace(attention, submodules=linears),
+        sharded_state_dict_keys_map={
+            **submodules.sharded_state_dict_keys_map,
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+        },
+    )
+
+
+def _unfuse_mlp(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    mlp = submodules.mlp
+    linears = dataclasses.replace(mlp.keywords["submodules"], linear_fc1=TEColumnParallelLinear)
+    return dataclasses.replace(
+        submodules,
+        pre_mlp_layernorm=Norm,
+        mlp=functools.partial(mlp.func, *mlp.args, **{**mlp.keywords, "submodules": linears}),
+        sharded_state_dict_keys_map={
+            **submodules.sharded_state_dict_keys_map,
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        },
+    )

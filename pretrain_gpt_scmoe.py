@@ -1,0 +1,171 @@
+#!/usr/bin/env python3
+"""Pretrain a GPT with shortcut-connected mixture-of-experts layers; started by torchrun.
+
+    torchrun --nproc-per-node 8 pretrain_gpt_scmoe.py <Megatron flags> --shortcut scmoe ...
+
+Every flag of Megatron works, because Megatron's own ``pretrain`` runs. Only what its wheel lacks is here: the hooks that
+fetch a batch, run a forward step, reduce the loss and build the datasets. Without an accelerator the same trainer runs on
+gloo ranks (``megatron_scmoe/cpu_backend.py``).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+if not torch.cuda.is_available():
+    # Before any import of Megatron, which decides at import time what it finds.
+    from megatron_scmoe import cpu_backend
+
+    cpu_backend.install()
+
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_scmoe.arguments import parse_and_validate_args
+from megatron_scmoe.model import model_config_from_args
+
+_BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+
+
+def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
+    """The next micro-batch, on this rank's device, cut for its tensor and context parallel rank.
+
+    The keys are ``_BATCH_KEYS``; shapes [b, s / CP], the mask [b, 1, s / CP, s]. All are None on pipeline stages that need
+    no data, and each is None where a stage does not need it.
+    """
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(_BATCH_KEYS)
+    args = get_args()
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    batch: dict[str, Any] = {}
+    if tp_rank == 0:
+        sample = next(data_iterator)
+        batch = {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in _BATCH_KEYS}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
+        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+    )
+    batch = {key: batch.get(key) for key in _BATCH_KEYS}
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
+
+
+def loss_func(
+    loss_mask: torch.Tensor, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum the loss over the tokens that count.
+
+    Args:
+        loss_mask: [b, s], 1 for tokens that count.
+        output: loss per token, [b, s].
+
+    Returns:
+        The summed loss, the number of tokens, and for the log both in one tensor: Megatron sums it over micro-batches and
+        data-parallel ranks and divides.
+    """
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(output.view(-1).float() * mask)
+    num_tokens = mask.sum().detach().to(torch.int)
+    reported = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
+    return loss, num_tokens, {"lm loss": reported}
+
+
+def forward_step(data_iterator: Any, model: GPTModel) -> tuple[torch.Tensor, partial]:
+    """Run one micro-batch through this pipeline stage; the shape of this hook is Megatron's."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator, getattr(model, "vp_stage", None))
+    timers("batch-generator").stop()
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    # Megatron calls the loss on the last stage alone, where the mask is a tensor.
+    return output, partial(loss_func, cast(torch.Tensor, batch["loss_mask"]))
+
+
+def train_valid_test_datasets_provider(
+    num_samples: tuple[int, int | None, int], vp_stage: int | None = None
+) -> tuple[Any, Any, Any]:
+    """Build the three datasets from --data-path and its relatives, or from --mock-data.
+
+    Args:
+        num_samples: samples that training, validation and test need.
+        vp_stage: virtual pipeline stage, None without interleaving.
+    """
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+    )
+    print_rank_0("> building train, validation, and test datasets for GPT ...")
+    return BlendedMegatronDatasetBuilder(
+        MockGPTDataset if args.mock_data else GPTDataset,
+        num_samples,
+        partial(_builds_datasets, vp_stage=vp_stage),
+        config,
+    ).build()
+
+
+def _builds_datasets(vp_stage: int | None) -> bool:
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+
+
+def main() -> None:
+    """Parse, refuse or train."""
+    args, scmoe = parse_and_validate_args()
+    # Each rank of a pipeline builds its own datasets, so Megatron must not build them on one rank alone.
+    train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config_from_args(args, scmoe)),
+        train_valid_test_datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Pytest set-up: importable test modules, the ``gpu`` marker, the end of the rank pool."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+_TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(_TESTS))  # the rank processes import test modules by their plain names
+sys.path.append(str(_TESTS.parent))  # last, so that an installed megatron_scmoe is preferred
+
+import ranks  # noqa: E402
+import torch  # noqa: E402
+
+_executed: set[str] = set()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device, skipped where there is none")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    # An expected failure is reported as skipped, but it did run.
+    if report.when == "call" and (not report.skipped or hasattr(report, "wasxfail")):
+        _executed.add(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    ranks.shutdown()
+    passed = session.exitstatus == pytest.ExitCode.OK
+    if passed and not _executed and not session.config.option.collectonly:
+        # All skipped is no evidence that anything works.
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    config = terminalreporter.config
+    if not _executed and not config.option.collectonly:
+        terminalreporter.write_line("no test was executed: this run counts as failed", red=True)

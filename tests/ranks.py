@@ -1,0 +1,514 @@
+"""A pool of torch.distributed rank processes which stays alive across tests.
+
+Importing torch and Megatron takes seconds per process, so the ranks are not started per test.
+``run`` starts one *fork server* (a fresh interpreter which does the slow imports with one thread),
+forks the ranks from it on demand and reuses them for later calls:
+
+    results = ranks.run(module_level_function, 4, argument, layout={"expert_model_parallel_size": 4})
+
+A job that fails in any way costs its workers: they are killed and forked anew for the next job.
+Nothing here depends on pytest.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import faulthandler
+import importlib
+import io
+import operator
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from multiprocessing import Pipe, reduction
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+
+MAX_WORLD_SIZE = 8
+GRACE_S = 1.0  # how long the other ranks may still report after the first failure
+START_TIMEOUT_S = 180.0
+TEARDOWN_TIMEOUT_S = 30.0
+OUTPUT_CHARS = 4000
+_DIED = "died: "
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+# One thread per rank: more would fight for the cores, and a process with an OpenMP or BLAS
+# thread pool must not be forked.
+_SERVER_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+
+
+class RankError(RuntimeError):
+    """A job failed; ``rank`` is the first rank that failed, died or did not return."""
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one rank has to run."""
+
+    module: str
+    qualname: str
+    payload: bytes  # (args, kwargs), loaded only after sys.path is set
+    sys_path: list[str]
+    rank: int
+    world_size: int
+    directory: str
+    timeout_s: float
+    layout: dict[str, Any] | None
+    seed: int
+
+
+def _dump(value: Any) -> bytes:
+    """Pickle a value with its tensors' contents.
+
+    Connection.send would use torch's reducers, which pass shared memory descriptors that die with
+    the worker; plain pickle would make the parent import Megatron, which replaces torch's loader.
+    """
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _load(data: bytes) -> Any:
+    """Inverse of ``_dump``; tensors of a CUDA device arrive on the CPU."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
+
+
+# ---- the rank processes ---------------------------------------------------------------------
+
+_cuda_devices = 0
+_initial_globals: dict[str, dict[str, Any]] = {}
+
+
+def _import_megatron() -> None:
+    """Import Megatron and note the initial values of its module level singletons."""
+    if _cuda_devices == 0:
+        # Must precede the first import of Megatron, which expects a CUDA device.
+        importlib.import_module("megatron_scmoe.cpu_backend").install()
+    # torch._dynamo is imported by the first optimizer otherwise, anew in each worker.
+    for name in ("torch._dynamo", "megatron.core.parallel_state", "megatron.training.training"):
+        importlib.import_module(name)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.") and module is not None:
+            _initial_globals[name] = {
+                key: value
+                for key, value in vars(module).items()
+                if re.fullmatch(r"_[A-Z0-9_]+", key) and (value is None or isinstance(value, bool))
+            }
+
+
+def _serve(control_fd: int, directory: str) -> None:
+    """Fork server: fork a worker or reap one, whichever the parent asks for, until it is gone."""
+    global _cuda_devices
+    torch.set_num_threads(1)
+    _cuda_devices = torch.cuda.device_count()  # asks NVML, which leaves CUDA uninitialised
+    if _cuda_devices == 0:  # with CUDA each worker imports Megatron itself: CUDA must not be forked
+        _import_megatron()
+    threads = len(os.listdir("/proc/self/task"))
+    if threads != 1:
+        raise RuntimeError(f"cannot fork workers from a process with {threads} threads")
+    control = Connection(control_fd)
+    control.send("ready")
+    children: set[int] = set()
+    while True:
+        try:
+            request = control.recv()
+        except EOFError:  # the parent ended, perhaps by SIGKILL
+            for pid in children:
+                os.killpg(pid, signal.SIGKILL)
+            shutil.rmtree(directory, ignore_errors=True)
+            os._exit(0)
+        if request["op"] == "reap":
+            children.remove(request["pid"])
+            control.send(os.waitstatus_to_exitcode(os.waitpid(request["pid"], 0)[1]))
+            continue
+        handle = reduction.recv_handle(control)
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            _work(Connection(handle), request["stack_path"])
+        # Both sides set the group, so that it exists whichever runs first.
+        os.setpgid(pid, pid)
+        os.close(handle)
+        children.add(pid)
+        control.send(pid)
+
+
+def _work(connection: Connection, stack_path: str) -> None:
+    """Worker: run jobs until the parent closes the connection."""
+    os.setpgid(0, 0)  # killing the group also ends what a job started, e.g. data loader workers
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # do not outlive the fork server
+    stack_file = open(stack_path, "w")  # stays open as long as the worker lives
+    faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
+    try:
+        if _cuda_devices:
+            _import_megatron()
+        while True:
+            job = pickle.loads(connection.recv_bytes())
+            before = dict(os.environ), os.getcwd(), sys.argv[:]
+            _redirect_output(Path(job.directory, f"output-{job.rank}"))
+            _reply(connection, lambda: _run_job(job))
+            connection.recv_bytes()  # every rank is done: tear down only now
+            _reply(connection, lambda: _tear_down(*before))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        os._exit(0)
+    except BaseException:  # must never return into the fork server's loop
+        traceback.print_exc()
+        os._exit(1)
+
+
+def _reply(connection: Connection, step: Callable[[], Any]) -> None:
+    """Run one step and send its pickled result, or its traceback."""
+    try:
+        reply = True, _dump(step())
+    except BaseException:  # also SystemExit: Megatron calls sys.exit, the worker must report it
+        reply = False, traceback.format_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    connection.send_bytes(pickle.dumps(reply))
+
+
+def _redirect_output(path: Path) -> None:
+    """Send stdout and stderr, also those of C++ code and of children, to a file."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+    sys.stdout.reconfigure(line_buffering=True)  # a killed rank cannot flush
+    faulthandler.enable()  # a crash in C++ leaves its Python stack in the output
+
+
+def _run_job(job: _Job) -> Any:
+    """Set up torch.distributed and the layout, then call the function."""
+    sys.path[:] = job.sys_path
+    function = operator.attrgetter(job.qualname)(importlib.import_module(job.module))
+    args, kwargs = _load(job.payload)
+    os.environ.update(
+        RANK=str(job.rank), LOCAL_RANK=str(job.rank), WORLD_SIZE=str(job.world_size)
+    )
+    torch.set_num_threads(1)
+    random.seed(job.seed)
+    numpy.random.seed(job.seed)
+    torch.manual_seed(job.seed)
+    if _cuda_devices:
+        torch.cuda.set_device(job.rank % _cuda_devices)
+    dist.init_process_group(
+        "nccl" if _cuda_devices >= job.world_size else "gloo",
+        store=dist.FileStore(str(Path(job.directory, "store")), job.world_size),
+        rank=job.rank,
+        world_size=job.world_size,
+        # Longer than the job's limit: the parent's report has the stacks, this one would not.
+        timeout=timedelta(seconds=job.timeout_s + TEARDOWN_TIMEOUT_S),
+    )
+    if job.layout is not None:
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        parallel_state.initialize_model_parallel(**job.layout)
+        model_parallel_cuda_manual_seed(job.seed)
+    return function(*args, **kwargs)
+
+
+def _tear_down(environ: dict[str, str], directory: str, argv: list[str]) -> None:
+    """Undo what the job left in this process, so that the next one starts clean."""
+    from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
+    from megatron.training import global_vars
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():  # the function may have destroyed it itself
+        dist.destroy_process_group()
+    global_vars.destroy_global_vars()
+    num_microbatches_calculator.destroy_num_microbatches_calculator()
+    rerun_state_machine.destroy_rerun_state_machine()
+    # Megatron has no function to reset the others (RNG tracker, MoE metrics, checkpoint version).
+    for name, values in _initial_globals.items():
+        vars(sys.modules[name]).update(values)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    torch.use_deterministic_algorithms(False)
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(directory)
+    sys.argv[:] = argv
+
+
+# ---- the parent -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """The parent's handle of one rank process."""
+
+    pid: int
+    pidfd: int  # readable once the process ended, even if its children keep the connection open
+    connection: Connection
+    stack_path: Path
+
+    def stack(self) -> str:
+        """Make the live process write the Python stacks of its threads, and return them."""
+        os.kill(self.pid, signal.SIGUSR1)
+        deadline = time.monotonic() + 1.0
+        while self.stack_path.stat().st_size == 0 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.05)  # the handler writes line by line
+        return self.stack_path.read_text(errors="replace") or "(no stack: the process is stopped)"
+
+
+class _Pool:
+    """The fork server and its workers."""
+
+    def __init__(self) -> None:
+        self._owner = os.getpid()
+        self._workers: list[_Worker] = []
+        self._forked = 0
+        self._directory = Path(tempfile.mkdtemp(prefix="ranks-"))
+        self._control, server_end = Pipe()
+        serve = f"_serve({server_end.fileno()}, {str(self._directory)!r})"
+        # Test modules import pytest, which takes long enough to be worth forking.
+        imports = f"import {__name__} as r" + ", pytest" * ("pytest" in sys.modules)
+        start = f"import sys; sys.path[:] = {sys.path!r}; {imports}; r.{serve}"
+        log_path = self._directory / "server.log"
+        with log_path.open("wb") as log, server_end:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", start],
+                env=os.environ | _SERVER_ENV,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[server_end.fileno()],
+                start_new_session=True,  # Ctrl-C reaches the parent only, which then cleans up
+            )
+        try:
+            if not self._control.poll(START_TIMEOUT_S):
+                raise TimeoutError(f"the fork server took more than {START_TIMEOUT_S} s to start")
+            self._control.recv()
+        except BaseException as error:
+            log_tail = _tail(log_path)
+            self.close()
+            if isinstance(error, EOFError):
+                raise RuntimeError(f"the fork server did not start:\n{log_tail}") from None
+            raise
+
+    def close(self) -> None:
+        """Kill every process of the pool."""
+        if os.getpid() != self._owner:  # a forked child must not end its parent's pool
+            return
+        self._control.close()  # the server kills its workers, waits for no one and exits
+        try:
+            self._process.wait(5.0)
+        except subprocess.TimeoutExpired:  # workers follow it, by their parent-death signal
+            self._process.kill()
+            self._process.wait()
+        for worker in self._workers:
+            worker.connection.close()
+            os.close(worker.pidfd)
+        self._workers.clear()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def run(self, job: _Job) -> list[bytes]:
+        """Run the job on ``job.world_size`` workers; they are killed unless all goes well."""
+        for worker in wait([worker.pidfd for worker in self._workers], 0.0):
+            self._reap(next(w for w in self._workers if w.pidfd == worker))  # died while idle
+        while len(self._workers) < job.world_size:
+            self._fork()
+        workers = self._workers[: job.world_size]
+        directory = Path(tempfile.mkdtemp(prefix="job-", dir=self._directory))
+        succeeded = False
+        try:
+            jobs = [replace(job, rank=r, directory=str(directory)) for r in range(job.world_size)]
+            self._send(workers, [pickle.dumps(j) for j in jobs])
+            results = self._collect(workers, jobs[0], job.timeout_s, "running")
+            self._send(workers, [b""] * job.world_size)
+            self._collect(workers, jobs[0], TEARDOWN_TIMEOUT_S, "tearing down")
+            succeeded = True
+        finally:
+            if not succeeded:
+                for worker in set(workers) & set(self._workers):
+                    self._reap(worker)
+            shutil.rmtree(directory, ignore_errors=True)
+        return results
+
+    def _fork(self) -> None:
+        """Add one worker."""
+        self._forked += 1
+        stack_path = self._directory / f"stack-{self._forked}"
+        connection, worker_end = Pipe()
+        with worker_end:
+            self._control.send({"op": "fork", "stack_path": str(stack_path)})
+            reduction.send_handle(self._control, worker_end.fileno(), self._process.pid)
+            pid = self._control.recv()
+        self._workers.append(_Worker(pid, os.pidfd_open(pid), connection, stack_path))
+
+    def _reap(self, worker: _Worker) -> int:
+        """Kill a worker with all it started, unless it ended already; return its exit code."""
+        os.killpg(worker.pid, signal.SIGKILL)
+        self._control.send({"op": "reap", "pid": worker.pid})
+        exit_code = self._control.recv()
+        worker.connection.close()
+        os.close(worker.pidfd)
+        self._workers.remove(worker)
+        return exit_code
+
+    @staticmethod
+    def _send(workers: Sequence[_Worker], messages: Sequence[bytes]) -> None:
+        for worker, message in zip(workers, messages, strict=True):
+            try:
+                worker.connection.send_bytes(message)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # it just died, which _collect sees and reports
+
+    def _collect(
+        self, workers: Sequence[_Worker], job: _Job, timeout_s: float, doing: str
+    ) -> list[bytes]:
+        """Wait for the reply of every rank; raise if one fails, dies or is late."""
+        deadline = time.monotonic() + timeout_s
+        pending = dict(enumerate(workers))
+        replies: dict[int, bytes] = {}
+        failures: dict[int, str] = {}  # in order of arrival: the first is the likely cause
+        while pending:
+            handles = [h for w in pending.values() for h in (w.connection, w.pidfd)]
+            ready = wait(handles, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for rank, worker in list(pending.items()):
+                if worker.connection not in ready and worker.pidfd not in ready:
+                    continue
+                del pending[rank]
+                try:
+                    if not worker.connection.poll():
+                        raise EOFError
+                    succeeded, body = pickle.loads(worker.connection.recv_bytes())
+                except (EOFError, ConnectionResetError):
+                    wait([worker.pidfd], GRACE_S)  # let it end by itself, for its own exit code
+                    failures[rank] = f"{_DIED}{_describe(self._reap(worker))}"
+                    continue
+                (replies if succeeded else failures)[rank] = body
+            if failures:
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+        if not pending and not failures:
+            return [replies[rank] for rank in range(job.world_size)]
+        stuck = {rank: worker.stack() for rank, worker in pending.items()}
+        raise _rank_error(job, doing, timeout_s, failures, stuck)
+
+
+def _rank_error(
+    job: _Job, doing: str, timeout_s: float, failures: dict[int, str], stuck: dict[int, str]
+) -> RankError:
+    """Describe a failed job: every rank which failed or did not return, and what it printed."""
+    # A death breaks the connections of the other ranks: their errors are consequences.
+    failures = dict(sorted(failures.items(), key=lambda item: not item[1].startswith(_DIED)))
+    what = f"{doing} {job.module}.{job.qualname} on {job.world_size} ranks"
+    if failures:
+        summary = f"rank {next(iter(failures))} failed {what}"
+    else:
+        names = ", ".join(str(rank) for rank in stuck)
+        summary = f"rank {names} did not return within {timeout_s:g} s {what}"
+    reports = failures | {r: f"did not return; its stack:\n{text}" for r, text in stuck.items()}
+    lines = [summary]
+    for rank, report in reports.items():
+        lines.append(f"---- rank {rank}: {report.rstrip()}")
+        output = _tail(Path(job.directory, f"output-{rank}")).rstrip()
+        lines.append(f"---- rank {rank} output:\n{output}" if output else "(no output)")
+    return RankError(next(iter(reports)), "\n".join(lines))
+
+
+def _describe(exit_code: int) -> str:
+    if exit_code < 0:
+        return f"exit code {exit_code}, killed by {signal.Signals(-exit_code).name}"
+    return f"exit code {exit_code}"
+
+
+def _tail(path: Path) -> str:
+    return path.read_bytes()[-OUTPUT_CHARS:].decode(errors="replace") if path.exists() else ""
+
+
+_lock = threading.Lock()
+_pool: _Pool | None = None
+
+
+def run(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    layout: dict[str, Any] | None = None,
+    seed: int = 1234,
+    **kwargs: Any,
+) -> list[Any]:
+    """Call ``fn(*args, **kwargs)`` on ``world_size`` ranks; return their results by rank.
+
+    ``fn`` must be importable: a module level function, in a test module or a script. It runs with
+    torch.distributed initialised (NCCL if there is a CUDA device per rank, otherwise gloo) and
+    Python, numpy and torch seeded with ``seed``. With ``layout``, also
+    ``parallel_state.initialize_model_parallel(**layout)`` and ``model_parallel_cuda_manual_seed``
+    were called. Arguments and results are copied by pickle.
+
+    Raises ``RankError`` if a rank raises, dies, or takes more than ``timeout_s`` seconds.
+    """
+    global _pool
+    if not 1 <= world_size <= MAX_WORLD_SIZE:
+        raise ValueError(f"world_size must be between 1 and {MAX_WORLD_SIZE}, not {world_size}")
+    module = fn.__module__
+    if module == "__main__":  # a worker has another main module; it imports this one by its name
+        main = sys.modules["__main__"]
+        module = main.__spec__.name if main.__spec__ else Path(main.__file__).stem
+    job = _Job(
+        module=module,
+        qualname=fn.__qualname__,
+        payload=_dump((args, kwargs)),
+        sys_path=sys.path[:],
+        rank=0,
+        world_size=world_size,
+        directory="",
+        timeout_s=timeout_s,
+        layout=layout,
+        seed=seed,
+    )
+    with _lock:
+        if _pool is None:
+            _pool = _Pool()
+            atexit.register(shutdown)
+        try:
+            results = _pool.run(job)
+        except RankError:
+            raise
+        except BaseException as error:  # Ctrl-C may interrupt the talk with the fork server
+            shutdown()
+            if isinstance(error, (EOFError, BrokenPipeError, ConnectionResetError)):
+                raise RuntimeError("the fork server ended; the next job starts another") from error
+            raise
+    return [_load(result) for result in results]
+
+
+def shutdown() -> None:
+    """Kill all processes of the pool; a later ``run`` starts it again."""
+    global _pool
+    atexit.unregister(shutdown)
+    if _pool is not None:
+        _pool.close()
+        _pool = None

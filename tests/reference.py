@@ -1,0 +1,410 @@
+"""The truth: ScMoE and DGMoE as a slow, plain, single-process model, written from the papers' formulas.
+
+Everything the distributed implementation does with groups, flights and plans must come out as if this file had run.
+So nothing here is shared with it: no import of `megatron_scmoe` or of Megatron, one Python loop per head, token and
+expert, and the wiring is spelled in the paper's tensors (ScMoE, arXiv 2404.05019), not as taps and slots:
+
+    H_MH(l)   = H(l-1)   + Attn_l(input_norm_l(H(l-1)))
+    H(l)      = H_MH(l)  + MLP_l(pre_mlp_norm_l(H_MH(l)))                        blocks before the MoE block
+    H(l+1)    = H_MH(l+1) + combine(SE(current), sum_i G(source)_i E_i(source))  the MoE block
+    current   = pre_mlp_norm_{l+1}(H_MH(l+1)),  source = the normed tensor at the shortcut position
+
+`params` is a flat dict named like the parameters of a single-rank Megatron-Core 0.19.2 GPTModel with the local spec.
+Shapes: s sequence, b batch, h hidden, e experts, v vocabulary, d head. Hidden states are [s, b, h], as in Megatron.
+A sum that Megatron takes in fp32 is taken in the dtype of the parameters if that is wider, so that float64
+parameters give a float64 truth. DGMoE-Share needs nothing of its own: let two groups' `.mlp.` names hold one tensor.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Params = dict[str, Tensor]
+Function = Callable[[Tensor], Tensor]
+
+POSITIONS = ("none", "pos1", "pos2", "pos3")
+COMBINES = ("add", "cg1", "cg2")
+ROPE_BASE = 10000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """Sizes and choices of one model; the words are those of design.md section 1."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    ffn_hidden_size: int
+    moe_ffn_hidden_size: int
+    shared_ffn_hidden_size: int | None
+    num_experts: int
+    topk: int
+    moe_every: int
+    positions: tuple[str, ...]
+    combine: str = "add"
+    arch: str = "scmoe"
+    pre_softmax: bool = True
+    swiglu: bool = False
+    normalization: str = "LayerNorm"
+    layernorm_epsilon: float = 1e-5
+    rotary: bool = False
+    num_query_groups: int | None = None
+    kv_channels: int | None = None
+    untied_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what the formulas do not define."""
+        rules = {
+            "num_layers is a multiple of moe_every": self.num_layers % self.moe_every == 0,
+            "one position per group": len(self.positions) == self.num_groups,
+            f"positions are of {POSITIONS}": set(self.positions) <= set(POSITIONS),
+            "pos2 and pos3 need moe_every >= 2": self.moe_every >= 2 or not {"pos2", "pos3"} & set(self.positions),
+            f"combine is of {COMBINES}": self.combine in COMBINES,
+            "cg1 and cg2 weigh a shared expert": self.combine == "add" or self.shared_ffn_hidden_size is not None,
+            "1 <= topk <= num_experts": 1 <= self.topk <= self.num_experts,
+            "top-1 needs pre_softmax, or its gate is the constant 1": self.topk > 1 or self.pre_softmax,
+            "normalization is LayerNorm or RMSNorm": self.normalization in ("LayerNorm", "RMSNorm"),
+            "arch is scmoe or dgmoe": self.arch in ("scmoe", "dgmoe"),
+        }
+        if self.arch == "dgmoe":
+            rules |= {
+                "dgmoe has no shared expert": self.shared_ffn_hidden_size is None,
+                "dgmoe is two top-1 gates: topk=1, pre_softmax": self.topk == 1 and self.pre_softmax,
+                "dgmoe needs a shortcut position": "none" not in self.positions,
+                "dgmoe needs a second choice": self.num_experts >= 2,
+            }
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if broken:
+            raise ValueError(f"{'; '.join(broken)}: {self}")
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of `moe_every` consecutive blocks."""
+        return self.num_layers // self.moe_every
+
+    @property
+    def query_groups(self) -> int:
+        """Heads of keys and values; grouped-query attention shares each among several query heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+
+# The wiring: which tensor goes where (ScMoE, arXiv 2404.05019; design.md section 2).
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one Transformer block computes; the residual sums belong to the wiring. An MoE block's `mlp` is None."""
+
+    input_norm: Function
+    attention: Function
+    pre_mlp_norm: Function
+    mlp: Function | None
+
+
+def wire_group(
+    hidden: Tensor, blocks: Sequence[Block], moe: Callable[[Tensor, Tensor], Tensor], position: str
+) -> Tensor:
+    """Run one group; `moe(source, current)` is what its last block, the MoE block, adds to H_MH."""
+    entering = []  # H(i-1), the input of block i
+    after_attention = []  # H_MH(i)
+    for block in blocks:
+        entering.append(hidden)
+        hidden = hidden + block.attention(block.input_norm(hidden))
+        after_attention.append(hidden)
+        if block.mlp is not None:
+            hidden = hidden + block.mlp(block.pre_mlp_norm(hidden))
+
+    current = blocks[-1].pre_mlp_norm(after_attention[-1])
+    if position == "none":  # the stock layer
+        source = current
+    elif position == "pos1":  # output of the preceding block
+        source = blocks[-1].input_norm(entering[-1])
+    elif position == "pos2":  # between attention and MLP of the preceding block
+        source = blocks[-2].pre_mlp_norm(after_attention[-2])
+    elif position == "pos3":  # input of the preceding block
+        source = blocks[-2].input_norm(entering[-2])
+    else:
+        raise ValueError(f"position is of {POSITIONS}: {position!r}")
+    return hidden + moe(source, current)
+
+
+# Gating: which experts a token uses, with which weight. One token at a time, logits [e].
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Softmax over the last axis in fp32 or wider, back in the dtype of the logits."""
+    return torch.softmax(logits, dim=-1, dtype=_wide(logits.dtype)).to(logits.dtype)
+
+
+def route(logits: Tensor, topk: int, *, pre_softmax: bool) -> list[tuple[int, Tensor]]:
+    """(expert, weight) of the `topk` choices of one token.
+
+    `pre_softmax`: the weight is the expert's share among all experts, not renormalised (ScMoE's G), so a top-1 gate
+    still gets a gradient. Otherwise the softmax runs over the chosen logits only.
+    """
+    chosen = _ranking(logits)[:topk]
+    weights = softmax(logits)[chosen] if pre_softmax else softmax(logits[chosen])
+    return list(zip(chosen, weights.unbind(), strict=True))
+
+
+def route_twice(previous_logits: Tensor, current_logits: Tensor) -> tuple[tuple[int, Tensor], tuple[int, Tensor]]:
+    """DGMoE's two top-1 gates for one token: (expert, weight) for the preceding layer, then for the current one.
+
+    A token may not use one expert twice (arXiv 2404.05019, DGMoE): the current layer then takes its second choice.
+    Only the selection is masked. Both weights are the full softmax probability of the expert that was chosen.
+    """
+    previous_expert = _ranking(previous_logits)[0]
+    current_expert = next(expert for expert in _ranking(current_logits) if expert != previous_expert)
+    previous = (previous_expert, softmax(previous_logits)[previous_expert])
+    current = (current_expert, softmax(current_logits)[current_expert])
+    return previous, current
+
+
+def combine_outputs(shared: Tensor, routed: Tensor, gate_logits: Tensor | None, combine: str) -> Tensor:
+    """Sum of the shared and the routed output; `gate_logits` are those of the input of the shared expert.
+
+    add: SE + routed. cg1: sigmoid(w.x) * SE + routed, one logit. cg2: c0 * SE + c1 * routed, c = softmax(W.x).
+    """
+    if combine == "add":
+        return shared + routed
+    assert gate_logits is not None
+    if combine == "cg1":
+        return torch.sigmoid(gate_logits) * shared + routed
+    weights = softmax(gate_logits)
+    return weights[..., 0:1] * shared + weights[..., 1:2] * routed
+
+
+def _ranking(logits: Tensor) -> list[int]:
+    """Experts of one token, best first."""
+    return sorted(range(len(logits)), key=lambda expert: -logits[expert].item())
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or the dtype itself where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# Building blocks, named after the parameters they read. None has a bias; `mlp.` etc. are prefixes ending in a dot.
+
+
+def norm(params: Params, prefix: str, hidden: Tensor, cfg: ReferenceConfig) -> Tensor:
+    """LayerNorm or RMSNorm over the last axis; the variance is the biased one."""
+    wide = hidden.to(_wide(hidden.dtype))
+    if cfg.normalization == "LayerNorm":
+        wide = wide - wide.mean(dim=-1, keepdim=True)
+    normed = (wide / torch.sqrt(wide.square().mean(dim=-1, keepdim=True) + cfg.layernorm_epsilon)).to(hidden.dtype)
+    scaled = normed * params[prefix + "weight"]
+    return scaled + params[prefix + "bias"] if cfg.normalization == "LayerNorm" else scaled
+
+
+def feed_forward(params: Params, prefix: str, hidden: Tensor, cfg: ReferenceConfig) -> Tensor:
+    """Two linears around gelu (exact, by erf) or swiglu: silu(first half of fc1's rows) * second half."""
+    inner = hidden @ params[prefix + "linear_fc1.weight"].T
+    if cfg.swiglu:
+        gate, value = inner.chunk(2, dim=-1)
+        inner = F.silu(gate) * value
+    else:
+        inner = F.gelu(inner)
+    return inner @ params[prefix + "linear_fc2.weight"].T
+
+
+def attention(params: Params, prefix: str, hidden: Tensor, cfg: ReferenceConfig) -> Tensor:
+    """Causal self-attention of hidden [s, b, h], one head at a time.
+
+    Megatron lays the rows of `linear_qkv` out by query group: [its query heads.., its key, its value], next group.
+    """
+    num_tokens = hidden.shape[0]
+    queries_per_group = cfg.num_attention_heads // cfg.query_groups
+    qkv = hidden @ params[prefix + "linear_qkv.weight"].T
+    heads = torch.split(qkv, cfg.head_size, dim=-1)  # each [s, b, d]
+    future = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=hidden.device).triu(diagonal=1)
+    outputs = []
+    for group in range(cfg.query_groups):
+        first = group * (queries_per_group + 2)
+        *queries, key, value = heads[first : first + queries_per_group + 2]
+        if cfg.rotary:
+            key = rotate(key)
+        for query in queries:
+            if cfg.rotary:
+                query = rotate(query)
+            scores = torch.einsum("qbd,kbd->bqk", query, key) / math.sqrt(cfg.head_size)
+            weights = softmax(scores.masked_fill(future, -math.inf))
+            outputs.append(torch.einsum("bqk,kbd->qbd", weights, value))
+    return torch.cat(outputs, dim=-1) @ params[prefix + "linear_proj.weight"].T
+
+
+def rotate(heads: Tensor) -> Tensor:
+    """RoPE on [s, b, d], not interleaved: channel i turns with channel i + d/2 by the angle s * base^(-2i/d)."""
+    num_tokens, _, size = heads.shape
+    dtype = _wide(heads.dtype)
+    positions = torch.arange(num_tokens, dtype=dtype, device=heads.device)
+    channels = torch.arange(0, size, 2, dtype=dtype, device=heads.device)
+    angles = torch.outer(positions, 1.0 / ROPE_BASE ** (channels / size))
+    cos, sin = angles.cos().to(heads.dtype)[:, None], angles.sin().to(heads.dtype)[:, None]
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def experts_output(
+    params: Params, prefix: str, choices: list[tuple[int, Tensor]], token: Tensor, cfg: ReferenceConfig
+) -> Tensor:
+    """sum_i G_i E_i(token) of one token [h] over its chosen experts."""
+    output = torch.zeros_like(token)
+    for expert, weight in choices:
+        output = output + weight * feed_forward(params, f"{prefix}experts.local_experts.{expert}.", token, cfg)
+    return output
+
+
+def moe_output(params: Params, prefix: str, source: Tensor, current: Tensor, cfg: ReferenceConfig) -> Tensor:
+    """What the MoE block adds to H_MH; no capacity, no auxiliary loss, no dropout.
+
+    ScMoE: combine(SE(current), routed(source)). DGMoE: top-1 of `source` plus top-1 of `current`, one set of experts.
+    """
+    router = params[prefix + "router.weight"].to(current.dtype).T  # Megatron keeps it in fp32 whatever the rest is
+    routed = []
+    for source_token, current_token in zip(source.flatten(0, 1), current.flatten(0, 1), strict=True):
+        if cfg.arch == "dgmoe":
+            previous_choice, current_choice = route_twice(source_token @ router, current_token @ router)
+            previous = experts_output(params, prefix, [previous_choice], source_token, cfg)
+            routed.append(previous + experts_output(params, prefix, [current_choice], current_token, cfg))
+        else:
+            choices = route(source_token @ router, cfg.topk, pre_softmax=cfg.pre_softmax)
+            routed.append(experts_output(params, prefix, choices, source_token, cfg))
+    routed_output = torch.stack(routed).view_as(current)
+    if cfg.shared_ffn_hidden_size is None:
+        return routed_output
+    shared = feed_forward(params, prefix + "shared_experts.", current, cfg)
+    gate_name = combine_gate_name(prefix, cfg)
+    gate_logits = None if gate_name is None else current @ params[gate_name].T
+    return combine_outputs(shared, routed_output, gate_logits, cfg.combine)
+
+
+def combine_gate_name(mlp_prefix: str, cfg: ReferenceConfig) -> str | None:
+    """cg1 is Megatron's own shared-expert gate; cg2's two rows belong to the MoE block itself; `add` has no gate."""
+    names = {"cg1": mlp_prefix + "shared_experts.gate_weight", "cg2": mlp_prefix.removesuffix("mlp.") + "combine_gate.weight"}
+    return names.get(cfg.combine)
+
+
+# The model
+
+
+def group_forward(
+    params: Params, hidden: Tensor, cfg: ReferenceConfig, group_index: int, *, prefix: str = "decoder.layers."
+) -> Tensor:
+    """Blocks [group_index * moe_every, ...) of the model: hidden [s, b, h] -> [s, b, h]."""
+    first_block = group_index * cfg.moe_every
+    moe_block = first_block + cfg.moe_every - 1
+
+    def block(index: int) -> Block:
+        name = f"{prefix}{index}."
+        return Block(
+            input_norm=lambda x: norm(params, name + "input_layernorm.", x, cfg),
+            attention=lambda x: attention(params, name + "self_attention.", x, cfg),
+            pre_mlp_norm=lambda x: norm(params, name + "pre_mlp_layernorm.", x, cfg),
+            mlp=None if index == moe_block else lambda x: feed_forward(params, name + "mlp.", x, cfg),
+        )
+
+    return wire_group(
+        hidden,
+        [block(index) for index in range(first_block, moe_block + 1)],
+        lambda source, current: moe_output(params, f"{prefix}{moe_block}.mlp.", source, current, cfg),
+        cfg.positions[group_index],
+    )
+
+
+def model_loss(params: Params, tokens: Tensor, labels: Tensor, cfg: ReferenceConfig) -> tuple[Tensor, Tensor]:
+    """Cross entropy per token [b, s] and logits [b, s, v] of token and label ids [b, s]."""
+    check_names(params, cfg)
+    embedding = params["embedding.word_embeddings.weight"]
+    hidden = embedding[tokens]
+    if not cfg.rotary:
+        hidden = hidden + params["embedding.position_embeddings.weight"][: tokens.shape[1]]
+    hidden = hidden.transpose(0, 1)
+    for group_index in range(cfg.num_groups):
+        hidden = group_forward(params, hidden, cfg, group_index)
+    hidden = norm(params, "decoder.final_layernorm.", hidden, cfg)
+    logits = (hidden @ (params["output_layer.weight"] if cfg.untied_embeddings else embedding).T).transpose(0, 1)
+    wide = logits.to(_wide(logits.dtype))
+    return wide.logsumexp(dim=-1) - wide.gather(-1, labels[..., None])[..., 0], logits
+
+
+def loss_and_gradients(
+    params: Params, tokens: Tensor, labels: Tensor, cfg: ReferenceConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss per token [b, s], and the gradient of its mean by every parameter; zero for an expert without a token.
+
+    Names that hold one tensor object share one parameter: each gets the gradient of all their uses.
+    """
+    copies = {id(tensor): tensor.detach().clone().requires_grad_() for tensor in params.values()}
+    leaves = {name: copies[id(tensor)] for name, tensor in params.items()}
+    loss, _ = model_loss(leaves, tokens, labels, cfg)
+    gradients = torch.autograd.grad(loss.mean(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return loss.detach(), dict(zip(leaves, gradients, strict=True))
+
+
+def parameter_shapes(cfg: ReferenceConfig, *, vocab_size: int, max_sequence_length: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter, as a single-rank Megatron GPTModel of the local spec has them."""
+    h = cfg.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (vocab_size, h)}
+    if not cfg.rotary:
+        shapes["embedding.position_embeddings.weight"] = (max_sequence_length, h)
+    for index in range(cfg.num_layers):
+        shapes |= _block_shapes(cfg, index)
+    shapes |= _norm_shapes("decoder.final_layernorm.", cfg)
+    if cfg.untied_embeddings:
+        shapes["output_layer.weight"] = (vocab_size, h)
+    return shapes
+
+
+def _block_shapes(cfg: ReferenceConfig, index: int) -> dict[str, tuple[int, ...]]:
+    """Parameters of one block; the last block of a group carries the MoE."""
+    h, name = cfg.hidden_size, f"decoder.layers.{index}."
+    mlp = name + "mlp."
+    attention_size = cfg.num_attention_heads * cfg.head_size
+    shapes: dict[str, tuple[int, ...]] = _norm_shapes(name + "input_layernorm.", cfg)
+    shapes[name + "self_attention.linear_proj.weight"] = (h, attention_size)
+    shapes[name + "self_attention.linear_qkv.weight"] = (attention_size + 2 * cfg.query_groups * cfg.head_size, h)
+    shapes |= _norm_shapes(name + "pre_mlp_layernorm.", cfg)
+    if (index + 1) % cfg.moe_every != 0:
+        return shapes | _feed_forward_shapes(mlp, cfg.ffn_hidden_size, cfg)
+    shapes[mlp + "router.weight"] = (cfg.num_experts, h)
+    for expert in range(cfg.num_experts):
+        shapes |= _feed_forward_shapes(f"{mlp}experts.local_experts.{expert}.", cfg.moe_ffn_hidden_size, cfg)
+    if cfg.shared_ffn_hidden_size is not None:
+        shapes |= _feed_forward_shapes(mlp + "shared_experts.", cfg.shared_ffn_hidden_size, cfg)
+    gate_name = combine_gate_name(mlp, cfg)
+    if gate_name is not None:
+        shapes[gate_name] = (1 if cfg.combine == "cg1" else 2, h)
+    return shapes
+
+
+def _norm_shapes(prefix: str, cfg: ReferenceConfig) -> dict[str, tuple[int, ...]]:
+    parts = ("weight", "bias") if cfg.normalization == "LayerNorm" else ("weight",)
+    return {prefix + part: (cfg.hidden_size,) for part in parts}
+
+
+def _feed_forward_shapes(prefix: str, size: int, cfg: ReferenceConfig) -> dict[str, tuple[int, ...]]:
+    rows = 2 * size if cfg.swiglu else size
+    h = cfg.hidden_size
+    return {prefix + "linear_fc1.weight": (rows, h), prefix + "linear_fc2.weight": (h, size)}
+
+
+def check_names(params: Params, cfg: ReferenceConfig) -> None:
+    """Refuse a parameter that is missing, has another shape, or that no formula here reads (a linear's bias, say)."""
+    vocab_size = params["embedding.word_embeddings.weight"].shape[0]
+    max_sequence_length = 0 if cfg.rotary else params["embedding.position_embeddings.weight"].shape[0]
+    expected = parameter_shapes(cfg, vocab_size=vocab_size, max_sequence_length=max_sequence_length)
+    found = {name: tuple(tensor.shape) for name, tensor in params.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        lines = [f"{name}: expected {expected.get(name)}, found {found.get(name)}" for name in wrong]
+        raise ValueError("parameters do not fit the config (None = no such parameter):\n" + "\n".join(lines))
