@@ -1,4 +1,13 @@
-"""Runs the unmodified `megatron.training.pretrain` on gloo ranks without an accelerator."""
+"""Runs the unmodified ``megatron.training.pretrain`` on gloo ranks of a machine without a GPU.
+
+Megatron-Core 0.19.2 calls CUDA at a few dozen fixed places. ``REPLACEMENTS`` names each attribute that is set instead,
+why, and what a CPU run can therefore NOT show. ``install`` sets them all, ``uninstall`` restores them all, importing this
+module does nothing. Only entry points and tests call ``install``, and where CUDA exists it refuses.
+
+No hook sees every operation. A step of one micro-batch through two blocks, one of them MoE with EP=2, makes 47
+intercepted calls (53 when it also logs); each further micro-batch adds about 32. The thousands of other operations of a
+step run as they would without this module.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +15,7 @@ import contextlib
 import functools
 import importlib.util
 import inspect
+import logging
 import pkgutil
 import sys
 import types
@@ -16,114 +26,111 @@ from typing import Any
 
 import torch
 
-# Megatron tries to import these and takes CUDA-only paths once it finds one of them.
+# Megatron takes CUDA-only paths as soon as it can import one of these.
 HIDDEN_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
 
-_ABSENT = object()
 _calls: Counter[str] = Counter()
-_undo_steps: list[Callable[[], None]] = []
+_undo: contextlib.ExitStack | None = None  # not None: installed
 
 
-class GroupStepAdam(torch.optim.Optimizer):
-    """Adam whose step count lives on the parameter group, as in the fused Adams of TE and Apex.
+def is_installed() -> bool:
+    """Whether the replacements are in place."""
+    return _undo is not None
 
-    Stock 0.19.2 falls back to torch.optim.AdamW, whose step is one tensor per parameter. On load the
-    distributed optimizer hands ONE such tensor to all of them, so N parameters add N per step.
-    """
 
-    def __init__(
-        self,
-        params: Any,
-        *,
-        lr: float,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        adam_w_mode: bool = True,
-        capturable: bool = False,
-    ) -> None:
-        if capturable:
-            raise ValueError("GroupStepAdam runs on the CPU; leave --optimizer-cuda-graph out")
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
-        self.adam_w_mode = adam_w_mode
+def intercepted_calls() -> dict[str, int]:
+    """Per replaced name, the calls it answered since the last reset."""
+    return dict(_calls)
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update, operation by operation that of torch.optim.AdamW(foreach=False)."""
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, group)
 
-    def _update(self, param: torch.Tensor, group: dict[str, Any]) -> None:
-        state, grad, (beta1, beta2) = self.state[param], param.grad, group["betas"]
-        assert grad is not None
-        if "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(param)
-            state["exp_avg_sq"] = torch.zeros_like(param)
-        if self.adam_w_mode:
-            param.mul_(1 - group["lr"] * group["weight_decay"])
+def reset_intercepted_calls() -> None:
+    """Start counting from zero."""
+    _calls.clear()
+
+
+def install() -> None:
+    """Hide CUDA-only packages, import Megatron, apply ``REPLACEMENTS``; a second call changes nothing."""
+    global _undo  # noqa: PLW0603 - one process has one torch
+    if torch.cuda.is_available():
+        raise RuntimeError("cpu_backend: this machine has CUDA; start without cpu_backend.install()")
+    if is_installed():
+        return
+    megatron_is_imported = "megatron.core" in sys.modules
+    visible = [name for name in HIDDEN_PACKAGES if _is_visible(name)]
+    if megatron_is_imported and visible:
+        raise RuntimeError(f"cpu_backend: Megatron was imported with {visible[0]} visible; call install() before it")
+    with contextlib.ExitStack() as stack:  # undoes everything if anything below fails
+        _hide_packages(stack)
+        if megatron_is_imported:
+            # Its fused functions went through torch.compile already; this makes those run eagerly too.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for replacement in REPLACEMENTS:
+            for target in replacement.targets:
+                _apply(target, replacement, stack)
+        _silence_shared_generator(stack)
+        if torch.cuda.is_available():
+            raise RuntimeError("cpu_backend: unset PYTORCH_NVML_BASED_CUDA_CHECK, it asks the replaced device_count")
+        _undo = stack.pop_all()
+
+
+def uninstall() -> None:
+    """Restore every replaced attribute; Megatron stays imported."""
+    global _undo  # noqa: PLW0603
+    if _undo is not None:
+        _undo.close()
+        _undo = None
+
+
+def _is_visible(package: str) -> bool:
+    if package in sys.modules:
+        return sys.modules[package] is not None
+    return importlib.util.find_spec(package) is not None
+
+
+def _hide_packages(stack: contextlib.ExitStack) -> None:
+    for name in HIDDEN_PACKAGES:
+        if name in sys.modules:
+            stack.callback(sys.modules.__setitem__, name, sys.modules[name])
         else:
-            grad = grad.add(param, alpha=group["weight_decay"])
-        state["exp_avg"].lerp_(grad, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        root_correction2 = (1 - beta2 ** group["step"]) ** 0.5
-        denominator = (state["exp_avg_sq"].sqrt() / root_correction2).add_(group["eps"])
-        step_size = group["lr"] / (1 - beta1 ** group["step"])
-        param.addcdiv_(state["exp_avg"], denominator, value=-step_size)
+            stack.callback(sys.modules.pop, name, None)
+        sys.modules[name] = None  # type: ignore[assignment]  # importing it raises ModuleNotFoundError
 
 
-class _InertStream:
-    """Stands for torch.cuda.Stream: CPU kernels finish before they return, so nothing is to be awaited."""
-
-    device = torch.device("cpu")
-    cuda_stream = 0
-
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
-        _calls["torch.cuda.Stream"] += 1
-
-    def wait_stream(self, _stream: Any) -> None: ...
-
-    def wait_event(self, _event: Any) -> None: ...
-
-    def record_event(self, event: Any = None) -> Any:
-        return _InertEvent() if event is None else event
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    @staticmethod
-    def priority_range() -> tuple[int, int]:
-        return (0, 0)
+def _apply(target: str, replacement: Replacement, stack: contextlib.ExitStack) -> None:
+    owner_name, _, attribute = target.rpartition(".")
+    owner = pkgutil.resolve_name(owner_name)  # imports Megatron when its first row comes
+    original = inspect.getattr_static(owner, attribute)  # a classmethod stays a classmethod
+    stand_in = replacement.make(original)
+    if replacement.counted and inspect.isfunction(stand_in):
+        stand_in = _counted(stand_in, target)
+    if attribute in vars(owner):
+        stack.callback(setattr, owner, attribute, original)
+    else:
+        stack.callback(delattr, owner, attribute)  # it was inherited
+    setattr(owner, attribute, stand_in)
 
 
-class _InertEvent:
-    """Stands for torch.cuda.Event. It has no elapsed_time: a duration of zero would be a lie."""
+def _counted(function: Callable[..., Any], target: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        _calls[target] += 1
+        return function(*args, **kwargs)
 
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
-        _calls["torch.cuda.Event"] += 1
-
-    def record(self, _stream: Any = None) -> None: ...
-
-    def wait(self, _stream: Any = None) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
+    return counted
 
 
-@dataclass(frozen=True)
-class Replacement:
-    """One attribute that `install` sets. `make` gets the original and returns what stands for it."""
+def _silence_shared_generator(stack: contextlib.ExitStack) -> None:
+    # Megatron warns at each fork that the CPU generator moved. Here that generator is the one it forked.
+    logger = logging.getLogger("megatron.core.tensor_parallel.random")
 
-    target: str
-    make: Callable[[Any], Any]
-    reason: str
-    hides: str
+    def is_about_something_else(record: logging.LogRecord) -> bool:
+        return record.msg != "CPU RNG state changed within GPU RNG context"
+
+    logger.addFilter(is_about_something_else)
+    stack.callback(logger.removeFilter, is_about_something_else)
+
+
+# ---- the stand-ins: each function takes the original and returns what takes its place ---------
 
 
 def _constant(value: Any) -> Callable[[Any], Any]:
@@ -134,53 +141,64 @@ def _returning(value: Any) -> Callable[[Any], Any]:
     return lambda _original: lambda *_args, **_kwargs: value
 
 
-def _is_cuda(device: Any) -> bool:
-    return device is not None and str(device).startswith("cuda")
+class InertStream:
+    """A ``torch.cuda.Stream``: CPU operations are finished when they return, so there is nothing to wait for."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        _calls["torch.cuda.Stream"] += 1
+
+    def wait_stream(self, _stream: Any) -> None:
+        """Nothing can be pending."""
+
+    def wait_event(self, _event: Any) -> None:
+        """Nothing can be pending."""
+
+    def synchronize(self) -> None:
+        """Nothing can be pending."""
+
+    def record_event(self, event: InertEvent | None = None) -> InertEvent:
+        """The event given, or a new one."""
+        return event or InertEvent()
+
+
+class InertEvent:
+    """A ``torch.cuda.Event``. It has no ``elapsed_time``: any number it gave would be a false measurement."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        _calls["torch.cuda.Event"] += 1
+
+    def record(self, _stream: Any = None) -> None:
+        """Nothing can be pending."""
+
+    def wait(self, _stream: Any = None) -> None:
+        """Nothing can be pending."""
+
+    def synchronize(self) -> None:
+        """Nothing can be pending."""
+
+    def query(self) -> bool:
+        """Nothing can be pending."""
+        return True
 
 
 def _factory_on_cpu(original: Any) -> Any:
     def factory(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if _is_cuda(kwargs.get("device")):
-            _calls[f"torch.{original.__name__} on cuda"] += 1
+        # Only the literal device='cuda' is redirected and counted; every other call passes through unchanged.
+        if str(kwargs.get("device")).partition(":")[0] == "cuda":
+            _calls[f"torch.{original.__name__}"] += 1
             kwargs["device"] = "cpu"
         return original(*args, **kwargs)
 
-    return factory
+    return functools.update_wrapper(factory, original)
 
 
-def _without_cuda_type_names(original: Any) -> Any:
-    """The same function, its constants 'torch.cuda.FloatTensor' and the like without `cuda.`.
-
-    Wrapping Tensor.type would lie to all of torch (torch.distributed reads it) once per parameter and step.
-    """
-
-    def renamed(constant: Any) -> Any:
-        if isinstance(constant, str):
-            return constant.replace("torch.cuda.", "torch.")
-        return tuple(map(renamed, constant)) if isinstance(constant, tuple) else constant
-
-    function = getattr(original, "__func__", original)
-    constants = tuple(map(renamed, function.__code__.co_consts))
-    if constants == function.__code__.co_consts:
-        raise RuntimeError(f"cpu_backend: {function.__qualname__} names no torch.cuda type; is this Megatron-Core 0.19.2?")
-    copy = types.FunctionType(
-        function.__code__.replace(co_consts=constants),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return classmethod(copy) if isinstance(original, classmethod) else copy
-
-
-def _same_object(_original: Any) -> Any:
+def _returning_self(_original: Any) -> Any:
     return lambda self, *_args, **_kwargs: self
 
 
 def _eager_compile(_original: Any) -> Any:
     def compile_nothing(model: Any = None, **_kwargs: Any) -> Any:
-        return (lambda function: function) if model is None else model
+        return model if model is not None else lambda function: function
 
     return compile_nothing
 
@@ -192,26 +210,51 @@ def _get_rng_state(_original: Any) -> Any:
 def _set_rng_state(_original: Any) -> Any:
     def set_rng_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
         if graph_safe:
-            raise RuntimeError("cpu_backend: CUDA-graph-safe RNG states need a CUDA device")
+            raise RuntimeError("cpu_backend: CUDA graphs need CUDA; leave --cuda-graph-impl out")
         torch.default_generator.set_state(new_state)
 
     return set_rng_state
 
 
 def _manual_seed(_original: Any) -> Any:
-    # Not torch.manual_seed, which itself calls torch.cuda.manual_seed_all.
-    def manual_seed(seed: int) -> None:
-        torch.default_generator.manual_seed(seed)
-
-    return manual_seed
+    # torch.manual_seed would call torch.cuda.manual_seed_all in turn.
+    return lambda seed: torch.default_generator.manual_seed(seed)
 
 
-def _drop_one_warning(original: Any) -> Any:
-    def warning(message: str, *args: Any, **kwargs: Any) -> None:
-        if message != "CPU RNG state changed within GPU RNG context":
-            original(message, *args, **kwargs)
+def _keeping_rng_state(original: Any) -> Any:
+    def keeping_rng_state(*args: Any, **kwargs: Any) -> Any:
+        with torch.random.fork_rng(devices=()):
+            return original(*args, **kwargs)
 
-    return warning
+    return keeping_rng_state
+
+
+def _without_cuda_in_type_names(original: Any) -> Any:
+    """The same function with 'torch.FloatTensor' for 'torch.cuda.FloatTensor' among its constants.
+
+    A replaced ``Tensor.type`` would mislead torch.distributed, which reads it too, and be called for every gradient.
+    """
+
+    def renamed(constant: Any) -> Any:
+        if isinstance(constant, str):
+            return constant.replace("torch.cuda.", "torch.")
+        return tuple(map(renamed, constant)) if isinstance(constant, tuple) else constant
+
+    function = original.__func__ if isinstance(original, classmethod) else original
+    code = function.__code__
+    constants = tuple(map(renamed, code.co_consts))
+    if constants == code.co_consts:
+        raise RuntimeError(f"cpu_backend: {function.__qualname__} is not that of Megatron-Core 0.19.2")
+    copy = types.FunctionType(
+        code.replace(co_consts=constants),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    functools.update_wrapper(copy, function)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return classmethod(copy) if isinstance(original, classmethod) else copy
 
 
 def _all_gather_uneven(original: Any) -> Any:
@@ -222,11 +265,9 @@ def _all_gather_uneven(original: Any) -> Any:
         if len({part.shape for part in tensor_list}) == 1:
             return original(tensor_list, tensor, group, async_op)
         if async_op:
-            raise RuntimeError("cpu_backend: uneven all_gather is emulated for async_op=False only")
-        own_rank = torch.distributed.get_rank(group)
+            raise RuntimeError("cpu_backend: an all_gather of unequal shapes cannot be asynchronous on gloo")
+        tensor_list[torch.distributed.get_rank(group)].copy_(tensor)
         for rank, part in enumerate(tensor_list):
-            if rank == own_rank:
-                part.copy_(tensor)
             torch.distributed.broadcast(part, group=group, group_src=rank)
         return None
 
@@ -235,7 +276,7 @@ def _all_gather_uneven(original: Any) -> Any:
 
 def _numpy_if_asked(_original: Any) -> Any:
     def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+        return tensor.numpy().copy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     return maybe_move_tensor_to_cpu
 
@@ -248,120 +289,209 @@ def _use_shipped_helper(original: Any) -> Any:
     return compile_helpers
 
 
-def _without_cuda(original: Any) -> Any:
-    return functools.partial(original, allow_no_cuda=True)
+class GroupStepAdam(torch.optim.Optimizer):
+    """Adam that counts its steps on the parameter group, as the fused Adams of Transformer Engine and Apex do.
+
+    Without those two Megatron-Core 0.19.2 takes torch.optim.AdamW, whose step is a tensor per parameter. On load its
+    distributed optimizer gives ONE such tensor to all n parameters, and from then on each update advances it n times.
+    """
+
+    def __init__(self, params: Any, *, adam_w_mode: bool = True, capturable: bool = False, **defaults: Any) -> None:
+        if capturable:
+            raise ValueError("GroupStepAdam: CUDA graphs need CUDA; leave --optimizer-cuda-graph out")
+        super().__init__(params, defaults)  # lr, weight_decay, betas, eps
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update, operation by operation that of ``torch.optim.AdamW(foreach=False)``."""
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(param, param.grad, group)
+
+    def _update(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        state = self.state[param]
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key not in state:
+                state[key] = torch.zeros_like(param)
+        if self.adam_w_mode:
+            param.mul_(1 - group["lr"] * group["weight_decay"])
+        else:
+            grad = grad.add(param, alpha=group["weight_decay"])
+        state["exp_avg"].lerp_(grad, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = (state["exp_avg_sq"].sqrt() / (1 - beta2 ** group["step"]) ** 0.5).add_(group["eps"])
+        param.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / (1 - beta1 ** group["step"]))
 
 
-def _keeping_rng_state(original: Any) -> Any:
-    def keeping_rng_state(*args: Any, **kwargs: Any) -> Any:
-        with torch.random.fork_rng(devices=()):
-            return original(*args, **kwargs)
-
-    return keeping_rng_state
+# ---- what is replaced -------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Replacement:
+    """Attributes that get the same stand-in for the same reason."""
+
+    targets: tuple[str, ...]
+    make: Callable[[Any], Any]
+    reason: str
+    hides: str  # what a CPU run cannot show because of it
+    counted: bool = True
+
+
+def _under(prefix: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}.{name}" for name in names)
+
+
+_NO_DRIVER = "raises where there is no driver"
+_WAITS = "a missing wait or a race between streams: nothing here overtakes anything"
+_ONE_GENERATOR = "the CUDA generator whose states Megatron's tracker forks is here the CPU's default one"
+_TRACKER = "a mistake between CPU and CUDA generator: there is one"
+
+# In this order: torch first, so that Megatron is imported on top of it. Not here because they work without CUDA:
+# empty_cache, memory_allocated and its relatives (0), nvtx, reduce_scatter and coalesced collectives on gloo.
 REPLACEMENTS: tuple[Replacement, ...] = (
-    Replacement("torch.compile", _eager_compile, "jit_fuser compiles; eager is exact and starts at once", "graph breaks"),
-    Replacement("torch.cuda.device_count", _returning(1), "no device, no model-parallel groups", ""),
-    Replacement("torch.cuda.current_device", _returning(torch.device("cpu")), "used as device=", ""),
-    Replacement("torch.cuda.set_device", _returning(None), "raises without a driver", ""),
-    Replacement("torch.cuda.synchronize", _returning(None), "raises without a driver", "missing waits"),
-    Replacement("torch.cuda.Stream", _constant(_InertStream), "raises without a driver", "missing waits"),
-    Replacement("torch.cuda.Event", _constant(_InertEvent), "record raises without a driver", "missing waits"),
-    Replacement("torch.cuda.current_stream", _returning(_InertStream()), "raises", "missing waits"),
-    Replacement("torch.cuda.default_stream", _returning(_InertStream()), "raises", "missing waits"),
-    Replacement("torch.cuda.stream", _returning(contextlib.nullcontext()), "raises", "missing waits"),
-    Replacement("torch.cuda.memory_stats", _returning(defaultdict(int)), "empty", "memory"),
-    Replacement("torch.cuda.get_rng_state", _get_rng_state, "one generator", "tracker"),
-    Replacement("torch.cuda.random.get_rng_state", _get_rng_state, "one generator", "tracker"),
-    Replacement("torch.cuda.set_rng_state", _set_rng_state, "one generator", "tracker"),
-    Replacement("torch.cuda.manual_seed", _manual_seed, "one generator", "tracker"),
-    Replacement("torch.Tensor.cuda", _same_object, "stay", "aliasing"),
-    Replacement("torch.nn.Module.cuda", _same_object, "stay", ""),
-    *(
-        Replacement(f"torch.{name}", _factory_on_cpu, "device='cuda'", "")
-        for name in ("tensor", "zeros", "ones", "empty", "rand", "randn")
+    Replacement(
+        ("torch.compile",),
+        _eager_compile,
+        "Megatron's jit_fuser is torch.compile, which takes minutes of C++ compilation on a CPU",
+        "faults of the compiled functions and their rounding",
     ),
-    Replacement("torch.distributed.all_gather", _all_gather_uneven, "gloo wants equal shapes", ""),
-    Replacement("megatron.core.tensor_parallel.random._set_cuda_rng_state", _set_rng_state, "one generator", ""),
-    Replacement("megatron.core.datasets.utils.compile_helpers", _use_shipped_helper, "no Makefile", ""),
-    Replacement("megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu", _numpy_if_asked, "", ""),
-    Replacement("megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu", _numpy_if_asked, "", ""),
-    *(
-        Replacement(f"megatron.core.optimizer.{name}", _without_cuda_type_names, "", "")
-        for name in (
+    Replacement(
+        _under("torch.cuda", "device_count"),
+        _returning(1),
+        "without a device Megatron sets up no model-parallel groups and no RNG tracker",
+        "a wrong choice of device",
+    ),
+    Replacement(
+        _under("torch.cuda", "current_device"),
+        _returning(torch.device("cpu")),
+        f"{_NO_DRIVER}; Megatron passes the answer on as device=",
+        "a tensor on the wrong device",
+    ),
+    Replacement(_under("torch.cuda", "set_device"), _returning(None), _NO_DRIVER, "a wrong choice of device"),
+    Replacement(_under("torch.cuda", "synchronize"), _returning(None), _NO_DRIVER, _WAITS),
+    Replacement(_under("torch.cuda", "Stream"), _constant(InertStream), _NO_DRIVER, _WAITS),
+    Replacement(_under("torch.cuda", "Event"), _constant(InertEvent), _NO_DRIVER, f"{_WAITS}; GPU times"),
+    Replacement(
+        _under("torch.cuda", "current_stream", "default_stream"), _returning(InertStream()), _NO_DRIVER, _WAITS
+    ),
+    Replacement(_under("torch.cuda", "stream"), _returning(contextlib.nullcontext()), _NO_DRIVER, _WAITS),
+    Replacement(
+        _under("torch.cuda", "memory_stats"),
+        lambda _original: lambda device=None: defaultdict(int),
+        "--log-memory-to-tensorboard looks up keys that are missing without a device",
+        "every claim about memory: all statistics are 0",
+    ),
+    Replacement(
+        _under("torch.cuda", "get_device_properties"),
+        _returning(types.SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=0)),
+        f"{_NO_DRIVER}; validate_args asks for the architecture when TP > 1",
+        "choices by architecture, Blackwell's above all",
+    ),
+    Replacement(
+        _under("torch.cuda", "get_device_capability"),
+        _returning((0, 0)),
+        f"{_NO_DRIVER}; so --moe-grouped-gemm gets Megatron's own refusal",
+        "grouped GEMM",
+    ),
+    Replacement(
+        (*_under("torch.cuda", "get_rng_state"), *_under("torch.cuda.random", "get_rng_state")),
+        _get_rng_state,
+        _ONE_GENERATOR,
+        _TRACKER,
+    ),
+    Replacement(
+        (*_under("torch.cuda", "set_rng_state"), *_under("torch.cuda.random", "set_rng_state")),
+        _set_rng_state,
+        _ONE_GENERATOR,
+        _TRACKER,
+    ),
+    Replacement(_under("torch.cuda", "manual_seed"), _manual_seed, _ONE_GENERATOR, _TRACKER),
+    Replacement(
+        ("torch.Tensor.cuda", "torch.nn.Module.cuda"),
+        _returning_self,
+        _NO_DRIVER,
+        "a tensor that was never moved; that CUDA would have made a copy",
+    ),
+    Replacement(
+        _under("torch", "empty", "ones", "rand", "randn", "tensor", "zeros"),
+        _factory_on_cpu,
+        "the factories that Megatron calls with the literal device='cuda'",
+        "a tensor on the wrong device",
+        counted=False,
+    ),
+    Replacement(
+        ("torch.distributed.all_gather",),
+        _all_gather_uneven,
+        "gloo wants equal shapes, expert tensor parallelism gathers unequal ones; broadcasts stand in",
+        "the cost and the asynchrony of that collective",
+    ),
+    Replacement(
+        ("megatron.core.tensor_parallel.random._set_cuda_rng_state",),
+        _set_rng_state,
+        "it queues the change until CUDA is initialised, that is for ever",
+        _TRACKER,
+    ),
+    Replacement(
+        ("megatron.training.training.build_train_valid_test_data_iterators",),
+        _keeping_rng_state,
+        "data loaders draw a seed from the CPU generator, which on a GPU no dropout mask notices: resume would differ",
+        _TRACKER,
+    ),
+    Replacement(
+        _under(
+            "megatron.core.transformer.moe",
+            "moe_utils.maybe_move_tensor_to_cpu",
+            "token_dispatcher.maybe_move_tensor_to_cpu",
+        ),
+        _numpy_if_asked,
+        "it converts to numpy only what comes from a GPU; the dispatcher counts on numpy",
+        "use of the split sizes before their copy has arrived",
+    ),
+    Replacement(
+        _under(
+            "megatron.core.optimizer",
             "optimizer.clip_grad_by_total_norm_fp32",
             "optimizer.Float16OptimizerWithFloat16Params.__init__",
             "distrib_optimizer.DistributedOptimizer.__init__",
             "distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups",
-        )
+        ),
+        _without_cuda_in_type_names,
+        "they compare Tensor.type() with 'torch.cuda.FloatTensor' and the like",
+        "a parameter or gradient left on the CPU",
+        counted=False,
     ),
-    Replacement("megatron.core.optimizer.Adam", _constant(GroupStepAdam), "", ""),
-    Replacement("megatron.core.optimizer.USING_PYTORCH_OPTIMIZER", _constant(False), "", ""),
-    Replacement("megatron.core.optimizer.distrib_optimizer.Adam", _constant(GroupStepAdam), "", ""),
-    Replacement("megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE", _constant(True), "", ""),
-    Replacement("megatron.core.optimizer.distrib_optimizer.USING_APEX_OPTIMIZER", _constant(True), "", ""),
-    Replacement("megatron.training.training.build_train_valid_test_data_iterators", _keeping_rng_state, "", ""),
-    Replacement("megatron.training.training.initialize_megatron", _without_cuda, "asserts CUDA", ""),
+    Replacement(
+        _under("megatron.core.optimizer", "Adam", "distrib_optimizer.Adam"),
+        _constant(GroupStepAdam),
+        "resume is wrong with torch.optim.AdamW, see GroupStepAdam",
+        "faults and rounding of the fused Adam",
+    ),
+    Replacement(
+        _under("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER"),
+        _constant(False),
+        "true means torch.optim.AdamW, false means the Adam above",
+        "nothing: a GPU run has false as well",
+    ),
+    Replacement(
+        _under("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"),
+        _constant(True),
+        "the checkpoint code then reads the step from the parameter group, where GroupStepAdam keeps it",
+        "nothing: a GPU run reads it there as well",
+    ),
+    Replacement(
+        ("megatron.core.datasets.utils.compile_helpers",),
+        _use_shipped_helper,
+        "it runs make, and the wheel ships the built helper but no Makefile",
+        "nothing",
+    ),
+    Replacement(
+        ("megatron.training.training.initialize_megatron",),
+        lambda original: functools.partial(original, allow_no_cuda=True),
+        "it asserts that CUDA is available unless told otherwise",
+        "nothing",
+    ),
 )
-
-
-def is_installed() -> bool:
-    return bool(_undo_steps)
-
-
-def intercepted_calls() -> dict[str, int]:
-    """How often each replacement was called since the last reset."""
-    return dict(_calls)
-
-
-def reset_intercepted_calls() -> None:
-    _calls.clear()
-
-
-def install() -> None:
-    """Hides CUDA-only packages, imports Megatron and applies REPLACEMENTS; twice is the same as once."""
-    if torch.cuda.is_available():
-        raise RuntimeError("cpu_backend: CUDA is available here; run without cpu_backend.install()")
-    if is_installed():
-        return
-    _hide_packages()
-    for replacement in REPLACEMENTS:
-        _apply(replacement)
-
-
-def uninstall() -> None:
-    while _undo_steps:
-        _undo_steps.pop()()
-
-
-def _hide_packages() -> None:
-    for name in HIDDEN_PACKAGES:
-        previous = sys.modules.get(name, _ABSENT)
-        sys.modules[name] = None  # type: ignore[assignment]
-        if previous is _ABSENT:
-            _undo_steps.append(functools.partial(sys.modules.pop, name))
-        else:
-            _undo_steps.append(functools.partial(sys.modules.__setitem__, name, previous))
-
-
-def _apply(replacement: Replacement) -> None:
-    owner_name, _, attribute = replacement.target.rpartition(".")
-    owner = pkgutil.resolve_name(owner_name)
-    original = inspect.getattr_static(owner, attribute)
-    stand_in = replacement.make(original)
-    if inspect.isfunction(stand_in) and replacement.make not in (_factory_on_cpu, _without_cuda_type_names):
-        stand_in = _counted(stand_in, replacement.target)
-    if attribute in vars(owner):
-        _undo_steps.append(functools.partial(setattr, owner, attribute, original))
-    else:
-        _undo_steps.append(functools.partial(delattr, owner, attribute))
-    setattr(owner, attribute, stand_in)
-
-
-def _counted(function: Callable[..., Any], target: str) -> Callable[..., Any]:
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        _calls[target] += 1
-        return function(*args, **kwargs)
-
-    return counted

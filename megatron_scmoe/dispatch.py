@@ -59,8 +59,9 @@ def _unpack(payload: Tensor, columns: list[_Column]) -> tuple[Tensor, ...]:
     widths = [column.row_shape.numel() * column.dtype.itemsize for column in columns]
     parts = payload.split(widths, dim=1)
     return tuple(
-        # A slice of bytes has to be laid out anew before it can be read as a wider type.
-        part.contiguous().view(column.dtype).view(payload.shape[0], *column.row_shape)
+        # Bytes have to be laid out anew, aligned, before they can be read as a wider type. (``contiguous`` would not do
+        # it for a single row, which is contiguous wherever it begins.)
+        part.clone(memory_format=torch.contiguous_format).view(column.dtype).view(payload.shape[0], *column.row_shape)
         for part, column in zip(parts, columns, strict=True)
     )
 

@@ -13,6 +13,7 @@ Nothing here depends on pytest.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import faulthandler
 import importlib
@@ -56,6 +57,7 @@ _SERVER_ENV = {
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
+    "PYTHONUNBUFFERED": "1",  # a killed rank cannot flush
 }
 
 
@@ -163,18 +165,17 @@ def _work(connection: Connection, stack_path: str) -> None:
     """Worker: run jobs until the parent closes the connection."""
     os.setpgid(0, 0)  # killing the group also ends what a job started, e.g. data loader workers
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # do not outlive the fork server
-    stack_file = open(stack_path, "w")  # stays open as long as the worker lives
-    faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
+    stack_fd = os.open(stack_path, os.O_WRONLY)
+    faulthandler.register(signal.SIGUSR1, file=stack_fd, all_threads=True)
     try:
-        if _cuda_devices:
-            _import_megatron()
+        _reply(connection, _import_megatron if _cuda_devices else lambda: None)
         while True:
             job = pickle.loads(connection.recv_bytes())
             before = dict(os.environ), os.getcwd(), sys.argv[:]
             _redirect_output(Path(job.directory, f"output-{job.rank}"))
-            _reply(connection, lambda: _run_job(job))
+            _reply(connection, _run_job, job)
             connection.recv_bytes()  # every rank is done: tear down only now
-            _reply(connection, lambda: _tear_down(*before))
+            _reply(connection, _tear_down, *before)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)
     except BaseException:  # must never return into the fork server's loop
@@ -182,10 +183,11 @@ def _work(connection: Connection, stack_path: str) -> None:
         os._exit(1)
 
 
-def _reply(connection: Connection, step: Callable[[], Any]) -> None:
+def _reply(connection: Connection, step: Callable[..., Any], *args: Any) -> None:
     """Run one step and send its pickled result, or its traceback."""
+    reply: tuple[bool, bytes | str]
     try:
-        reply = True, _dump(step())
+        reply = True, _dump(step(*args))
     except BaseException:  # also SystemExit: Megatron calls sys.exit, the worker must report it
         reply = False, traceback.format_exc()
     sys.stdout.flush()
@@ -199,7 +201,6 @@ def _redirect_output(path: Path) -> None:
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
-    sys.stdout.reconfigure(line_buffering=True)  # a killed rank cannot flush
     faulthandler.enable()  # a crash in C++ leaves its Python stack in the output
 
 
@@ -208,9 +209,7 @@ def _run_job(job: _Job) -> Any:
     sys.path[:] = job.sys_path
     function = operator.attrgetter(job.qualname)(importlib.import_module(job.module))
     args, kwargs = _load(job.payload)
-    os.environ.update(
-        RANK=str(job.rank), LOCAL_RANK=str(job.rank), WORLD_SIZE=str(job.world_size)
-    )
+    os.environ.update(RANK=str(job.rank), LOCAL_RANK=str(job.rank), WORLD_SIZE=str(job.world_size))
     torch.set_num_threads(1)
     random.seed(job.seed)
     numpy.random.seed(job.seed)
@@ -332,15 +331,19 @@ class _Pool:
 
     def run(self, job: _Job) -> list[bytes]:
         """Run the job on ``job.world_size`` workers; they are killed unless all goes well."""
-        for worker in wait([worker.pidfd for worker in self._workers], 0.0):
-            self._reap(next(w for w in self._workers if w.pidfd == worker))  # died while idle
+        ended = wait([worker.pidfd for worker in self._workers], 0.0)
+        for worker in [worker for worker in self._workers if worker.pidfd in ended]:
+            self._reap(worker)  # it died while idle
+        first_new = len(self._workers)
         while len(self._workers) < job.world_size:
             self._fork()
-        workers = self._workers[: job.world_size]
+        workers = dict(enumerate(self._workers[: job.world_size]))
         directory = Path(tempfile.mkdtemp(prefix="job-", dir=self._directory))
         succeeded = False
         try:
-            jobs = [replace(job, rank=r, directory=str(directory)) for r in range(job.world_size)]
+            jobs = [replace(job, rank=rank, directory=str(directory)) for rank in workers]
+            new = {rank: worker for rank, worker in workers.items() if rank >= first_new}
+            self._collect(new, jobs[0], START_TIMEOUT_S, "starting the workers for")
             self._send(workers, [pickle.dumps(j) for j in jobs])
             results = self._collect(workers, jobs[0], job.timeout_s, "running")
             self._send(workers, [b""] * job.world_size)
@@ -348,7 +351,7 @@ class _Pool:
             succeeded = True
         finally:
             if not succeeded:
-                for worker in set(workers) & set(self._workers):
+                for worker in set(workers.values()) & set(self._workers):
                     self._reap(worker)
             shutil.rmtree(directory, ignore_errors=True)
         return results
@@ -357,6 +360,7 @@ class _Pool:
         """Add one worker."""
         self._forked += 1
         stack_path = self._directory / f"stack-{self._forked}"
+        stack_path.touch()
         connection, worker_end = Pipe()
         with worker_end:
             self._control.send({"op": "fork", "stack_path": str(stack_path)})
@@ -375,19 +379,16 @@ class _Pool:
         return exit_code
 
     @staticmethod
-    def _send(workers: Sequence[_Worker], messages: Sequence[bytes]) -> None:
-        for worker, message in zip(workers, messages, strict=True):
-            try:
+    def _send(workers: dict[int, _Worker], messages: Sequence[bytes]) -> None:
+        for worker, message in zip(workers.values(), messages, strict=True):
+            # If it just died, _collect sees and reports it.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 worker.connection.send_bytes(message)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # it just died, which _collect sees and reports
 
-    def _collect(
-        self, workers: Sequence[_Worker], job: _Job, timeout_s: float, doing: str
-    ) -> list[bytes]:
+    def _collect(self, workers: dict[int, _Worker], job: _Job, timeout_s: float, doing: str) -> list[bytes]:
         """Wait for the reply of every rank; raise if one fails, dies or is late."""
         deadline = time.monotonic() + timeout_s
-        pending = dict(enumerate(workers))
+        pending = dict(workers)
         replies: dict[int, bytes] = {}
         failures: dict[int, str] = {}  # in order of arrival: the first is the likely cause
         while pending:
@@ -411,14 +412,12 @@ class _Pool:
             if failures:
                 deadline = min(deadline, time.monotonic() + GRACE_S)
         if not pending and not failures:
-            return [replies[rank] for rank in range(job.world_size)]
+            return [replies[rank] for rank in workers]
         stuck = {rank: worker.stack() for rank, worker in pending.items()}
         raise _rank_error(job, doing, timeout_s, failures, stuck)
 
 
-def _rank_error(
-    job: _Job, doing: str, timeout_s: float, failures: dict[int, str], stuck: dict[int, str]
-) -> RankError:
+def _rank_error(job: _Job, doing: str, timeout_s: float, failures: dict[int, str], stuck: dict[int, str]) -> RankError:
     """Describe a failed job: every rank which failed or did not return, and what it printed."""
     # A death breaks the connections of the other ranks: their errors are consequences.
     failures = dict(sorted(failures.items(), key=lambda item: not item[1].startswith(_DIED)))
@@ -476,7 +475,7 @@ def run(
     module = fn.__module__
     if module == "__main__":  # a worker has another main module; it imports this one by its name
         main = sys.modules["__main__"]
-        module = main.__spec__.name if main.__spec__ else Path(main.__file__).stem
+        module = main.__spec__.name if main.__spec__ else Path(str(main.__file__)).stem
     job = _Job(
         module=module,
         qualname=fn.__qualname__,

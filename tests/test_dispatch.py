@@ -1,0 +1,167 @@
+"""The two halves of a collective: what arrives, what goes back, several in flight, and wrong orders."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+
+from megatron_scmoe.dispatch import Exchange, ExchangeOrderError
+
+
+def make_exchange(name: str = "test", *, blocking: bool = False) -> tuple[Exchange, torch.Tensor, torch.Tensor]:
+    """An uneven exchange: rank r sends r + destination rows to each destination.
+
+    Row i for destination d holds the value 100 r + 10 d + i in three columns, and 1 / that number as its weight.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    send_rows = [rank + destination for destination in range(size)]
+    values = [100.0 * rank + 10 * d + i + 1 for d in range(size) for i in range(send_rows[d])]
+    rows = torch.tensor(values).unsqueeze(1).expand(-1, 3).contiguous()
+    weights = 1.0 / torch.tensor(values, dtype=torch.float64)
+    exchange = Exchange(
+        name=name,
+        group=dist.group.WORLD,
+        send_rows=send_rows,
+        receive_rows=send_rows,  # rank + source is symmetrical
+        blocking=blocking,
+    )
+    return exchange, rows.requires_grad_(), weights.requires_grad_()
+
+
+def expected_rows(rank: int, size: int) -> list[float]:
+    return [100.0 * source + 10 * rank + i + 1 for source in range(size) for i in range(source + rank)]
+
+
+def there_and_back(blocking: bool) -> dict[str, object]:
+    exchange, rows, weights = make_exchange(blocking=blocking)
+    received, received_weights = exchange.finish(exchange.start(rows, weights))
+    rank = dist.get_rank()
+    # The gradient of a row is what its receiver makes of it: its rank + 1, and 10 times that for the weight.
+    loss = (received * (rank + 1)).sum() + (received_weights * 10 * (rank + 1)).sum()
+    loss.backward()
+    return {
+        "rows": received[:, 0].tolist(),
+        "weights": received_weights.tolist(),
+        "dtypes": (received.dtype, received_weights.dtype),
+        "row_grads": rows.grad[:, 1].tolist(),
+        "weight_grads": weights.grad.tolist(),
+    }
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_rows_arrive_and_gradients_return(size, blocking):
+    for rank, result in enumerate(ranks.run(there_and_back, size, blocking)):
+        rows = expected_rows(rank, size)
+        assert result["rows"] == rows
+        assert result["weights"] == [1.0 / row for row in rows]
+        assert result["dtypes"] == (torch.float32, torch.float64)
+        receivers = [destination for destination in range(size) for _ in range(rank + destination)]
+        assert result["row_grads"] == [destination + 1.0 for destination in receivers]
+        assert result["weight_grads"] == [10.0 * (destination + 1) for destination in receivers]
+
+
+def one_collective_carries_both() -> int:
+    """Tokens and weights travel in one payload; count what is launched."""
+    launched = []
+    original = dist.all_to_all_single
+    dist.all_to_all_single = lambda *args, **kwargs: launched.append(args) or original(*args, **kwargs)
+    try:
+        exchange, rows, weights = make_exchange()
+        sum(tensor.sum() for tensor in exchange.finish(exchange.start(rows, weights))).backward()
+    finally:
+        dist.all_to_all_single = original
+    return len(launched)
+
+
+def test_tokens_and_weights_are_one_payload():
+    assert ranks.run(one_collective_carries_both, 2) == [2, 2]  # one forward, one backward
+
+
+def interleaved(order: tuple[str, ...]) -> dict[str, object]:
+    """Two exchanges in flight, their halves in the given order; every dense op between is a scaling of ``x``."""
+    exchanges = {name: make_exchange(name) for name in "ab"}
+    tokens, received = {}, {}
+    for step in order:
+        name = step[1]
+        exchange, rows, weights = exchanges[name]
+        if step[0] == "S":
+            tokens[name] = exchange.start(rows, weights)
+        else:
+            received[name] = exchange.finish(tokens[name])
+    rank = dist.get_rank()
+    scale = {"a": 1.0, "b": 7.0}
+    sum(scale[name] * (rank + 1) * received[name][0].sum() for name in order and "ab").backward()
+    return {name: (received[name][0][:, 0].tolist(), exchanges[name][1].grad[:, 0].tolist()) for name in "ab"}
+
+
+ORDERS = [
+    order
+    for order in itertools.permutations(("Sa", "Sb", "Fa", "Fb"))
+    if order.index("Sa") < order.index("Fa") and order.index("Sb") < order.index("Fb")
+]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+def test_two_in_flight_in_any_order(order):
+    for rank, result in enumerate(ranks.run(interleaved, 2, order)):
+        receivers = [destination for destination in range(2) for _ in range(rank + destination)]
+        for name, scale in (("a", 1.0), ("b", 7.0)):
+            rows, gradients = result[name]
+            assert rows == expected_rows(rank, 2)
+            assert gradients == [scale * (destination + 1) for destination in receivers]
+
+
+def wrong_order(how: str) -> str:
+    exchange, rows, weights = make_exchange("dispatch")
+    try:
+        if how == "finish first":
+            exchange.finish(torch.empty(0, requires_grad=True))
+        token = exchange.start(rows, weights)
+        if how == "start twice":
+            exchange.start(rows, weights)
+        received = exchange.finish(token)
+        if how == "finish twice":
+            exchange.finish(token)
+        loss = sum(tensor.sum() for tensor in received)
+        loss.backward(retain_graph=True)
+        if how == "backward twice":
+            loss.backward()
+    except ExchangeOrderError as error:
+        dist.barrier()
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("how", ["finish first", "start twice", "finish twice", "backward twice"])
+def test_wrong_order_is_an_error(how):
+    for message in ranks.run(wrong_order, 2, how):
+        assert message.startswith("dispatch (")
+        assert "start and finish belong in this order, once each" in message
+
+
+def test_right_order_is_no_error():
+    assert ranks.run(wrong_order, 2, "right") == ["no error"] * 2
+
+
+def bytes_of_types(dtype: torch.dtype) -> list[float]:
+    """bfloat16 rows of odd width beside float32 weights: nothing is aligned."""
+    rank = dist.get_rank()
+    rows = (torch.arange(6).view(2, 3) + 10 * rank).to(dtype)
+    weights = torch.tensor([0.1, 0.2]) + rank
+    exchange = Exchange(name="x", group=dist.group.WORLD, send_rows=None, receive_rows=None, blocking=False)
+    received, received_weights = exchange.finish(exchange.start(rows, weights))
+    return [*received.float().flatten().tolist(), *received_weights.tolist()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_packing_keeps_every_bit(dtype):
+    first, second = ranks.run(bytes_of_types, 2, dtype)
+    assert first[:6] == [0, 1, 2, 10, 11, 12]
+    assert second[:6] == [3, 4, 5, 13, 14, 15]
+    assert first[6:] == torch.tensor([0.1, 1.1]).tolist()
+    assert second[6:] == torch.tensor([0.2, 1.2]).tolist()
