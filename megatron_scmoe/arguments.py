@@ -10,6 +10,7 @@ import enum
 import os
 import sys
 import time
+import traceback
 import typing
 from argparse import ArgumentParser, Namespace
 from typing import Any, NoReturn
@@ -142,9 +143,9 @@ def _validate_megatron_args(args: Namespace) -> None:
     try:
         validate_args(args)
     except (AssertionError, ValueError) as error:
-        if not str(error):
-            raise
-        raise ConfigError(f"Megatron's own rule: {error}") from error
+        # Many of its rules are bare asserts: then the asserted line is all there is to say.
+        rule = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ConfigError(f"Megatron's own rule: {rule}") from error
 
 
 def _plain(value: Any) -> Any:

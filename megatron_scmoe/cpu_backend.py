@@ -1,11 +1,11 @@
 """Runs the unmodified ``megatron.training.pretrain`` on gloo ranks of a machine without a GPU.
 
 Megatron-Core 0.19.2 calls CUDA at a few dozen fixed places. ``REPLACEMENTS`` names each attribute that is set instead,
-why, and what a CPU run can therefore NOT show. ``install`` sets them all, ``uninstall`` restores them all, importing this
-module does nothing. Only entry points and tests call ``install``, and where CUDA exists it refuses.
+why, and what a CPU run can therefore NOT show. ``install`` sets them all, ``uninstall`` restores them all, importing
+this module does nothing. Only entry points and tests call ``install``, and where CUDA exists it refuses.
 
-No hook sees every operation. A step of one micro-batch through two blocks, one of them MoE with EP=2, makes 47
-intercepted calls (53 when it also logs); each further micro-batch adds about 32. The thousands of other operations of a
+No hook sees every operation. A step of one micro-batch through two blocks, one of them MoE with EP=2, makes 49
+intercepted calls (53 when it also logs); each further micro-batch adds 32. The thousands of other operations of a
 step run as they would without this module.
 """
 
@@ -65,7 +65,7 @@ def install() -> None:
             # Its fused functions went through torch.compile already; this makes those run eagerly too.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for replacement in REPLACEMENTS:
-            for target in replacement.targets:
+            for target in replacement.targets():
                 _apply(target, replacement, stack)
         _silence_shared_generator(stack)
         if torch.cuda.is_available():
@@ -141,43 +141,35 @@ def _returning(value: Any) -> Callable[[Any], Any]:
     return lambda _original: lambda *_args, **_kwargs: value
 
 
-class InertStream:
+class _InertStream:
     """A ``torch.cuda.Stream``: CPU operations are finished when they return, so there is nothing to wait for."""
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         _calls["torch.cuda.Stream"] += 1
 
-    def wait_stream(self, _stream: Any) -> None:
-        """Nothing can be pending."""
+    def wait_stream(self, _stream: Any) -> None: ...
 
-    def wait_event(self, _event: Any) -> None:
-        """Nothing can be pending."""
+    def wait_event(self, _event: Any) -> None: ...
 
-    def synchronize(self) -> None:
-        """Nothing can be pending."""
+    def synchronize(self) -> None: ...
 
-    def record_event(self, event: InertEvent | None = None) -> InertEvent:
-        """The event given, or a new one."""
-        return event or InertEvent()
+    def record_event(self, event: _InertEvent | None = None) -> _InertEvent:
+        return event or _InertEvent()
 
 
-class InertEvent:
+class _InertEvent:
     """A ``torch.cuda.Event``. It has no ``elapsed_time``: any number it gave would be a false measurement."""
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         _calls["torch.cuda.Event"] += 1
 
-    def record(self, _stream: Any = None) -> None:
-        """Nothing can be pending."""
+    def record(self, _stream: Any = None) -> None: ...
 
-    def wait(self, _stream: Any = None) -> None:
-        """Nothing can be pending."""
+    def wait(self, _stream: Any = None) -> None: ...
 
-    def synchronize(self) -> None:
-        """Nothing can be pending."""
+    def synchronize(self) -> None: ...
 
     def query(self) -> bool:
-        """Nothing can be pending."""
         return True
 
 
@@ -217,8 +209,10 @@ def _set_rng_state(_original: Any) -> Any:
 
 
 def _manual_seed(_original: Any) -> Any:
-    # torch.manual_seed would call torch.cuda.manual_seed_all in turn.
-    return lambda seed: torch.default_generator.manual_seed(seed)
+    def manual_seed(seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+    return manual_seed
 
 
 def _keeping_rng_state(original: Any) -> Any:
@@ -289,6 +283,10 @@ def _use_shipped_helper(original: Any) -> Any:
     return compile_helpers
 
 
+def _without_cuda_check(original: Any) -> Any:
+    return functools.partial(original, allow_no_cuda=True)
+
+
 class GroupStepAdam(torch.optim.Optimizer):
     """Adam that counts its steps on the parameter group, as the fused Adams of Transformer Engine and Apex do.
 
@@ -332,166 +330,88 @@ class GroupStepAdam(torch.optim.Optimizer):
 
 @dataclass(frozen=True)
 class Replacement:
-    """Attributes that get the same stand-in for the same reason."""
+    """Attributes of one owner that get the same stand-in for the same reason."""
 
-    targets: tuple[str, ...]
+    owner: str
+    names: str  # separated by blanks
     make: Callable[[Any], Any]
     reason: str
     hides: str  # what a CPU run cannot show because of it
     counted: bool = True
 
-
-def _under(prefix: str, *names: str) -> tuple[str, ...]:
-    return tuple(f"{prefix}.{name}" for name in names)
+    def targets(self) -> list[str]:
+        """The full dotted names."""
+        return [f"{self.owner}.{name}" for name in self.names.split()]
 
 
 _NO_DRIVER = "raises where there is no driver"
+_DEVICE = "a wrong device"
 _WAITS = "a missing wait or a race between streams: nothing here overtakes anything"
-_ONE_GENERATOR = "the CUDA generator whose states Megatron's tracker forks is here the CPU's default one"
-_TRACKER = "a mistake between CPU and CUDA generator: there is one"
+_GENERATOR = "the CUDA generator whose states Megatron's tracker forks is here the CPU's default one"
+_TRACKER = "a mix-up of CPU and CUDA generator: there is one"
+_OPTIMIZER = "megatron.core.optimizer"
+_MOE = "megatron.core.transformer.moe"
+_TYPE_READERS = (
+    "optimizer.clip_grad_by_total_norm_fp32 optimizer.Float16OptimizerWithFloat16Params.__init__ "
+    "distrib_optimizer.DistributedOptimizer.__init__ "
+    "distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups"
+)
+_NO_DEVICE_PROPERTIES = types.SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=0)
 
 # In this order: torch first, so that Megatron is imported on top of it. Not here because they work without CUDA:
 # empty_cache, memory_allocated and its relatives (0), nvtx, reduce_scatter and coalesced collectives on gloo.
+# fmt: off
 REPLACEMENTS: tuple[Replacement, ...] = (
-    Replacement(
-        ("torch.compile",),
-        _eager_compile,
-        "Megatron's jit_fuser is torch.compile, which takes minutes of C++ compilation on a CPU",
-        "faults of the compiled functions and their rounding",
-    ),
-    Replacement(
-        _under("torch.cuda", "device_count"),
-        _returning(1),
-        "without a device Megatron sets up no model-parallel groups and no RNG tracker",
-        "a wrong choice of device",
-    ),
-    Replacement(
-        _under("torch.cuda", "current_device"),
-        _returning(torch.device("cpu")),
-        f"{_NO_DRIVER}; Megatron passes the answer on as device=",
-        "a tensor on the wrong device",
-    ),
-    Replacement(_under("torch.cuda", "set_device"), _returning(None), _NO_DRIVER, "a wrong choice of device"),
-    Replacement(_under("torch.cuda", "synchronize"), _returning(None), _NO_DRIVER, _WAITS),
-    Replacement(_under("torch.cuda", "Stream"), _constant(InertStream), _NO_DRIVER, _WAITS),
-    Replacement(_under("torch.cuda", "Event"), _constant(InertEvent), _NO_DRIVER, f"{_WAITS}; GPU times"),
-    Replacement(
-        _under("torch.cuda", "current_stream", "default_stream"), _returning(InertStream()), _NO_DRIVER, _WAITS
-    ),
-    Replacement(_under("torch.cuda", "stream"), _returning(contextlib.nullcontext()), _NO_DRIVER, _WAITS),
-    Replacement(
-        _under("torch.cuda", "memory_stats"),
-        lambda _original: lambda device=None: defaultdict(int),
-        "--log-memory-to-tensorboard looks up keys that are missing without a device",
-        "every claim about memory: all statistics are 0",
-    ),
-    Replacement(
-        _under("torch.cuda", "get_device_properties"),
-        _returning(types.SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=0)),
-        f"{_NO_DRIVER}; validate_args asks for the architecture when TP > 1",
-        "choices by architecture, Blackwell's above all",
-    ),
-    Replacement(
-        _under("torch.cuda", "get_device_capability"),
-        _returning((0, 0)),
-        f"{_NO_DRIVER}; so --moe-grouped-gemm gets Megatron's own refusal",
-        "grouped GEMM",
-    ),
-    Replacement(
-        (*_under("torch.cuda", "get_rng_state"), *_under("torch.cuda.random", "get_rng_state")),
-        _get_rng_state,
-        _ONE_GENERATOR,
-        _TRACKER,
-    ),
-    Replacement(
-        (*_under("torch.cuda", "set_rng_state"), *_under("torch.cuda.random", "set_rng_state")),
-        _set_rng_state,
-        _ONE_GENERATOR,
-        _TRACKER,
-    ),
-    Replacement(_under("torch.cuda", "manual_seed"), _manual_seed, _ONE_GENERATOR, _TRACKER),
-    Replacement(
-        ("torch.Tensor.cuda", "torch.nn.Module.cuda"),
-        _returning_self,
-        _NO_DRIVER,
-        "a tensor that was never moved; that CUDA would have made a copy",
-    ),
-    Replacement(
-        _under("torch", "empty", "ones", "rand", "randn", "tensor", "zeros"),
-        _factory_on_cpu,
-        "the factories that Megatron calls with the literal device='cuda'",
-        "a tensor on the wrong device",
-        counted=False,
-    ),
-    Replacement(
-        ("torch.distributed.all_gather",),
-        _all_gather_uneven,
-        "gloo wants equal shapes, expert tensor parallelism gathers unequal ones; broadcasts stand in",
-        "the cost and the asynchrony of that collective",
-    ),
-    Replacement(
-        ("megatron.core.tensor_parallel.random._set_cuda_rng_state",),
-        _set_rng_state,
-        "it queues the change until CUDA is initialised, that is for ever",
-        _TRACKER,
-    ),
-    Replacement(
-        ("megatron.training.training.build_train_valid_test_data_iterators",),
-        _keeping_rng_state,
-        "data loaders draw a seed from the CPU generator, which on a GPU no dropout mask notices: resume would differ",
-        _TRACKER,
-    ),
-    Replacement(
-        _under(
-            "megatron.core.transformer.moe",
-            "moe_utils.maybe_move_tensor_to_cpu",
-            "token_dispatcher.maybe_move_tensor_to_cpu",
-        ),
-        _numpy_if_asked,
-        "it converts to numpy only what comes from a GPU; the dispatcher counts on numpy",
-        "use of the split sizes before their copy has arrived",
-    ),
-    Replacement(
-        _under(
-            "megatron.core.optimizer",
-            "optimizer.clip_grad_by_total_norm_fp32",
-            "optimizer.Float16OptimizerWithFloat16Params.__init__",
-            "distrib_optimizer.DistributedOptimizer.__init__",
-            "distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups",
-        ),
-        _without_cuda_in_type_names,
-        "they compare Tensor.type() with 'torch.cuda.FloatTensor' and the like",
-        "a parameter or gradient left on the CPU",
-        counted=False,
-    ),
-    Replacement(
-        _under("megatron.core.optimizer", "Adam", "distrib_optimizer.Adam"),
-        _constant(GroupStepAdam),
-        "resume is wrong with torch.optim.AdamW, see GroupStepAdam",
-        "faults and rounding of the fused Adam",
-    ),
-    Replacement(
-        _under("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER"),
-        _constant(False),
-        "true means torch.optim.AdamW, false means the Adam above",
-        "nothing: a GPU run has false as well",
-    ),
-    Replacement(
-        _under("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"),
-        _constant(True),
-        "the checkpoint code then reads the step from the parameter group, where GroupStepAdam keeps it",
-        "nothing: a GPU run reads it there as well",
-    ),
-    Replacement(
-        ("megatron.core.datasets.utils.compile_helpers",),
-        _use_shipped_helper,
-        "it runs make, and the wheel ships the built helper but no Makefile",
-        "nothing",
-    ),
-    Replacement(
-        ("megatron.training.training.initialize_megatron",),
-        lambda original: functools.partial(original, allow_no_cuda=True),
-        "it asserts that CUDA is available unless told otherwise",
-        "nothing",
-    ),
+    Replacement("torch", "compile", _eager_compile,
+                "Megatron's jit_fuser is torch.compile, which would start a C++ compiler at run time",
+                "faults of the compiled functions and their rounding"),
+    Replacement("torch", "empty ones rand randn tensor zeros", _factory_on_cpu,
+                "Megatron calls these factories with the literal device='cuda'", _DEVICE, counted=False),
+    Replacement("torch.Tensor", "cuda", _returning_self, _NO_DRIVER, f"{_DEVICE}; that CUDA would have made a copy"),
+    Replacement("torch.nn.Module", "cuda", _returning_self, _NO_DRIVER, _DEVICE),
+    Replacement("torch.distributed", "all_gather", _all_gather_uneven,
+                "gloo wants equal shapes, expert tensor parallelism gathers unequal ones: broadcasts stand in",
+                "the cost of that collective"),
+    Replacement("torch.cuda", "device_count", _returning(1),
+                "without a device Megatron sets up no model-parallel groups and no RNG tracker", _DEVICE),
+    Replacement("torch.cuda", "current_device", _returning(torch.device("cpu")),
+                f"{_NO_DRIVER}; Megatron passes the answer on as device=", _DEVICE),
+    Replacement("torch.cuda", "set_device", _returning(None), _NO_DRIVER, _DEVICE),
+    Replacement("torch.cuda", "synchronize", _returning(None), _NO_DRIVER, _WAITS),
+    Replacement("torch.cuda", "Stream", _constant(_InertStream), _NO_DRIVER, _WAITS),
+    Replacement("torch.cuda", "Event", _constant(_InertEvent), _NO_DRIVER, f"{_WAITS}; GPU times"),
+    Replacement("torch.cuda", "current_stream default_stream", _returning(_InertStream()), _NO_DRIVER, _WAITS),
+    Replacement("torch.cuda", "stream", _returning(contextlib.nullcontext()), _NO_DRIVER, _WAITS),
+    Replacement("torch.cuda", "memory_stats", lambda _original: lambda device=None: defaultdict(int),
+                "--log-memory-to-tensorboard looks up keys that are missing without a device",
+                "every claim about memory: all statistics are 0"),
+    Replacement("torch.cuda", "get_device_properties", _returning(_NO_DEVICE_PROPERTIES),
+                f"{_NO_DRIVER}; validate_args asks for the architecture when TP > 1", "choices made by architecture"),
+    Replacement("torch.cuda", "get_device_capability", _returning((0, 0)),
+                f"{_NO_DRIVER}; with (0, 0) --moe-grouped-gemm gets Megatron's own refusal", "grouped GEMM"),
+    Replacement("torch.cuda", "get_rng_state random.get_rng_state", _get_rng_state, _GENERATOR, _TRACKER),
+    Replacement("torch.cuda", "set_rng_state random.set_rng_state", _set_rng_state, _GENERATOR, _TRACKER),
+    Replacement("torch.cuda", "manual_seed", _manual_seed, _GENERATOR, _TRACKER),
+    Replacement("megatron.core.tensor_parallel.random", "_set_cuda_rng_state", _set_rng_state,
+                "it queues the change until CUDA is initialised, that is for ever", _TRACKER),
+    Replacement("megatron.training.training", "build_train_valid_test_data_iterators", _keeping_rng_state,
+                "loaders draw a seed from the CPU generator, which dropout on a GPU never notices: resume would differ",
+                _TRACKER),
+    Replacement(_MOE, "moe_utils.maybe_move_tensor_to_cpu token_dispatcher.maybe_move_tensor_to_cpu", _numpy_if_asked,
+                "it converts to numpy only what comes from a GPU, and the dispatcher counts on numpy",
+                "use of the split sizes before their copy has arrived"),
+    Replacement(_OPTIMIZER, _TYPE_READERS, _without_cuda_in_type_names,
+                "they compare Tensor.type() with 'torch.cuda.FloatTensor' and the like", _DEVICE, counted=False),
+    Replacement(_OPTIMIZER, "Adam distrib_optimizer.Adam", _constant(GroupStepAdam),
+                "resume is wrong with torch.optim.AdamW, see GroupStepAdam", "faults and rounding of the fused Adam"),
+    Replacement(_OPTIMIZER, "USING_PYTORCH_OPTIMIZER", _constant(False),
+                "true means torch.optim.AdamW, false means the Adam above", "nothing: false on a GPU as well"),
+    Replacement(_OPTIMIZER, "distrib_optimizer.HAVE_APEX_OR_TE distrib_optimizer.USING_APEX_OPTIMIZER", _constant(True),
+                "checkpoint code then reads the step from the parameter group, where GroupStepAdam keeps it",
+                "nothing: it is read there on a GPU as well"),
+    Replacement("megatron.core.datasets.utils", "compile_helpers", _use_shipped_helper,
+                "it runs make, and the wheel ships the built helper but no Makefile", "nothing"),
+    Replacement("megatron.training.training", "initialize_megatron", _without_cuda_check,
+                "it asserts that CUDA is available unless told otherwise", "nothing"),
 )
+# fmt: on

@@ -357,14 +357,17 @@ def test_killed_run_leaves_nothing_finished_and_can_be_repeated(corpus, built, t
     children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     assert children
     process.kill()
-    process.communicate()
+    process.wait()  # communicate() would wait for workers that survive
     assert not (tmp_path / "o").exists()
     assert list(tmp_path.glob(".o.partial-*"))  # it really was in the middle
     for _ in range(500):
         if not any(map(running, children)):
             break
         time.sleep(0.01)
-    assert not any(map(running, children)), "workers outlived the run"
+    orphans = [pid for pid in children if running(pid)]
+    for pid in orphans:
+        os.kill(pid, signal.SIGKILL)
+    assert not orphans, "workers outlived the run"
     assert tool.main(list(map(str, request))) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
     assert tree_sha256(tmp_path / "o")["text_document.bin"] == tree_sha256(built)["text_document.bin"]
@@ -386,10 +389,10 @@ def test_folder_of_an_interrupted_overwrite_comes_back(tmp_path):
     dead.wait()
     output = tmp_path / "o"
     for kind, pid in (("replaced", dead.pid), ("partial", dead.pid), ("partial", os.getpid())):
-        path = Path(tool._beside(str(output), kind) + str(pid))
+        path = tool._beside(output, kind, pid)
         path.mkdir()
         (path / "content").write_text(kind)
-    tool.remove_stale(str(output))
+    tool.remove_stale(output)
     assert (output / "content").read_text() == "replaced"
     assert [path.name.split(".")[2].split("-")[0] for path in tmp_path.glob(".o.*")] == ["partial"]  # ours is alive
 

@@ -6,6 +6,7 @@ Nothing is written before the scan has passed. All output goes to a hidden folde
 its own name by one rename, so a killed run leaves nothing that looks finished. Only the standard library is imported
 at the top: --help and refusals stay fast, and the spawned workers never load torch.
 """
+# ruff: noqa: PLC0415 - the late imports are the reason why --help takes a tenth of a second
 
 from __future__ import annotations
 
@@ -34,6 +35,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 FORMAT_VERSION = 1
@@ -73,7 +75,7 @@ class Source:
     """One input file. `name` is how reports and the manifest call it; `problem` is why it cannot even be opened."""
 
     name: str
-    path: str
+    path: Path
     num_bytes: int = 0
     mtime_ns: int = 0
     problem: str | None = None
@@ -95,7 +97,7 @@ class Job:
 
     sources: list[Source]
     json_key: str
-    folder: str = ""
+    folder: Path = Path()
     sha256s: tuple[str, ...] = ()
 
 
@@ -105,8 +107,9 @@ _worker_job: Job  # set once in each worker process by _start_worker
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def shown(name: str) -> str:
-    """Return `name` such that it stays on one line and can be printed anywhere."""
+def shown(path: Path | str) -> str:
+    """Return `path` such that it stays on one line and can be printed anywhere."""
+    name = str(path)
     return name if name.isprintable() and name.isascii() else ascii(name)
 
 
@@ -144,12 +147,11 @@ def iter_documents(source: Source, json_key: str, digest: Any, bad_lines: list[t
     Blank lines of a JSONL file are no records and no error. The line number of a text file is 0.
     """
     is_jsonl = source.name.lower().endswith((".jsonl", ".json"))
-    with open(source.path, "rb") as file:
+    with source.path.open("rb") as file:
         records = enumerate(file, 1) if is_jsonl else [(0, file.read())]
-        for line, raw in records:
-            digest.update(raw)
-            if is_jsonl and line == 1:
-                raw = raw.removeprefix(codecs.BOM_UTF8)
+        for line, read in records:
+            digest.update(read)
+            raw = read.removeprefix(codecs.BOM_UTF8) if is_jsonl and line == 1 else read
             if is_jsonl and not raw.strip():
                 continue
             try:
@@ -160,9 +162,9 @@ def iter_documents(source: Source, json_key: str, digest: Any, bad_lines: list[t
                 yield text
 
 
-def _make_source(name: str, path: str) -> Source:
+def _make_source(name: str, path: Path) -> Source:
     try:
-        info = os.stat(path)
+        info = path.stat()
     except OSError as exc:
         return Source(name, path, problem=f"cannot be read ({exc.strerror})")
     problem = None if stat.S_ISREG(info.st_mode) else "cannot be read (not a regular file)"  # opening a FIFO blocks
@@ -172,15 +174,15 @@ def _make_source(name: str, path: str) -> Source:
 def _walk(word: str, suffixes: tuple[str, ...]) -> list[Source]:
     """Return the files of the folder `word`, or of the standard library, sorted by name."""
     is_stdlib = word == "stdlib"
-    root = sysconfig.get_paths()["stdlib"] if is_stdlib else word
+    root = Path(sysconfig.get_paths()["stdlib"] if is_stdlib else word)
     suffixes, skipped = ((".py",), SKIPPED_FOLDERS + STDLIB_TESTS) if is_stdlib else (suffixes, SKIPPED_FOLDERS)
     found: list[Source] = []
     errors: list[OSError] = []
-    for folder, folders, files in os.walk(root, onerror=errors.append):  # links to folders are not followed: no loops
+    for folder, folders, files in root.walk(on_error=errors.append):  # links to folders are not followed: no loops
         folders[:] = [f for f in folders if f not in skipped and not f.startswith(".")]
-        for path in (os.path.join(folder, f) for f in files if f.lower().endswith(suffixes)):
-            found.append(_make_source(os.path.join(word, os.path.relpath(path, root)), path))
-    found += [Source(e.filename, e.filename, problem=f"cannot be read ({e.strerror})") for e in errors]
+        for path in (folder / f for f in files if f.lower().endswith(suffixes)):
+            found.append(_make_source(str(Path(word) / path.relative_to(root)), path))
+    found += [Source(e.filename, Path(e.filename), problem=f"cannot be read ({e.strerror})") for e in errors]
     if is_stdlib:  # empty __init__.py files are normal there
         found = [source for source in found if source.num_bytes > 0]
     if not found:
@@ -191,16 +193,15 @@ def _walk(word: str, suffixes: tuple[str, ...]) -> list[Source]:
 def list_sources(words: list[str], suffixes: tuple[str, ...]) -> list[Source]:
     """Return every file that the --input words name, each once, in the order of the words. Raises UserError."""
     sources: list[Source] = []
-    first_names: dict[str, str] = {}
+    first_names: dict[Path, str] = {}
     for word in words:
-        listed = _walk(word, suffixes) if word == "stdlib" or os.path.isdir(word) else [_make_source(word, word)]
+        path = Path(word)
+        listed = _walk(word, suffixes) if word == "stdlib" or path.is_dir() else [_make_source(word, path)]
         for source in listed:
-            path = os.path.realpath(source.path)
-            if path in first_names:
-                problem = f"the same file as {shown(first_names[path])}; name it once"
-                source = replace(source, problem=source.problem or problem)
-            first_names.setdefault(path, source.name)
-            sources.append(source)
+            first = first_names.get(real := Path(os.path.realpath(source.path)))  # resolve() raises on a link loop
+            first_names.setdefault(real, source.name)
+            twice = None if first is None else f"the same file as {shown(first)}; name it once"
+            sources.append(replace(source, problem=source.problem or twice))
     return sources
 
 
@@ -208,7 +209,7 @@ def list_sources(words: list[str], suffixes: tuple[str, ...]) -> list[Source]:
 
 
 def _start_worker(job: Job) -> None:
-    global _worker_job
+    global _worker_job  # noqa: PLW0603 - the one thing that a process pool can give its workers ahead
     _worker_job = job
     # A killed parent cannot tell its workers to stop, and they would wait for tasks for ever.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -288,9 +289,8 @@ def train_tokenizer(vocab_size: int, model_type: str, max_chars: int) -> None:
         )
     except RuntimeError as exc:
         reason = str(exc).rpartition("] ")[2] or "no usable line"
-        raise UserError(f"--vocab-size {vocab_size} does not suit the text ({reason}); change it or give more text")
-    with open(os.path.join(_worker_job.folder, MODEL), "wb") as file:
-        file.write(_keep_u2581(model.getvalue()))
+        raise UserError(f"--vocab-size {vocab_size} does not suit the text ({reason}); change it or give more text") from exc
+    (_worker_job.folder / MODEL).write_bytes(_keep_u2581(model.getvalue()))
 
 
 def _keep_u2581(model: bytes) -> bytes:
@@ -309,10 +309,10 @@ def _keep_u2581(model: bytes) -> bytes:
 
 
 @functools.cache
-def _load_tokenizer(path: str) -> Any:
+def _load_tokenizer(path: Path) -> Any:
     import sentencepiece
 
-    return sentencepiece.SentencePieceProcessor(model_file=path)
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
 def encode_range(start: int, stop: int) -> tuple[list[int], list[tuple[int, int]]]:
@@ -324,10 +324,10 @@ def encode_range(start: int, stop: int) -> tuple[list[int], list[tuple[int, int]
     import numpy
 
     job, lengths, per_source = _worker_job, [], []
-    tokenizer = _load_tokenizer(os.path.join(job.folder, MODEL))
+    tokenizer = _load_tokenizer(job.folder / MODEL)
     eod = tokenizer.eos_id()
-    with open(shard_path(job.folder, start), "wb") as shard:
-        for source, sha256 in zip(job.sources[start:stop], job.sha256s[start:stop]):
+    with shard_path(job.folder, start).open("wb") as shard:
+        for source, sha256 in zip(job.sources[start:stop], job.sha256s[start:stop], strict=True):
             digest = hashlib.sha256()
             num_tokens = num_inexact = 0
             for text in iter_documents(source, job.json_key, digest, []):
@@ -343,9 +343,9 @@ def encode_range(start: int, stop: int) -> tuple[list[int], list[tuple[int, int]
     return lengths, per_source
 
 
-def shard_path(folder: str, start: int) -> str:
+def shard_path(folder: Path, start: int) -> Path:
     """Return the path of the temporary ids of the task that starts at source `start`."""
-    return os.path.join(folder, f"shard-{start}.ids")
+    return folder / f"shard-{start}.ids"
 
 
 # --- running the workers ---------------------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ def collect(label: str, futures: list[Future[Any]], weights: list[int]) -> Itera
             while not future.done():
                 wait([future], timeout=0.2)
                 if time.monotonic() - last_s >= 0.2:
-                    show(sum(weight for weight, other in zip(weights, futures) if other.done()))
+                    show(sum(weight for weight, other in zip(weights, futures, strict=True) if other.done()))
                     last_s = time.monotonic()
             yield future.result()
 
@@ -487,28 +487,27 @@ def make_settings(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"{flag} {value} only matters for training; drop it or drop --tokenizer-model")
     name = shown(args.tokenizer_model)
     try:
-        sha256 = file_sha256(args.tokenizer_model)
-        eos_id = _load_tokenizer(args.tokenizer_model).eos_id()
+        sha256 = file_sha256(Path(args.tokenizer_model))
+        eos_id = _load_tokenizer(Path(args.tokenizer_model)).eos_id()
     except OSError as exc:
-        raise UserError(f"--tokenizer-model {name}: cannot be read ({exc.strerror}); check the path")
-    except RuntimeError:
-        raise UserError(f"--tokenizer-model {name}: not a SentencePiece model; give the .model file")
+        raise UserError(f"--tokenizer-model {name}: cannot be read ({exc.strerror}); check the path") from exc
+    except RuntimeError as exc:
+        raise UserError(f"--tokenizer-model {name}: not a SentencePiece model; give the .model file") from exc
     if eos_id < 0:
         raise UserError(f"--tokenizer-model {name}: it has no end-of-sentence id to end documents; train with eos_id")
     return {"tokenizer_sha256": sha256, "json_key": args.json_key}
 
 
-def check_request(args: argparse.Namespace) -> str:
+def check_request(args: argparse.Namespace) -> Path:
     """Return the real path of --output, or raise UserError if work could not succeed."""
-    output = os.path.realpath(args.output)
-    parent = os.path.dirname(output)
-    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-        raise UserError(f"--output {shown(args.output)}: {shown(parent)} is no folder that can be written; create it")
-    if os.path.exists(output) and not os.path.isdir(output):
+    output = Path(os.path.realpath(args.output))
+    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output {shown(args.output)}: {shown(output.parent)} is no folder that can be written; create it")
+    if output.exists() and not output.is_dir():
         raise UserError(f"--output {shown(args.output)} is a file; name a new folder")
     for word in args.input:
-        path = os.path.realpath(word)
-        if word != "stdlib" and os.path.commonpath([path, output]) in (path, output):
+        path = Path(os.path.realpath(word))
+        if word != "stdlib" and (path.is_relative_to(output) or output.is_relative_to(path)):
             raise UserError(f"--output {shown(args.output)} and --input {shown(word)} contain each other; part them")
     for suffix in args.suffix:
         if not suffix.startswith(".") or len(suffix) < 2:
@@ -524,13 +523,12 @@ def check_request(args: argparse.Namespace) -> str:
     return output
 
 
-def read_manifest(output: str) -> dict[str, Any] | None:
+def read_manifest(output: Path) -> dict[str, Any] | None:
     """Return the manifest of an earlier result; None if `output` is new or an empty folder. Raises UserError."""
-    if not os.path.exists(output) or not os.listdir(output):
+    if not output.exists() or not any(output.iterdir()):
         return None
     try:
-        with open(os.path.join(output, MANIFEST), encoding="utf-8") as file:
-            manifest = json.load(file)
+        manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format_version"] == FORMAT_VERSION:
             return manifest
     except (OSError, ValueError, KeyError, TypeError):
@@ -539,7 +537,7 @@ def read_manifest(output: str) -> dict[str, Any] | None:
 
 
 def difference(manifest: dict[str, Any], settings: dict[str, Any], sources: list[Source]) -> str:
-    """Return how an earlier result differs from this request in settings or file sizes, or its damage; '' if equal."""
+    """Return how an earlier result differs from this request in settings, names or sizes of files; '' if equal."""
     old_settings = manifest["settings"]
     for key in sorted(old_settings.keys() | settings.keys()):
         if old_settings.get(key) != settings.get(key):
@@ -555,84 +553,75 @@ def difference(manifest: dict[str, Any], settings: dict[str, Any], sources: list
 def is_fresh(manifest: dict[str, Any], sources: list[Source], skip_bad: bool) -> bool:
     """Return whether file times alone show that a scan would find again what it found for `manifest`."""
     was_bad = any(entry["skipped"] or entry["skipped_lines"] for entry in manifest["inputs"])
-    same_times = all(entry["mtime_ns"] == new.mtime_ns for entry, new in zip(manifest["inputs"], sources))
+    same_times = all(entry["mtime_ns"] == new.mtime_ns for entry, new in zip(manifest["inputs"], sources, strict=True))
     return same_times and (skip_bad or not was_bad)
 
 
-def damage(manifest: dict[str, Any], output: str) -> str:
+def damage(manifest: dict[str, Any], output: Path) -> str:
     """Return which output file lacks the size that the manifest states; '' if none."""
     for name, expected in manifest["outputs"].items():
-        path = os.path.join(output, name)
-        num_bytes = os.path.getsize(path) if os.path.isfile(path) else None
+        num_bytes = (output / name).stat().st_size if (output / name).is_file() else None
         if num_bytes != expected["bytes"]:
             return f"{name} is damaged: {expected['bytes']} bytes expected, {num_bytes or 'none'} found"
     return ""
 
 
-def file_sha256(path: str) -> str:
+def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits. Raises OSError."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _beside(output: str, kind: str) -> str:
-    """Return the prefix of hidden siblings of `output`; a process id means nothing without its host."""
-    return os.path.join(os.path.dirname(output), f".{os.path.basename(output)}.{kind}-{socket.gethostname()}-")
+def _beside(output: Path, kind: str, pid: int | str) -> Path:
+    """Return the path of a hidden sibling of `output`; a process id means nothing without its host."""
+    return output.with_name(f".{output.name}.{kind}-{socket.gethostname()}-{pid}")
 
 
-def remove_stale(output: str) -> None:
+def remove_stale(output: Path) -> None:
     """Clean up after killed runs: remove partial folders, give back a folder that was just being replaced."""
+    import psutil
+
     for kind in ("partial", "replaced"):
-        prefix = _beside(output, kind)
-        for entry in os.scandir(os.path.dirname(output)):
-            pid = entry.path.removeprefix(prefix)
-            if not entry.path.startswith(prefix) or not pid.isdigit() or _is_alive(int(pid)):
+        prefix = _beside(output, kind, "").name
+        for path in list(output.parent.iterdir()):
+            pid = path.name.removeprefix(prefix)
+            if not path.name.startswith(prefix) or not pid.isdigit() or psutil.pid_exists(int(pid)):
                 continue
-            if kind == "replaced" and not os.path.exists(output):
-                os.rename(entry.path, output)
+            if kind == "replaced" and not output.exists():
+                path.rename(output)
             else:
-                shutil.rmtree(entry.path)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's process
-        pass
-    return True
+                shutil.rmtree(path)
 
 
 @contextlib.contextmanager
-def partial_folder(output: str) -> Iterator[str]:
+def partial_folder(output: Path) -> Iterator[Path]:
     """Yield a new hidden folder beside `output`; whatever is still there when the block ends is removed."""
-    path = _beside(output, "partial") + str(os.getpid())
+    path = _beside(output, "partial", os.getpid())
     try:
-        os.mkdir(path)
+        path.mkdir()
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def publish(partial: str, output: str, *, overwrite: bool) -> None:
+def publish(partial: Path, output: Path, *, overwrite: bool) -> None:
     """Give the finished folder its name. With `overwrite` an older result is moved aside first and removed last.
 
     Raises OSError if `output` has appeared since the start and is not to be overwritten.
     """
-    for path in [entry.path for entry in os.scandir(partial)] + [partial]:
+    for path in [*partial.iterdir(), partial]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)  # else a power cut could leave the name without the bytes
         os.close(descriptor)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # from here on "nothing was written" would be a lie
-    replaced = _beside(output, "replaced") + str(os.getpid())
-    if overwrite and os.path.exists(output):
-        os.rename(output, replaced)
-    os.rename(partial, output)
+        signal.signal(number, signal.SIG_IGN)  # from here on "was not written" would be a lie
+    replaced = _beside(output, "replaced", os.getpid())
+    if overwrite and output.exists():
+        output.rename(replaced)
+    partial.rename(output)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -642,10 +631,10 @@ def write_dataset(pool: ProcessPoolExecutor, job: Job, vocab_size: int) -> list[
 
     ranges, weights = plan_tasks(job.sources)
     futures = submit(pool, encode_range, ranges)
-    prefix = os.path.join(job.folder, DATA)
+    prefix = str(job.folder / DATA)
     builder: Any = None
     counts: list[tuple[int, int]] = []
-    for (start, _), (lengths, per_source) in zip(ranges, collect("encode", futures, weights)):
+    for (start, _), (lengths, per_source) in zip(ranges, collect("encode", futures, weights), strict=True):
         if builder is None:  # not earlier: the import takes seconds, in which the workers encode
             builder = _open_builder(prefix + ".bin", vocab_size)
         shard = numpy.memmap(shard_path(job.folder, start), dtype=numpy.int32, mode="r")
@@ -653,7 +642,7 @@ def write_dataset(pool: ProcessPoolExecutor, job: Job, vocab_size: int) -> list[
         for length in lengths:
             builder.add_document(shard[offset : offset + length], [length])
             offset += length
-        os.remove(shard_path(job.folder, start))
+        shard_path(job.folder, start).unlink()
         counts += per_source
     builder.finalize(prefix + ".idx")
     return counts
@@ -669,7 +658,7 @@ def _open_builder(path: str, vocab_size: int) -> Any:
 
 
 def write_manifest(
-    folder: str, settings: dict[str, Any], inputs: list[dict[str, Any]], vocabulary: dict[str, int]
+    folder: Path, settings: dict[str, Any], inputs: list[dict[str, Any]], vocabulary: dict[str, int]
 ) -> dict[str, Any]:
     """Write and return the manifest. It names no time, host or worker count: equal input gives equal bytes."""
     keys = ("documents", "tokens", "bytes", "inexact_documents")
@@ -677,12 +666,11 @@ def write_manifest(
     totals["files"] = sum(not entry["skipped"] for entry in inputs)
     totals["skipped_files"] = len(inputs) - totals["files"]
     totals["skipped_lines"] = sum(len(entry["skipped_lines"]) for entry in inputs)
-    paths = {name: os.path.join(folder, name) for name in (MODEL, DATA + ".bin", DATA + ".idx")}
-    outputs = {name: {"bytes": os.path.getsize(path), "sha256": file_sha256(path)} for name, path in paths.items()}
+    paths = [folder / name for name in (MODEL, DATA + ".bin", DATA + ".idx")]
+    outputs = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths}
     manifest = {"format_version": FORMAT_VERSION, "settings": settings, "vocabulary": vocabulary, "totals": totals}
     manifest |= {"outputs": outputs, "inputs": inputs}
-    with open(os.path.join(folder, MANIFEST), "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
 
 
@@ -695,7 +683,7 @@ def scan(sources: list[Source], args: argparse.Namespace) -> list[Report]:
     with worker_pool(args.workers, Job(sources, args.json_key)) as pool:
         reports = [r for part in collect("scan", submit(pool, scan_range, ranges), weights) for r in part]
     num_bad = 0
-    for source, report in zip(sources, reports):
+    for source, report in zip(sources, reports, strict=True):
         problem = report.problem or describe_lines(report.bad_lines)
         if problem:
             num_bad += 1
@@ -707,7 +695,7 @@ def scan(sources: list[Source], args: argparse.Namespace) -> list[Report]:
     return reports
 
 
-def build(args: argparse.Namespace, output: str, settings: dict[str, Any], sources: list[Source],
+def build(args: argparse.Namespace, output: Path, settings: dict[str, Any], sources: list[Source],
           reports: list[Report]) -> dict[str, Any]:
     """Make the tokenizer and the dataset in a partial folder, publish it, and return its manifest."""
     good = [index for index, report in enumerate(reports) if report.problem is None]
@@ -719,12 +707,12 @@ def build(args: argparse.Namespace, output: str, settings: dict[str, Any], sourc
                 task = (settings["vocab_size"], settings["model_type"], settings["train_mib"] << 20)
                 list(collect("train tokenizer", submit(pool, train_tokenizer, [task]), [0]))
             else:
-                shutil.copyfile(args.tokenizer_model, os.path.join(folder, MODEL))
-            tokenizer = _load_tokenizer(os.path.join(folder, MODEL))
+                shutil.copyfile(args.tokenizer_model, folder / MODEL)
+            tokenizer = _load_tokenizer(folder / MODEL)
             vocabulary = {"size": tokenizer.get_piece_size(), "eod_id": tokenizer.eos_id()}
-            counts = dict(zip(good, write_dataset(pool, job, vocabulary["size"])))
+            counts = dict(zip(good, write_dataset(pool, job, vocabulary["size"]), strict=True))
         inputs = []
-        for index, (source, report) in enumerate(zip(sources, reports)):
+        for index, (source, report) in enumerate(zip(sources, reports, strict=True)):
             num_tokens, num_inexact = counts.get(index, (0, 0))
             inputs.append({"name": source.name, "bytes": source.num_bytes, "mtime_ns": source.mtime_ns,
                            "sha256": report.sha256, "documents": report.num_documents, "tokens": num_tokens,
@@ -749,22 +737,22 @@ def run(args: argparse.Namespace) -> None:
     reason = difference(old, settings, sources) or damage(old, output)
     if not reason and not is_fresh(old, sources, args.skip_bad):
         reports = scan(sources, args)
-        pairs = zip(old["inputs"], reports)
+        pairs = zip(old["inputs"], reports, strict=True)
         reason = next((f"{shown(e['name'])} has other contents now" for e, r in pairs if e["sha256"] != r.sha256), "")
     if reason:
         raise UserError(f"--output {shown(output)} holds another result ({reason}); choose another, or add --overwrite")
     summarize("already done", output, old)
 
 
-def summarize(outcome: str, output: str, manifest: dict[str, Any]) -> None:
+def summarize(outcome: str, output: Path, manifest: dict[str, Any]) -> None:
     """Print what the folder holds and how Megatron must be told to use it."""
     totals, vocabulary = manifest["totals"], manifest["vocabulary"]
     print(f"{outcome}: {shown(output)}: {totals['files']} files, {totals['documents']} documents, {totals['tokens']}"
           f" tokens, vocabulary {vocabulary['size']}, end-of-document id {vocabulary['eod_id']}")
     if totals["inexact_documents"]:
         print(f"note: {totals['inexact_documents']} documents do not decode to their exact text with this tokenizer")
-    print(f"use it with: --tokenizer-type SentencePieceTokenizer --tokenizer-model {shown(os.path.join(output, MODEL))}"
-          f" --data-path {shown(os.path.join(output, DATA))}")
+    print(f"use it with: --tokenizer-type SentencePieceTokenizer --tokenizer-model {shown(output / MODEL)}"
+          f" --data-path {shown(output / DATA)}")
 
 
 def _stop(number: int, _frame: Any) -> None:

@@ -1,0 +1,64 @@
+# make pretrain   set up everything and pretrain a small ScMoE GPT on real text
+# make test       set up everything and run the test suite
+# make help       all targets and variables
+
+PYTHON ?= $(shell command -v python3.12 || command -v python3)
+VENV := .venv
+RUN ?= run
+# What to train on: a file or folder of text or JSONL; stdlib is the Python standard library's own source.
+CORPUS ?= stdlib
+# Training iterations in all; a larger number continues a finished run.
+ITERS ?= 250
+
+INSTALLED := $(VENV)/.installed
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install pretrain test lint format docs clean distclean
+
+help: ## this text
+	@echo "make TARGET [VARIABLE=value ...]"; echo
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 14
+	@echo; echo "variables of pretrain:"
+	@echo "  CORPUS=stdlib  a file or folder of text or JSONL to train on; stdlib: the Python standard library's source"
+	@echo "  ITERS=250      training iterations in all; a larger number continues a finished run"
+	@echo "  RUN=run        folder for data, checkpoints and logs"
+	@echo "  ARGS=...       more flags for pretrain_gpt_scmoe.py, e.g. ARGS='--shortcut-position pos1 --overlap off'"
+	@echo "  PYTHON=...     the Python 3.12 (or newer) that makes .venv"
+
+install: $(INSTALLED) ## make .venv and install requirements.txt
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@if ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
+	  echo "make: Python 3.12 or newer is needed, and '$(PYTHON)' is not one: install it, or say where it is:" >&2; \
+	  echo "      make PYTHON=/path/to/python3.12" >&2; exit 2; fi
+	"$(PYTHON)" -m venv $(VENV)
+	$(BIN)/pip install -r requirements.txt
+	$(BIN)/pip install --no-deps -e .
+	@touch $@
+
+pretrain: $(INSTALLED) ## pretrain on CORPUS; a second call continues from the last checkpoint
+	@$(BIN)/python tools/preprocess_data.py --input $(CORPUS) --output $(RUN)/$(notdir $(CORPUS:/=))/data
+	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/pretrain_small.sh $(RUN)/$(notdir $(CORPUS:/=)) $(ITERS) $(ARGS)
+
+test: $(INSTALLED) ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(INSTALLED) ## draw docs/timeline.svg and write the README's flags table anew
+	$(BIN)/python docs/draw_timeline.py
+	$(BIN)/python docs/flags_table.py
+
+clean: ## remove data, checkpoints and logs of make pretrain
+	rm -rf $(RUN)
+
+distclean: clean ## and .venv
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
