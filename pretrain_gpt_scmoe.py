@@ -3,13 +3,15 @@
 
     torchrun --nproc-per-node 8 pretrain_gpt_scmoe.py <Megatron flags> --shortcut scmoe ...
 
-Every flag of Megatron works, because Megatron's own ``pretrain`` runs. Only what its wheel lacks is here: the hooks that
-fetch a batch, run a forward step, reduce the loss and build the datasets. Without an accelerator the same trainer runs on
-gloo ranks (``megatron_scmoe/cpu_backend.py``).
+Every flag of Megatron works, because Megatron's own ``pretrain`` runs. Only what its wheel lacks is here: the hooks
+that fetch a batch, run a forward step, reduce the loss and build the datasets. Without an accelerator the same
+trainer runs on gloo ranks (``megatron_scmoe/cpu_backend.py``).
 """
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -42,8 +44,8 @@ _BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids"
 def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
     """The next micro-batch, on this rank's device, cut for its tensor and context parallel rank.
 
-    The keys are ``_BATCH_KEYS``; shapes [b, s / CP], the mask [b, 1, s / CP, s]. All are None on pipeline stages that need
-    no data, and each is None where a stage does not need it.
+    The keys are ``_BATCH_KEYS``; shapes [b, s / CP], the mask [b, 1, s / CP, s]. All are None on pipeline stages that
+    need no data, and each is None where a stage does not need it.
     """
     if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(_BATCH_KEYS)
@@ -83,8 +85,8 @@ def loss_func(
         output: loss per token, [b, s].
 
     Returns:
-        The summed loss, the number of tokens, and for the log both in one tensor: Megatron sums it over micro-batches and
-        data-parallel ranks and divides.
+        The summed loss, the number of tokens, and for the log both in one tensor: Megatron sums it over micro-batches
+        and data-parallel ranks and divides.
     """
     mask = loss_mask.view(-1).float()
     loss = torch.sum(output.view(-1).float() * mask)
@@ -93,8 +95,38 @@ def loss_func(
     return loss, num_tokens, {"lm loss": reported}
 
 
-def forward_step(data_iterator: Any, model: GPTModel) -> tuple[torch.Tensor, partial]:
+class TimeLeft:
+    """Says every --log-interval iterations how long the rest of the training will take, which Megatron does not."""
+
+    def __init__(self) -> None:
+        self._first: int | None = None
+        self._began_s = 0.0
+        self._seen = -1
+
+    def say(self, args: Any) -> None:
+        """Called by every micro-batch; prints on rank 0. The first iteration of a run, which warms up, does not
+        count.
+        """
+        done = args.curr_iteration
+        if done == self._seen:
+            return
+        self._seen = done
+        if self._first is None:
+            self._first = done + 1
+        elif done == self._first:
+            self._began_s = time.perf_counter()
+        elif done % args.log_interval == 0:
+            left_s = (time.perf_counter() - self._began_s) / (done - self._first) * (args.train_iters - done)
+            print_rank_0(
+                f" > {done} of {args.train_iters} iterations done, about {timedelta(seconds=round(left_s))} left"
+            )
+
+
+def forward_step(
+    data_iterator: Any, model: GPTModel, *, time_left: TimeLeft
+) -> tuple[torch.Tensor, partial[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]]:
     """Run one micro-batch through this pipeline stage; the shape of this hook is Megatron's."""
+    time_left.say(get_args())
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, getattr(model, "vp_stage", None))
@@ -163,7 +195,7 @@ def main() -> None:
         pretrain_cfg_container_from_args(args, model_config_from_args(args, scmoe)),
         train_valid_test_datasets_provider,
         ModelType.encoder_or_decoder,
-        forward_step,
+        partial(forward_step, time_left=TimeLeft()),
     )
 
 

@@ -1,7 +1,7 @@
 """The command line: Megatron's own flags, and one group generated from ``config.ScMoEConfig``.
 
-What cannot work is refused here, before any process group starts: one line with the rule, the two values and the fix, and
-exit code 2 (which torchrun turns into 1).
+What cannot work is refused here, before any process group starts: one line with the rule, the two values and the fix,
+and exit code 2 (which torchrun turns into 1).
 """
 
 from __future__ import annotations

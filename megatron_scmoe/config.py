@@ -50,7 +50,8 @@ class Resume(StrEnum):
 
 
 # Dense residual ops that lie behind the tap, the shared expert included, for each position. They lie in the last two
-# blocks of a group whatever its size: pos1 [attention, SE], pos2 [MLP, attention, SE], pos3 [attention, MLP, attention, SE].
+# blocks of a group whatever its size: pos1 [attention, SE], pos2 [MLP, attention, SE], pos3 [attention, MLP,
+# attention, SE].
 WINDOW_OPS = {Position.POS1: 2, Position.POS2: 3, Position.POS3: 4}
 
 MOE_EVERY_CHOICES = (1, 2, 3, 4)
@@ -83,8 +84,8 @@ class ScMoEConfig:
     it. 1 puts an MoE in every block."""
 
     overlap: Overlap = Overlap.FIXED
-    """off: every all-to-all is waited for at once (the sequential reference; same numbers, bit for bit). fixed: it flies
-    while the dense ops run, and the experts run at --expert-slot."""
+    """off: every all-to-all is waited for at once (the sequential reference; same numbers, bit for bit). fixed: it
+    flies while the dense ops run, and the experts run at --expert-slot."""
 
     expert_slot: tuple[int, ...] = ()
     """Place behind the tap where the experts run, counted from 1: slot k lies before the k-th dense op behind the tap,
@@ -151,8 +152,8 @@ class ScMoEConfig:
         position = self.position(group_index)
         if self.moe_every == 1 and position is not Position.POS1:
             raise ConfigError(
-                f"{position} reads a preceding block of the same group: --moe-every is 1 and --shortcut-position of group "
-                f"{group_index} is {position}; use --shortcut-position pos1 or --moe-every 2"
+                f"{position} reads a preceding block of the same group: --moe-every is 1 and --shortcut-position of "
+                f"group {group_index} is {position}; use --shortcut-position pos1 or --moe-every 2"
             )
         num_slots = WINDOW_OPS[position] + 1
         if not 1 <= self.slot(group_index) <= num_slots:

@@ -140,7 +140,8 @@ class Exchange:
         group: the process group that exchanges rows.
         send_rows: rows that go to each rank in forward; None for equal parts.
         receive_rows: rows that come from each rank in forward; None for equal parts.
-        blocking: wait in ``start`` (forward) and in the backward of ``finish``: nothing is hidden, nothing else changes.
+        blocking: wait in ``start`` (forward) and in the backward of ``finish``: nothing is hidden, nothing else
+        changes.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """How one group runs. This is the file to read: ``GroupBlock.forward`` shows the whole data flow.
 
-A group is ``moe_every`` consecutive blocks, the last of which carries the MoE. Its residual ops form the dense stream; for
-two blocks and position pos2 (ScMoE, arXiv 2404.05019, section 3)::
+A group is ``moe_every`` consecutive blocks, the last of which carries the MoE. Its residual ops form the dense
+stream; for two blocks and position pos2 (ScMoE, arXiv 2404.05019, section 3)::
 
                           tap                                                                  output
     dense stream   attention | MLP ---------- attention -------- shared expert ---------------- + -->

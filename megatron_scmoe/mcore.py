@@ -22,7 +22,6 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from megatron.training.checkpointing import _load_base_checkpoint
-from megatron.training.utils import print_rank_0
 from torch import Tensor
 
 from megatron_scmoe.config import Combine, ConfigError, ScMoEConfig
@@ -171,7 +170,9 @@ def split_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> tuple[list[int] | None
 
 
 def blocks_of_stage(config: TransformerConfig, vp_stage: int | None, pp_rank: int | None = None) -> list[int]:
-    """Blocks that a (virtual) pipeline stage holds, counted from 0 over the whole model; ``pp_rank``: default this rank."""
+    """Blocks that a (virtual) pipeline stage holds, counted from 0 over the whole model; ``pp_rank``: default this
+    rank.
+    """
     layout = config.pipeline_model_parallel_layout
     if layout is not None:
         return layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank)
@@ -329,7 +330,8 @@ def _check_parallelism(args: Namespace, scmoe: ScMoEConfig) -> None:
     if args.transformer_impl == "local" and args.tensor_model_parallel_size > 1:
         raise ConfigError(
             "tensor parallelism needs norms that know sequence parallelism: --tensor-model-parallel-size is "
-            f"{args.tensor_model_parallel_size} and --transformer-impl is local; use --transformer-impl transformer_engine"
+            f"{args.tensor_model_parallel_size} and --transformer-impl is local; "
+            "use --transformer-impl transformer_engine"
         )
     if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         raise ConfigError(

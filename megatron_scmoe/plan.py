@@ -28,8 +28,8 @@ class Plan:
     """Where the experts of one group run.
 
     Attributes:
-        slot: the experts run before the ``slot``-th dense op behind the tap (from 1); the last slot lies behind them all.
-        blocking: every collective is waited for where it starts: the sequential reference.
+        slot: the experts run before the ``slot``-th dense op behind the tap (from 1); the last slot lies behind them
+        all. blocking: every collective is waited for where it starts: the sequential reference.
     """
 
     slot: int

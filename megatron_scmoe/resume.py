@@ -1,13 +1,15 @@
 """May this run continue from that checkpoint? Decided from the arguments saved in it, before any process group starts.
 
-Parameter names and shapes are those of the stock model, whatever the shortcut: a checkpoint of another architecture loads
-without an error and is wrong. So the settings that give the parameters their meaning are compared.
+Parameter names and shapes are those of the stock model, whatever the shortcut: a checkpoint of another architecture
+loads without an error and is wrong. So the settings that give the parameters their meaning are compared.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
+
+from megatron.training.utils import print_rank_0
 
 from megatron_scmoe import mcore
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, ConfigError, Resume, ScMoEConfig
@@ -46,11 +48,11 @@ def _check_architecture(args: Namespace, scmoe: ScMoEConfig, trained: ScMoEConfi
             continue
         flag = "--" + name.replace("_", "-")
         if args.finetune or scmoe.shortcut_resume is Resume.CHANGED:
-            mcore.print_rank_0(f"shortcut: the checkpoint in {args.load} has {flag} {_words(then)}, now {_words(now)}")
+            print_rank_0(f"shortcut: the checkpoint in {args.load} has {flag} {_words(then)}, now {_words(now)}")
             continue
         raise ConfigError(
-            f"a checkpoint continues with the shortcut it was trained with: {flag} is {_words(now)} and the checkpoint in "
-            f"{args.load} has {_words(then)}; use {flag} {_words(then)}, or --finetune (weights only), or "
+            f"a checkpoint continues with the shortcut it was trained with: {flag} is {_words(now)} and the checkpoint "
+            f"in {args.load} has {_words(then)}; use {flag} {_words(then)}, or --finetune (weights only), or "
             "--shortcut-resume changed (optimizer too)"
         )
 
@@ -71,8 +73,8 @@ def _check_layout(args: Namespace, saved: Namespace) -> None:
         now, then = getattr(args, name), getattr(saved, name, None)
         if then is not None and now != then:
             raise ConfigError(
-                "the position-wise format of the distributed optimizer loads moments into the wrong parameters in another "
-                f"layout: {name} is {now} and the checkpoint in {args.load} has {then}; "
+                "the position-wise format of the distributed optimizer loads moments into the wrong parameters in "
+                f"another layout: {name} is {now} and the checkpoint in {args.load} has {then}; "
                 "save with --dist-ckpt-optim-fully-reshardable, or add --no-load-optim"
             )
 

@@ -1,9 +1,9 @@
 """Core's own block specs with our classes in the place of its layer.
 
-Core builds the spec of the stock model; here the layer class of each block is replaced, and nothing else in the local spec.
-Transformer Engine fuses the norm before an attention or a dense MLP into the linear that follows it. The op at the tap
-must give its normed input to the routed experts too, so there, and only there, the two are unfused again, under the key
-names of the fused module: checkpoints stay those of the stock model.
+Core builds the spec of the stock model; here the layer class of each block is replaced, and nothing else in the local
+spec. Transformer Engine fuses the norm before an attention or a dense MLP into the linear that follows it. The op at
+the tap must give its normed input to the routed experts too, so there, and only there, the two are unfused again,
+under the key names of the fused module: checkpoints stay those of the stock model.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def _unfuse_attention(submodules: TransformerLayerSubmodules) -> TransformerLaye
     linears = dataclasses.replace(attention.submodules, linear_qkv=TEColumnParallelLinear)
     return dataclasses.replace(
         submodules,
-        # Core's own TE norm for this purpose: it keeps `_extra_state`, which no stock checkpoint has, out of checkpoints.
+        # Core's own TE norm for this purpose: it keeps `_extra_state`, which no stock checkpoint has, out of
+        # checkpoints.
         input_layernorm=Norm,
         self_attention=dataclasses.replace(attention, submodules=linears),
         sharded_state_dict_keys_map={

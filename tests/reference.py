@@ -290,7 +290,10 @@ def moe_output(params: Params, prefix: str, source: Tensor, current: Tensor, cfg
 
 def combine_gate_name(mlp_prefix: str, cfg: ReferenceConfig) -> str | None:
     """cg1 is Megatron's own shared-expert gate; cg2's two rows belong to the MoE block itself; `add` has no gate."""
-    names = {"cg1": mlp_prefix + "shared_experts.gate_weight", "cg2": mlp_prefix.removesuffix("mlp.") + "combine_gate.weight"}
+    names = {
+        "cg1": mlp_prefix + "shared_experts.gate_weight",
+        "cg2": mlp_prefix.removesuffix("mlp.") + "combine_gate.weight",
+    }
     return names.get(cfg.combine)
 
 

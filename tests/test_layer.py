@@ -43,7 +43,9 @@ ARCHITECTURES = [
 ]
 
 
-@pytest.mark.parametrize("case", ARCHITECTURES, ids=lambda c: f"{c.position[0]}-{c.combine}-top{c.topk}-every{c.moe_every}")
+@pytest.mark.parametrize(
+    "case", ARCHITECTURES, ids=lambda c: f"{c.position[0]}-{c.combine}-top{c.topk}-every{c.moe_every}"
+)
 def test_group_equals_reference(case):
     assert largest_difference(run(case), run_reference(case.reference_config())) < 1e-5
 

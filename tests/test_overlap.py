@@ -86,9 +86,7 @@ def forward_only(case: Case, frozen: bool) -> torch.Tensor:
 @pytest.mark.parametrize("frozen", [False, True])
 def test_without_gradients_and_with_frozen_input_equals_off(frozen):
     case = Case(num_groups=1)
-    results = [
-        ranks.run(forward_only, 2, c, frozen, layout=EP[2]) for c in (case, case.replace(overlap="off"))
-    ]
+    results = [ranks.run(forward_only, 2, c, frozen, layout=EP[2]) for c in (case, case.replace(overlap="off"))]
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other) and one.abs().sum() > 0
 

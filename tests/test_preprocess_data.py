@@ -141,8 +141,10 @@ def test_round_trip_can_fail(corpus):
 
 
 def test_workers_do_not_change_the_bytes(corpus, built, tmp_path):
-    assert tool.main(["--input", str(corpus), "--output", str(tmp_path / "o"), "--vocab-size", "600",
-                      "--workers", "3"]) == 0
+    assert (
+        tool.main(["--input", str(corpus), "--output", str(tmp_path / "o"), "--vocab-size", "600", "--workers", "3"])
+        == 0
+    )
     assert tree_sha256(tmp_path / "o") == tree_sha256(built)
     assert len(tool.plan_tasks(tool.list_sources([str(corpus)], tool.SUFFIXES))[0]) >= 2  # else no order to keep
 
@@ -334,8 +336,9 @@ def test_bad_requests_are_refused_in_one_line(tmp_path, capsys, words, expected)
 
 def start_until_partial(request: list[object], parent: Path) -> subprocess.Popen[str]:
     """Start the tool as its own process group and return once it is writing."""
-    process = subprocess.Popen(command(*request), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        command(*request), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     for _ in range(3000):
         if list(parent.glob(".o.partial-*/shard-*")):
             return process

@@ -8,9 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-from megatron_scmoe import cpu_backend
 from reference import (
     Block,
     Params,
@@ -27,6 +24,9 @@ from reference import (
     route_twice,
     wire_group,
 )
+from torch import Tensor
+
+from megatron_scmoe import cpu_backend
 
 VOCAB_SIZE, SEQUENCE_LENGTH, BATCH_SIZE = 40, 16, 4
 TOLERANCE = 1e-5  # largest difference, as a share of the largest value of the tensor

@@ -19,7 +19,8 @@ MODEL = """--num-layers 4 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-
  --position-embedding-type rope --seq-length 16 --max-position-embeddings 16 --disable-bias-linear --num-experts 4
  --moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size 24 --moe-shared-expert-intermediate-size 24
  --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0.01"""
-TRAINING = """--micro-batch-size 2 --global-batch-size 8 --lr 1e-2 --lr-decay-style constant --train-iters 10 --eval-iters 1
+TRAINING = """--micro-batch-size 2 --global-batch-size 8 --lr 1e-2 --lr-decay-style constant --train-iters 10
+--eval-iters 1
  --eval-interval 1000 --log-interval 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 63
  --num-workers 0 --no-create-attention-mask-in-dataloader"""
 STOCK = f"{PLAIN} {MODEL} {TRAINING}".split()

@@ -289,7 +289,8 @@ def train_tokenizer(vocab_size: int, model_type: str, max_chars: int) -> None:
         )
     except RuntimeError as exc:
         reason = str(exc).rpartition("] ")[2] or "no usable line"
-        raise UserError(f"--vocab-size {vocab_size} does not suit the text ({reason}); change it or give more text") from exc
+        fix = "change it or give more text"
+        raise UserError(f"--vocab-size {vocab_size} does not suit the text ({reason}); {fix}") from exc
     (_worker_job.folder / MODEL).write_bytes(_keep_u2581(model.getvalue()))
 
 
@@ -301,7 +302,7 @@ def _keep_u2581(model: bytes) -> bytes:
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     proto.normalizer_spec.escape_whitespaces = False
     for piece in proto.pieces:
         piece.piece = piece.piece.replace("\u2581", " ")
@@ -455,22 +456,46 @@ def make_parser() -> argparse.ArgumentParser:
     about = "Turn text or JSONL files into a SentencePiece tokenizer and a Megatron-Core indexed dataset."
     parser = _Parser("preprocess_data.py", description=about, epilog=EPILOG, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="text files (one document each), .jsonl or .json"
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="text files (one document each), .jsonl or .json"
         " files (one object per line), folders (searched; hidden folders and links to folders are not), or the word"
-        " 'stdlib': the Python standard library's own source without its tests")
+        " 'stdlib': the Python standard library's own source without its tests",
+    )
     add("--output", required=True, metavar="DIR", help=f"new folder for {MODEL}, {DATA}.bin and .idx, {MANIFEST}")
     add("--tokenizer-model", metavar="FILE", help="use this SentencePiece model instead of training one")
     add("--vocab-size", type=_number(300, 1_000_000), metavar="N", help="vocabulary to train (default 4096)")
     add("--model-type", choices=("bpe", "unigram"), help="kind of model to train (default bpe; unigram is 20x slower)")
-    add("--train-mib", type=_number(1, 10_000), metavar="N", help="train on about this much text, taken from the head"
-        " of every file in proportion to its size (default 16)")
+    add(
+        "--train-mib",
+        type=_number(1, 10_000),
+        metavar="N",
+        help="train on about this much text, taken from the head of every file in proportion to its size (default 16)",
+    )
     add("--json-key", default="text", metavar="KEY", help="the key of the text in JSON objects (default text)")
-    add("--suffix", nargs="+", default=list(SUFFIXES), metavar=".S", help="which files of a folder are read, in any"
-        f" case (default {' '.join(SUFFIXES)})")
-    add("--skip-bad", action="store_true", help="leave out bad files and bad JSONL lines; each is named, also in the"
-        " manifest (default: refuse and write nothing)")
-    add("--workers", type=_number(1, 1024), default=len(os.sched_getaffinity(0)), metavar="N", help="processes; each"
-        " file is read by one (default: %(default)s, the CPUs); the output does not depend on it")
+    add(
+        "--suffix",
+        nargs="+",
+        default=list(SUFFIXES),
+        metavar=".S",
+        help=f"which files of a folder are read, in any case (default {' '.join(SUFFIXES)})",
+    )
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="leave out bad files and bad JSONL lines; each is named, also in the"
+        " manifest (default: refuse and write nothing)",
+    )
+    add(
+        "--workers",
+        type=_number(1, 1024),
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes; each file is read by one (default: %(default)s, the CPUs); the output does not depend on it",
+    )
     add("--overwrite", action="store_true", help="replace a folder that an earlier run made")
     return parser
 
@@ -492,7 +517,7 @@ def make_settings(args: argparse.Namespace) -> dict[str, Any]:
     except OSError as exc:
         raise UserError(f"--tokenizer-model {name}: cannot be read ({exc.strerror}); check the path") from exc
     except RuntimeError as exc:
-        raise UserError(f"--tokenizer-model {name}: not a SentencePiece model; give the .model file") from exc
+        raise UserError(f"--tokenizer-model {name}: not a SentencePiece model; give a .model file") from exc
     if eos_id < 0:
         raise UserError(f"--tokenizer-model {name}: it has no end-of-sentence id to end documents; train with eos_id")
     return {"tokenizer_sha256": sha256, "json_key": args.json_key}
@@ -502,7 +527,9 @@ def check_request(args: argparse.Namespace) -> Path:
     """Return the real path of --output, or raise UserError if work could not succeed."""
     output = Path(os.path.realpath(args.output))
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output {shown(args.output)}: {shown(output.parent)} is no folder that can be written; create it")
+        raise UserError(
+            f"--output {shown(args.output)}: {shown(output.parent)} is no folder that can be written; create it"
+        )
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {shown(args.output)} is a file; name a new folder")
     for word in args.input:
@@ -582,18 +609,26 @@ def _beside(output: Path, kind: str, pid: int | str) -> Path:
 
 def remove_stale(output: Path) -> None:
     """Clean up after killed runs: remove partial folders, give back a folder that was just being replaced."""
-    import psutil
-
     for kind in ("partial", "replaced"):
         prefix = _beside(output, kind, "").name
         for path in list(output.parent.iterdir()):
             pid = path.name.removeprefix(prefix)
-            if not path.name.startswith(prefix) or not pid.isdigit() or psutil.pid_exists(int(pid)):
+            if not path.name.startswith(prefix) or not pid.isdigit() or _is_alive(int(pid)):
                 continue
             if kind == "replaced" and not output.exists():
                 path.rename(output)
             else:
                 shutil.rmtree(path)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's process
+        pass
+    return True
 
 
 @contextlib.contextmanager
@@ -695,8 +730,9 @@ def scan(sources: list[Source], args: argparse.Namespace) -> list[Report]:
     return reports
 
 
-def build(args: argparse.Namespace, output: Path, settings: dict[str, Any], sources: list[Source],
-          reports: list[Report]) -> dict[str, Any]:
+def build(
+    args: argparse.Namespace, output: Path, settings: dict[str, Any], sources: list[Source], reports: list[Report]
+) -> dict[str, Any]:
     """Make the tokenizer and the dataset in a partial folder, publish it, and return its manifest."""
     good = [index for index, report in enumerate(reports) if report.problem is None]
     shas = tuple(reports[index].sha256 for index in good)
@@ -714,10 +750,19 @@ def build(args: argparse.Namespace, output: Path, settings: dict[str, Any], sour
         inputs = []
         for index, (source, report) in enumerate(zip(sources, reports, strict=True)):
             num_tokens, num_inexact = counts.get(index, (0, 0))
-            inputs.append({"name": source.name, "bytes": source.num_bytes, "mtime_ns": source.mtime_ns,
-                           "sha256": report.sha256, "documents": report.num_documents, "tokens": num_tokens,
-                           "inexact_documents": num_inexact, "skipped": report.problem,
-                           "skipped_lines": report.bad_lines})
+            inputs.append(
+                {
+                    "name": source.name,
+                    "bytes": source.num_bytes,
+                    "mtime_ns": source.mtime_ns,
+                    "sha256": report.sha256,
+                    "documents": report.num_documents,
+                    "tokens": num_tokens,
+                    "inexact_documents": num_inexact,
+                    "skipped": report.problem,
+                    "skipped_lines": report.bad_lines,
+                }
+            )
         manifest = write_manifest(folder, settings, inputs, vocabulary)
         publish(folder, output, overwrite=args.overwrite)
     return manifest
@@ -747,12 +792,16 @@ def run(args: argparse.Namespace) -> None:
 def summarize(outcome: str, output: Path, manifest: dict[str, Any]) -> None:
     """Print what the folder holds and how Megatron must be told to use it."""
     totals, vocabulary = manifest["totals"], manifest["vocabulary"]
-    print(f"{outcome}: {shown(output)}: {totals['files']} files, {totals['documents']} documents, {totals['tokens']}"
-          f" tokens, vocabulary {vocabulary['size']}, end-of-document id {vocabulary['eod_id']}")
+    print(
+        f"{outcome}: {shown(output)}: {totals['files']} files, {totals['documents']} documents, {totals['tokens']}"
+        f" tokens, vocabulary {vocabulary['size']}, end-of-document id {vocabulary['eod_id']}"
+    )
     if totals["inexact_documents"]:
         print(f"note: {totals['inexact_documents']} documents do not decode to their exact text with this tokenizer")
-    print(f"use it with: --tokenizer-type SentencePieceTokenizer --tokenizer-model {shown(output / MODEL)}"
-          f" --data-path {shown(output / DATA)}")
+    print(
+        f"use it with: --tokenizer-type SentencePieceTokenizer --tokenizer-model {shown(output / MODEL)}"
+        f" --data-path {shown(output / DATA)}"
+    )
 
 
 def _stop(number: int, _frame: Any) -> None:
