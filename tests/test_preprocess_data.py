@@ -299,7 +299,7 @@ def test_file_that_changes_after_the_scan_is_refused(tmp_path, built, monkeypatc
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--input {in} --output {t}/no/o", "is no folder that can be written; create it"),
+        ("--input {in} --output {t}/no/o", "is no writable folder; create it"),
         ("--input {in} --output {in}", "is a file; name a new folder"),
         ("--input {t} --output {t}/o", "contain each other"),
         ("--input {t}/full/x.txt --output {t}/full --overwrite", "contain each other"),
@@ -347,6 +347,10 @@ def start_until_partial(request: list[object], parent: Path) -> subprocess.Popen
     raise AssertionError("the tool never started to write")
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -357,7 +361,7 @@ def running(pid: int) -> bool:
 def test_killed_run_leaves_nothing_finished_and_can_be_repeated(corpus, built, tmp_path):
     request = ["--input", corpus, "--output", tmp_path / "o", "--tokenizer-model", built / "tokenizer.model"]
     process = start_until_partial(request, tmp_path)
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    children = children_of(process.pid)
     assert children
     process.kill()
     process.wait()  # communicate() would wait for workers that survive
@@ -380,6 +384,9 @@ def test_killed_run_leaves_nothing_finished_and_can_be_repeated(corpus, built, t
 def test_stopped_run_cleans_up(corpus, built, tmp_path, number, code):
     request = ["--input", corpus, "--output", tmp_path / "o", "--tokenizer-model", built / "tokenizer.model"]
     process = start_until_partial(request, tmp_path)
+    statuses = [Path(f"/proc/{child}/status").read_text() for child in children_of(process.pid)]
+    masks = [int(re.search(r"SigBlk:\s*(\w+)|$", status)[1], 16) for status in statuses]
+    assert sum(mask >> signal.SIGINT - 1 & 1 for mask in masks) >= 2  # workers print no traceback at Ctrl-C
     os.killpg(process.pid, number) if number == signal.SIGINT else process.terminate()  # Ctrl-C reaches the workers
     _, error = process.communicate(timeout=20)
     assert process.returncode == code

@@ -73,17 +73,17 @@ def train(flags: list[str]) -> str:
 
 
 def refusal(flags: list[str]) -> tuple[str, int | None]:
-    """Parse ``flags`` as the entry script does; returns what stderr says and the exit code, None where accepted."""
+    """Parse ``flags`` as the entry script does; returns the refusal on stderr and the exit code, None where accepted."""
     from megatron_scmoe.arguments import parse_and_validate_args
 
     sys.argv[:] = ["pretrain_gpt_scmoe.py", *flags]
-    errors = io.StringIO()
+    errors, exit_code = io.StringIO(), None
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
         try:
             parse_and_validate_args()
         except SystemExit as error:
-            return errors.getvalue(), error.code
-    return errors.getvalue(), None
+            exit_code = error.code
+    return "\n".join(line for line in errors.getvalue().splitlines() if "refused" in line), exit_code
 
 
 def scalars(directory: Path, *names: str) -> dict[str, dict[int, float]]:

@@ -528,7 +528,7 @@ def check_request(args: argparse.Namespace) -> Path:
     output = Path(os.path.realpath(args.output))
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise UserError(
-            f"--output {shown(args.output)}: {shown(output.parent)} is no folder that can be written; create it"
+            f"--output {shown(args.output)}: {shown(output.parent)} is no writable folder; create it"
         )
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {shown(args.output)} is a file; name a new folder")

@@ -1,0 +1,264 @@
+"""What cannot work is refused in one line, before any process group starts, with exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import pickle
+import subprocess
+import sys
+import typing
+
+import pytest
+import ranks
+import training
+from training import ROOT, SCMOE, STOCK, STOCK_SHARED_EXPERT, with_flags, without_flag
+
+REFUSED = {
+    # flags -> words that the line must hold: the rule, both values, the fix
+    "--num-layers 5": ["groups must be whole", "--num-layers 5", "--moe-every 2", "use 4 layers"],
+    "--moe-every 5": ["1 to 4 blocks", "--moe-every is 5"],
+    "--moe-every 1": ["--moe-every is 1", "pos2", "use --shortcut-position pos1"],
+    "--shortcut-position pos1 pos2 pos3": ["one value or one for each group", "3 values and 2 groups", "give 1 or 2"],
+    "--expert-slot 5": ["slots 1 to 4", "--expert-slot of group 0 is 5", "use a value from 1 to 4"],
+    "--expert-slot 0": ["slots 1 to 4", "is 0"],
+    "--expert-slot 1 2 3": ["3 values and 2 groups"],
+    "--overlap off --expert-slot 2": ["--overlap is off and --expert-slot is 2", "drop --expert-slot"],
+    "--moe-token-dispatcher-type allgather": ["all-to-all", "allgather", "scmoe", "use --moe-token-dispatcher-type"],
+    "--overlap-moe-expert-parallel-comm": ["--overlap-moe-expert-parallel-comm is True", "scmoe", "drop it"],
+    "--moe-shared-expert-overlap": ["--moe-shared-expert-overlap is True", "drop it"],
+    "--delay-wgrad-compute": ["--delay-wgrad-compute is True", "drop it"],
+    "--cuda-graph-impl local": ["--cuda-graph-impl is local", "use --cuda-graph-impl none"],
+    "--use-megatron-fsdp": ["--use-megatron-fsdp is True", "drop it"],
+    "--use-torch-fsdp2": ["--use-torch-fsdp2 is True", "drop it"],
+    "--cpu-offloading-num-layers 1": ["--cpu-offloading-num-layers is 1", "drop it"],
+    "--fine-grained-activation-offloading": ["--fine-grained-activation-offloading is True", "drop it"],
+    "--use-transformer-engine-op-fuser": ["--use-transformer-engine-op-fuser is True", "drop it"],
+    "--fused-residual-rmsnorm": ["--fused-residual-rmsnorm is True", "drop it"],
+    "--heterogeneous-layers-config-path x.json": ["--heterogeneous-layers-config-path is x.json", "drop it"],
+    "--transformer-impl inference_optimized": ["inference_optimized", "use --transformer-impl local"],
+    "--spec local x": ["--spec is ['local', 'x']", "drop it"],
+    "--mtp-num-layers 1": ["--mtp-num-layers is 1", "drop it"],
+    "--moe-latent-size 8": ["--moe-latent-size is 8", "drop it"],
+    "--mlp-chunks-for-training 2": ["--mlp-chunks-for-training is 2", "use 1"],
+    "--multi-latent-attention": ["--multi-latent-attention is True", "drop it"],
+    "--recompute-granularity selective --recompute-modules moe": ["--recompute-modules has moe", "drop moe"],
+    "--recompute-granularity selective --recompute-modules core_attn layernorm": ["has layernorm", "drop layernorm"],
+    "--moe-layer-freq [1,1,0,0]": ["--moe-layer-freq is [1, 1, 0, 0]", "--moe-every is 2", "drop --moe-layer-freq"],
+    "--shortcut-combine add --moe-shared-expert-gate": ["cg1", "--shortcut-combine is add", "or drop"],
+    "--context-parallel-size 2": ["Transformer Engine's attention", "--context-parallel-size is 2", "is local"],
+    "--tensor-model-parallel-size 2": ["--tensor-model-parallel-size is 2", "is local", "transformer_engine"],
+    "--sft": ["--sft is True", "drop it"],
+    "--fim-data": ["--fim-data is True", "drop it"],
+    "--hybrid-layer-pattern M*": ["--hybrid-layer-pattern is M*", "drop it"],
+    "--use-distributed-optimizer --save /nowhere --save-interval 1": [
+        "fp32 moments",
+        "--use-distributed-optimizer is set",
+        "add --dist-ckpt-optim-fully-reshardable",
+    ],
+    "--save /nowhere": ["Megatron's own rule", "args.save_interval is not None"],
+    "--expert-model-parallel-size 3": ["Megatron's own rule", "multiple of expert model parallel_size"],
+    "--use-checkpoint-args": ["--load is None", "add --load DIR"],
+}
+
+REFUSED_WITHOUT = {
+    "--disable-bias-linear": ["no bias", "--disable-bias-linear is not set", "add --disable-bias-linear"],
+    "--moe-router-pre-softmax": ["no gradient", "--moe-router-topk is 1", "add --moe-router-pre-softmax"],
+    "--moe-shared-expert-intermediate-size": ["shared expert", "is None", "add --moe-shared-expert-intermediate-size 24"],
+    "--num-experts": ["needs experts", "--num-experts is None", "add --num-experts 8"],
+    "--num-layers": ["--num-layers is None", "add --num-layers N"],
+}
+
+STOCK_REFUSED = {
+    "--shortcut-position pos1": ["needs a shortcut", "--shortcut is none", "add --shortcut scmoe"],
+    "--expert-slot 2": ["--expert-slot needs a shortcut"],
+    "--moe-every 4": ["--moe-every needs a shortcut"],
+}
+
+
+def assert_refused(flags: list[str], words: list[str]) -> None:
+    (message, exit_code) = ranks.run(training.refusal, 1, flags)[0]
+    assert exit_code == 2, message
+    (line,) = [line for line in message.splitlines() if "refused" in line]
+    assert line.startswith("pretrain_gpt_scmoe.py: refused: ")
+    for word in words:
+        assert word in line, line
+
+
+def changes(flags: str) -> list[str]:
+    return ["--" + change for change in flags.removeprefix("--").split(" --")]
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_refused(flags):
+    assert_refused(with_flags(SCMOE, *changes(flags)), REFUSED[flags])
+
+
+@pytest.mark.parametrize("flag", REFUSED_WITHOUT)
+def test_refused_without(flag):
+    assert_refused(without_flag(SCMOE, flag), REFUSED_WITHOUT[flag])
+
+
+@pytest.mark.parametrize("flags", STOCK_REFUSED)
+def test_refused_without_a_shortcut(flags):
+    assert_refused(with_flags(STOCK, *changes(flags)), STOCK_REFUSED[flags])
+
+
+@pytest.mark.parametrize(
+    "pipeline", ["--pipeline-model-parallel-size 4", "--pipeline-model-parallel-layout Et|ttt|L"]
+)
+def test_refused_where_a_pipeline_stage_would_hold_part_of_a_group(pipeline):
+    flags = with_flags(SCMOE, "--pipeline-model-parallel-size 3" if "layout" in pipeline else pipeline, pipeline)
+    world_size = 3 if "layout" in pipeline else 4
+    for message, exit_code in ranks.run(training.refusal, world_size, flags):
+        assert exit_code == 2
+        if message:
+            assert "a pipeline stage holds whole groups: stage 0 would hold the blocks [0]" in message
+            assert "--moe-every is 2" in message
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        SCMOE,
+        STOCK,
+        STOCK_SHARED_EXPERT,
+        with_flags(SCMOE, "--shortcut-position pos1 pos3", "--expert-slot 3 5"),
+        with_flags(SCMOE, "--moe-every 1", "--shortcut-position pos1"),
+        with_flags(SCMOE, "--moe-router-topk 2", "--overlap off"),
+        with_flags(SCMOE, "--recompute-granularity selective", "--recompute-modules core_attn mlp shared_experts"),
+    ],
+)
+def test_accepted(flags):
+    """Negative control: what works is not refused."""
+    assert ranks.run(training.refusal, 1, flags) == [("", None)]
+
+
+def saved_namespace(flags: list[str]) -> bytes:
+    from megatron_scmoe.arguments import parse_and_validate_args
+
+    sys.argv[:] = ["pretrain_gpt_scmoe.py", *flags]
+    args, _ = parse_and_validate_args()
+    from megatron_scmoe.config import ScMoEConfig
+
+    return pickle.dumps({field.name: getattr(args, field.name) for field in dataclasses.fields(ScMoEConfig)})
+
+
+def test_the_saved_settings_are_builtin_types():
+    """A checkpoint's arguments must load where this package is not installed."""
+    (pickled,) = ranks.run(saved_namespace, 1, with_flags(SCMOE, "--shortcut-position pos1 pos2"))
+    assert b"megatron_scmoe" not in pickled
+    assert pickle.loads(pickled)["shortcut_position"] == ["pos1", "pos2"]
+
+
+def test_every_field_is_a_flag_with_its_docstring_as_help():
+    from megatron_scmoe import config
+    from megatron_scmoe.arguments import add_scmoe_arguments
+
+    parser = add_scmoe_arguments(argparse.ArgumentParser())
+    actions = {action.dest: action for action in parser._actions}
+    for name in typing.get_type_hints(config.ScMoEConfig):
+        assert len(actions[name].help) > 60, name
+    assert "arXiv 2404.05019" in actions["shortcut"].help
+
+
+# --- resume --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    """A checkpoint of 1 iteration, bf16, with the position-wise distributed optimizer."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    flags = with_flags(SCMOE, "--train-iters 1", "--bf16", "--use-distributed-optimizer", "--save-interval 1")
+    (printed,) = ranks.run(training.train, 1, with_flags(flags, f"--save {folder}"))
+    assert "successfully saved checkpoint" in printed
+    return str(folder)
+
+
+RESUME_REFUSED = {
+    "--shortcut-position pos1": ["--shortcut-position is pos1", "has pos2", "--finetune", "--shortcut-resume changed"],
+    "--shortcut-combine add": ["--shortcut-combine is add", "has cg1"],
+    "--moe-every 4": ["--moe-every is 4", "has 2"],
+}
+
+
+@pytest.mark.parametrize("flags", RESUME_REFUSED)
+def test_resume_with_another_shortcut_is_refused(checkpoint, flags):
+    assert_refused(with_flags(SCMOE, f"--load {checkpoint}", *changes(flags)), RESUME_REFUSED[flags])
+
+
+def test_resume_of_a_stock_model_from_scmoe_is_refused(checkpoint):
+    flags = with_flags(STOCK_SHARED_EXPERT, f"--load {checkpoint}")
+    assert_refused(flags, ["--shortcut is none", "has scmoe"])
+
+
+@pytest.mark.parametrize("allowed", ["--finetune", "--shortcut-resume changed", "--shortcut-position pos2"])
+def test_resume_is_accepted(checkpoint, allowed):
+    flags = with_flags(SCMOE, f"--load {checkpoint}", "--shortcut-position pos1", allowed)
+    assert ranks.run(training.refusal, 1, flags) == [("", None)]
+
+
+def test_overlap_may_change_on_resume(checkpoint):
+    flags = with_flags(SCMOE, f"--load {checkpoint}", "--overlap off")
+    assert ranks.run(training.refusal, 1, flags) == [("", None)]
+
+
+def test_position_wise_optimizer_in_another_layout_is_refused(checkpoint):
+    flags = with_flags(
+        SCMOE, f"--load {checkpoint}", "--bf16", "--use-distributed-optimizer", "--expert-model-parallel-size 2"
+    )
+    results = ranks.run(training.refusal, 2, flags)
+    assert [code for _, code in results] == [2, 2]
+    assert "expert_model_parallel_size is 2 and the checkpoint" in results[0][0]
+    assert "--dist-ckpt-optim-fully-reshardable" in results[0][0]
+    assert results[1][0] == ""  # one line for each machine, not for each rank
+
+
+def restored(flags: list[str]) -> tuple[list[str], str, object]:
+    from megatron_scmoe.arguments import parse_and_validate_args
+
+    sys.argv[:] = ["pretrain_gpt_scmoe.py", *flags]
+    args, scmoe = parse_and_validate_args()
+    return list(scmoe.shortcut_position), str(scmoe.shortcut), args.moe_layer_freq
+
+
+def test_use_checkpoint_args_restores_the_shortcut(checkpoint):
+    flags = without_flag(SCMOE, "--shortcut")
+    position, shortcut, pattern = ranks.run(
+        restored, 1, with_flags(flags, f"--load {checkpoint}", "--use-checkpoint-args")
+    )[0]
+    assert (position, shortcut, pattern) == (["pos2"], "scmoe", [0, 1, 0, 1])
+
+
+# --- the process ---------------------------------------------------------------------------------------------------
+
+NO_PROCESS_GROUP = """
+import runpy, sys, torch.distributed
+def forbidden(*args, **kwargs): raise SystemExit("a process group was started")
+torch.distributed.init_process_group = forbidden
+sys.argv[:] = ["pretrain_gpt_scmoe.py", *sys.argv[1:]]
+runpy.run_path("pretrain_gpt_scmoe.py", run_name="__main__")
+"""
+
+
+def run_script(flags: list[str], *command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "LOCAL_RANK": "0"}
+    )
+
+
+def test_refusal_ends_the_process_with_2_before_any_process_group():
+    python = [sys.executable, "-c", NO_PROCESS_GROUP]
+    refused = run_script(with_flags(SCMOE, "--num-layers 5"), *python)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("pretrain_gpt_scmoe.py: refused: groups must be whole")
+    # Negative control: a run that is not refused does reach the process group.
+    assert "a process group was started" in run_script(SCMOE, *python).stderr
+
+
+def test_torchrun_turns_a_refusal_into_1_and_the_line_is_there():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    refused = run_script(with_flags(SCMOE, "--moe-every 5"), *torchrun, "pretrain_gpt_scmoe.py")
+    assert refused.returncode == 1
+    assert refused.stderr.count("pretrain_gpt_scmoe.py: refused:") == 1
