@@ -18,10 +18,10 @@ def flags_table() -> str:
     parser = add_scmoe_arguments(argparse.ArgumentParser(add_help=False))
     rows = ["| flag | values | default | meaning |", "|---|---|---|---|"]
     for action in parser._actions:
-        values = ", ".join(map(str, action.choices)) if action.choices else action.type.__name__  # type: ignore[union-attr]
+        values = ", ".join(map(str, action.choices)) if action.choices else "a whole number"
         default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
         several = " (one, or one per group)" if action.nargs == "+" else ""
-        rows.append(f"| `{action.option_strings[0]}` | {values}{several} | {default} | {action.help} |")
+        rows.append(f"| `{action.option_strings[0]}` | {values}{several} | {default or "-"} | {action.help} |")
     return "\n".join(rows) + "\n"
 
 

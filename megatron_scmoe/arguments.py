@@ -20,7 +20,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 
-from megatron_scmoe import mcore, resume
+from megatron_scmoe import corpus, mcore, resume
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, Combine, ConfigError, ScMoEConfig
 
 EXIT_REFUSED = 2
@@ -92,6 +92,7 @@ def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig]:
         if scmoe.enabled:
             mcore.check_pipeline(scmoe, core_transformer_config_from_args(args))
         resume.check(args, scmoe, scmoe_config_from_args)
+        corpus.check_datasets(args)
     except ConfigError as error:
         refuse(str(error))
     set_global_variables(args)

@@ -99,7 +99,7 @@ def build(case: Case):
     )
     scmoe.validate(case.num_layers)
     config = ScMoEGPTModelConfig(
-        transformer=_transformer_config(case),
+        transformer=transformer_config(case),
         vocab_size=VOCAB_SIZE,
         seq_length=SEQ_LENGTH,
         position_embedding_type="rope",
@@ -115,7 +115,7 @@ def build(case: Case):
     return model
 
 
-def _transformer_config(case: Case):
+def transformer_config(case: Case):
     from megatron.core import parallel_state
     from megatron.core.transformer.transformer_config import TransformerConfig
 

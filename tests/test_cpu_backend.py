@@ -157,8 +157,9 @@ def changed_names(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
     return {name for name in before if before[name] is not after[name]}
 
 
-def test_uninstall_restores_every_attribute_by_identity(tmp_path: Path) -> None:
+def test_uninstall_and_failure_restore_every_attribute_by_identity(tmp_path: Path) -> None:
     code = """
+import os
 import torch
 from megatron_scmoe import cpu_backend
 from test_cpu_backend import changed_names, replaced_attributes
@@ -179,8 +180,16 @@ for _ in range(2):
     assert not cpu_backend.is_installed()
     assert changed_names(before, replaced_attributes()) == set()
 assert torch.compiler.set_stance("default").prev.stance == "default"
+
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # fails at the very end
+try:
+    cpu_backend.install()
+except RuntimeError as error:
+    print(error)
+assert not cpu_backend.is_installed()
+assert changed_names(before, replaced_attributes()) == set()
 """
-    _python(code, tmp_path)
+    assert "unset PYTORCH_NVML_BASED_CUDA_CHECK" in _python(code, tmp_path)
 
 
 def test_import_alone_changes_nothing(tmp_path: Path) -> None:
@@ -196,23 +205,6 @@ loaded = [name for name in sys.modules if name.partition(".")[0] in ("megatron",
 assert not loaded, loaded
 """
     _python(code, tmp_path)
-
-
-def test_an_install_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    code = """
-import os, torch
-from megatron_scmoe import cpu_backend
-from test_cpu_backend import changed_names, replaced_attributes
-before = replaced_attributes()
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-try:
-    cpu_backend.install()
-except RuntimeError as error:
-    print(error)
-assert not cpu_backend.is_installed()
-assert changed_names(before, replaced_attributes()) == set()
-"""
-    assert "PYTORCH_NVML_BASED_CUDA_CHECK" in _python(code, tmp_path)
 
 
 @pytest.fixture

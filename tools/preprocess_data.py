@@ -425,7 +425,7 @@ def progress(label: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
         now_s = time.monotonic()
         if now_s - last_s >= LINE_INTERVAL_S:
             last_s, elapsed_s = now_s, now_s - start_s
-            eta = f"{elapsed_s * (total_bytes - done_bytes) / done_bytes:.0f} s" if done_bytes else "not known yet"
+            eta = f"{elapsed_s * (total_bytes - done_bytes) / done_bytes:.0f} s" if done_bytes else "unknown"
             share = f"{done_bytes / total_bytes:.0%}, " if total_bytes else ""
             print(f"{label}: {share}{elapsed_s:.0f} s so far, ETA {eta}", file=sys.stderr, flush=True)
 
@@ -473,7 +473,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--train-mib",
         type=_number(1, 10_000),
         metavar="N",
-        help="train on about this much text, taken from the head of every file in proportion to its size (default 16)",
+        help="train on about this much text, from the head of each file by its size (default 16, unigram 4)",
     )
     add("--json-key", default="text", metavar="KEY", help="the key of the text in JSON objects (default text)")
     add(
@@ -504,7 +504,7 @@ def make_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Check the tokenizer options and return the settings that decide the result. Raises UserError."""
     options = {"vocab_size": args.vocab_size, "model_type": args.model_type, "train_mib": args.train_mib}
     if args.tokenizer_model is None:
-        defaults = {"vocab_size": 4096, "model_type": "bpe", "train_mib": 16}
+        defaults = {"vocab_size": 4096, "model_type": "bpe", "train_mib": 4 if args.model_type == "unigram" else 16}
         return {key: options[key] or defaults[key] for key in options} | {"json_key": args.json_key}
     for key, value in options.items():
         if value is not None:
@@ -527,9 +527,7 @@ def check_request(args: argparse.Namespace) -> Path:
     """Return the real path of --output, or raise UserError if work could not succeed."""
     output = Path(os.path.realpath(args.output))
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
-        raise UserError(
-            f"--output {shown(args.output)}: {shown(output.parent)} is no writable folder; create it"
-        )
+        raise UserError(f"--output {shown(args.output)}: {shown(output.parent)} is no writable folder; create it")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {shown(args.output)} is a file; name a new folder")
     for word in args.input:
