@@ -12,6 +12,7 @@ import typing
 
 import pytest
 import ranks
+import torch
 import training
 from training import ROOT, SCMOE, STOCK, STOCK_SHARED_EXPERT, with_flags, without_flag
 
@@ -229,6 +230,40 @@ def test_use_checkpoint_args_restores_the_shortcut(checkpoint):
         restored, 1, with_flags(flags, f"--load {checkpoint}", "--use-checkpoint-args")
     )[0]
     assert (position, shortcut, pattern) == (["pos2"], "scmoe", [0, 1, 0, 1])
+
+
+# --- the corpus ----------------------------------------------------------------------------------------------------
+
+
+def write_dataset(prefix: str, num_documents: int) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin")
+    for _ in range(num_documents):
+        builder.add_document(torch.arange(50), [50])
+    builder.finalize(f"{prefix}.idx")
+
+
+@pytest.mark.parametrize(
+    ("num_documents", "split", "words"),
+    [
+        (0, "95,5,0", ["/none.idx is no file", "tools/preprocess_data.py"]),
+        (4, "95,5,0", ["has 4 and --split is 95,5,0", "none for validation", "smaller --document-kib"]),
+        (1, "0,100,0", []),
+        (20, "95,5,0", []),
+        (4, "95,5,5", ["none for"]),
+    ],
+)
+def test_a_corpus_that_leaves_a_part_without_documents(tmp_path, num_documents, split, words):
+    """Megatron counts epochs of an empty part for ever."""
+    prefix = str(tmp_path / ("corpus" if num_documents else "none"))
+    if num_documents:
+        ranks.run(write_dataset, 1, prefix, num_documents)
+    flags = with_flags(without_flag(SCMOE, "--mock-data"), f"--data-path {prefix}", f"--split {split}")
+    if words:
+        assert_refused(flags, words)
+    else:
+        assert ranks.run(training.refusal, 1, flags) == [("", None)]
 
 
 # --- the process ---------------------------------------------------------------------------------------------------
