@@ -21,7 +21,7 @@ def flags_table() -> str:
         values = ", ".join(map(str, action.choices)) if action.choices else "a whole number"
         default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
         several = " (one, or one per group)" if action.nargs == "+" else ""
-        rows.append(f"| `{action.option_strings[0]}` | {values}{several} | {default or "-"} | {action.help} |")
+        rows.append(f"| `{action.option_strings[0]}` | {values}{several} | {default or '-'} | {action.help} |")
     return "\n".join(rows) + "\n"
 
 

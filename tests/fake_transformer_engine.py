@@ -23,7 +23,9 @@ class _FakeModule(ModuleType):
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
-        value: object = type(name, (torch.nn.Module,), {}) if name[0].isupper() else _FakeModule(f"{self.__name__}.{name}")
+        value: object = (
+            type(name, (torch.nn.Module,), {}) if name[0].isupper() else _FakeModule(f"{self.__name__}.{name}")
+        )
         setattr(self, name, value)
         return value
 

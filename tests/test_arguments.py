@@ -66,7 +66,11 @@ REFUSED = {
 REFUSED_WITHOUT = {
     "--disable-bias-linear": ["no bias", "--disable-bias-linear is not set", "add --disable-bias-linear"],
     "--moe-router-pre-softmax": ["no gradient", "--moe-router-topk is 1", "add --moe-router-pre-softmax"],
-    "--moe-shared-expert-intermediate-size": ["shared expert", "is None", "add --moe-shared-expert-intermediate-size 24"],
+    "--moe-shared-expert-intermediate-size": [
+        "shared expert",
+        "is None",
+        "add --moe-shared-expert-intermediate-size 24",
+    ],
     "--num-experts": ["needs experts", "--num-experts is None", "add --num-experts 8"],
     "--num-layers": ["--num-layers is None", "add --num-layers N"],
 }
@@ -106,9 +110,7 @@ def test_refused_without_a_shortcut(flags):
     assert_refused(with_flags(STOCK, *changes(flags)), STOCK_REFUSED[flags])
 
 
-@pytest.mark.parametrize(
-    "pipeline", ["--pipeline-model-parallel-size 4", "--pipeline-model-parallel-layout Et|ttt|L"]
-)
+@pytest.mark.parametrize("pipeline", ["--pipeline-model-parallel-size 4", "--pipeline-model-parallel-layout Et|ttt|L"])
 def test_refused_where_a_pipeline_stage_would_hold_part_of_a_group(pipeline):
     flags = with_flags(SCMOE, "--pipeline-model-parallel-size 3" if "layout" in pipeline else pipeline, pipeline)
     world_size = 3 if "layout" in pipeline else 4
