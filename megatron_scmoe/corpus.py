@@ -1,7 +1,7 @@
 """Is there enough text for what this run wants to do? Asked before any process group starts.
 
-Megatron cuts a dataset into training, validation and test by whole documents. Where a share is smaller than a document it
-gets none, and Megatron then counts epochs of nothing, for ever.
+Megatron cuts a dataset into training, validation and test by whole documents. Where a share is smaller than a document
+it gets none, and Megatron then counts epochs of nothing, for ever.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def check_datasets(args: Namespace) -> None:
             # The rounding is Megatron's.
             if part is not None and round(part[0] * num_documents) == round(part[1] * num_documents):
                 raise ConfigError(
-                    f"every part of --split needs a document: {prefix} has {num_documents} and --split is {args.split}, "
-                    f"which leaves none for {name}; use more documents, another --split, or a smaller --document-kib "
-                    "in tools/preprocess_data.py"
+                    f"every part of --split needs a document: {prefix} has {num_documents} and --split is "
+                    f"{args.split}, which leaves none for {name}; use more documents, another --split, or a smaller "
+                    "--document-kib in tools/preprocess_data.py"
                 )

@@ -19,6 +19,7 @@ import logging
 import pkgutil
 import sys
 import types
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +60,9 @@ def install() -> None:
     visible = [name for name in HIDDEN_PACKAGES if _is_visible(name)]
     if megatron_is_imported and visible:
         raise RuntimeError(f"cpu_backend: Megatron was imported with {visible[0]} visible; call install() before it")
-    with contextlib.ExitStack() as stack:  # undoes everything if anything below fails
+    with contextlib.ExitStack() as stack, warnings.catch_warnings():  # undoes everything if anything below fails
+        # While it is imported Megatron warns a dozen times on each rank that the packages hidden here are missing.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
         _hide_packages(stack)
         if megatron_is_imported:
             # Its fused functions went through torch.compile already; this makes those run eagerly too.

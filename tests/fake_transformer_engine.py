@@ -1,7 +1,7 @@
 """Stands for Transformer Engine's package where it cannot be installed: any name in it is an empty module class.
 
-With it Core builds the block specs of Transformer Engine, whose classes are Core's own subclasses of these. Nothing can be
-run, and constructing them proves nothing; which class stands where does not need either.
+With it Core builds the block specs of Transformer Engine, whose classes are Core's own subclasses of these. Nothing can
+be run, and constructing them proves nothing; which class stands where does not need either.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 from types import ModuleType
+from typing import ClassVar
 
 import torch
 
@@ -17,7 +18,7 @@ PACKAGE = "transformer_engine"
 
 
 class _FakeModule(ModuleType):
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
     __version__ = "2.19.0"
 
     def __getattr__(self, name: str) -> object:

@@ -1,4 +1,4 @@
-"""Block specs: who replaces Core's layer where, and what is unfused for Transformer Engine, as far as a CPU can tell."""
+"""Block specs: who replaces Core's layer where, and what is unfused for Transformer Engine, as a CPU can tell."""
 
 from __future__ import annotations
 
