@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import pty
@@ -21,6 +22,8 @@ from hypothesis import strategies as st
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "preprocess_data.py"
 sys.path.insert(0, str(TOOL.parent))
 import preprocess_data as tool  # noqa: E402  (the workers find it through sys.path, too)
+from preprocessing import output as output_folder  # noqa: E402
+from preprocessing import sources, workers  # noqa: E402
 
 EXACT = "def f(x):\n\tif x:\r\n        return  'a   b'  # \u00e9 \u2581\u2581x\n\n\n"
 
@@ -137,6 +140,57 @@ def test_round_trip_can_fail(corpus):
         assert tokenizer.decode(tokenizer.encode(text)) != text
 
 
+# --- documents -------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(
+    text=st.text(alphabet=st.sampled_from("ab\u00e9\U0001f600\r\n\n\f\u2028"), max_size=200), limit=st.integers(1, 40)
+)
+@example(text="a" * 50 + "\n\n" + "b" * 50, limit=7)
+@example(text="\n" * 9, limit=3)
+def test_cutting_loses_nothing_and_keeps_lines_whole(text, limit):
+    parts = list(sources.cut(text, limit))
+    assert "".join(parts) == text and "" not in parts
+    assert all(part.endswith("\n") for part in parts[:-1])
+    for part in parts:
+        assert len(part.encode()) <= limit or "\n" not in part[:-1]  # longer only where one line is
+    for part, following in itertools.pairwise(parts):  # and as long as they may be
+        line = following[: following.find("\n") + 1] or following
+        assert len((part + line).encode()) > limit
+
+
+def test_zero_does_not_cut():
+    assert list(sources.cut("a\nb\n" * 999, 0)) == ["a\nb\n" * 999]
+
+
+def test_one_large_file_becomes_many_documents(corpus, built, megatron_tokenizer, tmp_path):
+    """From another working directory and with two spawned workers, too; output folders are created on the way."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    output = tmp_path / "new" / "folder" / "o"
+    names = ["exact.txt", "b.jsonl", "sub/ast.py", "sub/tarfile.py"]
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "a line\n" * 999}))
+    words = ["--input", *(corpus / name for name in names), tmp_path / "long.jsonl", "--output", "new/folder/o"]
+    words += ["--tokenizer-model", built / "tokenizer.model", "--document-kib", 4, "--workers", 2]
+    subprocess.run(command(*words), cwd=tmp_path, check=True, timeout=60)
+
+    manifest = manifest_of(output)
+    assert manifest["settings"]["document_kib"] == 4
+    counts = [entry["documents"] for entry in manifest["inputs"]]
+    assert counts[:2] == [1, 2] and counts[4] == 1 and min(counts[2:4]) > 90
+    dataset = IndexedDataset(str(output / "text_document"))
+    assert len(dataset) == len(dataset.document_indices) - 1 == sum(counts)
+    documents = [megatron_tokenizer.detokenize(ids[:-1].tolist()) for ids in dataset]
+    assert all(ids[-1] == megatron_tokenizer.eod for ids in dataset)
+    for name, count in zip(names, counts, strict=False):
+        of_file, documents = documents[:count], documents[count:]
+        if not name.endswith(".jsonl"):
+            assert "".join(of_file).encode() == (corpus / name).read_bytes()
+            assert max(len(document.encode()) for document in of_file) <= 4096
+    assert documents == ["a line\n" * 999]
+
+
 # --- the same bytes, once --------------------------------------------------------------------------------------------
 
 
@@ -146,7 +200,7 @@ def test_workers_do_not_change_the_bytes(corpus, built, tmp_path):
         == 0
     )
     assert tree_sha256(tmp_path / "o") == tree_sha256(built)
-    assert len(tool.plan_tasks(tool.list_sources([str(corpus)], tool.SUFFIXES))[0]) >= 2  # else no order to keep
+    assert len(workers.plan_tasks(sources.list_sources([str(corpus)], sources.SUFFIXES))) >= 2  # else no order to keep
 
 
 def test_given_tokenizer_is_copied_and_suffixes_chosen(corpus, built, tmp_path):
@@ -171,7 +225,11 @@ def test_second_call_does_nothing(corpus, built, capsys):
 
 @pytest.mark.parametrize(
     ("extra", "expected"),
-    [(["--vocab-size", "601"], "vocab_size was 600, now 601"), (["--suffix", ".txt"], "its input .*b.jsonl, now")],
+    [
+        (["--vocab-size", "601"], "vocab_size was 600, now 601"),
+        (["--document-kib", "8"], "document_kib was 0, now 8"),
+        (["--suffix", ".txt"], "its input .*b.jsonl, now"),
+    ],
 )
 def test_another_request_is_refused(corpus, built, capsys, extra, expected):
     before = tree_sha256(built)
@@ -299,7 +357,7 @@ def test_file_that_changes_after_the_scan_is_refused(tmp_path, built, monkeypatc
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--input {in} --output {t}/no/o", "is no writable folder; create it"),
+        ("--input {in} --output {in}/no/o", "in.txt is no writable folder; choose another"),
         ("--input {in} --output {in}", "is a file; name a new folder"),
         ("--input {t} --output {t}/o", "contain each other"),
         ("--input {t}/full/x.txt --output {t}/full --overwrite", "contain each other"),
@@ -310,6 +368,7 @@ def test_file_that_changes_after_the_scan_is_refused(tmp_path, built, monkeypatc
         ("--input {in} --output {t}/o --tokenizer-model {t}/none", "cannot be read (No such file"),
         ("--input {in} --output {t}/o --tokenizer-model {in} --vocab-size 500", "--vocab-size 500 only matters"),
         ("--input {in} --output {t}/o --vocab-size 12", "argument --vocab-size: '12' is not a whole number from 300"),
+        ("--input {in} --output {t}/o --document-kib x", "argument --document-kib: 'x' is not a whole number from 0"),
         ("--input {in} --output {t}/o --workers 0", "argument --workers: '0'"),
         ("--input {in} --output {t}/o --vocab-size 9000", "Vocabulary size too high (9000). Please set it to a value"),
         ("--output {t}/o", "required: --input"),
@@ -399,10 +458,10 @@ def test_folder_of_an_interrupted_overwrite_comes_back(tmp_path):
     dead.wait()
     output = tmp_path / "o"
     for kind, pid in (("replaced", dead.pid), ("partial", dead.pid), ("partial", os.getpid())):
-        path = tool._beside(output, kind, pid)
+        path = output_folder.beside(output, kind, pid)
         path.mkdir()
         (path / "content").write_text(kind)
-    tool.remove_stale(output)
+    output_folder.remove_stale(output)
     assert (output / "content").read_text() == "replaced"
     assert [path.name.split(".")[2].split("-")[0] for path in tmp_path.glob(".o.*")] == ["partial"]  # ours is alive
 
@@ -421,8 +480,8 @@ def test_help_teaches_and_imports_nothing_heavy():
 
 def test_progress_lines_name_an_eta(monkeypatch, capsys):
     now_s = iter([0.0, 10.0, 11.0, 20.0])
-    monkeypatch.setattr(tool.time, "monotonic", lambda: next(now_s))
-    with tool.progress("encode", 400) as show:
+    monkeypatch.setattr(workers.time, "monotonic", lambda: next(now_s))
+    with workers.progress("encode", 400) as show:
         show(100)
         show(110)  # one second later: no line
         show(200)
@@ -447,9 +506,9 @@ def test_terminal_gets_a_bar(tmp_path):
 
 
 def test_stdlib_word_means_sources_without_tests():
-    sources = tool.list_sources(["stdlib"], tool.SUFFIXES)
-    names = [source.name for source in sources]
+    found = sources.list_sources(["stdlib"], sources.SUFFIXES)
+    names = [source.name for source in found]
     assert "stdlib/argparse.py" in names and names == sorted(names)
-    assert all(source.num_bytes > 0 and source.problem is None for source in sources)
+    assert all(source.num_bytes > 0 and source.problem is None for source in found)
     assert not any(re.search("/(test|tests|site-packages|__pycache__)/", name) for name in names)
     assert len(names) > 300
