@@ -8,8 +8,10 @@ RUN ?= run
 # What to train on: a file or folder of text or JSONL; stdlib is the Python standard library's own source.
 CORPUS ?= stdlib
 # Training iterations in all; a larger number continues a finished run.
-ITERS ?= 250
+ITERS ?= 300
 
+# Each corpus has a folder of its own.
+FOLDER = $(RUN)/$(notdir $(CORPUS:/=))
 INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 
@@ -21,7 +23,7 @@ help: ## this text
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 14
 	@echo; echo "variables of pretrain:"
 	@echo "  CORPUS=stdlib  a file or folder of text or JSONL to train on; stdlib: the Python standard library's source"
-	@echo "  ITERS=250      training iterations in all; a larger number continues a finished run"
+	@echo "  ITERS=300      training iterations in all; a larger number continues a finished run"
 	@echo "  RUN=run        folder for data, checkpoints and logs"
 	@echo "  ARGS=...       more flags for pretrain_gpt_scmoe.py, e.g. ARGS='--shortcut-position pos1 --overlap off'"
 	@echo "  PYTHON=...     the Python 3.12 (or newer) that makes .venv"
@@ -38,8 +40,8 @@ $(INSTALLED): requirements.txt pyproject.toml
 	@touch $@
 
 pretrain: $(INSTALLED) ## pretrain on CORPUS; a second call continues from the last checkpoint
-	@$(BIN)/python tools/preprocess_data.py --input $(CORPUS) --output $(RUN)/$(notdir $(CORPUS:/=))/data
-	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/pretrain_small.sh $(RUN)/$(notdir $(CORPUS:/=)) $(ITERS) $(ARGS)
+	@$(BIN)/python tools/preprocess_data.py --input "$(CORPUS)" --document-kib 16 --output "$(FOLDER)/data"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/pretrain_small.sh "$(FOLDER)" $(ITERS) $(ARGS)
 
 test: $(INSTALLED) ## the whole test suite
 	$(BIN)/python -m pytest

@@ -11,7 +11,7 @@ if [[ $# -lt 1 || $1 == --help ]]; then
   exit $(($# < 1 ? 2 : 0))
 fi
 folder=$1
-iterations=${2:-250}
+iterations=${2:-300}
 shift $(($# < 2 ? $# : 2))
 if [[ ! -f $folder/data/manifest.json ]]; then
   echo "$0: no data: $folder/data has no manifest.json; run tools/preprocess_data.py --output $folder/data first" >&2

@@ -327,11 +327,10 @@ def _check_parallelism(args: Namespace, scmoe: ScMoEConfig) -> None:
             "context parallelism needs Transformer Engine's attention: --context-parallel-size is "
             f"{args.context_parallel_size} and --transformer-impl is local; use --transformer-impl transformer_engine"
         )
-    if args.transformer_impl == "local" and args.tensor_model_parallel_size > 1:
+    if args.transformer_impl == "local" and args.tensor_model_parallel_size > 1 and args.qk_layernorm:
         raise ConfigError(
-            "tensor parallelism needs norms that know sequence parallelism: --tensor-model-parallel-size is "
-            f"{args.tensor_model_parallel_size} and --transformer-impl is local; "
-            "use --transformer-impl transformer_engine"
+            "the local spec's norm of queries and keys does not know sequence parallelism: --tensor-model-parallel-size "
+            f"is {args.tensor_model_parallel_size} and --qk-layernorm is set; drop --qk-layernorm"
         )
     if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         raise ConfigError(

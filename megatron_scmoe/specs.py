@@ -14,6 +14,7 @@ import functools
 from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 from megatron.core.post_training.modelopt.layers import Norm
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import LayerNormBuilder, WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
@@ -21,6 +22,7 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from megatron_scmoe import mcore
 from megatron_scmoe.config import WINDOW_OPS, ScMoEConfig
 from megatron_scmoe.layer import GroupBlock, LeadingBlock
+from megatron_scmoe.norm import SequenceParallelNorm
 
 
 def shortcut_block_spec(
@@ -40,7 +42,26 @@ def shortcut_block_spec(
         _shortcut_layer_spec(layer_spec, block, scmoe, unfuse_tap=fused)
         for layer_spec, block in zip(block_spec.layer_specs, blocks, strict=True)
     ]
-    return dataclasses.replace(block_spec, layer_specs=layer_specs)
+    block_spec = dataclasses.replace(block_spec, layer_specs=layer_specs)
+    return _with_sequence_parallel_norms(block_spec) if model_config.transformer.sequence_parallel else block_spec
+
+
+def _with_sequence_parallel_norms(block_spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    def norm(builder: LayerNormBuilder) -> LayerNormBuilder:
+        return SequenceParallelNorm if builder is WrappedTorchNorm else builder
+
+    layer_specs = [
+        dataclasses.replace(
+            spec,
+            submodules=dataclasses.replace(
+                spec.submodules,
+                input_layernorm=norm(spec.submodules.input_layernorm),
+                pre_mlp_layernorm=norm(spec.submodules.pre_mlp_layernorm),
+            ),
+        )
+        for spec in block_spec.layer_specs
+    ]
+    return dataclasses.replace(block_spec, layer_specs=layer_specs, layer_norm=norm(block_spec.layer_norm))
 
 
 def _shortcut_layer_spec(spec: ModuleSpec, block: int, scmoe: ScMoEConfig, *, unfuse_tap: bool) -> ModuleSpec:

@@ -49,7 +49,11 @@ REFUSED = {
     "--moe-layer-freq [1,1,0,0]": ["--moe-layer-freq is [1, 1, 0, 0]", "--moe-every is 2", "drop --moe-layer-freq"],
     "--shortcut-combine add --moe-shared-expert-gate": ["cg1", "--shortcut-combine is add", "or drop"],
     "--context-parallel-size 2": ["Transformer Engine's attention", "--context-parallel-size is 2", "is local"],
-    "--tensor-model-parallel-size 2": ["--tensor-model-parallel-size is 2", "is local", "transformer_engine"],
+    "--tensor-model-parallel-size 2": ["--tensor-model-parallel-size is 2", "add --sequence-parallel"],
+    "--tensor-model-parallel-size 2 --sequence-parallel --qk-layernorm": [
+        "--qk-layernorm is set",
+        "drop --qk-layernorm",
+    ],
     "--sft": ["--sft is True", "drop it"],
     "--fim-data": ["--fim-data is True", "drop it"],
     "--hybrid-layer-pattern M*": ["--hybrid-layer-pattern is M*", "drop it"],
