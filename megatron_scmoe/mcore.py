@@ -329,8 +329,8 @@ def _check_parallelism(args: Namespace, scmoe: ScMoEConfig) -> None:
         )
     if args.transformer_impl == "local" and args.tensor_model_parallel_size > 1 and args.qk_layernorm:
         raise ConfigError(
-            "the local spec's norm of queries and keys does not know sequence parallelism: --tensor-model-parallel-size "
-            f"is {args.tensor_model_parallel_size} and --qk-layernorm is set; drop --qk-layernorm"
+            "the local spec's norm of queries and keys does not know sequence parallelism: "
+            f"--tensor-model-parallel-size is {args.tensor_model_parallel_size} and --qk-layernorm is set; drop --qk-layernorm"
         )
     if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         raise ConfigError(

@@ -12,7 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class SequenceParallelNorm:
     """Core's torch norm, with its parameters marked as seeing a part of the sequence.
 
-    The mark is all that sequence parallelism asks of a norm: Core then sums their gradients over the tensor-parallel ranks.
+    The mark is all that sequence parallelism asks of a norm: Core then sums their gradients over the tensor-parallel
+    ranks.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:  # type: ignore[misc]

@@ -18,19 +18,18 @@ STEPS = 3
 NAMES = ("lm loss", "grad-norm")
 
 FULL = "--recompute-granularity full --recompute-method"
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+PP2 = "--pipeline-model-parallel-size 2"
 LAYOUTS: dict[str, tuple[int, str]] = {
     # name -> ranks, flags
     "ep2": (2, "--expert-model-parallel-size 2"),
     "ep4": (4, "--expert-model-parallel-size 4"),
-    "tp2 sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1"),
-    "tp2 ep2": (
-        4,
-        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 --expert-tensor-parallel-size 1",
-    ),
-    "expert tp2": (2, "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2"),
-    "pp2": (2, "--pipeline-model-parallel-size 2"),
-    "pp2 interleaved": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2"),
-    "pp2 ep2": (4, "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"),
+    "tp2 sp": (2, f"{TP2} --expert-tensor-parallel-size 1"),
+    "tp2 ep2": (4, f"{TP2} --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"),
+    "expert tp2": (2, f"{TP2} --expert-tensor-parallel-size 2"),
+    "pp2": (2, PP2),
+    "pp2 interleaved": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 2"),
+    "pp2 ep2": (4, f"{PP2} --expert-model-parallel-size 2"),
     "dp2": (2, ""),
     "dp2 overlapped reduce": (2, "--overlap-grad-reduce"),
     "dp2 overlapped gather": (2, "--overlap-grad-reduce --overlap-param-gather"),
@@ -38,11 +37,7 @@ LAYOUTS: dict[str, tuple[int, str]] = {
     "recompute full block": (1, f"{FULL} block --recompute-num-layers 3"),
     "recompute core_attn": (1, "--recompute-granularity selective --recompute-modules core_attn"),
     "recompute mlp": (1, "--recompute-granularity selective --recompute-modules mlp shared_experts"),
-    "tp2 pp2 ep2": (
-        8,
-        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 "
-        "--expert-tensor-parallel-size 1",
-    ),
+    "tp2 pp2 ep2": (8, f"{TP2} {PP2} --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"),
 }
 
 COMMON = ["--num-layers 8", "--moe-aux-loss-coeff 0", "--use-distributed-optimizer"]
