@@ -59,7 +59,7 @@ plain=(
 output=(
   --save "$folder/checkpoints" --load "$folder/checkpoints" --save-interval 100 --ckpt-format torch_dist
   --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable
-  --log-interval 10 --eval-interval 100 --eval-iters 10 --tensorboard-dir "$folder/tensorboard"
+  --log-interval 10 --eval-interval 120 --eval-iters 10 --tensorboard-dir "$folder/tensorboard"
 )
 
 torchrun --standalone --nproc-per-node "$num_ranks" "$cd_here/pretrain_gpt_scmoe.py" --distributed-backend "$backend" \

@@ -21,7 +21,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 
 from megatron_scmoe import corpus, mcore, resume
-from megatron_scmoe.config import ARCHITECTURE_FIELDS, Combine, ConfigError, ScMoEConfig
+from megatron_scmoe.config import ARCHITECTURE_FIELDS, Combine, ConfigError, ScMoEConfig, Shortcut
 
 EXIT_REFUSED = 2
 
@@ -137,7 +137,7 @@ def _set_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
             f"{scmoe.moe_every}; drop --moe-layer-freq"
         )
     args.moe_layer_freq = pattern
-    args.moe_shared_expert_gate = scmoe.shortcut_combine is Combine.CG1
+    args.moe_shared_expert_gate = scmoe.shortcut is Shortcut.SCMOE and scmoe.shortcut_combine is Combine.CG1
 
 
 def _validate_megatron_args(args: Namespace) -> None:

@@ -17,6 +17,7 @@ class Shortcut(StrEnum):
 
     NONE = "none"
     SCMOE = "scmoe"
+    DGMOE = "dgmoe"
 
 
 class Position(StrEnum):
@@ -68,7 +69,8 @@ class ScMoEConfig:
     shortcut: Shortcut = Shortcut.NONE
     """Architecture of the MoE groups. 'none' is the stock Megatron model, bit for bit; 'scmoe' lets the routed experts
     read an earlier tensor than the dense part of the layer does, so that their all-to-all runs while attention, MLP and
-    shared expert compute (arXiv 2404.05019)."""
+    shared expert compute (arXiv 2404.05019); 'dgmoe' has no shared expert and two top-1 gates, one of which reads that
+    earlier tensor and the other the current one (--moe-router-topk 2 stands for one expert of each)."""
 
     shortcut_position: tuple[Position, ...] = (Position.POS2,)
     """Tensor that the routed experts read. pos1: output of the preceding block; pos2: between attention and MLP of the
@@ -89,8 +91,8 @@ class ScMoEConfig:
 
     expert_slot: tuple[int, ...] = ()
     """Place behind the tap where the experts run, counted from 1: slot k lies before the k-th dense op behind the tap,
-    the last slot behind the shared expert (pos1 has slots 1 to 3, pos2 1 to 4, pos3 1 to 5). One value for all groups,
-    or one for each group. Default: the middle of the window."""
+    the last slot behind the shared expert (pos1 has slots 1 to 3, pos2 1 to 4, pos3 1 to 5; dgmoe one less each). One
+    value for all groups, or one for each group. Default: the middle of the window."""
 
     shortcut_resume: Resume = Resume.SAME
     """Checkpoints to continue from. same: refuse one that was trained with other values of --shortcut,
@@ -102,6 +104,19 @@ class ScMoEConfig:
         """Whether the model has any shortcut at all."""
         return self.shortcut is not Shortcut.NONE
 
+    @property
+    def num_dense_ops(self) -> int:
+        """Ops in a group's dense stream. dgmoe has no shared expert, which is the last one of scmoe."""
+        return 2 * self.moe_every - (self.shortcut is Shortcut.DGMOE)
+
+    def tap(self, group_index: int) -> int:
+        """Index in the dense stream of group ``group_index`` at which its routed experts read."""
+        return 2 * self.moe_every - WINDOW_OPS[self.position(group_index)]
+
+    def num_slots(self, group_index: int) -> int:
+        """Places behind the tap of group ``group_index`` where the experts may run."""
+        return self.num_dense_ops - self.tap(group_index) + 1
+
     def position(self, group_index: int) -> Position:
         """Position of group ``group_index`` (counted from 0 over the whole model)."""
         return _one_or_each(self.shortcut_position, group_index)
@@ -110,7 +125,7 @@ class ScMoEConfig:
         """Expert slot of group ``group_index``: the one set, else the middle of its window."""
         if self.expert_slot:
             return _one_or_each(self.expert_slot, group_index)
-        return (WINDOW_OPS[self.position(group_index)] + 2) // 2
+        return (self.num_slots(group_index) + 1) // 2
 
     def validate(self, num_layers: int) -> None:
         """Raise ConfigError where these settings cannot describe a model of ``num_layers`` blocks."""
@@ -130,6 +145,11 @@ class ScMoEConfig:
             raise ConfigError(
                 f"a slot needs an overlap: --overlap is off and --expert-slot is {_shown(self.expert_slot)}; "
                 "use --overlap fixed or drop --expert-slot"
+            )
+        if self.shortcut is Shortcut.DGMOE and self.shortcut_combine is not Combine.CG1:
+            raise ConfigError(
+                f"dgmoe has no shared expert to weigh: --shortcut is dgmoe and --shortcut-combine is "
+                f"{self.shortcut_combine}; drop --shortcut-combine"
             )
         num_groups = num_layers // self.moe_every
         _check_length("--shortcut-position", self.shortcut_position, num_groups)
@@ -155,11 +175,11 @@ class ScMoEConfig:
                 f"{position} reads a preceding block of the same group: --moe-every is 1 and --shortcut-position of "
                 f"group {group_index} is {position}; use --shortcut-position pos1 or --moe-every 2"
             )
-        num_slots = WINDOW_OPS[position] + 1
+        num_slots = self.num_slots(group_index)
         if not 1 <= self.slot(group_index) <= num_slots:
             raise ConfigError(
-                f"{position} has the slots 1 to {num_slots}: --expert-slot of group {group_index} is "
-                f"{self.slot(group_index)}; use a value from 1 to {num_slots}"
+                f"{position} of {self.shortcut} has the slots 1 to {num_slots}: --expert-slot of group {group_index} "
+                f"is {self.slot(group_index)}; use a value from 1 to {num_slots}"
             )
 
 

@@ -79,8 +79,9 @@ class _State(Enum):
 class _Leg:
     """One direction of an exchange: launched once, waited for once."""
 
-    def __init__(self, name: str, *, backward: bool) -> None:
+    def __init__(self, name: str, label: str, *, backward: bool) -> None:
         self._name = name
+        self._label = label
         self._backward = backward
         self._state = _State.NEW
         self._work: dist.Work | None = None
@@ -91,7 +92,7 @@ class _Leg:
     def launch(self, exchange: Exchange, tensors: tuple[Tensor, ...], send_rows: Rows, receive_rows: Rows) -> None:
         """Start the all-to-all of ``tensors``, row ranges of which go to each peer."""
         self._move(_State.NEW, _State.FLYING)
-        observe.mark(f"start {self._name}", backward=self._backward)
+        observe.mark(f"{self._label}start {self._name}", backward=self._backward)
         if exchange.group.size() == 1:
             self._received = tuple(tensor.detach() for tensor in tensors)
             return
@@ -108,7 +109,7 @@ class _Leg:
         """Wait for what ``launch`` started and return what arrived."""
         self._move(_State.FLYING, _State.DONE)
         self._wait()
-        observe.mark(f"finish {self._name}", backward=self._backward)
+        observe.mark(f"{self._label}finish {self._name}", backward=self._backward)
         received, self._received = self._received, None
         if isinstance(received, Tensor):
             return _unpack(received, self._columns)
@@ -126,7 +127,7 @@ class _Leg:
         if self._state is not expected:
             direction = "backward" if self._backward else "forward"
             raise ExchangeOrderError(
-                f"{self._name} ({direction}) is {self._state.value} and cannot become {new.value}: "
+                f"{self._label}{self._name} ({direction}) is {self._state.value} and cannot become {new.value}: "
                 "start and finish belong in this order, once each"
             )
         self._state = new
@@ -137,6 +138,7 @@ class Exchange:
 
     Args:
         name: what it carries, for error messages and marks.
+        label: whose it is, where a layer has several; stands before the name.
         group: the process group that exchanges rows.
         send_rows: rows that go to each rank in forward; None for equal parts.
         receive_rows: rows that come from each rank in forward; None for equal parts.
@@ -145,14 +147,21 @@ class Exchange:
     """
 
     def __init__(
-        self, *, name: str, group: dist.ProcessGroup, send_rows: Rows, receive_rows: Rows, blocking: bool
+        self,
+        *,
+        name: str,
+        group: dist.ProcessGroup,
+        send_rows: Rows,
+        receive_rows: Rows,
+        blocking: bool,
+        label: str = "",
     ) -> None:
         self.group = group
         self.blocking = blocking
         self.send_rows = send_rows
         self.receive_rows = receive_rows
-        self.forward_leg = _Leg(name, backward=False)
-        self.backward_leg = _Leg(name, backward=True)
+        self.forward_leg = _Leg(name, label, backward=False)
+        self.backward_leg = _Leg(name, label, backward=True)
 
     def start(self, *tensors: Tensor) -> Tensor:
         """Launch the exchange of ``tensors`` ([rows, ...] each) and return the token that ``finish`` takes."""
@@ -203,10 +212,12 @@ class Flight:
     Args:
         moe: the layer whose router decided and whose experts run.
         plan: blocking or not; where the experts run is the caller's business.
+        label: whose flight it is, where a layer has several.
     """
 
-    def __init__(self, moe: MoELayer, plan: Plan) -> None:
+    def __init__(self, moe: MoELayer, plan: Plan, label: str = "") -> None:
         self._moe = moe
+        self._label = label
         self._blocking = plan.blocking
         self._dispatcher = mcore.dispatcher_for_one_flight(moe)
         self._exchange: Exchange | None = None
@@ -231,7 +242,7 @@ class Flight:
 
     def experts(self, tokens: Tensor, tokens_per_expert: Tensor, token_probs: Tensor) -> Tensor:
         """Run this rank's experts; returns their weighted output, [n, h]."""
-        observe.mark(EXPERTS)
+        observe.mark(self._label + EXPERTS)
         output, bias = self._moe.experts(tokens, tokens_per_expert, token_probs)
         assert bias is None  # refused: experts with a bias of their own
         return output
@@ -256,6 +267,7 @@ class Flight:
             send_rows=send_rows,
             receive_rows=receive_rows,
             blocking=self._blocking,
+            label=self._label,
         )
         self._token = self._exchange.start(*tensors)
 

@@ -26,10 +26,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_scmoe import mcore, observe
-from megatron_scmoe.config import WINDOW_OPS, Combine, Overlap, ScMoEConfig
+from megatron_scmoe.config import Combine, Overlap, ScMoEConfig, Shortcut
 from megatron_scmoe.dispatch import Flight
 from megatron_scmoe.gating import CoefficientGate
-from megatron_scmoe.plan import Plan
+from megatron_scmoe.plan import CURRENT, Plan
+from megatron_scmoe.router import Routing
 
 ATTENTION = "attention"
 MLP = "MLP"
@@ -75,7 +76,7 @@ class GroupBlock(TransformerLayer):
         super().__init__(config, *args, **kwargs)
         self.scmoe = scmoe
         group_index = (self.layer_number - 1) // scmoe.moe_every
-        self.tap = 2 * scmoe.moe_every - WINDOW_OPS[scmoe.position(group_index)]
+        self.tap = scmoe.tap(group_index)
         self.plan = Plan(slot=1, blocking=True)
         if scmoe.overlap is Overlap.FIXED:
             self.plan = Plan(slot=scmoe.slot(group_index), blocking=False)
@@ -91,7 +92,8 @@ class GroupBlock(TransformerLayer):
         assert len(leading) == self.scmoe.moe_every - 1
         ops = [op for block in (*leading, self) for op in _block_ops(block)]
         # In the MoE's own block the shared expert stands where the dense MLP would; its residual is added at the end.
-        self._dense_ops = (*ops[:-1], DenseOp(SHARED_EXPERT, ops[-1].norm, partial(mcore.shared_expert, self)))
+        shared_expert = DenseOp(SHARED_EXPERT, ops[-1].norm, partial(mcore.shared_expert, self))
+        self._dense_ops = (*ops[:-1], shared_expert)[: self.scmoe.num_dense_ops]
 
     @property
     def dense_op_names(self) -> list[str]:
@@ -115,6 +117,7 @@ class GroupBlock(TransformerLayer):
         if packed_seq_params is not None:
             raise ValueError("packed sequences do not reach the routers of a group: train without packing")
         inputs = mcore.AttentionInputs(**attention_inputs)
+        padding_mask = mcore.sequence_first(padding_mask)
         expert_index = self.tap + self.plan.slot - 1  # the experts run before this op
         residual = hidden_states
 
@@ -122,26 +125,43 @@ class GroupBlock(TransformerLayer):
             residual = hidden_states
             normed = op.norm(residual)
             if index == self.tap:
-                probs, routing_map = self.mlp.route(normed, mcore.sequence_first(padding_mask))
+                routing = self.mlp.router(normed, padding_mask)
                 flight = Flight(self.mlp, self.plan)
-                flight.start_dispatch(normed, probs, routing_map)
+                flight.start_dispatch(normed, routing[0], routing[1])
             if index == expert_index:
-                self._run_experts(flight)
+                _run_experts(flight)
             observe.mark(op.name)
             hidden_states = op.run(residual, normed, inputs)
 
+        if self.scmoe.shortcut is Shortcut.DGMOE:
+            return self._add_second_gate(hidden_states, flight, routing, padding_mask), context
         if expert_index == len(self._dense_ops):
-            self._run_experts(flight)
+            _run_experts(flight)
         shared, routed = hidden_states, flight.finish_combine()
         combined = self._combine(normed, shared, routed)
         return mcore.add_mlp_output(self, residual, (combined, None)), context
 
-    def _run_experts(self, flight: Flight) -> None:
-        arrived = flight.finish_dispatch()
-        output = flight.experts(*arrived)
-        flight.start_combine(output)
+    def _add_second_gate(
+        self, residual: Tensor, preceding: Flight, routing: Routing, padding_mask: Tensor | None
+    ) -> Tensor:
+        """End of a DGMoE group: the current layer's tokens fly as well, and the experts of both are added."""
+        normed = mcore.mlp_norm(self, residual)
+        current_routing = self.mlp.router(normed, padding_mask, preceding=routing)
+        current = Flight(self.mlp, self.plan, CURRENT)
+        current.start_dispatch(normed, current_routing.probs, current_routing.routing_map)
+        if self.tap + self.plan.slot - 1 == len(self._dense_ops):
+            _run_experts(preceding)
+        _run_experts(current)
+        routed = preceding.finish_combine() + current.finish_combine()
+        return mcore.add_mlp_output(self, residual, (routed, None))
 
     def _combine(self, shared_input: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
         if self.scmoe.shortcut_combine is Combine.CG2:
             return self.combine_gate(shared_input, shared, routed)
         return routed + shared  # cg1's gate is inside Core's shared expert
+
+
+def _run_experts(flight: Flight) -> None:
+    arrived = flight.finish_dispatch()
+    output = flight.experts(*arrived)
+    flight.start_combine(output)

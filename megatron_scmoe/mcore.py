@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 from megatron.training.checkpointing import _load_base_checkpoint
 from torch import Tensor
 
-from megatron_scmoe.config import Combine, ConfigError, ScMoEConfig
+from megatron_scmoe.config import Combine, ConfigError, ScMoEConfig, Shortcut
 
 SUPPORTED_CORE = ("0.19.2", "0.20")
 """Lowest tested version of megatron-core, and the first one that is refused."""
@@ -297,16 +297,20 @@ def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
             f"a shortcut needs experts: --num-experts is {args.num_experts} and --shortcut is {scmoe.shortcut}; "
             "add --num-experts 8"
         )
-    if not args.moe_shared_expert_intermediate_size:
+    if scmoe.shortcut is Shortcut.DGMOE:
+        _check_two_gates(args)
+    elif not args.moe_shared_expert_intermediate_size:
         raise ConfigError(
             "scmoe always runs a shared expert: --moe-shared-expert-intermediate-size is "
             f"{args.moe_shared_expert_intermediate_size} and --shortcut is {scmoe.shortcut}; "
             f"add --moe-shared-expert-intermediate-size {args.moe_ffn_hidden_size or args.ffn_hidden_size or 'SIZE'}"
         )
-    if args.moe_router_topk == 1 and args.moe_router_score_function == "softmax" and not args.moe_router_pre_softmax:
+    one_each = args.moe_router_topk == 1 or scmoe.shortcut is Shortcut.DGMOE
+    if one_each and args.moe_router_score_function == "softmax" and not args.moe_router_pre_softmax:
         raise ConfigError(
-            "the softmax over one logit is always 1, so the router would get no gradient: --moe-router-topk is 1 and "
-            "--moe-router-pre-softmax is off; add --moe-router-pre-softmax"
+            "the softmax over one logit is always 1, so the router would get no gradient: --shortcut is "
+            f"{scmoe.shortcut}, --moe-router-topk {args.moe_router_topk} and --moe-router-pre-softmax off; "
+            "add --moe-router-pre-softmax"
         )
     if args.add_bias_linear:
         raise ConfigError(
@@ -321,6 +325,28 @@ def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
     _check_parallelism(args, scmoe)
 
 
+_TWO_GATES_REFUSED = (
+    Refusal("--moe-shared-expert-intermediate-size", "dgmoe has no shared expert"),
+    Refusal("--moe-router-topk", "dgmoe's two gates take one expert each", "use --moe-router-topk 2", (2,)),
+    Refusal("--moe-router-fusion", "the fused choice cannot leave out the preceding layer's expert"),
+    Refusal("--moe-enable-routing-replay", "the choice that leaves out an expert stands where a replay would"),
+    Refusal("--moe-router-force-biased", "it is a benchmark of the stock router"),
+    Refusal("--calculate-per-token-loss", "the balance loss counts the tokens of both gates, it would scale twice"),
+)
+
+
+def _check_two_gates(args: Namespace) -> None:
+    for refusal in _TWO_GATES_REFUSED:
+        refusal.check(args)
+    kinds = args.moe_router_load_balancing_type
+    for kind in ("sinkhorn", "quantile_balancing"):
+        if kind in ([kinds] if isinstance(kinds, str) else kinds):
+            raise ConfigError(
+                f"{kind} routes all tokens of a gate at once and knows no second choice: --shortcut is dgmoe and "
+                f"--moe-router-load-balancing-type is {kind}; use aux_loss, seq_aux_loss or global_aux_loss"
+            )
+
+
 def _check_parallelism(args: Namespace, scmoe: ScMoEConfig) -> None:
     if args.transformer_impl == "local" and args.context_parallel_size > 1:
         raise ConfigError(
@@ -329,8 +355,8 @@ def _check_parallelism(args: Namespace, scmoe: ScMoEConfig) -> None:
         )
     if args.transformer_impl == "local" and args.tensor_model_parallel_size > 1 and args.qk_layernorm:
         raise ConfigError(
-            "the local spec's norm of queries and keys does not know sequence parallelism: "
-            f"--tensor-model-parallel-size is {args.tensor_model_parallel_size} and --qk-layernorm is set; drop --qk-layernorm"
+            "the local spec's norm of queries and keys does not know sequence parallelism: --qk-layernorm is set and "
+            f"--tensor-model-parallel-size is {args.tensor_model_parallel_size}; drop --qk-layernorm"
         )
     if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         raise ConfigError(

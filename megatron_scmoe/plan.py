@@ -14,13 +14,8 @@ FINISH_DISPATCH = "finish dispatch"
 EXPERTS = "experts"
 START_COMBINE = "start combine"
 FINISH_COMBINE = "finish combine"
-
-_MIRROR = {
-    START_DISPATCH: FINISH_DISPATCH,
-    FINISH_DISPATCH: START_DISPATCH,
-    START_COMBINE: FINISH_COMBINE,
-    FINISH_COMBINE: START_COMBINE,
-}
+CURRENT = "current "
+"""What the steps of dgmoe's second flight, that of the current layer, are called before their name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,26 +31,39 @@ class Plan:
     blocking: bool
 
 
-def forward_order(dense_ops: Sequence[str], tap: int, plan: Plan) -> list[str]:
+def forward_order(dense_ops: Sequence[str], tap: int, plan: Plan, *, second_gate: bool = False) -> list[str]:
     """Steps of one group's forward, in the order of their launch (ScMoE, arXiv 2404.05019, section 3.3).
 
     Args:
         dense_ops: names of the residual ops in order, the shared expert last.
         tap: index of the op whose normed input the routed experts read.
         plan: where the experts run.
+        second_gate: dgmoe: the current layer's tokens fly too, after the last dense op.
     """
+    experts = [FINISH_DISPATCH, EXPERTS, START_COMBINE]
     steps: list[str] = []
     for index, op in enumerate(dense_ops):
         if index == tap:
             steps.append(START_DISPATCH)
         if index == tap + plan.slot - 1:
-            steps += [FINISH_DISPATCH, EXPERTS, START_COMBINE]
+            steps += experts
         steps.append(op)
+    if second_gate:
+        steps.append(CURRENT + START_DISPATCH)
     if plan.slot == len(dense_ops) - tap + 1:
-        steps += [FINISH_DISPATCH, EXPERTS, START_COMBINE]
-    return [*steps, FINISH_COMBINE]
+        steps += experts
+    if second_gate:
+        steps += [CURRENT + step for step in experts]
+    return [*steps, FINISH_COMBINE, *([CURRENT + FINISH_COMBINE] if second_gate else [])]
 
 
-def backward_order(dense_ops: Sequence[str], tap: int, plan: Plan) -> list[str]:
+def backward_order(dense_ops: Sequence[str], tap: int, plan: Plan, *, second_gate: bool = False) -> list[str]:
     """Steps of the same group's backward: the mirror image, in which a finish starts and a start finishes."""
-    return [_MIRROR.get(step, step) for step in reversed(forward_order(dense_ops, tap, plan))]
+    forward = forward_order(dense_ops, tap, plan, second_gate=second_gate)
+    return [_mirrored(step) for step in reversed(forward)]
+
+
+def _mirrored(step: str) -> str:
+    if "start " in step:
+        return step.replace("start ", "finish ")
+    return step.replace("finish ", "start ")

@@ -8,21 +8,27 @@ under the key names of the fused module: checkpoints stay those of the stock mod
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 from megatron.core.post_training.modelopt.layers import Norm
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder, WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_scmoe import mcore
-from megatron_scmoe.config import WINDOW_OPS, ScMoEConfig
+from megatron_scmoe.config import ScMoEConfig, Shortcut
 from megatron_scmoe.layer import GroupBlock, LeadingBlock
 from megatron_scmoe.norm import SequenceParallelNorm
+from megatron_scmoe.router import DualGateRouter
 
 
 def shortcut_block_spec(
@@ -67,11 +73,25 @@ def _with_sequence_parallel_norms(block_spec: TransformerBlockSubmodules) -> Tra
 def _shortcut_layer_spec(spec: ModuleSpec, block: int, scmoe: ScMoEConfig, *, unfuse_tap: bool) -> ModuleSpec:
     group_index, block_in_group = divmod(block, scmoe.moe_every)
     submodules = spec.submodules
-    tap = 2 * scmoe.moe_every - WINDOW_OPS[scmoe.position(group_index)]
+    tap = scmoe.tap(group_index)
     if unfuse_tap and tap // 2 == block_in_group:
         submodules = _unfuse_mlp(submodules) if tap % 2 else _unfuse_attention(submodules)
     is_last = block_in_group == scmoe.moe_every - 1
+    if is_last and scmoe.shortcut is Shortcut.DGMOE:
+        submodules = dataclasses.replace(submodules, mlp=_with_two_gates(submodules.mlp))
     return ModuleSpec(module=GroupBlock if is_last else LeadingBlock, params={"scmoe": scmoe}, submodules=submodules)
+
+
+def _with_two_gates(moe: functools.partial) -> functools.partial:
+    submodules = dataclasses.replace(moe.keywords["submodules"], router=DualGateRouter)
+    return functools.partial(_build_top1, moe.func, submodules=submodules)
+
+
+def _build_top1(build: Callable[..., MoELayer], *, config: TransformerConfig, **kwargs: Any) -> MoELayer:
+    """Build an MoE layer each of whose calls sends a token to one expert; Megatron counts both gates in its top-k."""
+    config = copy.copy(config)
+    config.moe_router_topk = 1
+    return build(config=config, **kwargs)
 
 
 def _unfuse_attention(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:

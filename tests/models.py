@@ -25,6 +25,7 @@ BATCH_SIZE = 4
 class Case:
     """One architecture, in the words of the command line."""
 
+    shortcut: str = "scmoe"
     position: tuple[str, ...] = ("pos2",)
     combine: str = "cg1"
     topk: int = 1
@@ -47,12 +48,13 @@ class Case:
             num_attention_heads=2,
             ffn_hidden_size=24,
             moe_ffn_hidden_size=12,
-            shared_ffn_hidden_size=20,
+            shared_ffn_hidden_size=None if self.shortcut == "dgmoe" else 20,
             num_experts=4,
             topk=self.topk,
             moe_every=self.moe_every,
             positions=positions,
-            combine=self.combine,
+            combine="add" if self.shortcut == "dgmoe" else self.combine,
+            arch=self.shortcut,
             swiglu=True,
             normalization="RMSNorm",
             rotary=True,
@@ -90,7 +92,7 @@ def build(case: Case):
     from megatron_scmoe.model import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_shortcut
 
     scmoe = ScMoEConfig(
-        shortcut=Shortcut.SCMOE,
+        shortcut=Shortcut(case.shortcut),
         shortcut_position=tuple(Position(position) for position in case.position),
         shortcut_combine=Combine(case.combine),
         moe_every=case.moe_every,
@@ -128,9 +130,9 @@ def transformer_config(case: Case):
         ffn_hidden_size=sizes.ffn_hidden_size,
         moe_ffn_hidden_size=sizes.moe_ffn_hidden_size,
         moe_shared_expert_intermediate_size=sizes.shared_ffn_hidden_size,
-        moe_shared_expert_gate=case.combine == "cg1",
+        moe_shared_expert_gate=sizes.combine == "cg1",
         num_moe_experts=sizes.num_experts,
-        moe_router_topk=case.topk,
+        moe_router_topk=2 if case.shortcut == "dgmoe" else case.topk,  # one for each gate
         moe_router_pre_softmax=True,
         moe_router_load_balancing_type="none",
         moe_token_dispatcher_type="alltoall",

@@ -69,7 +69,7 @@ REFUSED = {
 
 REFUSED_WITHOUT = {
     "--disable-bias-linear": ["no bias", "--disable-bias-linear is not set", "add --disable-bias-linear"],
-    "--moe-router-pre-softmax": ["no gradient", "--moe-router-topk is 1", "add --moe-router-pre-softmax"],
+    "--moe-router-pre-softmax": ["no gradient", "--moe-router-topk 1", "add --moe-router-pre-softmax"],
     "--moe-shared-expert-intermediate-size": [
         "shared expert",
         "is None",
@@ -77,6 +77,19 @@ REFUSED_WITHOUT = {
     ],
     "--num-experts": ["needs experts", "--num-experts is None", "add --num-experts 8"],
     "--num-layers": ["--num-layers is None", "add --num-layers N"],
+}
+
+DGMOE = with_flags(
+    without_flag(SCMOE, "--moe-shared-expert-intermediate-size"), "--shortcut dgmoe", "--moe-router-topk 2"
+)
+DGMOE_REFUSED = {
+    "--moe-shared-expert-intermediate-size 24": ["dgmoe has no shared expert", "is 24", "drop it"],
+    "--moe-router-topk 1": ["one expert each", "--moe-router-topk is 1", "use --moe-router-topk 2"],
+    "--shortcut-combine add": ["no shared expert to weigh", "--shortcut-combine is add"],
+    "--expert-slot 4": ["pos2 of dgmoe has the slots 1 to 3", "is 4"],
+    "--moe-router-load-balancing-type sinkhorn": ["no second choice", "sinkhorn", "use aux_loss"],
+    "--moe-enable-routing-replay": ["--moe-enable-routing-replay is True", "drop it"],
+    "--calculate-per-token-loss": ["--calculate-per-token-loss is True", "drop it"],
 }
 
 STOCK_REFUSED = {
@@ -109,6 +122,11 @@ def test_refused_without(flag):
     assert_refused(without_flag(SCMOE, flag), REFUSED_WITHOUT[flag])
 
 
+@pytest.mark.parametrize("flags", DGMOE_REFUSED)
+def test_dgmoe_refused(flags):
+    assert_refused(with_flags(DGMOE, *changes(flags)), DGMOE_REFUSED[flags])
+
+
 @pytest.mark.parametrize("flags", STOCK_REFUSED)
 def test_refused_without_a_shortcut(flags):
     assert_refused(with_flags(STOCK, *changes(flags)), STOCK_REFUSED[flags])
@@ -131,6 +149,7 @@ def test_refused_where_a_pipeline_stage_would_hold_part_of_a_group(pipeline):
         SCMOE,
         STOCK,
         STOCK_SHARED_EXPERT,
+        DGMOE,
         with_flags(SCMOE, "--shortcut-position pos1 pos3", "--expert-slot 3 5"),
         with_flags(SCMOE, "--moe-every 1", "--shortcut-position pos1"),
         with_flags(SCMOE, "--moe-router-topk 2", "--overlap off"),

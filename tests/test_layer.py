@@ -40,11 +40,14 @@ ARCHITECTURES = [
         ("pos1", "pos2", "pos3"), ("add", "cg1", "cg2"), (1, 2), (1, 2, 4)
     )
     if moe_every > 1 or position == "pos1"
+] + [
+    Case(shortcut="dgmoe", position=(position,), moe_every=moe_every, num_groups=1 if moe_every == 4 else 2)
+    for position, moe_every in (("pos1", 1), ("pos1", 2), ("pos2", 2), ("pos3", 2), ("pos2", 4))
 ]
 
 
 @pytest.mark.parametrize(
-    "case", ARCHITECTURES, ids=lambda c: f"{c.position[0]}-{c.combine}-top{c.topk}-every{c.moe_every}"
+    "case", ARCHITECTURES, ids=lambda c: f"{c.shortcut}-{c.position[0]}-{c.combine}-top{c.topk}-every{c.moe_every}"
 )
 def test_group_equals_reference(case):
     assert largest_difference(run(case), run_reference(case.reference_config())) < 1e-5

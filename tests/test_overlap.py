@@ -12,6 +12,7 @@ import torch.distributed as dist
 from models import Case
 
 from megatron_scmoe.plan import (
+    CURRENT,
     EXPERTS,
     FINISH_COMBINE,
     FINISH_DISPATCH,
@@ -24,7 +25,12 @@ from megatron_scmoe.plan import (
 
 EP = {size: {"expert_model_parallel_size": size, "expert_tensor_parallel_size": 1} for size in (1, 2, 4)}
 NUM_SLOTS = {"pos1": 3, "pos2": 4, "pos3": 5}
-POSITION_AND_SLOT = [(position, slot) for position, slots in NUM_SLOTS.items() for slot in range(1, slots + 1)]
+POSITION_AND_SLOT = [
+    (shortcut, position, slot)
+    for shortcut in ("scmoe", "dgmoe")
+    for position, slots in NUM_SLOTS.items()
+    for slot in range(1, slots + 1 - (shortcut == "dgmoe"))
+]
 
 
 def assert_bit_equal(one, other) -> None:
@@ -40,26 +46,40 @@ def run(case: Case, ep: int, **kwargs):
     return ranks.run(models.losses_and_gradients, ep, case, layout=EP[ep], **kwargs)
 
 
-@pytest.mark.parametrize(("position", "slot"), POSITION_AND_SLOT)
-def test_every_slot_equals_off(position, slot):
-    case = Case(position=(position,), expert_slot=(slot,))
+@pytest.mark.parametrize(("shortcut", "position", "slot"), POSITION_AND_SLOT)
+def test_every_slot_equals_off(shortcut, position, slot):
+    case = Case(shortcut=shortcut, position=(position,), expert_slot=(slot,))
     assert_bit_equal(run(case, 2), run(case.replace(overlap="off", expert_slot=()), 2))
 
 
-@pytest.mark.parametrize("combine", ["add", "cg2"])
-def test_four_ranks_equal_off(combine):
-    case = Case(combine=combine, topk=2, expert_slot=(3,))
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(combine="add", topk=2, expert_slot=(3,)),
+        Case(combine="cg2", topk=2, expert_slot=(3,)),
+        Case(shortcut="dgmoe", expert_slot=(3,)),
+    ],
+    ids=("add", "cg2", "dgmoe"),
+)
+def test_four_ranks_equal_off(case):
     assert_bit_equal(run(case, 4), run(case.replace(overlap="off", expert_slot=()), 4))
 
 
-@pytest.mark.parametrize("recompute", ["full", "core_attn", "mlp", "shared_experts"])
-def test_recompute_equals_off_without_recompute(recompute):
-    case = Case(recompute=recompute)
-    assert_bit_equal(run(case, 2), run(Case(overlap="off"), 2))
+@pytest.mark.parametrize(
+    ("shortcut", "recompute"),
+    [
+        *[("scmoe", recompute) for recompute in ("full", "core_attn", "mlp", "shared_experts")],
+        *[("dgmoe", recompute) for recompute in ("full", "core_attn", "mlp")],
+    ],
+)
+def test_recompute_equals_off_without_recompute(shortcut, recompute):
+    case = Case(shortcut=shortcut, recompute=recompute)
+    assert_bit_equal(run(case, 2), run(Case(shortcut=shortcut, overlap="off"), 2))
 
 
-def test_several_micro_batches_in_flight_equal_off():
-    case = Case(expert_slot=(3,))
+@pytest.mark.parametrize("shortcut", ["scmoe", "dgmoe"])
+def test_several_micro_batches_in_flight_equal_off(shortcut):
+    case = Case(shortcut=shortcut, expert_slot=(3,))
     off = case.replace(overlap="off", expert_slot=())
     assert_bit_equal(run(case, 2, num_micro_batches=2), run(off, 2, num_micro_batches=2))
 
@@ -130,7 +150,9 @@ def mark_dense_backward(group) -> None:
             "shared expert": lambda block: block.mlp.shared_experts,
         }[op.name](op.norm.args[0])
         module.register_full_backward_pre_hook(lambda *_, name=op.name: observe.mark(name, backward=True))
-    group.mlp.experts.register_full_backward_pre_hook(lambda *_: observe.mark(EXPERTS, backward=True))
+    # DGMoE calls the experts twice; backward meets the calls in reverse order.
+    calls: list[str] = ["", CURRENT] if len(group._dense_ops) % 2 else [""]
+    group.mlp.experts.register_full_backward_pre_hook(lambda *_: observe.mark(calls.pop() + EXPERTS, backward=True))
 
 
 def recorded_order(case: Case) -> tuple[list[str], list[str], list[str], int]:
@@ -148,14 +170,14 @@ def recorded_order(case: Case) -> tuple[list[str], list[str], list[str], int]:
     return forward, backward, group.dense_op_names, group.tap
 
 
-@pytest.mark.parametrize(("position", "slot"), POSITION_AND_SLOT)
+@pytest.mark.parametrize(("shortcut", "position", "slot"), POSITION_AND_SLOT)
 @pytest.mark.parametrize("ep", [2, 4])
-def test_recorded_order_is_the_plans(position, slot, ep):
-    case = Case(position=(position,), num_groups=1, expert_slot=(slot,))
+def test_recorded_order_is_the_plans(shortcut, position, slot, ep):
+    case = Case(shortcut=shortcut, position=(position,), num_groups=1, expert_slot=(slot,))
     for forward, backward, names, tap in ranks.run(recorded_order, ep, case, layout=EP[ep]):
         plan = Plan(slot=slot, blocking=False)
-        assert forward == forward_order(names, tap, plan)
-        assert backward == backward_order(names, tap, plan)
+        assert forward == forward_order(names, tap, plan, second_gate=shortcut == "dgmoe")
+        assert backward == backward_order(names, tap, plan, second_gate=shortcut == "dgmoe")
 
 
 def test_order_of_pos2_by_hand():
