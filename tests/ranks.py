@@ -1,13 +1,13 @@
-"""A pool of torch.distributed rank processes which stays alive across tests.
+"""Gloo ranks for tests, forked in a moment from a process that has done the slow imports.
 
-Importing torch and Megatron takes seconds per process, so the ranks are not started per test.
-``run`` starts one *fork server* (a fresh interpreter which does the slow imports with one thread),
-forks the ranks from it on demand and reuses them for later calls:
+Importing torch and Megatron takes seconds per process. ``run`` starts one *fork server* (a fresh interpreter which does
+the imports with one thread) and forks the ranks of every job from it:
 
     results = ranks.run(module_level_function, 4, argument, layout={"expert_model_parallel_size": 4})
 
-A job that fails in any way costs its workers: they are killed and forked anew for the next job.
-Nothing here depends on pytest.
+A rank serves one job and is killed after it: a fork takes about 30 ms, less than taking process groups down, and
+nothing is left for the next job. (Reused ranks were tried: gloo leaves three threads for every group, and Megatron
+makes two dozen of them, so that a long session had thousands.) Nothing here depends on pytest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import operator
 import os
 import pickle
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -46,7 +45,6 @@ import torch.distributed as dist
 MAX_WORLD_SIZE = 8
 GRACE_S = 1.0  # how long the other ranks may still report after the first failure
 START_TIMEOUT_S = 180.0
-TEARDOWN_TIMEOUT_S = 30.0
 OUTPUT_CHARS = 4000
 _DIED = "died: "
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
@@ -104,24 +102,16 @@ def _load(data: bytes) -> Any:
 # ---- the rank processes ---------------------------------------------------------------------
 
 _cuda_devices = 0
-_initial_globals: dict[str, dict[str, Any]] = {}
 
 
 def _import_megatron() -> None:
-    """Import Megatron and note the initial values of its module level singletons."""
+    """Do the slow imports."""
     if _cuda_devices == 0:
         # Must precede the first import of Megatron, which expects a CUDA device.
         importlib.import_module("megatron_scmoe.cpu_backend").install()
     # torch._dynamo is imported by the first optimizer otherwise, anew in each worker.
     for name in ("torch._dynamo", "megatron.core.parallel_state", "megatron.training.training"):
         importlib.import_module(name)
-    for name, module in list(sys.modules.items()):
-        if name.startswith("megatron.") and module is not None:
-            _initial_globals[name] = {
-                key: value
-                for key, value in vars(module).items()
-                if re.fullmatch(r"_[A-Z0-9_]+", key) and (value is None or isinstance(value, bool))
-            }
 
 
 def _serve(control_fd: int, directory: str) -> None:
@@ -162,20 +152,17 @@ def _serve(control_fd: int, directory: str) -> None:
 
 
 def _work(connection: Connection, stack_path: str) -> None:
-    """Worker: run jobs until the parent closes the connection."""
+    """Worker: run one job, then wait to be killed."""
     os.setpgid(0, 0)  # killing the group also ends what a job started, e.g. data loader workers
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # do not outlive the fork server
     stack_fd = os.open(stack_path, os.O_WRONLY)
     faulthandler.register(signal.SIGUSR1, file=stack_fd, all_threads=True)
     try:
         _reply(connection, _import_megatron if _cuda_devices else lambda: None)
-        while True:
-            job = pickle.loads(connection.recv_bytes())
-            before = dict(os.environ), os.getcwd(), sys.argv[:]
-            _redirect_output(Path(job.directory, f"output-{job.rank}"))
-            _reply(connection, _run_job, job)
-            connection.recv_bytes()  # every rank is done: tear down only now
-            _reply(connection, _tear_down, *before)
+        job = pickle.loads(connection.recv_bytes())
+        _redirect_output(Path(job.directory, f"output-{job.rank}"))
+        _reply(connection, _run_job, job)
+        connection.recv_bytes()  # stay until every rank is done: others may still wait for this one's sockets
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)
     except BaseException:  # must never return into the fork server's loop
@@ -222,7 +209,7 @@ def _run_job(job: _Job) -> Any:
         rank=job.rank,
         world_size=job.world_size,
         # Longer than the job's limit: the parent's report has the stacks, this one would not.
-        timeout=timedelta(seconds=job.timeout_s + TEARDOWN_TIMEOUT_S),
+        timeout=timedelta(seconds=2 * job.timeout_s),
     )
     if job.layout is not None:
         from megatron.core import parallel_state
@@ -231,29 +218,6 @@ def _run_job(job: _Job) -> Any:
         parallel_state.initialize_model_parallel(**job.layout)
         model_parallel_cuda_manual_seed(job.seed)
     return function(*args, **kwargs)
-
-
-def _tear_down(environ: dict[str, str], directory: str, argv: list[str]) -> None:
-    """Undo what the job left in this process, so that the next one starts clean."""
-    from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
-    from megatron.training import global_vars
-
-    parallel_state.destroy_model_parallel()
-    if dist.is_initialized():  # the function may have destroyed it itself
-        dist.destroy_process_group()
-    global_vars.destroy_global_vars()
-    num_microbatches_calculator.destroy_num_microbatches_calculator()
-    rerun_state_machine.destroy_rerun_state_machine()
-    # Megatron has no function to reset the others (RNG tracker, MoE metrics, checkpoint version).
-    for name, values in _initial_globals.items():
-        vars(sys.modules[name]).update(values)
-    torch.set_default_dtype(torch.float32)
-    torch.set_grad_enabled(True)
-    torch.use_deterministic_algorithms(False)
-    os.environ.clear()
-    os.environ.update(environ)
-    os.chdir(directory)
-    sys.argv[:] = argv
 
 
 # ---- the parent -----------------------------------------------------------------------------
@@ -330,31 +294,20 @@ class _Pool:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def run(self, job: _Job) -> list[bytes]:
-        """Run the job on ``job.world_size`` workers; they are killed unless all goes well."""
-        ended = wait([worker.pidfd for worker in self._workers], 0.0)
-        for worker in [worker for worker in self._workers if worker.pidfd in ended]:
-            self._reap(worker)  # it died while idle
-        first_new = len(self._workers)
-        while len(self._workers) < job.world_size:
-            self._fork()
-        workers = dict(enumerate(self._workers[: job.world_size]))
+        """Run the job on ``job.world_size`` new workers, and kill them."""
         directory = Path(tempfile.mkdtemp(prefix="job-", dir=self._directory))
-        succeeded = False
         try:
+            for _ in range(job.world_size):
+                self._fork()
+            workers = dict(enumerate(self._workers))
             jobs = [replace(job, rank=rank, directory=str(directory)) for rank in workers]
-            new = {rank: worker for rank, worker in workers.items() if rank >= first_new}
-            self._collect(new, jobs[0], START_TIMEOUT_S, "starting the workers for")
+            self._collect(workers, jobs[0], START_TIMEOUT_S, "starting the workers for")
             self._send(workers, [pickle.dumps(j) for j in jobs])
-            results = self._collect(workers, jobs[0], job.timeout_s, "running")
-            self._send(workers, [b""] * job.world_size)
-            self._collect(workers, jobs[0], TEARDOWN_TIMEOUT_S, "tearing down")
-            succeeded = True
+            return self._collect(workers, jobs[0], job.timeout_s, "running")
         finally:
-            if not succeeded:
-                for worker in set(workers.values()) & set(self._workers):
-                    self._reap(worker)
+            for worker in list(self._workers):
+                self._reap(worker)
             shutil.rmtree(directory, ignore_errors=True)
-        return results
 
     def _fork(self) -> None:
         """Add one worker."""

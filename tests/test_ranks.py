@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -160,15 +159,20 @@ def test_tensors_are_copied_by_value() -> None:
 
 def test_state_does_not_leak() -> None:
     before = ranks.run(found_state, 2)
-    pids = ranks.run(leave_state_behind, 2, layout={"expert_model_parallel_size": 2})
+    ranks.run(leave_state_behind, 2, layout={"expert_model_parallel_size": 2})
     after = ranks.run(found_state, 2)
     for rank in range(2):
-        assert before[rank]["pid"] == pids[rank] == after[rank]["pid"], "not the same process"
         assert torch.equal(before[rank].pop("draw"), after[rank].pop("draw"))
+        assert before[rank].pop("pid") != after[rank].pop("pid")
         assert before[rank] == after[rank]
         assert not after[rank]["parallel_state"]
         assert after[rank]["rng_tracker"] is after[rank]["args"] is after[rank]["rerun"] is None
         assert after[rank]["threads"] == 1
+
+
+def test_a_job_leaves_no_process() -> None:
+    pids = ranks.run(process_id, 2)
+    _wait_until(lambda: not any(map(_is_running, pids)), 10.0)
 
 
 def test_exception_on_one_rank(capfd: pytest.CaptureFixture[str]) -> None:
@@ -202,15 +206,6 @@ def test_death_of_one_rank(signal_number: int | None, expected: str) -> None:
         ranks.run(die_on_rank_1, 2, signal_number)
     assert caught.value.rank == 1, "the connection error of rank 0 is only a consequence"
     assert f"rank 1: died: {expected}" in str(caught.value)
-    assert ranks.run(exchange, 2) == [[0, 10], [1, 11]]
-
-
-def test_death_of_an_idle_rank() -> None:
-    for pid in ranks.run(process_id, 2):
-        pidfd = os.pidfd_open(pid)
-        os.kill(pid, signal.SIGKILL)
-        wait([pidfd])  # death takes a moment
-        os.close(pidfd)
     assert ranks.run(exchange, 2) == [[0, 10], [1, 11]]
 
 

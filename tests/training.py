@@ -62,10 +62,6 @@ def entry_script() -> ModuleType:
 
 def train(flags: list[str]) -> str:
     """Run the entry script on this rank and return what it printed; SystemExit's code is appended, if any."""
-    from megatron.training import training
-
-    # A rank that trained before would take part in one collective more than one that did not.
-    training._STARTUP_TIMESTAMPS.update(dict.fromkeys(training._STARTUP_TIMESTAMPS))
     sys.argv[:] = ["pretrain_gpt_scmoe.py", *flags]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -73,6 +69,10 @@ def train(flags: list[str]) -> str:
             entry_script().main()
         except SystemExit as error:
             return f"{printed.getvalue()}\nexit code {error.code}"
+    from megatron.training import get_tensorboard_writer
+
+    if (writer := get_tensorboard_writer()) is not None:
+        writer.close()  # it writes from a thread, which ends with this rank
     return printed.getvalue()
 
 
