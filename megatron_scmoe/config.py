@@ -59,7 +59,7 @@ MOE_EVERY_CHOICES = (1, 2, 3, 4)
 
 # Fields that decide what the parameters mean. A checkpoint of other values loads without an error, since the names and
 # shapes are the same, and is wrong: so they are compared on resume.
-ARCHITECTURE_FIELDS = ("shortcut", "shortcut_position", "shortcut_combine", "moe_every")
+ARCHITECTURE_FIELDS = ("shortcut", "shortcut_position", "shortcut_combine", "moe_every", "moe_share_groups")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +85,10 @@ class ScMoEConfig:
     """Blocks in a group; the last one of each group carries the MoE. Replaces --moe-layer-freq, which is derived from
     it. 1 puts an MoE in every block."""
 
+    moe_share_groups: int = 1
+    """Neighbouring groups that one MoE serves. 2 is DGMoE-Share: the second group of each pair uses the router and the
+    experts of the first, which appear once in checkpoints, optimizer and gradient reduction. dgmoe only."""
+
     overlap: Overlap = Overlap.FIXED
     """off: every all-to-all is waited for at once (the sequential reference; same numbers, bit for bit). fixed: it
     flies while the dense ops run, and the experts run at --expert-slot."""
@@ -103,6 +107,10 @@ class ScMoEConfig:
     def enabled(self) -> bool:
         """Whether the model has any shortcut at all."""
         return self.shortcut is not Shortcut.NONE
+
+    def borrows_moe(self, group_index: int) -> bool:
+        """Whether group ``group_index`` uses the MoE of the group before it."""
+        return group_index % self.moe_share_groups > 0
 
     @property
     def num_dense_ops(self) -> int:
@@ -152,10 +160,30 @@ class ScMoEConfig:
                 f"{self.shortcut_combine}; drop --shortcut-combine"
             )
         num_groups = num_layers // self.moe_every
+        self._validate_sharing(num_groups)
         _check_length("--shortcut-position", self.shortcut_position, num_groups)
         _check_length("--expert-slot", self.expert_slot, num_groups)
         for group_index in range(num_groups):
             self._validate_group(group_index)
+
+    def _validate_sharing(self, num_groups: int) -> None:
+        if self.moe_share_groups not in (1, 2):
+            raise ConfigError(
+                f"an MoE serves one group or two: --moe-share-groups is {self.moe_share_groups} of {num_groups}; "
+                "use 1 or 2"
+            )
+        if self.moe_share_groups == 1:
+            return
+        if self.shortcut is not Shortcut.DGMOE:
+            raise ConfigError(
+                f"sharing is part of dgmoe: --moe-share-groups is 2 and --shortcut is {self.shortcut}; "
+                "use --shortcut dgmoe or drop --moe-share-groups"
+            )
+        if num_groups % 2:
+            raise ConfigError(
+                f"groups share in pairs: --moe-share-groups is 2 and there are {num_groups} groups; "
+                "use an even number of groups"
+            )
 
     def _validate_stock(self) -> None:
         """Without a shortcut the other flags of this group have no meaning: refuse rather than ignore them."""

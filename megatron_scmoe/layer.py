@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -75,7 +76,7 @@ class GroupBlock(TransformerLayer):
     def __init__(self, config: TransformerConfig, *args: Any, scmoe: ScMoEConfig, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.scmoe = scmoe
-        group_index = (self.layer_number - 1) // scmoe.moe_every
+        self._group_index = group_index = (self.layer_number - 1) // scmoe.moe_every
         self.tap = scmoe.tap(group_index)
         self.plan = Plan(slot=1, blocking=True)
         if scmoe.overlap is Overlap.FIXED:
@@ -83,13 +84,25 @@ class GroupBlock(TransformerLayer):
         if scmoe.shortcut_combine is Combine.CG2:
             self.combine_gate = CoefficientGate(config)
         self._dense_ops: tuple[DenseOp, ...] = ()
+        self._moe_holder = (self.mlp,)  # in a tuple, so that a borrowed MoE stays its owner's alone
 
-    def link(self, leading: Sequence[LeadingBlock]) -> None:
+    @property
+    def moe(self) -> MoELayer:
+        """The MoE that serves this group: its own, or that of the group it shares one with."""
+        return self._moe_holder[0]
+
+    def link(self, leading: Sequence[LeadingBlock], preceding: GroupBlock | None) -> None:
         """Take the ``moe_every - 1`` blocks before this one into the group; the model builder calls it once.
 
-        They are held inside a tuple of functions, which ``torch.nn.Module`` does not search for parameters.
+        Args:
+            leading: those blocks. They are held in a tuple of functions, which ``torch.nn.Module`` does not search for
+                parameters: each block owns its own.
+            preceding: the group before this one, whose MoE it uses where groups share one.
         """
         assert len(leading) == self.scmoe.moe_every - 1
+        if self.scmoe.borrows_moe(self._group_index):
+            assert preceding is not None
+            self._moe_holder = preceding._moe_holder
         ops = [op for block in (*leading, self) for op in _block_ops(block)]
         # In the MoE's own block the shared expert stands where the dense MLP would; its residual is added at the end.
         shared_expert = DenseOp(SHARED_EXPERT, ops[-1].norm, partial(mcore.shared_expert, self))
@@ -125,8 +138,8 @@ class GroupBlock(TransformerLayer):
             residual = hidden_states
             normed = op.norm(residual)
             if index == self.tap:
-                routing = self.mlp.router(normed, padding_mask)
-                flight = Flight(self.mlp, self.plan)
+                routing = self.moe.router(normed, padding_mask)
+                flight = Flight(self.moe, self.plan)
                 flight.start_dispatch(normed, routing[0], routing[1])
             if index == expert_index:
                 _run_experts(flight)
@@ -146,8 +159,8 @@ class GroupBlock(TransformerLayer):
     ) -> Tensor:
         """End of a DGMoE group: the current layer's tokens fly as well, and the experts of both are added."""
         normed = mcore.mlp_norm(self, residual)
-        current_routing = self.mlp.router(normed, padding_mask, preceding=routing)
-        current = Flight(self.mlp, self.plan, CURRENT)
+        current_routing = self.moe.router(normed, padding_mask, preceding=routing)
+        current = Flight(self.moe, self.plan, CURRENT)
         current.start_dispatch(normed, current_routing.probs, current_routing.routing_map)
         if self.tap + self.plan.slot - 1 == len(self._dense_ops):
             _run_experts(preceding)

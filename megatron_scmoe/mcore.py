@@ -186,12 +186,13 @@ def check_pipeline(scmoe: ScMoEConfig, config: TransformerConfig) -> None:
     for pp_rank in range(config.pipeline_model_parallel_size):
         for vp_stage in range(num_virtual) if num_virtual else (None,):
             blocks = blocks_of_stage(config, vp_stage, pp_rank)
-            groups = {block // scmoe.moe_every for block in blocks}
-            if len(blocks) != len(groups) * scmoe.moe_every:
+            unit = scmoe.moe_every * scmoe.moe_share_groups
+            if len(blocks) != unit * len({block // unit for block in blocks}):
                 virtual = "" if vp_stage is None else f", virtual stage {vp_stage},"
+                sharing = f" and --moe-share-groups {scmoe.moe_share_groups}" if scmoe.moe_share_groups > 1 else ""
                 raise ConfigError(
                     f"a pipeline stage holds whole groups: stage {pp_rank}{virtual} would hold the blocks {blocks} and "
-                    f"--moe-every is {scmoe.moe_every}; give every stage whole groups of {scmoe.moe_every} blocks"
+                    f"--moe-every is {scmoe.moe_every}{sharing}; give every stage whole units of {unit} blocks"
                 )
 
 

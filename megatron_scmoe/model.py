@@ -62,6 +62,8 @@ def with_shortcut(config: ScMoEGPTModelConfig, scmoe: ScMoEConfig) -> ScMoEGPTMo
 
 def _link_groups(model: GPTModel, moe_every: int) -> None:
     layers = list(model.decoder.layers)
+    preceding = None
     for index, layer in enumerate(layers):
         if isinstance(layer, GroupBlock):
-            layer.link(layers[index - moe_every + 1 : index])
+            layer.link(layers[index - moe_every + 1 : index], preceding)
+            preceding = layer

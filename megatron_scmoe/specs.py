@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 from megatron.core.post_training.modelopt.layers import Norm
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder, WrappedTorchNorm
@@ -77,7 +78,9 @@ def _shortcut_layer_spec(spec: ModuleSpec, block: int, scmoe: ScMoEConfig, *, un
     if unfuse_tap and tap // 2 == block_in_group:
         submodules = _unfuse_mlp(submodules) if tap % 2 else _unfuse_attention(submodules)
     is_last = block_in_group == scmoe.moe_every - 1
-    if is_last and scmoe.shortcut is Shortcut.DGMOE:
+    if is_last and scmoe.borrows_moe(group_index):
+        submodules = dataclasses.replace(submodules, mlp=IdentityOp)
+    elif is_last and scmoe.shortcut is Shortcut.DGMOE:
         submodules = dataclasses.replace(submodules, mlp=_with_two_gates(submodules.mlp))
     return ModuleSpec(module=GroupBlock if is_last else LeadingBlock, params={"scmoe": scmoe}, submodules=submodules)
 

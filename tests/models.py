@@ -31,6 +31,7 @@ class Case:
     topk: int = 1
     moe_every: int = 2
     num_groups: int = 2
+    share_groups: int = 1
     overlap: str = "fixed"
     expert_slot: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
@@ -84,6 +85,15 @@ def reference_parameters(config: reference.ReferenceConfig) -> dict[str, Tensor]
     return {name: parameter(name, shape) for name, shape in shapes.items()}
 
 
+def share_parameters(parameters: dict[str, Tensor], config: reference.ReferenceConfig) -> dict[str, Tensor]:
+    """DGMoE-Share: every second group's MoE holds the very tensors of the group before it."""
+    shared = dict(parameters)
+    for group in range(1, config.num_groups, 2):
+        mine, theirs = (f"decoder.layers.{(g + 1) * config.moe_every - 1}.mlp." for g in (group, group - 1))
+        shared |= {name: parameters[name.replace(mine, theirs)] for name in parameters if name.startswith(mine)}
+    return shared
+
+
 def build(case: Case):
     """The model of ``case`` on this rank, with the parameters of ``parameter``."""
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -96,6 +106,7 @@ def build(case: Case):
         shortcut_position=tuple(Position(position) for position in case.position),
         shortcut_combine=Combine(case.combine),
         moe_every=case.moe_every,
+        moe_share_groups=case.share_groups,
         overlap=Overlap(case.overlap),
         expert_slot=case.expert_slot,
     )

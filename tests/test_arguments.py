@@ -54,6 +54,7 @@ REFUSED = {
         "--qk-layernorm is set",
         "drop --qk-layernorm",
     ],
+    "--moe-share-groups 2": ["sharing is part of dgmoe", "--shortcut is scmoe", "use --shortcut dgmoe"],
     "--sft": ["--sft is True", "drop it"],
     "--fim-data": ["--fim-data is True", "drop it"],
     "--hybrid-layer-pattern M*": ["--hybrid-layer-pattern is M*", "drop it"],
@@ -86,6 +87,8 @@ DGMOE_REFUSED = {
     "--moe-shared-expert-intermediate-size 24": ["dgmoe has no shared expert", "is 24", "drop it"],
     "--moe-router-topk 1": ["one expert each", "--moe-router-topk is 1", "use --moe-router-topk 2"],
     "--shortcut-combine add": ["no shared expert to weigh", "--shortcut-combine is add"],
+    "--moe-share-groups 3": ["one group or two", "--moe-share-groups is 3", "use 1 or 2"],
+    "--moe-share-groups 2 --num-layers 6": ["groups share in pairs", "there are 3 groups", "use an even number"],
     "--expert-slot 4": ["pos2 of dgmoe has the slots 1 to 3", "is 4"],
     "--moe-router-load-balancing-type sinkhorn": ["no second choice", "sinkhorn", "use aux_loss"],
     "--moe-enable-routing-replay": ["--moe-enable-routing-replay is True", "drop it"],
@@ -143,10 +146,19 @@ def test_refused_where_a_pipeline_stage_would_hold_part_of_a_group(pipeline):
             assert "--moe-every is 2" in message
 
 
+def test_refused_where_a_pipeline_stage_would_split_two_groups_that_share():
+    flags = with_flags(DGMOE, "--moe-share-groups 2", "--pipeline-model-parallel-size 2")
+    for message, exit_code in ranks.run(training.refusal, 2, flags):
+        assert exit_code == 2
+        if message:
+            assert "stage 0 would hold the blocks [0, 1] and --moe-every is 2 and --moe-share-groups 2" in message
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         SCMOE,
+        with_flags(DGMOE, "--moe-share-groups 2"),
         STOCK,
         STOCK_SHARED_EXPERT,
         DGMOE,

@@ -58,8 +58,9 @@ def test_every_slot_equals_off(shortcut, position, slot):
         Case(combine="add", topk=2, expert_slot=(3,)),
         Case(combine="cg2", topk=2, expert_slot=(3,)),
         Case(shortcut="dgmoe", expert_slot=(3,)),
+        Case(shortcut="dgmoe", share_groups=2, expert_slot=(3,)),
     ],
-    ids=("add", "cg2", "dgmoe"),
+    ids=("add", "cg2", "dgmoe", "dgmoe-share"),
 )
 def test_four_ranks_equal_off(case):
     assert_bit_equal(run(case, 4), run(case.replace(overlap="off", expert_slot=()), 4))
