@@ -222,6 +222,11 @@ class Refusal:
 _BYPASS = "it calls inner methods of a block, so that the group would never run"
 _PER_BLOCK_HOOKS = "its hooks expect every block to run its own parameters, and the last block runs the whole group"
 
+_RECOMPUTE_REFUSED = {
+    "moe": "it would run the all-to-all inside a recompute region, where nothing can hide it",
+    "layernorm": "it frees the normed tensor, which the routed experts read too",
+}
+
 REFUSALS = (
     Refusal(
         "--moe-token-dispatcher-type",
@@ -251,8 +256,8 @@ REFUSALS = (
     Refusal("--mtp-num-layers", "a prediction layer is not a whole group"),
     Refusal("--moe-latent-size", "latent projections lie outside the two halves of a dispatch"),
     Refusal("--moe-use-upcycling", "it writes stock MoE layers"),
+    Refusal("--moe-layer-recompute", _RECOMPUTE_REFUSED["moe"]),
     Refusal("--mlp-chunks-for-training", "a group does not cut its MLPs into chunks", "use 1", (1,)),
-    Refusal("--multi-latent-attention", "groups are not tested with it yet"),
     Refusal(
         "--transformer-impl",
         "inference layers do not train",
@@ -271,11 +276,6 @@ HOOK_REFUSALS = (
     Refusal("--yaml-cfg", "settings are flags here", "give flags instead"),
 )
 """What the hooks of pretrain_gpt_scmoe.py do not do, with or without a shortcut."""
-
-_RECOMPUTE_REFUSED = {
-    "moe": "it would run the all-to-all inside a recompute region, where nothing can hide it",
-    "layernorm": "it frees the normed tensor, which the routed experts read too",
-}
 
 
 def check_hooks(args: Namespace) -> None:
@@ -307,7 +307,8 @@ def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
             f"add --moe-shared-expert-intermediate-size {args.moe_ffn_hidden_size or args.ffn_hidden_size or 'SIZE'}"
         )
     one_each = args.moe_router_topk == 1 or scmoe.shortcut is Shortcut.DGMOE
-    if one_each and args.moe_router_score_function == "softmax" and not args.moe_router_pre_softmax:
+    softmax = args.moe_router_score_function == "softmax" and "sinkhorn" not in _balancing(args)
+    if one_each and softmax and not args.moe_router_pre_softmax:
         raise ConfigError(
             "the softmax over one logit is always 1, so the router would get no gradient: --shortcut is "
             f"{scmoe.shortcut}, --moe-router-topk {args.moe_router_topk} and --moe-router-pre-softmax off; "
@@ -323,12 +324,55 @@ def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
             "Megatron's shared-expert gate is cg1: --moe-shared-expert-gate is set and --shortcut-combine is "
             f"{scmoe.shortcut_combine}; use --shortcut-combine cg1 or drop --moe-shared-expert-gate"
         )
+    _check_router(args)
     _check_parallelism(args, scmoe)
+
+
+def _balancing(args: Namespace) -> list[str]:
+    kinds = args.moe_router_load_balancing_type
+    return [kinds] if isinstance(kinds, str) else kinds
+
+
+def _check_router(args: Namespace) -> None:
+    kinds = _balancing(args)
+    coefficients = args.moe_aux_loss_coeff
+    for kind in ("sinkhorn", "quantile_balancing"):
+        if kind in kinds and len(kinds) > 1:
+            raise ConfigError(
+                f"{kind} takes the place of the losses, in a list with them it would be ignored: "
+                f"--shortcut is {args.shortcut} and --moe-router-load-balancing-type is {' '.join(kinds)}; "
+                "give it alone or drop it"
+            )
+        if kind in kinds and any(coefficients if isinstance(coefficients, list) else [coefficients]):
+            raise ConfigError(
+                f"{kind} knows no balance loss: --moe-router-load-balancing-type is {kind} and --moe-aux-loss-coeff is "
+                f"{_listed(coefficients)}; add --moe-aux-loss-coeff 0"
+            )
+    limit, num_groups, topk = args.moe_router_group_topk, args.moe_router_num_groups, args.moe_router_topk
+    if not limit or not num_groups:
+        return
+    if limit > topk:
+        raise ConfigError(
+            "a choice of more groups than experts would not look at their scores: --moe-router-group-topk is "
+            f"{limit} and --moe-router-topk is {topk}; use --moe-router-group-topk {topk} or less"
+        )
+    group_size = args.num_experts // num_groups
+    if limit * group_size < topk:
+        raise ConfigError(
+            f"a token's experts lie in its groups, and {limit} groups of {group_size} hold {limit * group_size} "
+            f"experts: --moe-router-group-topk is {limit} and --moe-router-topk is {topk}; raise "
+            "--moe-router-group-topk or use fewer groups"
+        )
+
+
+def _listed(values: object) -> str:
+    return " ".join(map(str, values)) if isinstance(values, list) else str(values)
 
 
 _TWO_GATES_REFUSED = (
     Refusal("--moe-shared-expert-intermediate-size", "dgmoe has no shared expert"),
     Refusal("--moe-router-topk", "dgmoe's two gates take one expert each", "use --moe-router-topk 2", (2,)),
+    Refusal("--moe-router-group-topk", "each of dgmoe's gates takes one expert, which lies in one group anyway"),
     Refusal("--moe-router-fusion", "the fused choice cannot leave out the preceding layer's expert"),
     Refusal("--moe-enable-routing-replay", "the choice that leaves out an expert stands where a replay would"),
     Refusal("--moe-router-force-biased", "it is a benchmark of the stock router"),
@@ -339,9 +383,8 @@ _TWO_GATES_REFUSED = (
 def _check_two_gates(args: Namespace) -> None:
     for refusal in _TWO_GATES_REFUSED:
         refusal.check(args)
-    kinds = args.moe_router_load_balancing_type
     for kind in ("sinkhorn", "quantile_balancing"):
-        if kind in ([kinds] if isinstance(kinds, str) else kinds):
+        if kind in _balancing(args):
             raise ConfigError(
                 f"{kind} routes all tokens of a gate at once and knows no second choice: --shortcut is dgmoe and "
                 f"--moe-router-load-balancing-type is {kind}; use aux_loss, seq_aux_loss or global_aux_loss"
@@ -358,6 +401,12 @@ def _check_parallelism(args: Namespace, scmoe: ScMoEConfig) -> None:
         raise ConfigError(
             "the local spec's norm of queries and keys does not know sequence parallelism: --qk-layernorm is set and "
             f"--tensor-model-parallel-size is {args.tensor_model_parallel_size}; drop --qk-layernorm"
+        )
+    if args.transformer_impl == "local" and args.tensor_model_parallel_size > 1 and args.multi_latent_attention:
+        raise ConfigError(
+            "the local spec's latent projections are not made for tensor parallelism: --multi-latent-attention is set "
+            f"and --tensor-model-parallel-size is {args.tensor_model_parallel_size}; "
+            "use --transformer-impl transformer_engine"
         )
     if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         raise ConfigError(

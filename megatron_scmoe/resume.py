@@ -39,6 +39,7 @@ def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace]
     _check_architecture(args, scmoe, read_config(saved))
     if args.use_distributed_optimizer and not args.dist_ckpt_optim_fully_reshardable:
         _check_layout(args, saved)
+    _check_expert_optimizer(args, saved)
 
 
 def _check_architecture(args: Namespace, scmoe: ScMoEConfig, trained: ScMoEConfig) -> None:
@@ -77,6 +78,34 @@ def _check_layout(args: Namespace, saved: Namespace) -> None:
                 f"another layout: {name} is {now} and the checkpoint in {args.load} has {then}; "
                 "save with --dist-ckpt-optim-fully-reshardable, or add --no-load-optim"
             )
+
+
+def _check_expert_optimizer(args: Namespace, saved: Namespace) -> None:
+    """Core gives experts that are split unlike the dense layers an optimizer of their own, chained to the other one; it
+    can load the moments of both, or of one for all, but not the one into the other. So does the stock model.
+    """
+    if not args.num_experts or args.use_megatron_fsdp:
+        return
+    if args.finetune or args.no_load_optim or getattr(saved, "no_save_optim", False):
+        return
+    now, then = _has_expert_optimizer(args), _has_expert_optimizer(saved)
+    if now == then:
+        return
+    fix = "keep --expert-model-parallel-size above 1" if then else "keep --expert-model-parallel-size 1"
+    raise ConfigError(
+        "Core has one optimizer for all where experts are split like the dense layers, else two, and cannot load the "
+        f"moments of one into the other: this run has {_expert_layout(args)} and the checkpoint in {args.load} has "
+        f"{_expert_layout(saved)}; {fix}, or add --no-load-optim, or --finetune (weights only)"
+    )
+
+
+def _has_expert_optimizer(args: Namespace) -> bool:
+    return args.expert_model_parallel_size > 1 or args.expert_tensor_parallel_size != args.tensor_model_parallel_size
+
+
+def _expert_layout(args: Namespace) -> str:
+    names = ("expert_model_parallel_size", "expert_tensor_parallel_size", "tensor_model_parallel_size")
+    return ", ".join(f"{name} {getattr(args, name)}" for name in names)
 
 
 def _words(value: object) -> str:

@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_scmoe import mcore
+from megatron_scmoe.attention import LatentCoreAttention
 from megatron_scmoe.config import ScMoEConfig, Shortcut
 from megatron_scmoe.layer import GroupBlock, LeadingBlock
 from megatron_scmoe.norm import SequenceParallelNorm
@@ -50,6 +51,8 @@ def shortcut_block_spec(
         for layer_spec, block in zip(block_spec.layer_specs, blocks, strict=True)
     ]
     block_spec = dataclasses.replace(block_spec, layer_specs=layer_specs)
+    if model_config.transformer.multi_latent_attention and not fused:
+        block_spec = _with_latent_core_attention(block_spec)
     return _with_sequence_parallel_norms(block_spec) if model_config.transformer.sequence_parallel else block_spec
 
 
@@ -69,6 +72,18 @@ def _with_sequence_parallel_norms(block_spec: TransformerBlockSubmodules) -> Tra
         for spec in block_spec.layer_specs
     ]
     return dataclasses.replace(block_spec, layer_specs=layer_specs, layer_norm=norm(block_spec.layer_norm))
+
+
+def _with_latent_core_attention(block_spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    layer_specs = []
+    for spec in block_spec.layer_specs:
+        attention = spec.submodules.self_attention
+        parts = dataclasses.replace(attention.submodules, core_attention=LatentCoreAttention)
+        attention = dataclasses.replace(attention, submodules=parts)
+        layer_specs.append(
+            dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, self_attention=attention))
+        )
+    return dataclasses.replace(block_spec, layer_specs=layer_specs)
 
 
 def _shortcut_layer_spec(spec: ModuleSpec, block: int, scmoe: ScMoEConfig, *, unfuse_tap: bool) -> ModuleSpec:
@@ -99,6 +114,8 @@ def _build_top1(build: Callable[..., MoELayer], *, config: TransformerConfig, **
 
 def _unfuse_attention(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
     attention = submodules.self_attention
+    if not hasattr(attention.submodules, "linear_qkv"):
+        return submodules  # multi-latent attention: its input norm stands alone already
     linears = dataclasses.replace(attention.submodules, linear_qkv=TEColumnParallelLinear)
     return dataclasses.replace(
         submodules,
