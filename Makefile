@@ -40,7 +40,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 	@touch $@
 
 pretrain: $(INSTALLED) ## pretrain on CORPUS; a second call continues from the last checkpoint
-	@$(BIN)/python tools/preprocess_data.py --input "$(CORPUS)" --document-kib 16 --output "$(FOLDER)/data"
+	@$(BIN)/python tools/preprocess_data.py --input "$(CORPUS)" --document-kib 4 --output "$(FOLDER)/data"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/pretrain_small.sh "$(FOLDER)" $(ITERS) $(ARGS)
 
 test: $(INSTALLED) ## the whole test suite

@@ -19,6 +19,15 @@ if [[ ! -f $folder/data/manifest.json ]]; then
 fi
 cd_here=$(dirname "$(dirname "$(realpath "$0")")")
 
+tracker=$folder/checkpoints/latest_checkpointed_iteration.txt
+if [[ -f $tracker ]]; then
+  if (($(<"$tracker") >= iterations)); then
+    echo "Training is complete at iteration $(<"$tracker"): this run evaluates it. ITERS=$((iterations * 2)) trains on."
+  else
+    echo "Continuing from the checkpoint of iteration $(<"$tracker")."
+  fi
+fi
+
 num_gpus=$(python -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
 if ((num_gpus > 0)); then
   backend=nccl num_ranks=$num_gpus precision=(--bf16)
