@@ -13,6 +13,7 @@ import time
 import traceback
 import typing
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args
@@ -20,7 +21,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 
-from megatron_scmoe import corpus, mcore, resume
+from megatron_scmoe import corpus, mcore, refusals, resume
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, Combine, ConfigError, ScMoEConfig, Shortcut
 
 EXIT_REFUSED = 2
@@ -78,19 +79,19 @@ def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig]:
     args = parse_args(add_scmoe_arguments)
     try:
         mcore.check_core_version()
-        mcore.check_hooks(args)
+        refusals.check_hooks(args)
         if args.use_checkpoint_args:
             _restore_args(args)
         scmoe = scmoe_config_from_args(args)
         if scmoe.enabled:
             scmoe.validate(_num_layers(args))
-            mcore.check_megatron_args(args, scmoe)
+            refusals.check_megatron_args(args, scmoe)
             _set_megatron_args(args, scmoe)
         else:
             scmoe.validate(num_layers=0)
-        _validate_megatron_args(args)
+        _by_megatrons_rules(validate_args, args)
         if scmoe.enabled:
-            mcore.check_pipeline(scmoe, core_transformer_config_from_args(args))
+            refusals.check_pipeline(scmoe, _by_megatrons_rules(core_transformer_config_from_args, args))
         resume.check(args, scmoe, scmoe_config_from_args)
         corpus.check_datasets(args)
     except ConfigError as error:
@@ -140,9 +141,10 @@ def _set_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
     args.moe_shared_expert_gate = scmoe.shortcut is Shortcut.SCMOE and scmoe.shortcut_combine is Combine.CG1
 
 
-def _validate_megatron_args(args: Namespace) -> None:
+def _by_megatrons_rules[T](step: Callable[[Namespace], T], args: Namespace) -> T:
+    """``step(args)``, with Megatron's own refusals in one line as ours are."""
     try:
-        validate_args(args)
+        return step(args)
     except (AssertionError, ValueError) as error:
         # Many of its rules are bare asserts: then the asserted line is all there is to say.
         rule = str(error) or traceback.extract_tb(error.__traceback__)[-1].line

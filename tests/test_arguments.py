@@ -69,6 +69,8 @@ REFUSED = {
     ],
     "--save /nowhere": ["Megatron's own rule", "args.save_interval is not None"],
     "--expert-model-parallel-size 3": ["Megatron's own rule", "multiple of expert model parallel_size"],
+    "--moe-router-enable-expert-bias": ["Megatron's own rule", "Expert bias for aux-loss-free routing"],
+    "--moe-pad-expert-input-to-capacity": ["Megatron's own rule", "moe_expert_capacity_factor must be set"],
     "--use-checkpoint-args": ["--load is None", "add --load DIR"],
 }
 

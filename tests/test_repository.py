@@ -24,6 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "observe": set(),
     "cpu_backend": set(),
     "mcore": {"config"},
+    "refusals": {"config", "mcore"},
     "gating": set(),
     "norm": set(),
     "attention": set(),
@@ -34,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "model": {"config", "layer", "specs"},
     "corpus": {"config"},
     "resume": {"config", "mcore"},
-    "arguments": {"config", "corpus", "mcore", "resume"},
+    "arguments": {"config", "corpus", "mcore", "refusals", "resume"},
 }
 
 

@@ -1,0 +1,250 @@
+"""What cannot be combined with a shortcut: Megatron's flags that would bypass a group, break it, or be ignored by it.
+
+Every rule here ends a run before any process group starts, in one line: the rule, the values, the fix.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_scmoe import mcore
+from megatron_scmoe.config import Combine, ConfigError, ScMoEConfig, Shortcut
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A Megatron flag that cannot be combined with a shortcut.
+
+    Attributes:
+        flag: the flag.
+        reason: the rule.
+        fix: what to do instead.
+        allowed: the values that can be combined.
+    """
+
+    flag: str
+    reason: str
+    fix: str = "drop it"
+    allowed: tuple[object, ...] = (None, False, 0)
+
+    def check(self, args: Namespace) -> None:
+        """Raise ConfigError where ``args`` has a value that is not allowed."""
+        value = getattr(args, self.flag.removeprefix("--").replace("-", "_"))
+        if value not in self.allowed:
+            raise ConfigError(f"{self.reason}: {self.flag} is {value} and --shortcut is {args.shortcut}; {self.fix}")
+
+
+_BYPASS = "it calls inner methods of a block, so that the group would never run"
+_PER_BLOCK_HOOKS = "its hooks expect every block to run its own parameters, and the last block runs the whole group"
+
+_RECOMPUTE_REFUSED = {
+    "moe": "it would run the all-to-all inside a recompute region, where nothing can hide it",
+    "layernorm": "it frees the normed tensor, which the routed experts read too",
+}
+
+REFUSALS = (
+    Refusal(
+        "--moe-token-dispatcher-type",
+        "only the all-to-all can be split in two halves",
+        "use --moe-token-dispatcher-type alltoall",
+        ("alltoall",),
+    ),
+    Refusal("--overlap-moe-expert-parallel-comm", _BYPASS, "drop it: the shortcut overlaps inside one microbatch"),
+    Refusal(
+        "--moe-shared-expert-overlap", "the shared expert is an op of the dense stream", "drop it: it overlaps anyway"
+    ),
+    Refusal("--delay-wgrad-compute", _BYPASS),
+    Refusal("--overlap-dispatch-backward-with-experts-wgrad", "the dispatch halves have no hook for it"),
+    Refusal("--cuda-graph-impl", _BYPASS, "use --cuda-graph-impl none", ("none",)),
+    Refusal("--enable-cuda-graph", _BYPASS),
+    Refusal("--external-cuda-graph", _BYPASS),
+    Refusal("--use-megatron-fsdp", _PER_BLOCK_HOOKS),
+    Refusal("--use-torch-fsdp2", _PER_BLOCK_HOOKS),
+    Refusal("--cpu-offloading-num-layers", _PER_BLOCK_HOOKS),
+    Refusal("--fine-grained-activation-offloading", _BYPASS),
+    Refusal("--use-transformer-engine-op-fuser", "it fuses the MLP with the norm that the experts read"),
+    Refusal("--fused-residual-rmsnorm", "it fuses the residual with the norm that the experts read"),
+    Refusal("--heterogeneous-layers-config-path", "groups are made of equal blocks"),
+    Refusal("--heterogeneous-layers-config-encoded-json", "groups are made of equal blocks"),
+    Refusal("--experimental-attention-variant", "its blocks have a spec of their own"),
+    Refusal("--spec", "the shortcut brings its own block spec"),
+    Refusal("--mtp-num-layers", "a prediction layer is not a whole group"),
+    Refusal("--moe-latent-size", "latent projections lie outside the two halves of a dispatch"),
+    Refusal("--moe-use-upcycling", "it writes stock MoE layers"),
+    Refusal("--moe-layer-recompute", _RECOMPUTE_REFUSED["moe"]),
+    Refusal("--mlp-chunks-for-training", "a group does not cut its MLPs into chunks", "use 1", (1,)),
+    Refusal(
+        "--transformer-impl",
+        "inference layers do not train",
+        "use --transformer-impl local or transformer_engine",
+        ("local", "transformer_engine"),
+    ),
+)
+
+HOOK_REFUSALS = (
+    Refusal("--sft", "the batch hook reads pretraining datasets"),
+    Refusal("--fim-data", "the dataset hook builds plain GPT datasets"),
+    Refusal("--dataloader-inter-document-masking", "the batch hook does not pack sequences"),
+    Refusal("--hybrid-context-parallel", "the batch hook does not pack sequences"),
+    Refusal("--perform-rl-step", "the forward hook computes a language-model loss"),
+    Refusal("--hybrid-layer-pattern", "this script builds GPT models"),
+    Refusal("--yaml-cfg", "settings are flags here", "give flags instead"),
+)
+"""What the hooks of pretrain_gpt_scmoe.py do not do, with or without a shortcut."""
+
+
+def check_hooks(args: Namespace) -> None:
+    """Raise ConfigError for the first flag in ``args`` that the entry script's hooks do not do."""
+    for refusal in HOOK_REFUSALS:
+        refusal.check(args)
+
+
+def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
+    """Raise ConfigError for the first Megatron flag in ``args`` that cannot be combined with ``scmoe``."""
+    for refusal in REFUSALS:
+        refusal.check(args)
+    for module, reason in _RECOMPUTE_REFUSED.items():
+        if args.recompute_granularity == "selective" and module in (args.recompute_modules or ()):
+            raise ConfigError(
+                f"{reason}: --recompute-modules has {module} and --shortcut is {scmoe.shortcut}; drop {module} from it"
+            )
+    if not args.num_experts:
+        raise ConfigError(
+            f"a shortcut needs experts: --num-experts is {args.num_experts} and --shortcut is {scmoe.shortcut}; "
+            "add --num-experts 8"
+        )
+    if scmoe.shortcut is Shortcut.DGMOE:
+        _check_two_gates(args)
+    elif not args.moe_shared_expert_intermediate_size:
+        raise ConfigError(
+            "scmoe always runs a shared expert: --moe-shared-expert-intermediate-size is "
+            f"{args.moe_shared_expert_intermediate_size} and --shortcut is {scmoe.shortcut}; "
+            f"add --moe-shared-expert-intermediate-size {args.moe_ffn_hidden_size or args.ffn_hidden_size or 'SIZE'}"
+        )
+    one_each = args.moe_router_topk == 1 or scmoe.shortcut is Shortcut.DGMOE
+    softmax = args.moe_router_score_function == "softmax" and "sinkhorn" not in _balancing(args)
+    if one_each and softmax and not args.moe_router_pre_softmax:
+        raise ConfigError(
+            "the softmax over one logit is always 1, so the router would get no gradient: --shortcut is "
+            f"{scmoe.shortcut}, --moe-router-topk {args.moe_router_topk} and --moe-router-pre-softmax off; "
+            "add --moe-router-pre-softmax"
+        )
+    if args.add_bias_linear:
+        raise ConfigError(
+            "shared experts have no bias: --disable-bias-linear is not set and "
+            f"--shortcut is {scmoe.shortcut}; add --disable-bias-linear"
+        )
+    if args.moe_shared_expert_gate and scmoe.shortcut_combine is not Combine.CG1:
+        raise ConfigError(
+            "Megatron's shared-expert gate is cg1: --moe-shared-expert-gate is set and --shortcut-combine is "
+            f"{scmoe.shortcut_combine}; use --shortcut-combine cg1 or drop --moe-shared-expert-gate"
+        )
+    _check_router(args)
+    _check_parallelism(args, scmoe)
+
+
+def _balancing(args: Namespace) -> list[str]:
+    kinds = args.moe_router_load_balancing_type
+    return [kinds] if isinstance(kinds, str) else kinds
+
+
+def _check_router(args: Namespace) -> None:
+    kinds = _balancing(args)
+    coefficients = args.moe_aux_loss_coeff
+    for kind in ("sinkhorn", "quantile_balancing"):
+        if kind in kinds and len(kinds) > 1:
+            raise ConfigError(
+                f"{kind} takes the place of the losses, in a list with them it would be ignored: "
+                f"--shortcut is {args.shortcut} and --moe-router-load-balancing-type is {' '.join(kinds)}; "
+                "give it alone or drop it"
+            )
+        if kind in kinds and any(coefficients if isinstance(coefficients, list) else [coefficients]):
+            raise ConfigError(
+                f"{kind} knows no balance loss: --moe-router-load-balancing-type is {kind} and --moe-aux-loss-coeff is "
+                f"{_listed(coefficients)}; add --moe-aux-loss-coeff 0"
+            )
+    limit, num_groups, topk = args.moe_router_group_topk, args.moe_router_num_groups, args.moe_router_topk
+    if not limit or not num_groups:
+        return
+    if limit > topk:
+        raise ConfigError(
+            "a choice of more groups than experts would not look at their scores: --moe-router-group-topk is "
+            f"{limit} and --moe-router-topk is {topk}; use --moe-router-group-topk {topk} or less"
+        )
+    group_size = args.num_experts // num_groups
+    if limit * group_size < topk:
+        raise ConfigError(
+            f"a token's experts lie in its groups, and {limit} groups of {group_size} hold {limit * group_size} "
+            f"experts: --moe-router-group-topk is {limit} and --moe-router-topk is {topk}; raise "
+            "--moe-router-group-topk or use fewer groups"
+        )
+
+
+def _listed(values: object) -> str:
+    return " ".join(map(str, values)) if isinstance(values, list) else str(values)
+
+
+_TWO_GATES_REFUSED = (
+    Refusal("--moe-shared-expert-intermediate-size", "dgmoe has no shared expert"),
+    Refusal("--moe-router-topk", "dgmoe's two gates take one expert each", "use --moe-router-topk 2", (2,)),
+    Refusal("--moe-router-group-topk", "each of dgmoe's gates takes one expert, which lies in one group anyway"),
+    Refusal("--moe-router-fusion", "the fused choice cannot leave out the preceding layer's expert"),
+    Refusal("--moe-enable-routing-replay", "the choice that leaves out an expert stands where a replay would"),
+    Refusal("--moe-router-force-biased", "it is a benchmark of the stock router"),
+    Refusal("--calculate-per-token-loss", "the balance loss counts the tokens of both gates, it would scale twice"),
+)
+
+
+def _check_two_gates(args: Namespace) -> None:
+    for refusal in _TWO_GATES_REFUSED:
+        refusal.check(args)
+    for kind in ("sinkhorn", "quantile_balancing"):
+        if kind in _balancing(args):
+            raise ConfigError(
+                f"{kind} routes all tokens of a gate at once and knows no second choice: --shortcut is dgmoe and "
+                f"--moe-router-load-balancing-type is {kind}; use aux_loss, seq_aux_loss or global_aux_loss"
+            )
+
+
+def _check_parallelism(args: Namespace, scmoe: ScMoEConfig) -> None:
+    if args.transformer_impl == "local" and args.context_parallel_size > 1:
+        raise ConfigError(
+            "context parallelism needs Transformer Engine's attention: --context-parallel-size is "
+            f"{args.context_parallel_size} and --transformer-impl is local; use --transformer-impl transformer_engine"
+        )
+    if args.transformer_impl == "local" and args.tensor_model_parallel_size > 1 and args.qk_layernorm:
+        raise ConfigError(
+            "the local spec's norm of queries and keys does not know sequence parallelism: --qk-layernorm is set and "
+            f"--tensor-model-parallel-size is {args.tensor_model_parallel_size}; drop --qk-layernorm"
+        )
+    if args.transformer_impl == "local" and args.tensor_model_parallel_size > 1 and args.multi_latent_attention:
+        raise ConfigError(
+            "the local spec's latent projections are not made for tensor parallelism: --multi-latent-attention is set "
+            f"and --tensor-model-parallel-size is {args.tensor_model_parallel_size}; "
+            "use --transformer-impl transformer_engine"
+        )
+    if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        raise ConfigError(
+            "Core trains MoE layers with tensor parallelism only under sequence parallelism: "
+            f"--tensor-model-parallel-size is {args.tensor_model_parallel_size} and --sequence-parallel is off; "
+            "add --sequence-parallel"
+        )
+
+
+def check_pipeline(scmoe: ScMoEConfig, config: TransformerConfig) -> None:
+    """Raise ConfigError where a (virtual) pipeline stage would hold a part of a group."""
+    num_virtual = config.virtual_pipeline_model_parallel_size
+    for pp_rank in range(config.pipeline_model_parallel_size):
+        for vp_stage in range(num_virtual) if num_virtual else (None,):
+            blocks = mcore.blocks_of_stage(config, vp_stage, pp_rank)
+            unit = scmoe.moe_every * scmoe.moe_share_groups
+            if len(blocks) != unit * len({block // unit for block in blocks}):
+                virtual = "" if vp_stage is None else f", virtual stage {vp_stage},"
+                sharing = f" and --moe-share-groups {scmoe.moe_share_groups}" if scmoe.moe_share_groups > 1 else ""
+                raise ConfigError(
+                    f"a pipeline stage holds whole groups: stage {pp_rank}{virtual} would hold the blocks {blocks} and "
+                    f"--moe-every is {scmoe.moe_every}{sharing}; give every stage whole units of {unit} blocks"
+                )
