@@ -16,11 +16,11 @@ INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain test lint format docs clean distclean
+.PHONY: help install pretrain test test-full lint format docs clean distclean
 
 help: ## this text
 	@echo "make TARGET [VARIABLE=value ...]"; echo
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
 	@echo; echo "variables of pretrain:"
 	@echo "  CORPUS=stdlib  a file or folder of text or JSONL to train on; stdlib: the Python standard library's source"
 	@echo "  ITERS=300      training iterations in all; a larger number continues a finished run"
@@ -43,8 +43,11 @@ pretrain: $(INSTALLED) ## pretrain on CORPUS; a second call continues from the l
 	@$(BIN)/python tools/preprocess_data.py --input "$(CORPUS)" --document-kib 4 --output "$(FOLDER)/data"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/pretrain_small.sh "$(FOLDER)" $(ITERS) $(ARGS)
 
-test: $(INSTALLED) ## the whole test suite
+test: $(INSTALLED) ## the test suite, with a covering part of the layouts
 	$(BIN)/python -m pytest
+
+test-full: $(INSTALLED) ## the test suite with every layout
+	$(BIN)/python -m pytest -m "full or not full"
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

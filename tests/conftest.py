@@ -1,4 +1,4 @@
-"""Pytest set-up: importable test modules, the ``gpu`` marker, the end of the rank pool."""
+"""Pytest set-up: importable test modules, the ``gpu`` and ``full`` markers, the end of the rank pool."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ _executed: set[str] = set()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device, skipped where there is none")
+    config.addinivalue_line("markers", "full: of make test-full alone, left out unless -m is given")
+    if not config.option.markexpr:
+        config.option.markexpr = "not full"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,100 +1,376 @@
 """One checkpoint, many layouts: losses and gradient norms of the next steps agree, and the next save loads anywhere.
 
-Every layout loads the checkpoint of a single rank and runs three steps on the same global batches.
+docs/parallelism.md is the table of what this file tries. Tests marked ``full`` run with ``make test-full`` alone.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import ranks
+import torch
 import training
-from training import SCMOE, with_flags
+from test_arguments import DGMOE
+from training import SCMOE, STOCK_SHARED_EXPERT, with_flags
 
 TOLERANCE = 1e-4
+# bfloat16 has 8 bits, so one rounding is up to 0.4%. Gradient norms are sums over many of them.
+BF16_TOLERANCE = {"lm loss": 2e-3, "grad-norm": 3e-2}
 STEPS = 3
 NAMES = ("lm loss", "grad-norm")
 
 FULL = "--recompute-granularity full --recompute-method"
+SELECTIVE = "--recompute-granularity selective --recompute-modules"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+ETP1 = "--expert-tensor-parallel-size 1"
+EP2 = "--expert-model-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
+INTERLEAVED = f"{PP2} --num-layers-per-virtual-pipeline-stage 2"
+GATHER = "--overlap-grad-reduce --overlap-param-gather"
 LAYOUTS: dict[str, tuple[int, str]] = {
     # name -> ranks, flags
-    "ep2": (2, "--expert-model-parallel-size 2"),
+    "one": (1, ""),
+    "ep2": (2, EP2),
     "ep4": (4, "--expert-model-parallel-size 4"),
-    "tp2 sp": (2, f"{TP2} --expert-tensor-parallel-size 1"),
-    "tp2 ep2": (4, f"{TP2} --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"),
+    "tp2 sp": (2, f"{TP2} {ETP1}"),
+    "tp2 ep2": (4, f"{TP2} {EP2} {ETP1}"),
     "expert tp2": (2, f"{TP2} --expert-tensor-parallel-size 2"),
+    "expert tp2 ep2": (4, f"{TP2} {EP2} --expert-tensor-parallel-size 2"),
     "pp2": (2, PP2),
-    "pp2 interleaved": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 2"),
-    "pp2 ep2": (4, f"{PP2} --expert-model-parallel-size 2"),
+    "pp2 interleaved": (2, INTERLEAVED),
+    "pp2 ep2": (4, f"{PP2} {EP2}"),
     "dp2": (2, ""),
     "dp2 overlapped reduce": (2, "--overlap-grad-reduce"),
-    "dp2 overlapped gather": (2, "--overlap-grad-reduce --overlap-param-gather"),
+    "dp2 overlapped gather": (2, GATHER),
+    "ep2 overlapped gather": (2, f"{EP2} {GATHER}"),
+    "no accumulation": (1, "--micro-batch-size 8"),
+    "accumulation of 8": (1, "--micro-batch-size 1"),
     "recompute full uniform": (1, f"{FULL} uniform --recompute-num-layers 1"),
     "recompute full block": (1, f"{FULL} block --recompute-num-layers 3"),
-    "recompute core_attn": (1, "--recompute-granularity selective --recompute-modules core_attn"),
-    "recompute mlp": (1, "--recompute-granularity selective --recompute-modules mlp shared_experts"),
-    "tp2 pp2 ep2": (8, f"{TP2} {PP2} --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"),
+    "recompute core_attn": (1, f"{SELECTIVE} core_attn"),
+    "recompute mlp": (1, f"{SELECTIVE} mlp shared_experts"),
+    "ep2 recompute full": (2, f"{EP2} {FULL} uniform --recompute-num-layers 1"),
+    "tp2 ep2 recompute full": (4, f"{TP2} {EP2} {ETP1} {FULL} block --recompute-num-layers 3"),
+    "tp2 ep2 recompute mlp": (4, f"{TP2} {EP2} {ETP1} {SELECTIVE} core_attn mlp shared_experts"),
+    "pp2 ep2 interleaved": (4, f"{INTERLEAVED} {EP2} {GATHER}"),
+    "pp2 ep2 interleaved recompute": (4, f"{INTERLEAVED} {EP2} {FULL} uniform --recompute-num-layers 1"),
+    "tp2 pp2 ep2": (8, f"{TP2} {PP2} {EP2} {ETP1}"),
+    "tp2 pp2 ep2 interleaved recompute": (
+        8,
+        f"{TP2} {INTERLEAVED} {EP2} {ETP1} {GATHER} {FULL} uniform --recompute-num-layers 1",
+    ),
 }
 
 COMMON = ["--num-layers 8", "--moe-aux-loss-coeff 0", "--use-distributed-optimizer"]
 COMMON += ["--dist-ckpt-optim-fully-reshardable", "--hidden-dropout 0", "--attention-dropout 0"]
 COMMON += ["--override-opt-param-scheduler", "--make-vocab-size-divisible-by 8"]
-ARCHITECTURES = {"scmoe": with_flags(SCMOE, *COMMON)}
+ARCHITECTURES = {"scmoe": with_flags(SCMOE, *COMMON), "dgmoe": with_flags(DGMOE, *COMMON)}
+STOCK = with_flags(STOCK_SHARED_EXPERT, *COMMON, "--moe-layer-freq [0,1]*4")
+
+QUICK = {
+    "scmoe": {name for name in LAYOUTS if "recompute" not in name or LAYOUTS[name][0] == 1} | {"ep2 recompute full"},
+    "dgmoe": {"ep2", "tp2 sp", "tp2 ep2", "expert tp2 ep2", "pp2 interleaved", "pp2 ep2", "dp2 overlapped gather"}
+    | {"recompute full uniform", "recompute core_attn", "no accumulation"},
+}
+"""Layouts of ``make test``; the others are of ``make test-full``."""
 
 
-def train(flags: list[str]) -> str:
+def case(*values: str, quick: bool):
+    return pytest.param(*values, marks=() if quick else pytest.mark.full, id="-".join(values))
+
+
+class Result(NamedTuple):
+    """What a rank did: tokens per expert tensor rank and per local expert; logits by iteration, from 0, and labels."""
+
+    printed: str
+    num_microbatches: int
+    splits: list[list[int]]
+    counts: list[list[int]]
+    logits: dict[tuple[int, ...], torch.Tensor]
+
+
+def train(flags: list[str]) -> Result:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+    from megatron.training import get_args
+
     # Megatron's rule for tensor parallelism on GPUs older than Blackwell, and on none.
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    return training.train(flags)
+    splits: list[list[int]] = []
+    counts: list[list[int]] = []
+    logits_of: dict[tuple[int, ...], torch.Tensor] = {}
+    preprocess, compute_loss = MoEAlltoAllTokenDispatcher.preprocess, GPTModel.compute_language_model_loss
+
+    def recorded_preprocess(self, *args):
+        result = preprocess(self, *args)
+        if self.tp_size > 1:
+            splits.append(self.output_splits_tp.tolist())
+            counts.append(result.tolist())
+        return result
+
+    def recorded_loss(self, labels, logits):
+        whole = gather_from_tensor_model_parallel_region(logits.detach())
+        for row, sample in zip(labels, whole.float().unbind(1), strict=True):
+            if self.training:  # samples come again in evaluation, and in later steps
+                logits_of[get_args().curr_iteration, *row.tolist()] = sample.clone()
+        return compute_loss(self, labels, logits)
+
+    MoEAlltoAllTokenDispatcher.preprocess = recorded_preprocess
+    GPTModel.compute_language_model_loss = recorded_loss
+    printed = training.train(flags)
+    return Result(printed, 0 if "exit code" in printed else get_num_microbatches(), splits, counts, logits_of)
 
 
-def run(num_ranks: int, flags: list[str]) -> None:
-    printed = ranks.run(train, num_ranks, flags, timeout_s=60)
-    assert "exit code" not in printed[0], printed[0][-3000:]
+def run(num_ranks: int, flags: list[str]) -> list[Result]:
+    results = ranks.run(train, num_ranks, flags, timeout_s=180)
+    assert "exit code" not in results[0].printed, results[0].printed[-3000:]
+    return results
 
 
 def changes(flags: str) -> list[str]:
     return ["--" + change for change in flags.removeprefix("--").split(" --")] if flags else []
 
 
-def continued(folder: Path, architecture: str, layout: str, num_ranks: int, load: Path) -> dict[str, dict[int, float]]:
-    """Scalars of the steps after the checkpoint in ``load``."""
-    log = folder / layout.replace(" ", "-")
-    flags = with_flags(ARCHITECTURES[architecture], *changes(LAYOUTS[layout][1]) if layout != "one" else [])
-    run(
-        num_ranks,
-        with_flags(
-            flags, f"--load {load}", "--no-load-optim", f"--train-iters {1 + STEPS}", f"--tensorboard-dir {log}"
-        ),
-    )
-    return training.scalars(log, *NAMES)
+def flags_of(architecture: str, layout: str, *more: str) -> list[str]:
+    return with_flags(ARCHITECTURES[architecture], *changes(LAYOUTS[layout][1]), *more)
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def start(request, tmp_path_factory) -> tuple[str, Path, dict[str, dict[int, float]]]:
-    """A checkpoint of one step on one rank, and what one rank makes of it."""
-    folder = tmp_path_factory.mktemp(request.param)
-    flags = with_flags(ARCHITECTURES[request.param], "--train-iters 1", f"--save {folder}/start", "--save-interval 1")
-    run(1, flags)
-    return request.param, folder, continued(folder, request.param, "one", 1, folder / "start")
+class Continued(NamedTuple):
+    """Steps after a checkpoint: the scalars, and what each rank did."""
+
+    scalars: dict[str, dict[int, float]]
+    results: list[Result]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_agrees_with_one_rank(start, layout):
-    architecture, folder, expected = start
-    found = continued(folder, architecture, layout, LAYOUTS[layout][0], folder / "start")
+def continued(log: Path, architecture: str, layout: str, *more: str) -> Continued:
+    flags = flags_of(architecture, layout, f"--tensorboard-dir {log}", *more)
+    results = run(LAYOUTS[layout][0], flags)
+    return Continued(training.scalars(log, *NAMES), results)
+
+
+def assert_agree(found: dict[str, dict[int, float]], expected: dict[str, dict[int, float]], tolerance=None) -> None:
     for name in NAMES:
-        assert sorted(found[name]) == sorted(expected[name]) == [2, 3, 4]
+        assert sorted(found[name]) == sorted(expected[name])
         for step, value in expected[name].items():
-            assert found[name][step] == pytest.approx(value, rel=TOLERANCE), (name, step)
+            rel = tolerance[name] if tolerance else TOLERANCE
+            assert found[name][step] == pytest.approx(value, rel=rel), (name, step)
 
 
+# --- losses and gradient norms -------------------------------------------------------------------------------------
+
+
+class Start(NamedTuple):
+    """A checkpoint of one step on one rank, and what one rank makes of it."""
+
+    architecture: str
+    folder: Path
+    more: list[str]  # weights only: decision 11
+    expected: dict[str, dict[int, float]]
+
+    def continued(self, layout: str) -> Continued:
+        return continued(self.folder / layout.replace(" ", "-"), self.architecture, layout, *self.more)
+
+
+@pytest.fixture(scope="module")
+def start(request, tmp_path_factory) -> Start:
+    architecture, *precision = request.param.split()
+    folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
+    precision = [f"--{name}" for name in precision]
+    run(1, flags_of(architecture, "one", "--train-iters 1", f"--save {folder}/start", "--save-interval 1", *precision))
+    more = [f"--load {folder}/start", "--no-load-optim", f"--train-iters {1 + STEPS}", *precision]
+    return Start(architecture, folder, more, continued(folder / "one", architecture, "one", *more).scalars)
+
+
+@pytest.mark.parametrize(
+    ("start", "layout"),
+    [case(a, layout, quick=layout in QUICK[a]) for a in ARCHITECTURES for layout in LAYOUTS if layout != "one"],
+    indirect=["start"],
+)
+def test_layout_agrees_with_one_rank(start, layout):
+    found = start.continued(layout)
+    assert sorted(found.scalars["lm loss"]) == [2, 3, 4]
+    assert_agree(found.scalars, start.expected)
+    assert {result.num_microbatches for result in found.results} == {num_microbatches(layout)}
+    splits = [row for result in found.results for row in result.splits]
+    counts = [row for result in found.results for row in result.counts]
+    if layout == "expert tp2":  # every expert on both ranks, each with a part of it: other counts for every expert
+        assert any(len(set(row)) > 1 for row in counts)
+    if layout == "expert tp2 ep2":  # the tensor-parallel ranks of one expert bring other numbers of tokens
+        assert any(len(set(row)) > 1 for row in splits)
+
+
+def num_microbatches(layout: str) -> int:
+    """Gradient accumulation: micro-batches of each data-parallel rank."""
+    num_ranks, flags = LAYOUTS[layout]
+    size = next((int(change.split()[1]) for change in changes(flags) if "--micro-batch-size" in change), 2)
+    model_parallel = 2 ** (("--tensor-model" in flags) + ("--pipeline-model" in flags))
+    return 8 // (size * num_ranks // model_parallel)
+
+
+def test_most_layouts_accumulate_gradients():
+    numbers = {layout: num_microbatches(layout) for layout in LAYOUTS}
+    assert numbers["one"] == 4 and numbers["no accumulation"] == 1 and numbers["accumulation of 8"] == 8
+    assert [layout for layout, number in numbers.items() if number == 1] == ["ep4", "no accumulation"]
+
+
+@pytest.mark.parametrize("start", ARCHITECTURES, indirect=True)
 def test_another_step_would_be_noticed(start):
     """Negative control: consecutive steps differ by far more than the tolerance."""
-    _, _, expected = start
     for name in NAMES:
-        assert expected[name][3] != pytest.approx(expected[name][2], rel=10 * TOLERANCE)
+        assert start.expected[name][3] != pytest.approx(start.expected[name][2], rel=10 * TOLERANCE)
+
+
+BF16_LAYOUTS = ("ep2", "tp2 ep2", "pp2 interleaved", "dp2 overlapped gather", "ep2 recompute full")
+
+
+@pytest.mark.parametrize(
+    ("start", "layout"),
+    [
+        case(f"{a} bf16", layout, quick=layout in ("tp2 ep2", "pp2 interleaved"))
+        for a in ARCHITECTURES
+        for layout in BF16_LAYOUTS
+    ],
+    indirect=["start"],
+)
+def test_bf16_layout_agrees_with_one_rank(start, layout):
+    assert_agree(start.continued(layout).scalars, start.expected, BF16_TOLERANCE)
+
+
+# --- save here, load there -----------------------------------------------------------------------------------------
+
+FAMILIES = (
+    # Core gives the experts an optimizer of their own in all of the first, and in none of the second.
+    ("ep2", "ep4", "tp2 sp", "tp2 ep2", "expert tp2 ep2", "pp2 ep2", "tp2 pp2 ep2"),
+    ("one", "dp2", "expert tp2", "pp2", "pp2 interleaved"),
+)
+MOVES = [
+    (family[i], family[(i + step) % len(family)]) for family in FAMILIES for i in range(len(family)) for step in (1, 2)
+]
+"""Every layout saves, and the next two of its family load."""
+QUICK_MOVES = {("ep2", "ep4"), ("tp2 sp", "tp2 ep2"), ("dp2", "expert tp2"), ("pp2", "pp2 interleaved")}
+QUICK_MOVES |= {("tp2 ep2", "pp2 ep2")}
+
+
+WIDE = "--hidden-size 128"
+"""Core loses moments where a bucket ends in padding, which it does not at this width: see the last test."""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Function of architecture and layout: folder of a checkpoint of two steps, and steps 3 and 4 uninterrupted."""
+    made: dict[tuple[str, str], tuple[Path, Continued]] = {}
+
+    def make(architecture: str, layout: str) -> tuple[Path, Continued]:
+        if (architecture, layout) not in made:
+            folder = tmp_path_factory.mktemp("saved")
+            save = [WIDE, "--train-iters 4", f"--save {folder}/save", "--save-interval 2"]
+            made[architecture, layout] = folder, continued(folder / "log", architecture, layout, *save)
+            (folder / "save" / "latest_checkpointed_iteration.txt").write_text("2")
+        return made[architecture, layout]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("architecture", "source", "target"),
+    [case(a, *move, quick=a == "scmoe" and move in QUICK_MOVES) for a in ARCHITECTURES for move in MOVES],
+)
+def test_save_at_one_layout_load_at_another(saved, tmp_path, architecture, source, target):
+    """Weights and moments bit for bit; logits, losses and gradient norms of the next steps within the tolerance."""
+    folder, expected = saved(architecture, source)
+    load = [WIDE, f"--load {folder}/save"]
+    found = continued(tmp_path / "log", architecture, target, *load, "--train-iters 4")
+    assert sorted(found.scalars["lm loss"]) == [3, 4]
+    assert_agree(found.scalars, {name: {i: expected.scalars[name][i] for i in (3, 4)} for name in NAMES})
+    assert_same_logits(logits_at(2, found.results), logits_at(2, expected.results))
+
+    convert = ["--ckpt-convert-format torch_dist", f"--ckpt-convert-save {tmp_path}", "--train-iters 2"]
+    ranks.run(train, LAYOUTS[target][0], flags_of(architecture, target, *load, *convert), timeout_s=180)
+    before, after = (
+        ranks.run(training.checkpoint_tensors, 1, path, 2)[0] for path in (folder / "save", tmp_path / "torch_dist")
+    )
+    moments = [key for key in before if "exp_avg" in key]
+    assert moments and all(before[key].abs().sum() > 0 for key in moments)
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert torch.equal(tensor, after[key]), key
+
+
+def logits_at(iteration: int, results: list[Result]) -> dict[tuple[int, ...], torch.Tensor]:
+    return {key: logits for result in results for key, logits in result.logits.items() if key[0] == iteration}
+
+
+def assert_same_logits(found: dict[tuple[int, ...], torch.Tensor], expected: dict[tuple[int, ...], torch.Tensor]):
+    assert found and found.keys() == expected.keys()
+    for key, logits in found.items():
+        torch.testing.assert_close(logits, expected[key], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+REFUSED_MOVES = {
+    ("one", "ep2"): ["expert_model_parallel_size 2,", "keep --expert-model-parallel-size 1,"],
+    ("ep2", "one"): ["expert_model_parallel_size 1,", "keep --expert-model-parallel-size above 1,"],
+    ("one", "tp2 sp"): ["expert_tensor_parallel_size 1, tensor_model_parallel_size 2"],
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("move", REFUSED_MOVES, ids=" to ".join)
+@pytest.mark.parametrize("model", ["scmoe", "stock"])
+def test_moments_of_another_number_of_optimizers_are_refused(tmp_path, model, move):
+    """A limit of Core, in the stock model as well; ``test_core_cannot_load_them`` is the negative control."""
+    flags = ARCHITECTURES["scmoe"] if model == "scmoe" else STOCK
+    source, target = (with_flags(flags, *changes(LAYOUTS[layout][1])) for layout in move)
+    run(LAYOUTS[move[0]][0], with_flags(source, "--train-iters 1", f"--save {tmp_path}", "--save-interval 1"))
+    loading = with_flags(target, f"--load {tmp_path}")
+    num_ranks = LAYOUTS[move[1]][0]
+    results = refusals(num_ranks, loading)
+    words = ["cannot load the moments", f"the checkpoint in {tmp_path}", "--no-load-optim, or --finetune"]
+    assert [code for _, code in results] == [2] * num_ranks
+    for word in [*words, *REFUSED_MOVES[move]]:
+        assert word in results[0][0], results[0][0]
+    for allowed in ("--no-load-optim", "--finetune"):
+        assert refusals(num_ranks, with_flags(loading, allowed)) == [("", None)] * num_ranks
+
+
+def refusals(num_ranks: int, flags: list[str]) -> list[tuple[str, int | None]]:
+    return ranks.run(refusal, num_ranks, flags, timeout_s=180)
+
+
+def refusal(flags: list[str]) -> tuple[str, int | None]:
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    return training.refusal(flags)
+
+
+def train_unchecked(flags: list[str]) -> Result:
+    from megatron_scmoe import resume
+
+    resume._check_expert_optimizer = lambda args, saved: None
+    return train(flags)
+
+
+@pytest.mark.full
+def test_core_cannot_load_them(tmp_path):
+    """Why the above is refused: when this test fails, Core has learnt it and the refusal can go."""
+    flags = STOCK
+    run(1, with_flags(flags, "--train-iters 1", f"--save {tmp_path}", "--save-interval 1"))
+    with pytest.raises(ranks.RankError, match="Expected 2 entries in state dict, but got 4"):
+        ranks.run(train_unchecked, 2, with_flags(flags, EP2, f"--load {tmp_path}"), timeout_s=180)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("width", "is_exact"), [("--hidden-size 32", False), (WIDE, True)])
+def test_core_shifts_moments_behind_a_padded_bucket(tmp_path, width, is_exact):
+    """A fault of Core, tried with the stock model: it drops the padding between buckets when it saves in the fully
+    reshardable format and then reads at the padded places. When the first case fails, Core has been mended.
+    """
+    flags = with_flags(STOCK, width, "--overlap-grad-reduce", "--ddp-bucket-size 3000", "--train-iters 4")
+    run(2, with_flags(flags, f"--save {tmp_path}/save", "--save-interval 2", f"--tensorboard-dir {tmp_path}/through"))
+    (tmp_path / "save" / "latest_checkpointed_iteration.txt").write_text("2")
+    run(2, with_flags(flags, f"--load {tmp_path}/save", f"--tensorboard-dir {tmp_path}/resumed"))
+    through, resumed = (training.scalars(tmp_path / name, "grad-norm")["grad-norm"] for name in ("through", "resumed"))
+    assert (resumed[3] == pytest.approx(through[3], rel=TOLERANCE)) == is_exact
