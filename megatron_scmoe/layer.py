@@ -57,10 +57,6 @@ def _block_ops(block: TransformerLayer) -> list[DenseOp]:
 class LeadingBlock(TransformerLayer):
     """A block of a group before its last one: owns its parameters, and leaves running them to the last one."""
 
-    def __init__(self, *args: Any, scmoe: ScMoEConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.scmoe = scmoe
-
     def forward(self, hidden_states: Tensor, context: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor | None]:
         """Return the input as it is."""
         return hidden_states, context
@@ -76,15 +72,20 @@ class GroupBlock(TransformerLayer):
     def __init__(self, config: TransformerConfig, *args: Any, scmoe: ScMoEConfig, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.scmoe = scmoe
-        self._group_index = group_index = (self.layer_number - 1) // scmoe.moe_every
-        self.tap = scmoe.tap(group_index)
+        self._group_index = (self.layer_number - 1) // scmoe.moe_every
+        self.tap = scmoe.tap(self._group_index)
         self.plan = Plan(slot=1, blocking=True)
         if scmoe.overlap is Overlap.FIXED:
-            self.plan = Plan(slot=scmoe.slot(group_index), blocking=False)
+            self.plan = Plan(slot=scmoe.slot(self._group_index), blocking=False)
         if scmoe.shortcut_combine is Combine.CG2:
             self.combine_gate = CoefficientGate(config)
         self._dense_ops: tuple[DenseOp, ...] = ()
         self._moe_holder = (self.mlp,)  # in a tuple, so that a borrowed MoE stays its owner's alone
+
+    @property
+    def expert_index(self) -> int:
+        """Index in the dense stream of the op before which the experts run; its length where they run behind all."""
+        return self.tap + self.plan.slot - 1
 
     @property
     def moe(self) -> MoELayer:
@@ -131,7 +132,6 @@ class GroupBlock(TransformerLayer):
             raise ValueError("packed sequences do not reach the routers of a group: train without packing")
         inputs = mcore.AttentionInputs(**attention_inputs)
         padding_mask = mcore.sequence_first(padding_mask)
-        expert_index = self.tap + self.plan.slot - 1  # the experts run before this op
         residual = hidden_states
 
         for index, op in enumerate(self._dense_ops):
@@ -141,14 +141,14 @@ class GroupBlock(TransformerLayer):
                 routing = self.moe.router(normed, padding_mask)
                 flight = Flight(self.moe, self.plan)
                 flight.start_dispatch(normed, routing[0], routing[1])
-            if index == expert_index:
+            if index == self.expert_index:
                 _run_experts(flight)
             observe.mark(op.name)
             hidden_states = op.run(residual, normed, inputs)
 
         if self.scmoe.shortcut is Shortcut.DGMOE:
             return self._add_second_gate(hidden_states, flight, routing, padding_mask), context
-        if expert_index == len(self._dense_ops):
+        if self.expert_index == len(self._dense_ops):
             _run_experts(flight)
         shared, routed = hidden_states, flight.finish_combine()
         combined = self._combine(normed, shared, routed)
@@ -162,7 +162,7 @@ class GroupBlock(TransformerLayer):
         current_routing = self.moe.router(normed, padding_mask, preceding=routing)
         current = Flight(self.moe, self.plan, CURRENT)
         current.start_dispatch(normed, current_routing.probs, current_routing.routing_map)
-        if self.tap + self.plan.slot - 1 == len(self._dense_ops):
+        if self.expert_index == len(self._dense_ops):
             _run_experts(preceding)
         _run_experts(current)
         routed = preceding.finish_combine() + current.finish_combine()

@@ -97,7 +97,9 @@ def _shortcut_layer_spec(spec: ModuleSpec, block: int, scmoe: ScMoEConfig, *, un
         submodules = dataclasses.replace(submodules, mlp=IdentityOp)
     elif is_last and scmoe.shortcut is Shortcut.DGMOE:
         submodules = dataclasses.replace(submodules, mlp=_with_two_gates(submodules.mlp))
-    return ModuleSpec(module=GroupBlock if is_last else LeadingBlock, params={"scmoe": scmoe}, submodules=submodules)
+    if is_last:
+        return ModuleSpec(module=GroupBlock, params={"scmoe": scmoe}, submodules=submodules)
+    return ModuleSpec(module=LeadingBlock, submodules=submodules)
 
 
 def _with_two_gates(moe: functools.partial) -> functools.partial:
