@@ -91,7 +91,12 @@ def _check_expert_optimizer(args: Namespace, saved: Namespace) -> None:
     now, then = _has_expert_optimizer(args), _has_expert_optimizer(saved)
     if now == then:
         return
-    fix = "keep --expert-model-parallel-size above 1" if then else "keep --expert-model-parallel-size 1"
+    if then:
+        fix = "keep --expert-model-parallel-size above 1"
+    elif args.expert_model_parallel_size > 1:
+        fix = "keep --expert-model-parallel-size 1"
+    else:
+        fix = f"use --expert-tensor-parallel-size {args.tensor_model_parallel_size}"
     raise ConfigError(
         "Core has one optimizer for all where experts are split like the dense layers, else two, and cannot load the "
         f"moments of one into the other: this run has {_expert_layout(args)} and the checkpoint in {args.load} has "

@@ -314,7 +314,10 @@ def assert_same_logits(found: dict[tuple[int, ...], torch.Tensor], expected: dic
 REFUSED_MOVES = {
     ("one", "ep2"): ["expert_model_parallel_size 2,", "keep --expert-model-parallel-size 1,"],
     ("ep2", "one"): ["expert_model_parallel_size 1,", "keep --expert-model-parallel-size above 1,"],
-    ("one", "tp2 sp"): ["expert_tensor_parallel_size 1, tensor_model_parallel_size 2"],
+    ("one", "tp2 sp"): [
+        "expert_tensor_parallel_size 1, tensor_model_parallel_size 2",
+        "use --expert-tensor-parallel-size 2,",
+    ],
 }
 
 
