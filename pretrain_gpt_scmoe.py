@@ -37,6 +37,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_scmoe.arguments import parse_and_validate_args
 from megatron_scmoe.model import model_config_from_args
+from megatron_scmoe.session import OverlapSession
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
@@ -123,10 +124,12 @@ class TimeLeft:
 
 
 def forward_step(
-    data_iterator: Any, model: GPTModel, *, time_left: TimeLeft
+    data_iterator: Any, model: GPTModel, *, time_left: TimeLeft, session: OverlapSession | None
 ) -> tuple[torch.Tensor, partial[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]]:
     """Run one micro-batch through this pipeline stage; the shape of this hook is Megatron's."""
     time_left.say(get_args())
+    if session is not None and model.training:
+        session.before_micro_batch(model)
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
@@ -191,12 +194,15 @@ def main() -> None:
     args, scmoe = parse_and_validate_args()
     # Each rank of a pipeline builds its own datasets, so Megatron must not build them on one rank alone.
     train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+    session = OverlapSession(args, scmoe) if scmoe.watches_steps else None
     pretrain(
         pretrain_cfg_container_from_args(args, model_config_from_args(args, scmoe)),
         train_valid_test_datasets_provider,
         ModelType.encoder_or_decoder,
-        partial(forward_step, time_left=TimeLeft()),
+        partial(forward_step, time_left=TimeLeft(), session=session),
     )
+    if session is not None:
+        session.close()
 
 
 if __name__ == "__main__":

@@ -42,15 +42,15 @@ def lay_out(plan: Plan) -> list[Bar]:
     bars: list[Bar] = []
     now = arrival = 0.0
     for step in forward_order(DENSE_OPS, TAP, plan):
-        if step in (START_DISPATCH, START_COMBINE):
+        if step.name in (START_DISPATCH, START_COMBINE):
             arrival = now + ALL_TO_ALL_UNITS
-            bars.append((1, now, ALL_TO_ALL_UNITS, step.removeprefix("start "), COMM_COLOUR))
+            bars.append((1, now, ALL_TO_ALL_UNITS, step.name.removeprefix("start "), COMM_COLOUR))
             now = arrival if plan.blocking else now
-        elif step in (FINISH_DISPATCH, FINISH_COMBINE):
+        elif step.name in (FINISH_DISPATCH, FINISH_COMBINE):
             now = max(now, arrival)
         else:
-            bars.append((0, now, UNITS[step], step, COLOURS[step]))
-            now += UNITS[step]
+            bars.append((0, now, UNITS[step.name], step.name, COLOURS[step.name]))
+            now += UNITS[step.name]
     return bars
 
 
@@ -58,8 +58,8 @@ def draw() -> None:
     """Write the picture."""
     matplotlib.rcParams.update({"svg.hashsalt": "timeline", "svg.fonttype": "none", "font.family": "sans-serif"})
     titles = {
-        "--overlap off: every all-to-all is waited for": lay_out(Plan(slot=1, blocking=True)),
-        "--overlap fixed --expert-slot 3: dense ops run meanwhile": lay_out(Plan(slot=3, blocking=False)),
+        "--overlap off: every all-to-all is waited for": lay_out(Plan((1,), blocking=True)),
+        "--overlap fixed --expert-slot 3: dense ops run meanwhile": lay_out(Plan((3,))),
     }
     figure, axes = plt.subplots(len(titles), 1, figsize=(9.0, 3.4), sharex=True, layout="constrained")
     for axis, (title, bars) in zip(axes, titles.items(), strict=True):

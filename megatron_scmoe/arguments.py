@@ -22,7 +22,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 
 from megatron_scmoe import corpus, mcore, refusals, resume
-from megatron_scmoe.config import ARCHITECTURE_FIELDS, Combine, ConfigError, ScMoEConfig, Shortcut
+from megatron_scmoe.config import ARCHITECTURE_FIELDS, Combine, ConfigError, Overlap, ScMoEConfig, Shortcut
 
 EXIT_REFUSED = 2
 
@@ -93,6 +93,9 @@ def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig]:
         if scmoe.enabled:
             refusals.check_pipeline(scmoe, _by_megatrons_rules(core_transformer_config_from_args, args))
         resume.check(args, scmoe, scmoe_config_from_args)
+        if scmoe.overlap is Overlap.ADAPTIVE:
+            saved = mcore.saved_args(args) if args.load else None
+            args.overlap_plans = getattr(saved, "overlap_plans", {})
         corpus.check_datasets(args)
     except ConfigError as error:
         refuse(str(error))

@@ -7,6 +7,8 @@ Positions, taps, slots and groups are the words of the ScMoE paper (arXiv 2404.0
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
+from megatron_scmoe.plan import Plan, even_plan
+
 
 class ConfigError(ValueError):
     """A setting that cannot work. The message is one line: the rule, the values, the fix."""
@@ -41,6 +43,7 @@ class Overlap(StrEnum):
 
     OFF = "off"
     FIXED = "fixed"
+    ADAPTIVE = "adaptive"
 
 
 class Resume(StrEnum):
@@ -60,6 +63,9 @@ MOE_EVERY_CHOICES = (1, 2, 3, 4)
 # Fields that decide what the parameters mean. A checkpoint of other values loads without an error, since the names and
 # shapes are the same, and is wrong: so they are compared on resume.
 ARCHITECTURE_FIELDS = ("shortcut", "shortcut_position", "shortcut_combine", "moe_every", "moe_share_groups")
+
+# Fields that mean something for the stock model too.
+STOCK_FIELDS = ("shortcut", "shortcut_resume", "overlap", "overlap_chunks", "overlap_interval", "overlap_report")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,12 +97,28 @@ class ScMoEConfig:
 
     overlap: Overlap = Overlap.FIXED
     """off: every all-to-all is waited for at once (the sequential reference; same numbers, bit for bit). fixed: it
-    flies while the dense ops run, and the experts run at --expert-slot."""
+    flies while the dense ops run, and the experts run at --expert-slot. adaptive: the times of all ops are measured in
+    the first steps, and the experts run where that makes the step fastest; measured again every --overlap-interval
+    steps."""
 
-    expert_slot: tuple[int, ...] = ()
+    overlap_chunks: int = 1
+    """Chunks that the tokens of a layer travel in, after routing and capacity. fixed: that many, each with an expert
+    slot of its own. adaptive: at most that many; 1, 2, 4, ... are tried. More than one changes rounding, and nothing
+    else. With --shortcut none it pipelines the stock MoE layers."""
+
+    expert_slot: tuple[str, ...] = ()
     """Place behind the tap where the experts run, counted from 1: slot k lies before the k-th dense op behind the tap,
-    the last slot behind the shared expert (pos1 has slots 1 to 3, pos2 1 to 4, pos3 1 to 5; dgmoe one less each). One
-    value for all groups, or one for each group. Default: the middle of the window."""
+    the last slot behind the shared expert (pos1 has slots 1 to 3, pos2 1 to 4, pos3 1 to 5; dgmoe one less each). With
+    several chunks a slot for each, such as 1,3, or one for all. One value for all groups, or one for each group.
+    Default: spread evenly over the window."""
+
+    overlap_interval: int = 1000
+    """Steps after which --overlap adaptive measures again. 0: only once."""
+
+    overlap_report: str = ""
+    """Folder for a report of every step's communication: milliseconds, exposed milliseconds, hidden share, bytes and
+    load of every group, as JSON lines, one file for each rank; the log, TensorBoard and W&B get the sum. Read the
+    timeline with tools/trace.py."""
 
     shortcut_resume: Resume = Resume.SAME
     """Checkpoints to continue from. same: refuse one that was trained with other values of --shortcut,
@@ -129,11 +151,26 @@ class ScMoEConfig:
         """Position of group ``group_index`` (counted from 0 over the whole model)."""
         return _one_or_each(self.shortcut_position, group_index)
 
-    def slot(self, group_index: int) -> int:
-        """Expert slot of group ``group_index``: the one set, else the middle of its window."""
-        if self.expert_slot:
-            return _one_or_each(self.expert_slot, group_index)
-        return (self.num_slots(group_index) + 1) // 2
+    def plan(self, group_index: int) -> Plan:
+        """The plan that group ``group_index`` starts with: the one set, else chunks spread evenly over the window."""
+        if self.overlap is Overlap.OFF:
+            return Plan(slots=(1,), blocking=True)
+        if self.overlap is Overlap.ADAPTIVE:
+            return even_plan(self.num_slots(group_index), chunks=1)
+        if not self.expert_slot:
+            return even_plan(self.num_slots(group_index), self.overlap_chunks)
+        slots = _slots(_one_or_each(self.expert_slot, group_index))
+        return Plan(slots * self.overlap_chunks if len(slots) == 1 else slots)
+
+    @property
+    def pipelines_stock(self) -> bool:
+        """Whether the MoE layers of the stock model travel in chunks."""
+        return not self.enabled and self.overlap_chunks > 1
+
+    @property
+    def watches_steps(self) -> bool:
+        """Whether anything has to be done between two steps."""
+        return self.overlap is Overlap.ADAPTIVE or bool(self.overlap_report)
 
     def validate(self, num_layers: int) -> None:
         """Raise ConfigError where these settings cannot describe a model of ``num_layers`` blocks."""
@@ -149,11 +186,7 @@ class ScMoEConfig:
                 f"groups must be whole: --num-layers {num_layers} is not a multiple of --moe-every {self.moe_every}; "
                 f"use {num_layers // self.moe_every * self.moe_every or self.moe_every} layers or another --moe-every"
             )
-        if self.overlap is Overlap.OFF and self.expert_slot:
-            raise ConfigError(
-                f"a slot needs an overlap: --overlap is off and --expert-slot is {_shown(self.expert_slot)}; "
-                "use --overlap fixed or drop --expert-slot"
-            )
+        self._validate_overlap()
         if self.shortcut is Shortcut.DGMOE and self.shortcut_combine is not Combine.CG1:
             raise ConfigError(
                 f"dgmoe has no shared expert to weigh: --shortcut is dgmoe and --shortcut-combine is "
@@ -165,6 +198,22 @@ class ScMoEConfig:
         _check_length("--expert-slot", self.expert_slot, num_groups)
         for group_index in range(num_groups):
             self._validate_group(group_index)
+
+    def _validate_overlap(self) -> None:
+        if self.overlap is not Overlap.FIXED and self.expert_slot:
+            raise ConfigError(
+                f"a slot is set or found: --overlap is {self.overlap} and --expert-slot is {_shown(self.expert_slot)}; "
+                "use --overlap fixed or drop --expert-slot"
+            )
+        if self.overlap_chunks < 1 or (self.overlap is Overlap.OFF and self.overlap_chunks > 1):
+            raise ConfigError(
+                f"chunks are for an overlap, and there is one at least: --overlap is {self.overlap} and "
+                f"--overlap-chunks is {self.overlap_chunks}; use --overlap fixed, or 1"
+            )
+        if self.overlap_interval < 0:
+            raise ConfigError(
+                f"steps are counted from 0: --overlap-interval is {self.overlap_interval}; use 0 to measure once"
+            )
 
     def _validate_sharing(self, num_groups: int) -> None:
         if self.moe_share_groups not in (1, 2):
@@ -187,9 +236,16 @@ class ScMoEConfig:
 
     def _validate_stock(self) -> None:
         """Without a shortcut the other flags of this group have no meaning: refuse rather than ignore them."""
+        self._validate_overlap()
+        if self.watches_steps and not self.pipelines_stock:
+            raise ConfigError(
+                f"the stock MoE layer has nothing to choose and reports nothing: --shortcut is none, --overlap is "
+                f"{self.overlap} and --overlap-report is {self.overlap_report or 'not set'}; add --overlap-chunks 2 or "
+                "--shortcut scmoe"
+            )
         for field in fields(self):
             value = getattr(self, field.name)
-            if value != field.default and field.name not in ("shortcut", "shortcut_resume"):
+            if value != field.default and field.name not in STOCK_FIELDS:
                 flag = "--" + field.name.replace("_", "-")
                 raise ConfigError(
                     f"{flag} needs a shortcut: it is set to {_shown(value)} and --shortcut is none; "
@@ -203,12 +259,29 @@ class ScMoEConfig:
                 f"{position} reads a preceding block of the same group: --moe-every is 1 and --shortcut-position of "
                 f"group {group_index} is {position}; use --shortcut-position pos1 or --moe-every 2"
             )
+        if not self.expert_slot:
+            return
         num_slots = self.num_slots(group_index)
-        if not 1 <= self.slot(group_index) <= num_slots:
+        value = _one_or_each(self.expert_slot, group_index)
+        slots = _slots(value)
+        if any(not 1 <= slot <= num_slots for slot in slots):
             raise ConfigError(
                 f"{position} of {self.shortcut} has the slots 1 to {num_slots}: --expert-slot of group {group_index} "
-                f"is {self.slot(group_index)}; use a value from 1 to {num_slots}"
+                f"is {value}; use a value from 1 to {num_slots}"
             )
+        if len(slots) not in (1, self.overlap_chunks) or list(slots) != sorted(slots):
+            raise ConfigError(
+                f"chunks travel in order, each with one slot: --overlap-chunks is {self.overlap_chunks} and "
+                f"--expert-slot of group {group_index} is {value}; give one slot, or {self.overlap_chunks} that never "
+                "decrease"
+            )
+
+
+def _slots(value: str) -> tuple[int, ...]:
+    parts = str(value).split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"a slot is a number, or one for each chunk: --expert-slot is {value}; use 2, or 1,3")
+    return tuple(int(part) for part in parts)
 
 
 def _one_or_each[T](values: tuple[T, ...], group_index: int) -> T:

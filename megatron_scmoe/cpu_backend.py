@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import inspect
 import logging
+import os
 import pkgutil
 import sys
 import types
@@ -23,6 +24,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -271,6 +273,22 @@ def _all_gather_uneven(original: Any) -> Any:
     return all_gather
 
 
+def _one_lane(original: Any) -> Any:
+    @functools.wraps(original)
+    def __init__(  # noqa: N807 - it takes the place of a constructor
+        self: Any, store: Any, rank: int, size: int, timeout: timedelta = timedelta(minutes=30)
+    ) -> None:
+        gloo: Any = torch.distributed.ProcessGroupGloo
+        options = gloo._Options()
+        options._timeout = timeout
+        options._threads = 1
+        names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+        options._devices = [gloo.create_device(interface=name) for name in names] or [gloo.create_default_device()]
+        original(self, store, rank, size, options)
+
+    return __init__
+
+
 def _numpy_if_asked(_original: Any) -> Any:
     def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy().copy() if as_numpy and torch.is_tensor(tensor) else tensor
@@ -372,6 +390,9 @@ REPLACEMENTS: tuple[Replacement, ...] = (
                 "Megatron calls these factories with the literal device='cuda'", _DEVICE, counted=False),
     Replacement("torch.Tensor", "cuda", _returning_self, _NO_DRIVER, f"{_DEVICE}; that CUDA would have made a copy"),
     Replacement("torch.nn.Module", "cuda", _returning_self, _NO_DRIVER, _DEVICE),
+    Replacement("torch.distributed.ProcessGroupGloo", "__init__", _one_lane,
+                "gloo would run two collectives of a group at once, and NCCL runs them in the order of their launch",
+                "collectives of one group that do not come in the same order on all ranks"),
     Replacement("torch.distributed", "all_gather", _all_gather_uneven,
                 "gloo wants equal shapes, expert tensor parallelism gathers unequal ones: broadcasts stand in",
                 "the cost of that collective"),

@@ -26,16 +26,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_scmoe import mcore, observe
-from megatron_scmoe.config import Combine, Overlap, ScMoEConfig, Shortcut
-from megatron_scmoe.dispatch import Flight
+from megatron_scmoe import mcore
+from megatron_scmoe.config import Combine, ScMoEConfig, Shortcut
+from megatron_scmoe.dispatch import Flights
 from megatron_scmoe.gating import CoefficientGate
-from megatron_scmoe.plan import CURRENT, Plan
+from megatron_scmoe.observe import BEGIN, END, Marker
+from megatron_scmoe.plan import ATTENTION, CURRENT, MLP, ROUTE, SHARED_EXPERT, TAIL, GroupShape, Plan
 from megatron_scmoe.router import Routing
-
-ATTENTION = "attention"
-MLP = "MLP"
-SHARED_EXPERT = "shared expert"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +69,18 @@ class GroupBlock(TransformerLayer):
     def __init__(self, config: TransformerConfig, *args: Any, scmoe: ScMoEConfig, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.scmoe = scmoe
-        self._group_index = (self.layer_number - 1) // scmoe.moe_every
-        self.tap = scmoe.tap(self._group_index)
-        self.plan = Plan(slot=1, blocking=True)
-        if scmoe.overlap is Overlap.FIXED:
-            self.plan = Plan(slot=scmoe.slot(self._group_index), blocking=False)
+        self.group_index = (self.layer_number - 1) // scmoe.moe_every
+        self.shape = GroupShape(
+            tap=scmoe.tap(self.group_index),
+            num_dense_ops=scmoe.num_dense_ops,
+            second_gate=scmoe.shortcut is Shortcut.DGMOE,
+        )
+        self.plan = self.forward_plan = scmoe.plan(self.group_index)
+        self._marker = Marker(self.group_index)
         if scmoe.shortcut_combine is Combine.CG2:
             self.combine_gate = CoefficientGate(config)
         self._dense_ops: tuple[DenseOp, ...] = ()
         self._moe_holder = (self.mlp,)  # in a tuple, so that a borrowed MoE stays its owner's alone
-
-    @property
-    def expert_index(self) -> int:
-        """Index in the dense stream of the op before which the experts run; its length where they run behind all."""
-        return self.tap + self.plan.slot - 1
 
     @property
     def moe(self) -> MoELayer:
@@ -101,7 +96,7 @@ class GroupBlock(TransformerLayer):
             preceding: the group before this one, whose MoE it uses where groups share one.
         """
         assert len(leading) == self.scmoe.moe_every - 1
-        if self.scmoe.borrows_moe(self._group_index):
+        if self.scmoe.borrows_moe(self.group_index):
             assert preceding is not None
             self._moe_holder = preceding._moe_holder
         ops = [op for block in (*leading, self) for op in _block_ops(block)]
@@ -132,49 +127,62 @@ class GroupBlock(TransformerLayer):
             raise ValueError("packed sequences do not reach the routers of a group: train without packing")
         inputs = mcore.AttentionInputs(**attention_inputs)
         padding_mask = mcore.sequence_first(padding_mask)
-        residual = hidden_states
+        plan, tap = self.plan if self.training else self.forward_plan, self.shape.tap
+        begin, begin_backward = self._marker.now, self._marker.in_backward
+        begin(BEGIN)
+        begin_backward(END, hidden_states)
 
         for index, op in enumerate(self._dense_ops):
             residual = hidden_states
-            normed = op.norm(residual)
-            if index == self.tap:
+            if index == tap:
+                begin(ROUTE)
+                normed = op.norm(residual)
                 routing = self.moe.router(normed, padding_mask)
-                flight = Flight(self.moe, self.plan)
-                flight.start_dispatch(normed, routing[0], routing[1])
-            if index == self.expert_index:
-                _run_experts(flight)
-            observe.mark(op.name)
+                flights = self._take_off(normed, routing, plan)
+            if index >= tap:
+                flights.run_experts(slot=index - tap + 1)
+            begin(op.name, index)
+            if index != tap:
+                normed = op.norm(residual)
             hidden_states = op.run(residual, normed, inputs)
+            begin_backward(op.name, hidden_states, index)
 
-        if self.scmoe.shortcut is Shortcut.DGMOE:
-            return self._add_second_gate(hidden_states, flight, routing, padding_mask), context
-        if self.expert_index == len(self._dense_ops):
-            _run_experts(flight)
-        shared, routed = hidden_states, flight.finish_combine()
-        combined = self._combine(normed, shared, routed)
-        return mcore.add_mlp_output(self, residual, (combined, None)), context
+        if self.shape.second_gate:
+            residual = hidden_states
+            routed = self._run_second_gate(residual, flights, routing, padding_mask, plan)
+        else:
+            flights.run_experts(slot=self.shape.num_slots)
+            routed = self._combine(normed, hidden_states, flights.finish_combine())
+        begin(TAIL)
+        output = mcore.add_mlp_output(self, residual, (routed, None))
+        begin_backward(TAIL, output)
+        begin(END)
+        return output, context
 
-    def _add_second_gate(
-        self, residual: Tensor, preceding: Flight, routing: Routing, padding_mask: Tensor | None
+    def _take_off(self, source: Tensor, routing: tuple[Tensor, ...], plan: Plan, prefix: str = "") -> Flights:
+        probs, routing_map = routing[:2]
+        self._marker.in_backward(prefix + ROUTE, probs)
+        self._marker.load(probs, routing_map, self.moe.router.topk)
+        return Flights(self.moe, source, probs, routing_map, plan=plan, marker=self._marker, prefix=prefix)
+
+    def _run_second_gate(
+        self,
+        residual: Tensor,
+        preceding: Flights,
+        routing: Routing,
+        padding_mask: Tensor | None,
+        plan: Plan,
     ) -> Tensor:
-        """End of a DGMoE group: the current layer's tokens fly as well, and the experts of both are added."""
+        """End of a DGMoE group: the current layer's tokens fly as well; the sum of both flights' outputs."""
+        self._marker.now(CURRENT + ROUTE)
         normed = mcore.mlp_norm(self, residual)
         current_routing = self.moe.router(normed, padding_mask, preceding=routing)
-        current = Flight(self.moe, self.plan, CURRENT)
-        current.start_dispatch(normed, current_routing.probs, current_routing.routing_map)
-        if self.expert_index == len(self._dense_ops):
-            _run_experts(preceding)
-        _run_experts(current)
-        routed = preceding.finish_combine() + current.finish_combine()
-        return mcore.add_mlp_output(self, residual, (routed, None))
+        current = self._take_off(normed, current_routing, plan, CURRENT)
+        preceding.run_experts(slot=self.shape.num_slots)
+        current.run_experts()
+        return preceding.finish_combine() + current.finish_combine()
 
     def _combine(self, shared_input: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
         if self.scmoe.shortcut_combine is Combine.CG2:
             return self.combine_gate(shared_input, shared, routed)
         return routed + shared  # cg1's gate is inside Core's shared expert
-
-
-def _run_experts(flight: Flight) -> None:
-    arrived = flight.finish_dispatch()
-    output = flight.experts(*arrived)
-    flight.start_combine(output)

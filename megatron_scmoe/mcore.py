@@ -14,7 +14,8 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core import tensor_parallel
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -23,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from megatron.training.checkpointing import _load_base_checkpoint
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_scmoe.config import ConfigError
 
@@ -144,13 +146,25 @@ class AttentionInputs:
 # --- one dispatch ------------------------------------------------------------------------------------------------
 
 
-def dispatcher_for_one_flight(moe: MoELayer) -> MoEAlltoAllTokenDispatcher:
-    """A dispatcher that holds the state of one flight alone.
+def dispatcher_for_one_flight(moe: MoELayer, routing_map: Tensor, *, one_of_many: bool) -> MoEAlltoAllTokenDispatcher:
+    """A dispatcher that holds the state of one flight alone, and knows what every rank sends.
 
     Core's writes the state of the current dispatch onto itself (14 attributes), so two dispatches of one layer that fly
     at once would overwrite each other. A shallow copy shares everything that does not change.
+
+    Args:
+        moe: the layer whose tokens fly.
+        routing_map: which expert gets which of them, bool, [n, experts].
+        one_of_many: whether these are one chunk of the layer's tokens.
     """
-    return copy.copy(moe.token_dispatcher)
+    dispatcher = copy.copy(moe.token_dispatcher)
+    if one_of_many:
+        # Padding filled every expert's capacity before the tokens were cut into chunks, of which none has that many.
+        dispatcher.drop_and_pad = False
+    # Core exchanges the counts where it permutes the tokens. Here that happens before, for all chunks.
+    tokens_per_expert = dispatcher.preprocess(routing_map)
+    dispatcher.preprocess = lambda _routing_map: tokens_per_expert
+    return dispatcher
 
 
 def split_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> tuple[list[int] | None, list[int] | None]:
@@ -178,3 +192,44 @@ def blocks_of_stage(config: TransformerConfig, vp_stage: int | None, pp_rank: in
         return layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank)
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     return list(range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank)))
+
+
+def stage_group() -> dist.ProcessGroup:
+    """All ranks of this pipeline stage: tensor, context, expert and data parallel."""
+    return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+
+
+def stage_rank() -> int:
+    """Which pipeline stage this rank belongs to."""
+    return parallel_state.get_pipeline_model_parallel_rank()
+
+
+def is_stage_root() -> bool:
+    """Whether this rank speaks for its pipeline stage."""
+    return dist.get_rank() == dist.get_process_group_ranks(stage_group())[0]
+
+
+# --- between stages ----------------------------------------------------------------------------------------------
+
+
+class StageMail:
+    """Texts from any rank to any rank, without waiting: stages of a pipeline must not wait for one another here.
+
+    Args:
+        key: names the mail in the store that the process group was made with.
+    """
+
+    def __init__(self, key: str) -> None:
+        self._store = _get_default_store()
+        self._key = key
+        self._read = 0
+
+    def send(self, text: str) -> None:
+        """Leave a text for everyone who reads."""
+        number = self._store.add(f"{self._key}/count", 1)
+        self._store.set(f"{self._key}/{number}", text)
+
+    def receive(self) -> list[str]:
+        """The texts that this reader has not seen."""
+        first, self._read = self._read + 1, self._store.add(f"{self._key}/count", 0)
+        return [self._store.get(f"{self._key}/{number}").decode() for number in range(first, self._read + 1)]

@@ -14,7 +14,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.layer import GroupBlock
-from megatron_scmoe.specs import shortcut_block_spec
+from megatron_scmoe.specs import pipelined_block_spec, shortcut_block_spec
 
 
 @dataclass(kw_only=True)
@@ -48,6 +48,10 @@ class ScMoEGPTModelBuilder(GPTModelBuilder):
 
 def model_config_from_args(args: Namespace, scmoe: ScMoEConfig) -> GPTModelConfig:
     """The model that ``args`` describe: ours where a shortcut is set, else Core's own, untouched."""
+    if scmoe.pipelines_stock:
+        config = gpt_config_from_args(args)
+        config.transformer_layer_spec = partial(pipelined_block_spec, scmoe=scmoe)
+        return config
     if not scmoe.enabled:
         return gpt_config_from_args(args)
     return with_shortcut(gpt_config_from_args(args, model_config_cls=ScMoEGPTModelConfig), scmoe)

@@ -1,6 +1,8 @@
-"""What ran, when, on this rank: named marks, recorded only while somebody listens. Imports nothing of ours.
+"""What ran, when, on this rank: marks of the compute lane and spans of the communication lane. Imports nothing of ours.
 
-A mark is one dictionary look-up when nobody listens, so the hot path may carry them always.
+Nothing is recorded, and nothing is added to autograd's graph, while nobody listens: then a mark is one look-up, so the
+hot path may carry them always. Moments are CUDA events where there is a GPU, and host clock readings elsewhere, where
+every operation is done when it returns.
 """
 
 from __future__ import annotations
@@ -8,40 +10,207 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-_listeners: list[list[Mark]] = []
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BEGIN = "begin"
+END = "end"
+
+_listeners: list[Recording] = []
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One moment of one rank.
+    """The begin of one step on this rank's compute lane; it lasts until the next mark of its group and direction.
 
     Attributes:
-        name: what happened, e.g. ``"start dispatch"``.
-        backward: whether it happened in the backward pass.
-        time_s: host clock in seconds (``time.perf_counter``), when the host reached it.
+        name: what begins, e.g. ``"start dispatch"``, or ``BEGIN`` and ``END`` of a group's pass.
+        index: which dense op, or which token chunk.
+        group: whose step it is, counted over the whole model.
+        backward: whether it is the backward of that step.
+        time_s: seconds since the recording began.
     """
 
     name: str
+    index: int
+    group: int
     backward: bool
     time_s: float
 
 
-def mark(name: str, *, backward: bool = False) -> None:
-    """Record that ``name`` happens now, for everyone who listens."""
-    if _listeners:
-        moment = Mark(name, backward, time.perf_counter())
-        for recorded in _listeners:
-            recorded.append(moment)
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One collective, from its launch to its completion, on the communication lane.
+
+    Attributes:
+        name, index, group, backward: as in ``Mark``.
+        start_s: when it was launched, in seconds since the recording began.
+        end_s: when it was complete.
+        sent_bytes: what this rank sent to other ranks.
+    """
+
+    name: str
+    index: int
+    group: int
+    backward: bool
+    start_s: float
+    end_s: float
+    sent_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How evenly one routing spread this rank's tokens.
+
+    Attributes:
+        group: whose routing it is.
+        tokens_per_expert: tokens of this rank that each expert of the model gets, after capacity.
+        dropped: tokens' choices that capacity dropped.
+    """
+
+    group: int
+    tokens_per_expert: Tensor
+    dropped: Tensor
+
+
+type _Moment = float | torch.cuda.Event
+
+
+def _now() -> _Moment:
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+@dataclass(slots=True)
+class _Flying:
+    """A collective whose end is not known yet."""
+
+    name: str
+    index: int
+    group: int
+    backward: bool
+    start: _Moment
+    sent_bytes: int
+    end: _Moment | None = None
+
+
+@dataclass(slots=True)
+class Recording:
+    """What one listener heard; read it when the recording is over."""
+
+    _began: _Moment = field(default_factory=_now)
+    _marks: list[tuple[str, int, int, bool, _Moment]] = field(default_factory=list)
+    _flying: list[_Flying] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
+
+    @property
+    def marks(self) -> list[Mark]:
+        """All marks in the order in which the host made them. Waits for the GPU."""
+        return [
+            Mark(name, index, group, backward, self._seconds(moment))
+            for name, index, group, backward, moment in self._marks
+        ]
+
+    @property
+    def transfers(self) -> list[Transfer]:
+        """All collectives that completed, in the order of their launch. Waits for the GPU."""
+        return [
+            Transfer(
+                one.name,
+                one.index,
+                one.group,
+                one.backward,
+                self._seconds(one.start),
+                self._seconds(one.end),
+                one.sent_bytes,
+            )
+            for one in self._flying
+            if one.end is not None
+        ]
+
+    def _seconds(self, moment: _Moment) -> float:
+        if isinstance(moment, float):
+            assert isinstance(self._began, float)
+            return moment - self._began
+        assert isinstance(self._began, torch.cuda.Event)
+        moment.synchronize()
+        return self._began.elapsed_time(moment) / 1e3
 
 
 @contextmanager
-def recording() -> Iterator[list[Mark]]:
-    """Listen for the time of a ``with`` block; the list that it yields fills as marks happen."""
-    recorded: list[Mark] = []
-    _listeners.append(recorded)
+def recording() -> Iterator[Recording]:
+    """Listen for the time of a ``with`` block; what it yields fills as things happen."""
+    recorded = start()
     try:
         yield recorded
     finally:
-        _listeners[:] = [listener for listener in _listeners if listener is not recorded]
+        stop(recorded)
+
+
+def start() -> Recording:
+    """Listen until ``stop`` is called with what this returns."""
+    recorded = Recording()
+    _listeners.append(recorded)
+    return recorded
+
+
+def stop(recorded: Recording) -> None:
+    """End a recording."""
+    _listeners[:] = [listener for listener in _listeners if listener is not recorded]
+
+
+class Marker:
+    """Makes the marks of one group.
+
+    Args:
+        group: its index over the whole model.
+    """
+
+    def __init__(self, group: int) -> None:
+        self._group = group
+
+    def now(self, name: str, index: int = 0, *, backward: bool = False) -> None:
+        """A step begins here."""
+        if _listeners:
+            moment = _now()
+            for recorded in _listeners:
+                recorded._marks.append((name, index, self._group, backward, moment))
+
+    def in_backward(self, name: str, output: Tensor, index: int = 0) -> None:
+        """The backward of a step begins when the gradient of its ``output`` is complete."""
+        if _listeners and output.requires_grad:
+            output.register_hook(lambda _grad: self.now(name, index, backward=True))
+
+    def transfer(self, work: dist.Work, name: str, index: int, sent_bytes: int, *, backward: bool) -> None:
+        """A collective was launched; its end is noted when it comes."""
+        if not _listeners:
+            return
+        flying = _Flying(name, index, self._group, backward, _now(), sent_bytes)
+        for recorded in _listeners:
+            recorded._flying.append(flying)
+
+        def landed(_future: torch.futures.Future[list[Tensor]]) -> None:
+            flying.end = _now()
+
+        work.get_future().then(landed)
+
+    def load(self, probs: Tensor, routing_map: Tensor, choices: int) -> None:
+        """A routing was made.
+
+        Args:
+            probs: gate weights after capacity, [n, e].
+            routing_map: which expert gets which token, after capacity, bool, [n, e].
+            choices: experts that the router chose for each token, before capacity.
+        """
+        if _listeners:
+            # Rows that pad an expert to its capacity have no weight: they are not load.
+            tokens_per_expert = (routing_map & (probs > 0)).sum(dim=0)
+            load = Load(self._group, tokens_per_expert, probs.shape[0] * choices - tokens_per_expert.sum())
+            for recorded in _listeners:
+                recorded.loads.append(load)

@@ -30,6 +30,7 @@ from megatron_scmoe.attention import LatentCoreAttention
 from megatron_scmoe.config import ScMoEConfig, Shortcut
 from megatron_scmoe.layer import GroupBlock, LeadingBlock
 from megatron_scmoe.norm import SequenceParallelNorm
+from megatron_scmoe.pipelined import PipelinedMoELayer
 from megatron_scmoe.router import DualGateRouter
 
 
@@ -54,6 +55,30 @@ def shortcut_block_spec(
     if model_config.transformer.multi_latent_attention and not fused:
         block_spec = _with_latent_core_attention(block_spec)
     return _with_sequence_parallel_norms(block_spec) if model_config.transformer.sequence_parallel else block_spec
+
+
+def pipelined_block_spec(
+    model_config: GPTModelConfig, vp_stage: int | None, *, scmoe: ScMoEConfig
+) -> TransformerBlockSubmodules:
+    """Core's own blocks of one (virtual) pipeline stage, whose MoE layers send their tokens in chunks.
+
+    Args:
+        model_config: Core's model configuration; its own spec is the start.
+        vp_stage: virtual pipeline stage, None without interleaving.
+        scmoe: chunks and overlap.
+    """
+    block_spec = default_layer_spec(model_config, vp_stage)
+    return dataclasses.replace(
+        block_spec, layer_specs=[_with_pipelined_moe(spec, scmoe) for spec in block_spec.layer_specs]
+    )
+
+
+def _with_pipelined_moe(spec: ModuleSpec, scmoe: ScMoEConfig) -> ModuleSpec:
+    mlp = spec.submodules.mlp
+    if getattr(mlp, "func", None) is not MoELayer:
+        return spec
+    pipelined = functools.partial(PipelinedMoELayer, *mlp.args, scmoe=scmoe, **mlp.keywords)
+    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, mlp=pipelined))
 
 
 def _with_sequence_parallel_norms(block_spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:

@@ -33,7 +33,8 @@ class Case:
     num_groups: int = 2
     share_groups: int = 1
     overlap: str = "fixed"
-    expert_slot: tuple[int, ...] = ()
+    expert_slot: tuple[int | str, ...] = ()
+    chunks: int = 1
     dtype: torch.dtype = torch.float32
     recompute: str | None = None  # None, "full" or a module of selective recompute
 
@@ -108,7 +109,8 @@ def build(case: Case):
         moe_every=case.moe_every,
         moe_share_groups=case.share_groups,
         overlap=Overlap(case.overlap),
-        expert_slot=case.expert_slot,
+        expert_slot=tuple(map(str, case.expert_slot)),
+        overlap_chunks=case.chunks,
     )
     scmoe.validate(case.num_layers)
     config = ScMoEGPTModelConfig(

@@ -9,7 +9,8 @@ import ranks
 import torch
 import torch.distributed as dist
 
-from megatron_scmoe.dispatch import Exchange, ExchangeOrderError
+from megatron_scmoe.exchange import Exchange, ExchangeOrderError, Tag
+from megatron_scmoe.observe import Marker
 
 
 def make_exchange(name: str = "test", *, blocking: bool = False) -> tuple[Exchange, torch.Tensor, torch.Tensor]:
@@ -23,7 +24,7 @@ def make_exchange(name: str = "test", *, blocking: bool = False) -> tuple[Exchan
     rows = torch.tensor(values).unsqueeze(1).expand(-1, 3).contiguous()
     weights = 1.0 / torch.tensor(values, dtype=torch.float64)
     exchange = Exchange(
-        name=name,
+        tag=Tag(Marker(0), name),
         group=dist.group.WORLD,
         send_rows=send_rows,
         receive_rows=send_rows,  # rank + source is symmetrical
@@ -153,7 +154,9 @@ def bytes_of_types(dtype: torch.dtype) -> list[float]:
     rank = dist.get_rank()
     rows = (torch.arange(6).view(2, 3) + 10 * rank).to(dtype)
     weights = torch.tensor([0.1, 0.2]) + rank
-    exchange = Exchange(name="x", group=dist.group.WORLD, send_rows=None, receive_rows=None, blocking=False)
+    exchange = Exchange(
+        tag=Tag(Marker(0), "x"), group=dist.group.WORLD, send_rows=None, receive_rows=None, blocking=False
+    )
     received, received_weights = exchange.finish(exchange.start(rows, weights))
     return [*received.float().flatten().tolist(), *received_weights.tolist()]
 

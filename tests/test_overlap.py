@@ -19,6 +19,7 @@ from megatron_scmoe.plan import (
     START_COMBINE,
     START_DISPATCH,
     Plan,
+    Step,
     backward_order,
     forward_order,
 )
@@ -140,35 +141,34 @@ def test_a_rank_without_tokens():
 # --- the recorded order ------------------------------------------------------------------------------------------
 
 
-def mark_dense_backward(group) -> None:
-    """Mark the backward of every dense op of ``group`` when the gradient of its output is there."""
-    from megatron_scmoe import observe
-
-    for op in group._dense_ops:
-        module = {
-            "attention": lambda block: block.self_attention,
-            "MLP": lambda block: block.mlp,
-            "shared expert": lambda block: block.mlp.shared_experts,
-        }[op.name](op.norm.args[0])
-        module.register_full_backward_pre_hook(lambda *_, name=op.name: observe.mark(name, backward=True))
-    # DGMoE calls the experts twice; backward meets the calls in reverse order.
-    calls: list[str] = ["", CURRENT] if len(group._dense_ops) % 2 else [""]
-    group.mlp.experts.register_full_backward_pre_hook(lambda *_: observe.mark(calls.pop() + EXPERTS, backward=True))
+SENDS = (START_DISPATCH, FINISH_DISPATCH, START_COMBINE, FINISH_COMBINE)
+CHUNKED = [
+    ("scmoe", "pos1", "1,3"),
+    ("scmoe", "pos2", "1,1"),
+    ("scmoe", "pos2", "1,2,4,4"),
+    ("scmoe", "pos3", "2,5"),
+    ("dgmoe", "pos2", "1,3"),
+]
 
 
-def recorded_order(case: Case) -> tuple[list[str], list[str], list[str], int]:
+def order_of(marks, *, backward: bool, dense: list[str]) -> list[Step]:
+    """The steps that a plan orders, as they were recorded."""
+    names = {prefix + name for prefix in ("", CURRENT) for name in (EXPERTS, *SENDS)} | set(dense)
+    return [Step(mark.name, mark.index) for mark in marks if mark.backward is backward and mark.name in names]
+
+
+def recorded_order(case: Case) -> tuple[list[Step], list[Step], list[str], int]:
     from megatron_scmoe import observe
 
     model = models.build(case)
     group = model.decoder.layers[case.moe_every - 1]
-    mark_dense_backward(group)
     ((tokens, labels, positions),) = models.my_batch()
-    with observe.recording() as marks:
+    with observe.recording() as recorded:
         model(tokens, positions, None, labels=labels).sum().backward()
-    forward = [mark.name for mark in marks if not mark.backward]
-    backward = [mark.name for mark in marks if mark.backward]
+    names = group.dense_op_names
+    forward, backward = (order_of(recorded.marks, backward=direction, dense=names) for direction in (False, True))
     assert observe._listeners == []
-    return forward, backward, group.dense_op_names, group.tap
+    return forward, backward, names, group.shape.tap
 
 
 @pytest.mark.parametrize(("shortcut", "position", "slot"), POSITION_AND_SLOT)
@@ -176,7 +176,18 @@ def recorded_order(case: Case) -> tuple[list[str], list[str], list[str], int]:
 def test_recorded_order_is_the_plans(shortcut, position, slot, ep):
     case = Case(shortcut=shortcut, position=(position,), num_groups=1, expert_slot=(slot,))
     for forward, backward, names, tap in ranks.run(recorded_order, ep, case, layout=EP[ep]):
-        plan = Plan(slot=slot, blocking=False)
+        plan = Plan((slot,))
+        assert forward == forward_order(names, tap, plan, second_gate=shortcut == "dgmoe")
+        assert backward == backward_order(names, tap, plan, second_gate=shortcut == "dgmoe")
+
+
+@pytest.mark.parametrize(("shortcut", "position", "slots"), CHUNKED)
+def test_recorded_order_of_chunks_is_the_plans(shortcut, position, slots):
+    case = Case(
+        shortcut=shortcut, position=(position,), num_groups=1, expert_slot=(slots,), chunks=slots.count(",") + 1
+    )
+    plan = Plan(tuple(map(int, slots.split(","))))
+    for forward, backward, names, tap in ranks.run(recorded_order, 2, case, layout=EP[2]):
         assert forward == forward_order(names, tap, plan, second_gate=shortcut == "dgmoe")
         assert backward == backward_order(names, tap, plan, second_gate=shortcut == "dgmoe")
 
@@ -184,7 +195,7 @@ def test_recorded_order_is_the_plans(shortcut, position, slot, ep):
 def test_order_of_pos2_by_hand():
     """What design and picture say of the default plan, spelled out once."""
     names = ["attention", "MLP", "attention", "shared expert"]
-    assert forward_order(names, 1, Plan(slot=2, blocking=False)) == [
+    assert [step.name for step in forward_order(names, 1, Plan((2,)))] == [
         "attention",
         START_DISPATCH,
         "MLP",
@@ -195,7 +206,7 @@ def test_order_of_pos2_by_hand():
         "shared expert",
         FINISH_COMBINE,
     ]
-    assert backward_order(names, 1, Plan(slot=4, blocking=False)) == [
+    assert [step.name for step in backward_order(names, 1, Plan((4,)))] == [
         START_COMBINE,
         FINISH_COMBINE,
         EXPERTS,
@@ -206,6 +217,76 @@ def test_order_of_pos2_by_hand():
         FINISH_DISPATCH,
         "attention",
     ]
+
+
+def test_order_of_two_chunks_by_hand():
+    """Both chunks take off at the tap; each has a slot of its own, and the last to take off is the first to return."""
+    assert forward_order(["MLP", "shared expert"], 0, Plan((1, 3))) == [
+        (START_DISPATCH, 0),
+        (START_DISPATCH, 1),
+        (FINISH_DISPATCH, 0),
+        (EXPERTS, 0),
+        (START_COMBINE, 0),
+        ("MLP", 0),
+        ("shared expert", 1),
+        (FINISH_DISPATCH, 1),
+        (EXPERTS, 1),
+        (START_COMBINE, 1),
+        (FINISH_COMBINE, 0),
+        (FINISH_COMBINE, 1),
+    ]
+    assert backward_order(["MLP"], 0, Plan((1, 2)))[:2] == [(START_COMBINE, 1), (START_COMBINE, 0)]
+
+
+@pytest.mark.parametrize("slots", [(), (0,), (2, 1)])
+def test_plan_refuses_slots_that_no_group_has(slots):
+    with pytest.raises(ValueError, match="slots from 1 that never decrease"):
+        Plan(slots)
+
+
+# --- chunks ------------------------------------------------------------------------------------------------------
+
+
+def assert_close(one, other) -> None:
+    """Equal up to rounding, and not all zero."""
+    for (loss, gradients), (other_loss, other_gradients) in zip(one, other, strict=True):
+        torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=1e-5)
+        assert gradients.keys() == other_gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, other_gradients[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert all(gradient.abs().sum() > 0 for gradient in one[0][1].values())
+
+
+@pytest.mark.parametrize(("shortcut", "position", "slots"), CHUNKED)
+def test_chunks_change_rounding_only(shortcut, position, slots):
+    case = Case(shortcut=shortcut, position=(position,), expert_slot=(slots,), chunks=slots.count(",") + 1)
+    off = case.replace(overlap="off", expert_slot=(), chunks=1)
+    assert_close(run(case, 2), run(off, 2))
+
+
+@pytest.mark.parametrize("case", [Case(topk=2, chunks=2), Case(shortcut="dgmoe", chunks=4)], ids=("scmoe-2", "dgmoe"))
+def test_chunks_on_four_ranks_change_rounding_only(case):
+    assert_close(run(case, 4), run(case.replace(overlap="off", chunks=1), 4))
+
+
+@pytest.mark.parametrize("shortcut", ["scmoe", "dgmoe"])
+def test_chunks_wait_or_not_bit_for_bit(shortcut):
+    """At equal chunks the slots change nothing at all."""
+    one, other = (Case(shortcut=shortcut, chunks=3, expert_slot=(slots,)) for slots in ("1,1,1", "1,2,3"))
+    assert_bit_equal(run(one, 2), run(other, 2))
+
+
+@pytest.mark.parametrize("recompute", ["full", "core_attn", "shared_experts"])
+def test_chunks_under_recompute_equal_chunks_without(recompute):
+    case = Case(chunks=2, recompute=recompute)
+    assert_bit_equal(run(case, 2), run(case.replace(recompute=None), 2))
+
+
+def test_more_chunks_than_tokens():
+    """A chunk may be empty."""
+    case = Case(chunks=17)
+    assert models.BATCH_SIZE * models.SEQ_LENGTH // 4 < 17
+    assert_close(run(case, 4), run(case.replace(chunks=1, overlap="off"), 4))
 
 
 # --- communication is hidden -------------------------------------------------------------------------------------
@@ -220,6 +301,9 @@ class SlowWork:
     def __init__(self, work: dist.Work) -> None:
         self._work = work
         self._done_at = time.perf_counter() + COLLECTIVE_S
+
+    def get_future(self) -> torch.futures.Future:
+        return self._work.get_future()
 
     def wait(self) -> None:
         self._work.wait()
@@ -239,9 +323,8 @@ def slow_step(case: Case) -> dict[str, object]:
     original = dist.all_to_all_single
     dist.all_to_all_single = lambda *args, **kwargs: SlowWork(original(*args, **kwargs))
     ((tokens, labels, positions),) = models.my_batch()
-    mark_dense_backward(group)
     try:
-        with observe.recording() as marks:
+        with observe.recording() as recorded:
             dist.barrier()
             begin = time.perf_counter()
             loss = model(tokens, positions, None, labels=labels).sum()
@@ -255,8 +338,8 @@ def slow_step(case: Case) -> dict[str, object]:
     return {
         "forward_s": forward_s,
         "backward_s": backward_s,
-        "forward": [mark.name for mark in marks if not mark.backward],
-        "backward": [mark.name for mark in marks if mark.backward],
+        "forward": [step.name for step in order_of(recorded.marks, backward=False, dense=group.dense_op_names)],
+        "backward": [step.name for step in order_of(recorded.marks, backward=True, dense=group.dense_op_names)],
     }
 
 

@@ -1,0 +1,251 @@
+"""Which plan every group of a pipeline stage runs, step by step: measure, solve, check, settle. No clock, no rank.
+
+::
+
+    warm up -> measure 1, 2, 4 chunks, each sequentially -> solve -> check: old and new plan in turns -> settled
+                        ^                                                                                  |
+                        +------------------------------- every --overlap-interval steps -------------------+
+
+All ranks of a stage count the same steps, so they are in the same phase without a word; only what they measured has to
+be put together (``session.py``).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import groupby
+from statistics import fmean, median
+
+from megatron_scmoe.costs import GroupPass, costs_of, mean_costs
+from megatron_scmoe.plan import GroupShape, Plan
+from megatron_scmoe.solver import GroupCosts, solve
+
+WARM_UP_STEPS = 3
+MEASURE_STEPS = 3
+CHECK_STEPS = 6
+"""Steps of a phase; measuring takes that many for each number of chunks, checking half of them for each plan."""
+
+
+class Phase(StrEnum):
+    """What the steps are for."""
+
+    WARM_UP = "warm up"
+    MEASURE = "measure"
+    CHECK = "check"
+    SETTLED = "settled"
+
+
+@dataclass(frozen=True, slots=True)
+class Plans:
+    """The plans of one group: for training, and for evaluation, which has no backward."""
+
+    training: Plan
+    forward: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What one rank decided for all ranks of its stage.
+
+    Attributes:
+        plans: by group.
+        predicted_s: time of one micro-batch through all groups of the stage, forward and backward, by the solver.
+        hidden_share: smallest of the groups', by the solver.
+        text: for the log.
+    """
+
+    plans: Mapping[int, Plans]
+    predicted_s: float
+    hidden_share: float
+    text: str
+
+
+type Evidence = Mapping[int, Mapping[int, GroupCosts | None]] | tuple[float, float]
+"""What one rank measured: costs by number of chunks and group, or seconds of a micro-batch under old and new plans."""
+
+
+def chunk_counts(most: int) -> tuple[int, ...]:
+    """1, 2, 4, ... up to ``most``."""
+    return tuple(2**power for power in range(most.bit_length()))
+
+
+class Tuner:
+    """The plans of one stage.
+
+    Args:
+        shapes: of the stage's groups, by their index over the whole model.
+        plans: what they start with.
+        counts: numbers of chunks to choose from.
+        interval: steps after which to measure again; 0: never.
+        settled: whether ``plans`` come from a checkpoint and are kept until then.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[int, GroupShape],
+        plans: Mapping[int, Plans],
+        *,
+        counts: Sequence[int],
+        interval: int,
+        settled: bool = False,
+    ) -> None:
+        self.phase = Phase.SETTLED if settled else Phase.WARM_UP
+        self.decision: Decision | None = None
+        self._shapes = dict(shapes)
+        self._incumbent = dict(plans)
+        self._counts = tuple(counts)
+        self._interval = interval
+        self._done = 0
+        self._measured: dict[int, dict[int, list[GroupPass]]] = defaultdict(lambda: defaultdict(list))
+        self._checked: tuple[list[float], list[float]] = ([], [])
+
+    @property
+    def plans(self) -> dict[int, Plans]:
+        """What each group runs in the coming step."""
+        if self.sequential:
+            plan = Plan((1,) * self._chunks_measured, blocking=True)
+            return {group: Plans(plan, plans.forward) for group, plans in self._incumbent.items()}
+        if self.phase is Phase.CHECK and self._done % 2:
+            assert self.decision is not None
+            return dict(self.decision.plans)
+        return dict(self._incumbent)
+
+    @property
+    def records(self) -> bool:
+        """Whether the coming step has to be measured."""
+        return self.phase in (Phase.MEASURE, Phase.CHECK)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the coming step waits for every collective, so that each op is measured by itself."""
+        return self.phase is Phase.MEASURE
+
+    def take(self, passes: Sequence[GroupPass]) -> None:
+        """What the step measured, before ``advance``."""
+        if self.phase is Phase.MEASURE:
+            for one in passes:
+                self._measured[self._chunks_measured][one.group].append(one)
+        if self.phase is Phase.CHECK:
+            backwards = len({one.group for one in passes}) and sum(one.backward for one in passes) / len(self._shapes)
+            seconds = sum(one.total_s for one in passes) / backwards if backwards else float("inf")
+            self._checked[self._done % 2].append(seconds)
+
+    def advance(self) -> bool:
+        """Count a step; returns whether the ranks have to put their evidence together now."""
+        self._done += 1
+        length = {
+            Phase.WARM_UP: WARM_UP_STEPS,
+            Phase.MEASURE: MEASURE_STEPS * len(self._counts),
+            Phase.CHECK: CHECK_STEPS,
+            Phase.SETTLED: self._interval,
+        }[self.phase]
+        if self._done < length or not length:
+            return False
+        if self.phase in (Phase.MEASURE, Phase.CHECK):
+            return True
+        self._enter(Phase.MEASURE)
+        return False
+
+    def evidence(self) -> Evidence:
+        """What this rank measured in the phase that ends."""
+        if self.phase is Phase.CHECK:
+            old_s, new_s = self._checked
+            return median(old_s), median(new_s)
+        return {
+            chunks: {
+                group: costs_of(self._measured[chunks][group], shape, chunks) for group, shape in self._shapes.items()
+            }
+            for chunks in self._counts
+        }
+
+    def conclude(self, evidence: Sequence[Evidence]) -> Decision:
+        """The decision, from what every rank of the stage measured."""
+        if self.phase is Phase.CHECK:
+            return self._compare([one for one in evidence if isinstance(one, tuple)])
+        return self._solve([one for one in evidence if not isinstance(one, tuple)])
+
+    def adopt(self, decision: Decision) -> None:
+        """Go on with a decision that every rank of the stage has."""
+        changed = dict(decision.plans) != self._incumbent
+        self.decision = decision
+        if self.phase is Phase.MEASURE and changed:
+            self._enter(Phase.CHECK)
+            return
+        self._incumbent = dict(decision.plans)
+        self._enter(Phase.SETTLED)
+
+    def _solve(self, evidence: Sequence[Mapping[int, Mapping[int, GroupCosts | None]]]) -> Decision:
+        plans: dict[int, Plans] = {}
+        predicted_s, share = 0.0, 1.0
+        for group, shape in self._shapes.items():
+            costs = {}
+            for chunks in self._counts:
+                of_ranks = [one[chunks][group] for one in evidence]
+                known = [one for one in of_ranks if one is not None]
+                if len(known) < len(of_ranks):
+                    return self._unmeasured(group)
+                costs[chunks] = mean_costs(known)
+            training, forward = solve(shape, costs), solve(shape, costs, forward_only=True)
+            plans[group] = Plans(training.plan, forward.plan)
+            predicted_s += training.predicted_s
+            share = min(share, training.hidden_share)
+        text = f"{described(plans)}, predicted {predicted_s * 1e3:.1f} ms"
+        return Decision(plans, predicted_s, share, text)
+
+    def _unmeasured(self, group: int) -> Decision:
+        plans = dict(self._incumbent)
+        text = (
+            f"{described(plans)} stays: no gradient reaches the input of group {group}, so that its backward cannot be "
+            "measured; set a plan with --overlap fixed"
+        )
+        return Decision(plans, float("inf"), 0.0, text)
+
+    def _compare(self, evidence: Sequence[tuple[float, float]]) -> Decision:
+        assert self.decision is not None
+        old_s, new_s = (fmean(seconds) for seconds in zip(*evidence, strict=True))
+        times = f"predicted {self.decision.predicted_s * 1e3:.1f} ms, measured {new_s * 1e3:.1f} ms"
+        if new_s < old_s:
+            plans, kept = self.decision.plans, f"{times}, before {old_s * 1e3:.1f} ms"
+        else:
+            plans = dict(self._incumbent)
+            kept = f"measured {old_s * 1e3:.1f} ms, stays: {described(self.decision.plans)} was not faster ({times})"
+        return Decision(plans, self.decision.predicted_s, self.decision.hidden_share, f"{described(plans)}, {kept}")
+
+    def _enter(self, phase: Phase) -> None:
+        self.phase = phase
+        self._done = 0
+        self._checked = ([], [])
+        if phase is not Phase.CHECK:
+            self._measured.clear()
+
+    @property
+    def _chunks_measured(self) -> int:
+        return self._counts[self._done // MEASURE_STEPS]
+
+
+def described(plans: Mapping[int, Plans]) -> str:
+    """The slots of every group in few words: neighbours with equal plans share them."""
+    parts = []
+    for slots, run in groupby(sorted(plans), key=lambda group: plans[group].training.slots):
+        groups = list(run)
+        name = f"group {groups[0]}" if len(groups) == 1 else f"groups {groups[0]} to {groups[-1]}"
+        parts.append(f"{name} slots {','.join(map(str, slots))}")
+    return "; ".join(parts)
+
+
+def saved_form(plans: Mapping[int, Plans]) -> dict[str, dict[str, list[int]]]:
+    """Plans as builtin types, for the arguments that a checkpoint keeps."""
+    return {
+        str(group): {"training": list(one.training.slots), "forward": list(one.forward.slots)}
+        for group, one in plans.items()
+    }
+
+
+def from_saved_form(saved: Mapping[str, Mapping[str, Sequence[int]]]) -> dict[int, Plans]:
+    """The inverse of ``saved_form``."""
+    return {
+        int(group): Plans(Plan(tuple(one["training"])), Plan(tuple(one["forward"]))) for group, one in saved.items()
+    }

@@ -1,0 +1,163 @@
+"""From the marks and transfers of a step to spans of every group's passes, and to what its ops cost.
+
+A pass is one forward or backward of one group. Marks follow one another on the compute lane, so each lasts until the
+next one; what a rank waits for is no computation, and is left out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from statistics import fmean, median
+
+from megatron_scmoe.observe import BEGIN, END, Mark, Recording, Transfer
+from megatron_scmoe.plan import (
+    CURRENT,
+    DECODE,
+    ENCODE,
+    EXPERTS,
+    FINISH_COMBINE,
+    FINISH_DISPATCH,
+    ROUTE,
+    START_COMBINE,
+    START_DISPATCH,
+    TAIL,
+    GroupShape,
+)
+from megatron_scmoe.solver import GroupCosts, PassCosts
+from megatron_scmoe.spans import Lane, Span
+
+# Packing precedes a start and unpacking follows a finish: here are the ops that they belong to, in each direction.
+_OP_OF = {
+    False: {START_DISPATCH: ENCODE, FINISH_DISPATCH: EXPERTS, START_COMBINE: EXPERTS, FINISH_COMBINE: DECODE},
+    True: {START_COMBINE: DECODE, FINISH_COMBINE: EXPERTS, START_DISPATCH: EXPERTS, FINISH_DISPATCH: ENCODE},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPass:
+    """One forward or backward of one group.
+
+    Attributes:
+        group: its index over the whole model.
+        backward: which of the two.
+        spans: computation and communication; computation without what it waited for.
+        total_s: from the first op to the end of the last one, waiting included.
+        sent_bytes: what this rank sent to other ranks.
+    """
+
+    group: int
+    backward: bool
+    spans: tuple[Span, ...]
+    total_s: float
+    sent_bytes: int
+
+
+def passes_of(recording: Recording) -> list[GroupPass]:
+    """The complete passes of one training step, in the order of their begin; evaluation behind it is left out.
+
+    Args:
+        recording: of a step; its forwards after the last backward are not part of training.
+    """
+    marks = recording.marks
+    last_backward = max((index for index, mark in enumerate(marks) if mark.backward), default=len(marks))
+    transfers: dict[tuple[int, bool], list[Transfer]] = defaultdict(list)
+    for transfer in recording.transfers:
+        transfers[transfer.group, transfer.backward].append(transfer)
+    open_passes: dict[tuple[int, bool], list[Mark]] = {}
+    passes: list[GroupPass] = []
+    for mark in marks[: last_backward + 1]:
+        key = mark.group, mark.backward
+        if mark.name == (TAIL if mark.backward else BEGIN):
+            open_passes[key] = []  # one that never ended, where no gradient reached the group's input, is dropped
+        if key not in open_passes:
+            continue
+        open_passes[key].append(mark)
+        if mark.name == END:
+            passes.append(_group_pass(open_passes.pop(key), transfers[key]))
+    return passes
+
+
+def _group_pass(marks: Sequence[Mark], transfers: Iterable[Transfer]) -> GroupPass:
+    first, last = marks[0], marks[-1]
+    mine = {(t.name, t.index): t for t in transfers if first.time_s <= t.start_s <= last.time_s}
+    spans = [_computation(mark, following.time_s, mine) for mark, following in pairwise(marks) if mark.name != BEGIN]
+    spans += [Span(t.name, Lane.COMMUNICATION, t.start_s, t.end_s, t.backward, t.index) for t in mine.values()]
+    total_s = last.time_s - first.time_s
+    return GroupPass(first.group, first.backward, tuple(spans), total_s, sum(t.sent_bytes for t in mine.values()))
+
+
+def _computation(mark: Mark, end_s: float, transfers: Mapping[tuple[str, int], Transfer]) -> Span:
+    """The part of a step that is computation: packing before a launch, unpacking behind an arrival, or all of it."""
+    start_s = mark.time_s
+    half, _, rest = mark.name.removeprefix(CURRENT).partition(" ")
+    transfer = transfers.get((mark.name.replace(f"{half} ", ""), mark.index)) if rest else None
+    if transfer and half == "start":
+        end_s = min(end_s, transfer.start_s)
+    if transfer and half == "finish":
+        start_s = min(end_s, max(start_s, transfer.end_s))
+    return Span(mark.name, Lane.COMPUTE, start_s, end_s, mark.backward, mark.index)
+
+
+def costs_of(passes: Sequence[GroupPass], shape: GroupShape, chunks: int) -> GroupCosts | None:
+    """What one group costs, from passes under a blocking plan of ``chunks`` chunks; None without a whole step.
+
+    Costs are medians over the passes. dgmoe's two flights are taken as equal.
+    """
+    forward = [_pass_costs(one, shape, chunks) for one in passes if not one.backward]
+    backward = [_pass_costs(one, shape, chunks) for one in passes if one.backward]
+    if not forward or not backward:
+        return None
+    return GroupCosts(
+        forward=_combined(forward, median),
+        backward=_combined(backward, median),
+        forward_runs=len(forward) / len(backward),
+    )
+
+
+def mean_costs(costs: Sequence[GroupCosts]) -> GroupCosts:
+    """The mean over ranks."""
+    return GroupCosts(
+        forward=_combined([one.forward for one in costs], fmean),
+        backward=_combined([one.backward for one in costs], fmean),
+        forward_runs=fmean(one.forward_runs for one in costs),
+    )
+
+
+def training_s(passes: Iterable[GroupPass]) -> Mapping[int, float]:
+    """Seconds that each group's passes took in all, by group: forward, what was run again, and backward."""
+    total: dict[int, float] = defaultdict(float)
+    for one in passes:
+        total[one.group] += one.total_s
+    return total
+
+
+def _pass_costs(one: GroupPass, shape: GroupShape, chunks: int) -> PassCosts:
+    flights = 2 if shape.second_gate else 1
+    dense = [0.0] * shape.num_dense_ops
+    total: dict[str, float] = defaultdict(float)
+    ops = {ROUTE, ENCODE, EXPERTS, DECODE, TAIL, *_OP_OF[False]}
+    for span in one.spans:
+        name = span.name.removeprefix(CURRENT)
+        seconds = span.end_s - span.start_s
+        if span.lane is Lane.COMMUNICATION:
+            total[name] += seconds
+        elif name in ops:
+            total[_OP_OF[one.backward].get(name, name)] += seconds
+        else:
+            assert span.chunk is not None  # dense ops carry their index there
+            dense[span.chunk] += seconds
+    return PassCosts(
+        dense=tuple(dense),
+        route=total[ROUTE] / flights,
+        tail=total[TAIL],
+        **{op: total[op] / (flights * chunks) for op in (ENCODE, "dispatch", EXPERTS, "combine", DECODE)},
+    )
+
+
+def _combined(costs: Sequence[PassCosts], average: Callable[[Iterable[float]], float]) -> PassCosts:
+    dense = tuple(average(seconds) for seconds in zip(*(one.dense for one in costs), strict=True))
+    scalars = [field.name for field in fields(PassCosts) if field.name != "dense"]
+    return PassCosts(dense=dense, **{name: average([getattr(one, name) for one in costs]) for name in scalars})

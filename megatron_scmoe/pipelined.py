@@ -1,0 +1,65 @@
+"""The stock MoE layer with its tokens in chunks: while one chunk computes, another one travels (Tutel, MLSys 2023).
+
+It has no shortcut, so its dense stream is what does not wait for the routed experts inside the layer: the shared
+expert, where there is one. The honest baseline of every measurement; ``--shortcut none --overlap-chunks 2`` trains it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch import Tensor
+
+from megatron_scmoe import mcore
+from megatron_scmoe.config import Overlap, ScMoEConfig
+from megatron_scmoe.dispatch import Flights
+from megatron_scmoe.observe import BEGIN, END, Marker
+from megatron_scmoe.plan import ROUTE, SHARED_EXPERT, TAIL, GroupShape, Plan
+
+
+class PipelinedMoELayer(MoELayer):
+    """Core's MoE layer, its parameters and its numbers (rounding apart), with the collectives started and finished.
+
+    Args:
+        scmoe: chunks and overlap. The other arguments are those of Core's layer.
+    """
+
+    def __init__(self, *args: Any, scmoe: ScMoEConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.shape = GroupShape(tap=0, num_dense_ops=int(self.use_shared_expert), second_gate=False)
+        # The shared expert runs while the first chunk travels to its experts.
+        chunks = scmoe.overlap_chunks if scmoe.overlap is Overlap.FIXED else 1
+        self.plan = self.forward_plan = Plan((self.shape.num_slots,) * chunks)
+
+    @property
+    def group_index(self) -> int:
+        """Its place among the layers of the whole model."""
+        return self.layer_number - 1
+
+    def forward(
+        self, hidden_states: Tensor, intermediate_tensors: None = None, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """Route ``hidden_states`` [s, b, h] through the experts; returns the layer's output, [s, b, h], and no bias."""
+        marker = Marker(self.group_index)
+        marker.now(BEGIN)
+        marker.in_backward(END, hidden_states)
+        plan = self.plan if self.training else self.forward_plan
+        marker.now(ROUTE)
+        probs, routing_map = self.route(hidden_states, mcore.sequence_first(padding_mask))
+        marker.in_backward(ROUTE, probs)
+        marker.load(probs, routing_map, self.router.topk)
+        flights = Flights(self, hidden_states, probs, routing_map, plan=plan, marker=marker)
+        shared = None
+        if self.use_shared_expert:
+            flights.run_experts(slot=1)
+            marker.now(SHARED_EXPERT)
+            shared = self.shared_experts_compute(hidden_states)
+            marker.in_backward(SHARED_EXPERT, shared)
+        flights.run_experts(slot=self.shape.num_slots)
+        routed = flights.finish_combine()
+        marker.now(TAIL)
+        output = routed if shared is None else routed + shared
+        marker.in_backward(TAIL, output)
+        marker.now(END)
+        return output, None

@@ -1,0 +1,173 @@
+"""What every step's communication cost, and how much of it was hidden: as JSON lines and as a few scalars.
+
+Exposed time is the time in which a collective was under way and nothing was computed, of each group, forward and
+backward (``spans.py``). One file for each rank holds all groups; what the log, TensorBoard and W&B get is the sum over
+the groups of the last pipeline stage, where Megatron's writers are, of its slowest rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from megatron_scmoe.costs import GroupPass
+from megatron_scmoe.observe import Load
+from megatron_scmoe.plan import Plan
+from megatron_scmoe.spans import communication_s, exposed_s, share_hidden
+
+MARGIN = 0.10
+"""The measured hidden share may be this far below the predicted one before a warning says so."""
+
+IMBALANCE = 1.5
+"""Tokens of the busiest expert over the mean from which imbalance is the likelier cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRow:
+    """One group, one step, one rank.
+
+    Attributes:
+        group: its index over the whole model.
+        slots: of its plan, for each chunk.
+        communication_ms: time in which a collective was under way, all micro-batches.
+        exposed_ms: the part of it beside which nothing was computed.
+        hidden_share: 1 - exposed / communication.
+        sent_bytes: what this rank sent to other ranks.
+        tokens_per_expert: this rank's tokens for each expert of the model, after capacity.
+        tokens_max_over_mean: of these, the largest over the mean.
+        dropped_share: part of the tokens' choices that capacity dropped.
+    """
+
+    group: int
+    slots: tuple[int, ...]
+    communication_ms: float
+    exposed_ms: float
+    hidden_share: float
+    sent_bytes: int
+    tokens_per_expert: tuple[int, ...]
+    tokens_max_over_mean: float
+    dropped_share: float
+
+
+def rows_of(passes: Sequence[GroupPass], loads: Sequence[Load], plans: Mapping[int, Plan]) -> list[GroupRow]:
+    """The step of this rank, group by group."""
+    return [
+        _row(
+            group,
+            plan,
+            [one for one in passes if one.group == group],
+            [one for one in loads if one.group == group],
+        )
+        for group, plan in sorted(plans.items())
+    ]
+
+
+def _row(group: int, plan: Plan, passes: Sequence[GroupPass], loads: Sequence[Load]) -> GroupRow:
+    communication = sum(communication_s(one.spans) for one in passes)
+    exposed = sum(exposed_s(one.spans) for one in passes)
+    tokens = [sum(counts) for counts in zip(*(one.tokens_per_expert.tolist() for one in loads), strict=True)]
+    dropped = sum(int(one.dropped) for one in loads)
+    kept = sum(tokens)
+    return GroupRow(
+        group=group,
+        slots=plan.slots,
+        communication_ms=communication * 1e3,
+        exposed_ms=exposed * 1e3,
+        hidden_share=share_hidden(exposed, communication),
+        sent_bytes=sum(one.sent_bytes for one in passes),
+        tokens_per_expert=tuple(tokens),
+        tokens_max_over_mean=max(tokens) * len(tokens) / kept if kept else 0.0,
+        dropped_share=dropped / (kept + dropped) if kept + dropped else 0.0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """All groups of a stage, one step: the slowest rank's times, all ranks' tokens. Field names are scalar names."""
+
+    communication_ms: float
+    exposed_ms: float
+    hidden_share: float
+    sent_mib: float
+    tokens_max_over_mean: float
+    dropped_share: float
+
+
+def summarize(rows_of_ranks: Sequence[Sequence[GroupRow]]) -> Summary:
+    """Put the rows of all ranks of a stage together."""
+    slowest = max(rows_of_ranks, key=lambda rows: sum(row.exposed_ms for row in rows))
+    communication = sum(row.communication_ms for row in slowest)
+    exposed = sum(row.exposed_ms for row in slowest)
+    by_group: dict[int, list[GroupRow]] = defaultdict(list)
+    for rows in rows_of_ranks:
+        for row in rows:
+            by_group[row.group].append(row)
+    imbalances = []
+    for rows in by_group.values():
+        tokens = [sum(counts) for counts in zip(*(row.tokens_per_expert for row in rows), strict=True)]
+        imbalances.append(max(tokens) * len(tokens) / sum(tokens) if sum(tokens) else 0.0)
+    return Summary(
+        communication_ms=communication,
+        exposed_ms=exposed,
+        hidden_share=share_hidden(exposed, communication),
+        sent_mib=max(sum(row.sent_bytes for row in rows) for rows in rows_of_ranks) / 2**20,
+        tokens_max_over_mean=max(imbalances, default=0.0),
+        dropped_share=max((row.dropped_share for rows in rows_of_ranks for row in rows), default=0.0),
+    )
+
+
+def warning(summary: Summary, predicted_share: float, *, cuda_connections: str | None) -> str | None:
+    """What to say where less is hidden than was predicted; None where it is as it should be.
+
+    Args:
+        summary: what was measured.
+        predicted_share: hidden share by the solver.
+        cuda_connections: CUDA_DEVICE_MAX_CONNECTIONS on a GPU; None elsewhere.
+    """
+    if summary.hidden_share >= predicted_share - MARGIN:
+        return None
+    if cuda_connections == "1":
+        cause = "CUDA_DEVICE_MAX_CONNECTIONS is 1, which serialises kernels and collectives; set it to 32"
+    elif summary.tokens_max_over_mean > IMBALANCE:
+        cause = (
+            f"the busiest expert gets {summary.tokens_max_over_mean:.1f} times the mean, so ranks wait for one "
+            "another; raise --moe-aux-loss-coeff"
+        )
+    else:
+        cause = "the plan was made for other times; lower --overlap-interval"
+    return f"{summary.hidden_share:.0%} of the communication is hidden, {predicted_share:.0%} was predicted: {cause}"
+
+
+class ReportFile:
+    """The JSON lines of one rank. A line is written whole or, where the process is killed, is the last and torn.
+
+    Args:
+        folder: made if need be.
+        rank: names the file.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._rank = rank
+        self._file: TextIO = (folder / f"rank{rank:05d}.jsonl").open("a", encoding="utf-8")
+
+    def write(self, iteration: int, rows: Sequence[GroupRow], passes: Sequence[GroupPass]) -> None:
+        """Add a step.
+
+        Args:
+            iteration: that ended.
+            rows: its groups.
+            passes: those whose spans to keep for ``tools/trace.py``; none for a line without spans.
+        """
+        line = {
+            "iteration": iteration,
+            "rank": self._rank,
+            "groups": [asdict(row) for row in rows],
+            "passes": [asdict(one) for one in passes],
+        }
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()

@@ -1,0 +1,209 @@
+"""The steps of a training run, as the overlap sees them: plans change, and reports are written, between two steps.
+
+Megatron has no hook between steps, so the first micro-batch of a step stands for its begin: no collective of a group is
+in flight then, and every rank of a pipeline stage gets there without waiting for another stage. Only ranks of one stage
+talk to one another here; stages leave each other the plans that a checkpoint keeps, in the process group's store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+from megatron_scmoe import mcore, observe
+from megatron_scmoe.adaptive import Decision, Plans, Tuner, chunk_counts, from_saved_form, saved_form
+from megatron_scmoe.config import Overlap, ScMoEConfig
+from megatron_scmoe.costs import GroupPass, passes_of
+from megatron_scmoe.layer import GroupBlock
+from megatron_scmoe.pipelined import PipelinedMoELayer
+from megatron_scmoe.report import GroupRow, ReportFile, Summary, rows_of, summarize, warning
+
+type Group = GroupBlock | PipelinedMoELayer
+
+
+class OverlapSession:
+    """Plans and reports of one rank.
+
+    Args:
+        args: Megatron's namespace; ``overlap_plans`` in it is what a checkpoint keeps.
+        scmoe: the settings.
+    """
+
+    def __init__(self, args: Namespace, scmoe: ScMoEConfig) -> None:
+        self._args = args
+        self._scmoe = scmoe
+        self._saved = from_saved_form(getattr(args, "overlap_plans", {}))
+        self._groups: dict[int, Group] = {}
+        self._tuner: Tuner | None = None
+        self._recording: observe.Recording | None = None
+        self._iteration: int | None = None
+        self._file: ReportFile | None = None
+        self._mail: mcore.StageMail | None = None  # the store is there once the process group is
+
+    def close(self) -> None:
+        """Write what the last step measured; called when training is over."""
+        if self._recording is not None and self._file is not None and self._iteration is not None:
+            observe.stop(self._recording)
+            passes = passes_of(self._recording)
+            self._file.write(self._iteration + 1, self._rows(passes, self._recording), [])
+            self._recording = None
+
+    def before_micro_batch(self, model: torch.nn.Module) -> None:
+        """Called before every micro-batch; does its work where it is the first one of a step.
+
+        Args:
+            model: the part of it that the micro-batch goes through; under interleaving each is shown once a step.
+        """
+        ended, self._iteration = self._iteration, self._args.curr_iteration
+        if ended is None:
+            if self._scmoe.overlap_report:
+                self._file = ReportFile(Path(self._scmoe.overlap_report), dist.get_rank())
+        elif ended != self._iteration:
+            self._between_steps(ended + 1)
+        self._see(model)
+
+    def _see(self, model: torch.nn.Module) -> None:
+        """Take the groups of a model part that was not shown before, with the plans of the checkpoint."""
+        if self._tuner is not None:
+            return
+        for module in model.modules():
+            if isinstance(module, GroupBlock | PipelinedMoELayer) and module.group_index not in self._groups:
+                self._groups[module.group_index] = module
+                if plans := self._saved_plans(module):
+                    module.plan, module.forward_plan = plans.training, plans.forward
+
+    def _saved_plans(self, group: Group) -> Plans | None:
+        """Its plans in the checkpoint, where this run could have found them too."""
+        plans = self._saved.get(group.group_index)
+        if plans is None or self._scmoe.overlap is not Overlap.ADAPTIVE:
+            return None
+        chunks = max(plans.training.chunks, plans.forward.chunks)
+        last_slot = max(*plans.training.slots, *plans.forward.slots)
+        return plans if chunks <= self._scmoe.overlap_chunks and last_slot <= group.shape.num_slots else None
+
+    def _between_steps(self, iteration: int) -> None:
+        """All of ``iteration`` steps are done and the next one has not begun."""
+        if self._tuner is None and self._scmoe.overlap is Overlap.ADAPTIVE:
+            self._tuner = self._new_tuner()
+            self._mail = mcore.StageMail("megatron_scmoe/plans")
+        elif self._recording is not None:
+            observe.stop(self._recording)
+            passes = passes_of(self._recording)
+            if self._file is not None:
+                self._report(iteration, passes)
+            if self._tuner is not None:
+                self._tuner.take(passes)
+        self._recording = None
+        if self._tuner is not None:
+            if self._tuner.advance():
+                self._agree(self._tuner, iteration)
+            self._set_plans(self._tuner)
+            self._collect_plans_to_save()
+        if self._file is not None or (self._tuner is not None and self._tuner.records):
+            self._recording = observe.start()
+
+    def _new_tuner(self) -> Tuner:
+        known = all(self._saved_plans(group) for group in self._groups.values())
+        return Tuner(
+            {index: group.shape for index, group in self._groups.items()},
+            {index: Plans(group.plan, group.forward_plan) for index, group in self._groups.items()},
+            counts=chunk_counts(self._scmoe.overlap_chunks),
+            interval=self._scmoe.overlap_interval,
+            settled=known,
+        )
+
+    def _agree(self, tuner: Tuner, iteration: int) -> None:
+        """One rank of the stage decides from what all measured; all adopt it."""
+        stage = mcore.stage_group()
+        evidence = _gathered(tuner.evidence(), stage)
+        root = dist.get_process_group_ranks(stage)[0]
+        message: list[Any] = [tuner.conclude(evidence) if dist.get_rank() == root else None]
+        dist.broadcast_object_list(message, src=root, group=stage)
+        decision: Decision = message[0]
+        tuner.adopt(decision)
+        _check_equal(tuner.plans, stage)
+        if dist.get_rank() == root:
+            stage_name = "" if self._args.pipeline_model_parallel_size == 1 else f" of stage {mcore.stage_rank()}"
+            print(f" > overlap{stage_name} from iteration {iteration + 1}: {decision.text}", flush=True)
+            assert self._mail is not None
+            self._mail.send(json.dumps(saved_form(decision.plans)))
+
+    def _set_plans(self, tuner: Tuner) -> None:
+        for index, plans in tuner.plans.items():
+            self._groups[index].plan, self._groups[index].forward_plan = plans.training, plans.forward
+
+    def _collect_plans_to_save(self) -> None:
+        """Rank 0 writes the arguments of a checkpoint: it takes what each stage decided, as soon as it is there."""
+        if dist.get_rank() == 0 and self._mail is not None:
+            for text in self._mail.receive():
+                saved = getattr(self._args, "overlap_plans", {})
+                self._args.overlap_plans = {**saved, **json.loads(text)}
+
+    def _report(self, iteration: int, passes: list[GroupPass]) -> None:
+        assert self._file is not None
+        assert self._recording is not None
+        rows = self._rows(passes, self._recording)
+        logs = iteration % self._args.log_interval == 0
+        self._file.write(iteration, rows, passes if logs else [])
+        if not logs:
+            return
+        summary = summarize(_gathered(rows, mcore.stage_group()))
+        for add in _writers():
+            for name, value in asdict(summary).items():
+                add(f"overlap/{name}", value, iteration)
+        if mcore.is_stage_root():
+            measuring = " (sequential for once, to measure)" if self._tuner and self._tuner.sequential else ""
+            print(
+                f" > overlap at iteration {iteration}: {summary.communication_ms:.1f} ms of communication, "
+                f"{summary.exposed_ms:.1f} ms exposed, {summary.hidden_share:.0%} hidden, "
+                f"{summary.sent_mib:.3g} MiB sent, busiest expert {summary.tokens_max_over_mean:.2f} x mean, "
+                f"{summary.dropped_share:.1%} dropped{measuring}",
+                flush=True,
+            )
+            self._warn(summary)
+
+    def _rows(self, passes: list[GroupPass], recording: observe.Recording) -> list[GroupRow]:
+        return rows_of(passes, recording.loads, {index: group.plan for index, group in self._groups.items()})
+
+    def _warn(self, summary: Summary) -> None:
+        if self._tuner is None or self._tuner.decision is None or self._tuner.records:
+            return  # nothing was predicted, or these steps are for measuring
+        connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") if torch.cuda.is_available() else None
+        text = warning(summary, self._tuner.decision.hidden_share, cuda_connections=connections)
+        if text is not None:
+            print(f" > overlap warning: {text}", flush=True)
+
+
+def _writers() -> list[Callable[[str, float, int], None]]:
+    """Megatron's TensorBoard and W&B, on the rank that has them."""
+    writers: list[Callable[[str, float, int], None]] = []
+    if (tensorboard := get_tensorboard_writer()) is not None:
+        writers.append(tensorboard.add_scalar)
+    if (wandb := get_wandb_writer()) is not None:
+        writers.append(lambda name, value, iteration: wandb.log({name: value}, iteration))
+    return writers
+
+
+def _gathered(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def _check_equal(plans: dict[int, Plans], stage: dist.ProcessGroup) -> None:
+    """Different plans on the ranks of a stage would hang in the first collective: stop before it."""
+    digests = _gathered(hashlib.sha256(repr(sorted(plans.items())).encode()).hexdigest(), stage)
+    if len(set(digests)) > 1:
+        ranks = dist.get_process_group_ranks(stage)
+        odd = [rank for rank, digest in zip(ranks, digests, strict=True) if digest != digests[0]]
+        raise RuntimeError(f"ranks {odd} have other plans than rank {ranks[0]}: {plans}")

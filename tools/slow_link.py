@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+"""Run a command on N ranks that are joined by slow links: one network namespace each, rates set by `tc tbf`.
+
+Flow: check the request -> remove what killed labs have left -> build the network -> run the ranks -> report -> remove.
+The parts are in slow_network/, and other tools use them from here: `SlowNetwork` to own such a network, `Control` to
+change its rate from a rank that runs in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from slow_network.buckets import UserError
+from slow_network.control import Control, ControlError
+from slow_network.job import OUTPUTS, Job, Outcome, signals
+from slow_network.network import MAX_RANKS, NetworkError, SlowNetwork
+
+__all__ = ["Control", "ControlError", "NetworkError", "SlowNetwork", "UserError", "main"]
+
+ABOUT = """\
+Run a command on N ranks joined by slow links, to measure on one machine without a GPU how much communication hides
+behind computation. Each rank has a network namespace and a core of its own; between them is a bridge, and every link
+lets through --rate in each direction and no more, by the token buckets of `tc tbf`.
+"""
+EPILOG = """\
+examples:
+  # two ranks, 50 Mbit/s
+  sudo .venv/bin/python tools/slow_link.py --ranks 2 --rate 50mbit -- .venv/bin/python train.py --steps 20
+
+  # the same job over links that cost nothing: the difference is what communication costs
+  sudo .venv/bin/python tools/slow_link.py --ranks 2 --rate unlimited -- .venv/bin/python train.py --steps 20
+
+  # a look at what a rank sees
+  sudo .venv/bin/python tools/slow_link.py --ranks 1 --output prefix -- sh -c 'ip address; tc qdisc; env | grep RANK'
+
+what a rank gets:
+  RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, GLOO_SOCKET_IFNAME and OMP_NUM_THREADS: do
+  not add torchrun. It reaches the other ranks (10.77.0.1 is rank 0) and nothing else, no internet; files are shared;
+  standard input is empty. Torch's warning that a hostname cannot be retrieved is harmless. SLOW_LINK_CONTROL is the
+  path of a unix socket that takes lines:
+    rate 100mbit   change all links, now      ->  {"rate": "100mbit"}
+    bytes          bytes sent by each rank    ->  {"bytes_sent": [1048576, 930]}
+  In Python, with tools/ on sys.path: Control.from_environment() of slow_network.control, None outside of slow_link.
+
+how it ends:
+  When a rank fails the others get SIGTERM, after --grace seconds SIGKILL. Exit codes: that of the rank that failed
+  first (128 + n if signal n killed it), 2 bad request or something missing (root, ip, tc, tbf), 1 unexpected failure,
+  130 / 143 stopped by ^C / SIGTERM. Whatever the ranks started is killed, and the network removed. What a lab leaves
+  that was itself killed by SIGKILL, the next start removes.
+
+what it does not prove:
+  - How fast anything is on GPUs: there NCCL moves the data, and computing and sending share memory and SMs.
+  - Latency effects: packets wait in queues (up to --latency), but no distance is added.
+  - Small messages: an idle link saves up --burst bytes (256 KiB, 42 ms at 50mbit), which then pass at full speed.
+  - Large bandwidths: from about 500mbit on the link stays below --rate unless --burst grows with it.
+  - Full overlap: TCP takes CPU time from the computation, about 3% of a core at 50mbit and 8% at 500mbit on the
+    machine where this was written; far more where ranks share cores. The tool says when there are fewer cores than
+    ranks. Two labs at once share the same cores.
+  - Seconds: on a shared machine they drift. Alternate the variants inside one job and compare ratios.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """Say it in one line: argparse would print the whole usage first."""
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def _whole_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_RANKS):
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a whole number from 1 to {MAX_RANKS}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        if 0 <= float(text) <= 3600:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a number of seconds from 0 to 3600")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line, without the command behind `--`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    usage = "slow_link.py [options] -- COMMAND [ARGUMENT ...]"
+    parser = _Parser("slow_link.py", usage, ABOUT, EPILOG, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("--ranks", type=_whole_number, default=2, metavar="N", help="how many ranks (default %(default)s)")
+    rate = "of every link, each direction: a number and kbit, mbit or gbit; or 'unlimited' (default %(default)s)"
+    add("--rate", default="50mbit", metavar="R", help=rate)
+    add("--burst", default="256kb", metavar="SIZE", help="what an idle link saves up (default %(default)s)")
+    add("--latency", default="50ms", metavar="TIME", help="the longest wait in a queue (default %(default)s)")
+    threads = "OMP_NUM_THREADS, and how many cores each rank is pinned to (default %(default)s)"
+    add("--threads", type=_whole_number, default=1, metavar="N", help=threads)
+    output = (
+        "all: every rank's output, as it comes, as torchrun does (default; Megatron logs on the last rank); prefix: the"
+        " same with [rank N] before each line; rank0: the others' only if the job fails"
+    )
+    add("--output", choices=OUTPUTS, default="all", help=output)
+    grace = "how long ranks have to end after SIGTERM (default %(default)s)"
+    add("--grace", type=_seconds, default=5.0, metavar="SECONDS", help=grace)
+    add("--json", type=Path, metavar="FILE", help="write the report there, too")
+    return parser
+
+
+def split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Return what stands before and behind the first `--`."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    return argv[:cut], argv[cut + 1 :]
+
+
+def check_request(args: argparse.Namespace, command: list[str]) -> None:
+    """Raise UserError if the job could not start, or its report could not be written."""
+    if not command:
+        raise UserError("there is no command; write it behind --, as in: slow_link.py --ranks 2 -- python train.py")
+    if shutil.which(command[0]) is None:
+        raise UserError(f"the command {command[0][:200]!a} is not there or not executable; check its path")
+    if shutil.which("setpriv") is None:
+        raise UserError("the program setpriv is missing from PATH; install it: apt-get install util-linux")
+    if args.json is not None:
+        folder = args.json.parent
+        if args.json.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"--json {str(args.json)!a} is no file in a writable folder; choose another")
+
+
+def make_report(args: argparse.Namespace, command: list[str], outcome: Outcome) -> dict[str, Any]:
+    """Return what --json holds."""
+    ranks = zip(outcome.bytes_sent, outcome.rank_exit_codes, strict=True)
+    return {
+        "command": command,
+        "rate": args.rate,
+        "burst": args.burst,
+        "latency": args.latency,
+        "exit_code": outcome.exit_code,
+        "seconds": round(outcome.seconds, 3),
+        "ranks": [{"rank": rank, "bytes_sent": sent, "exit_code": code} for rank, (sent, code) in enumerate(ranks)],
+    }
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Print a small table on stderr."""
+    lines = [
+        f"slow_link: {report['seconds']:.1f} s, started at {report['rate']}",
+        "  rank     bytes sent  mean Mbit/s  exit",
+    ]
+    for row in report["ranks"]:
+        mean = row["bytes_sent"] * 8e-6 / max(report["seconds"], 1e-3)
+        code = "?" if row["exit_code"] is None else row["exit_code"]
+        lines.append(f"  {row['rank']:>4} {row['bytes_sent']:>14,} {mean:>12.2f} {code:>5}")
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """Write it beside `path`, then rename: a killed run leaves nothing that looks whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(report, indent=2) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def run(args: argparse.Namespace, command: list[str]) -> int:
+    """Do what the command line asks and return the exit code. Raises UserError, NetworkError."""
+    check_request(args, command)
+    network = SlowNetwork(args.ranks, args.rate, burst=args.burst, latency=args.latency, num_threads=args.threads)
+    num_wanted, num_cores = args.ranks * args.threads, len(os.sched_getaffinity(0))
+    if num_wanted > num_cores:
+        words = f"{args.ranks} ranks of {args.threads} threads share {num_cores} cores"
+        print(f"slow_link: {words}; computation will wait for cores, too", file=sys.stderr, flush=True)
+    with signals() as stops:
+        with network:
+            outcome = Job(network, command, output=args.output, grace_s=args.grace).run(stops)
+        report = make_report(args, command, outcome)
+        print_report(report)
+        if args.json is not None:
+            write_report(report, args.json)
+    return outcome.exit_code
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` and return the exit code."""
+    options, command = split(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(options)
+    if unknown and not unknown[0].startswith("-"):
+        parser.error(f"{unknown[0][:200]!a} is no option; the command goes behind --, as in: -- python train.py")
+    if unknown:
+        parser.error(f"unknown option {unknown[0][:200]!a}")
+    try:
+        return run(args, command)
+    except UserError as exc:
+        code, message = 2, f"{exc}"
+    except (NetworkError, OSError) as exc:
+        code, message = 1, f"{exc}"
+    print(f"slow_link.py: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

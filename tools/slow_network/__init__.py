@@ -1,0 +1,1 @@
+"""The parts of slow_link.py."""

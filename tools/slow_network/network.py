@@ -1,0 +1,227 @@
+"""`SlowNetwork`: a network namespace per rank, veth links to a bridge, and a token bucket on both ends of each.
+
+    rank 0: eth0 ==tbf== port0 +--------+ port1 ==tbf== eth0 :rank 1
+                               | bridge |
+    rank 2: eth0 ==tbf== port2 +--------+ port3 ==tbf== eth0 :rank 3
+
+The bridge and its ports live in a namespace of their own. The machine's network sees none of it, its firewall and its
+addresses do not interfere, and nothing can be left over but namespaces.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from typing import Any, Self
+
+from slow_network import leftovers
+from slow_network.buckets import TokenBucket, UserError, format_rate
+from slow_network.control import VARIABLE, ControlServer
+
+MASTER_PORT = 29500  # each rank has all ports for itself
+MAX_RANKS = 128
+_PACKAGES = {"ip": "iproute2", "tc": "iproute2", "taskset": "util-linux"}
+
+
+class NetworkError(RuntimeError):
+    """`ip` or `tc` failed on a network that was fine before, or that is gone."""
+
+
+class SlowNetwork:
+    """A context manager: inside it the network is there, after it nothing is, whatever happened.
+
+    Args:
+        num_ranks: How many namespaces; rank r has address 10.77.0.(r + 1).
+        rate: Of every link, each direction, such as "50mbit", or "unlimited".
+        burst: What an idle link saves up, such as "256kb".
+        latency: The longest wait in a queue, such as "50ms".
+        num_threads: OMP_NUM_THREADS, and how many cores a rank is pinned to.
+
+    Raises UserError for bad arguments; entering it, for what the machine lacks. An owner that a signal may end turns
+    it into an exception, as Python does with SIGINT; else the network stays until somebody enters another.
+    """
+
+    def __init__(self, num_ranks: int, rate: str, *, burst: str = "256kb", latency: str = "50ms", num_threads: int = 1):
+        if not 1 <= num_ranks <= MAX_RANKS:
+            raise UserError(f"{num_ranks} ranks cannot be had; choose 1 to {MAX_RANKS}")
+        if num_threads < 1:
+            raise UserError(f"{num_threads} threads cannot be had; choose 1 or more")
+        self.num_ranks = num_ranks
+        self.num_threads = num_threads
+        self.name = leftovers.new_name()
+        self._bucket = TokenBucket.parse(rate, burst, latency)
+        self._bridge = f"{self.name}-bridge"
+        self._ranks = [f"{self.name}-rank{rank}" for rank in range(num_ranks)]
+        self._socket = leftovers.FOLDERS / self.name / "control"
+        self._control: ControlServer | None = None
+        self._lock = threading.Lock()  # the control channel and the owner may both change the rate
+
+    def __enter__(self) -> Self:
+        check_machine()
+        for line in leftovers.remove_leftovers():
+            print(f"slow_link: {line}", file=sys.stderr, flush=True)
+        try:
+            self._build()
+            self._socket.parent.mkdir(mode=0o700)
+            self._control = ControlServer(self._socket, self._answer)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._control is not None:
+            self._control.close()
+        with self._lock:
+            self._control = None
+            leftovers.remove(self.name, [*self._ranks, self._bridge])
+
+    # --- what runs in it ---------------------------------------------------------------------------------------------
+
+    def cpus(self, rank: int) -> list[int]:
+        """Return the cores of a rank: as many as it has threads, the ranks one after another, round and round."""
+        usable = sorted(os.sched_getaffinity(0))
+        first = rank * self.num_threads
+        return sorted({usable[(first + thread) % len(usable)] for thread in range(self.num_threads)})
+
+    def address(self, rank: int) -> str:
+        """Return the IP address of a rank."""
+        return f"10.77.0.{rank + 1}"
+
+    def environment(self, rank: int) -> dict[str, str]:
+        """Return the variables that torch.distributed and `Control` want; LOCAL_RANK as torchrun on one machine."""
+        return {
+            "RANK": f"{rank}",
+            "LOCAL_RANK": f"{rank}",
+            "WORLD_SIZE": f"{self.num_ranks}",
+            "LOCAL_WORLD_SIZE": f"{self.num_ranks}",
+            "MASTER_ADDR": self.address(0),
+            "MASTER_PORT": f"{MASTER_PORT}",
+            "GLOO_SOCKET_IFNAME": "eth0",
+            "OMP_NUM_THREADS": f"{self.num_threads}",
+            VARIABLE: str(self._socket),
+        }
+
+    def command_prefix(self, rank: int) -> list[str]:
+        """Return the words that run a command in a rank's namespace, on its cores; they exec, so the pid stays."""
+        cpus = ",".join(map(str, self.cpus(rank)))
+        return ["ip", "netns", "exec", self._ranks[rank], "taskset", "--cpu-list", cpus]
+
+    def popen(
+        self, rank: int, argv: list[str], env: dict[str, str] | None = None, **options: Any
+    ) -> subprocess.Popen[Any]:
+        """Start a command as a rank, in a session of its own; `env` adds to the variables and wins over them.
+
+        It and whatever it starts are killed when the network ends.
+        """
+        variables = {**os.environ, **self.environment(rank), **(env or {})}
+        options = {"start_new_session": True, **options}
+        return subprocess.Popen([*self.command_prefix(rank), *argv], env=variables, **options)
+
+    def kill(self) -> None:
+        """Kill every process in the network, at once."""
+        leftovers.kill_members(self._ranks)
+
+    # --- the links ---------------------------------------------------------------------------------------------------
+
+    @property
+    def rate(self) -> str:
+        """The rate of every link."""
+        return format_rate(self._bucket.rate)
+
+    def set_rate(self, rate: str) -> None:
+        """Give every link another rate, now; what waits in the queues leaves at that rate.
+
+        The buckets start full again, so `burst` bytes pass at once. Raises UserError, NetworkError.
+        """
+        bucket = self._bucket.with_rate(rate)
+        with self._lock:
+            if self._control is None:
+                raise NetworkError("the network is gone")
+            self._shape(bucket)
+
+    def bytes_sent(self) -> list[int]:
+        """Return how many bytes each rank has put on the wire, frame headers and repetitions included.
+
+        The kernel hands TCP on in large pieces and counts their headers once: some 4% less than on a cable.
+        """
+        ports = json.loads(_run(["ip", "-json", "-statistics", "-netns", self._bridge, "link", "show"]))
+        received = {port["ifname"]: port["stats64"]["rx"]["bytes"] for port in ports}
+        return [received[f"port{rank}"] for rank in range(self.num_ranks)]
+
+    def _build(self) -> None:
+        for name in (self._bridge, *self._ranks):
+            _run(["ip", "netns", "add", name])
+        quiet = "addrgenmode none"  # no IPv6, whose greetings would be counted
+        lines = ["link add bridge type bridge mcast_snooping 0", f"link set bridge {quiet} up"]
+        for rank, name in enumerate(self._ranks):
+            lines.append(f"link add port{rank} type veth peer name eth0 netns {name}")
+            lines += [f"link set port{rank} {quiet}", f"link set port{rank} master bridge up"]
+        _run(["ip", "-netns", self._bridge, "-batch", "-"], lines)
+        for rank, name in enumerate(self._ranks):
+            lines = ["link set lo up", f"link set eth0 {quiet}", f"address add {self.address(rank)}/24 dev eth0"]
+            _run(["ip", "-netns", name, "-batch", "-"], [*lines, "link set eth0 up"])
+        bucket, self._bucket = self._bucket, TokenBucket(None, self._bucket.burst_bytes, self._bucket.latency_us)
+        self._shape(bucket)
+
+    def _shape(self, bucket: TokenBucket) -> None:
+        """Make every end of every link what `bucket` says."""
+        if bucket.rate == self._bucket.rate:
+            return
+        if bucket.rate is None:
+            lines = {end: f"qdisc delete dev {end} root" for end in self._ends()}
+        else:
+            verb = "add" if self._bucket.rate is None else "change"
+            lines = {end: f"qdisc {verb} dev {end} root {bucket.words()}" for end in self._ends()}
+        _run(["tc", "-netns", self._bridge, "-batch", "-"], [line for end, line in lines.items() if end != "eth0"])
+        for name in self._ranks:
+            _run(["tc", "-netns", name, "-batch", "-"], [lines["eth0"]])
+        self._bucket = bucket
+
+    def _ends(self) -> list[str]:
+        return ["eth0", *(f"port{rank}" for rank in range(self.num_ranks))]
+
+    def _answer(self, request: str) -> dict[str, Any]:
+        match request.split():
+            case ["rate", *words] if len(words) <= 1:
+                for rate in words:
+                    self.set_rate(rate)
+                return {"rate": self.rate}
+            case ["bytes"]:
+                return {"bytes_sent": self.bytes_sent()}
+        raise UserError(f"request {request.strip()[:40]!a} is not understood; ask 'rate 100mbit', 'rate' or 'bytes'")
+
+
+def check_machine() -> None:
+    """Raise UserError if something is missing that can be seen without trying."""
+    if os.geteuid() != 0:
+        raise UserError("only root may make network namespaces; run it with sudo")
+    for program, package in _PACKAGES.items():
+        if shutil.which(program) is None:
+            raise UserError(f"the program {program} is missing from PATH; install it: apt-get install {package}")
+
+
+def _run(words: list[str], lines: list[str] | None = None) -> str:
+    """Run `ip` or `tc`, return what it prints. Its own session keeps ^C from it. Raises UserError, NetworkError."""
+    result = subprocess.run(
+        words,
+        input="\n".join(lines) + "\n" if lines else None,
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
+    if result.returncode == 0:
+        return result.stdout
+    problem = " ".join(result.stderr.split()) or f"exit code {result.returncode}"
+    if "kind is unknown" in problem or "RTNETLINK answers: No such file" in problem:
+        raise UserError(f"the kernel has no tbf qdisc ({problem}); modprobe sch_tbf, or choose the rate unlimited")
+    if "not permitted" in problem or "ermission denied" in problem:
+        raise UserError(f"root may not make network namespaces here ({problem}); start the container with --privileged")
+    if "Unknown device type" in problem or "not supported" in problem:
+        raise UserError(f"the kernel lacks veth or bridge devices ({problem}); modprobe veth bridge")
+    raise NetworkError(f"{' '.join(words)}: {problem}")
