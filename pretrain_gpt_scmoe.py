@@ -35,7 +35,9 @@ from megatron.training import get_args, get_timers, get_tokenizer, pretrain, pri
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_scmoe.arguments import parse_and_validate_args
+from megatron_scmoe import resume
+from megatron_scmoe.arguments import parse_and_validate_args, refuse
+from megatron_scmoe.config import ConfigError
 from megatron_scmoe.model import model_config_from_args
 from megatron_scmoe.session import OverlapSession
 
@@ -108,7 +110,7 @@ class TimeLeft:
         """Called by every micro-batch; prints on rank 0. The first iteration of a run, which warms up, does not
         count.
         """
-        done = args.curr_iteration
+        done = getattr(args, "curr_iteration", 0)  # --skip-train has none
         if done == self._seen:
             return
         self._seen = done
@@ -194,13 +196,18 @@ def main() -> None:
     args, scmoe = parse_and_validate_args()
     # Each rank of a pipeline builds its own datasets, so Megatron must not build them on one rank alone.
     train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+    model_config = model_config_from_args(args, scmoe)
+    model_config.post_wrap_hooks.append(partial(resume.check_buckets, args))
     session = OverlapSession(args, scmoe) if scmoe.watches_steps else None
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config_from_args(args, scmoe)),
-        train_valid_test_datasets_provider,
-        ModelType.encoder_or_decoder,
-        partial(forward_step, time_left=TimeLeft(), session=session),
-    )
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            train_valid_test_datasets_provider,
+            ModelType.encoder_or_decoder,
+            partial(forward_step, time_left=TimeLeft(), session=session),
+        )
+    except ConfigError as error:  # what cannot be known before the model is there
+        refuse(str(error))
     if session is not None:
         session.close()
 

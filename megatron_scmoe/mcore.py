@@ -14,8 +14,10 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -233,3 +235,45 @@ class StageMail:
         """The texts that this reader has not seen."""
         first, self._read = self._read + 1, self._store.add(f"{self._key}/count", 0)
         return [self._store.get(f"{self._key}/{number}").decode() for number in range(first, self._read + 1)]
+
+
+# --- gradient buckets --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaddedBucket:
+    """A gradient bucket that ends in padding and has another behind it.
+
+    Attributes:
+        place: which bucket of how many, in words.
+        numel: elements of its parameters.
+        numel_padded: elements that it takes.
+        bucket_size: the bucket size at which its buffer would be one bucket; None where it ends because a tied
+            embedding, which has a bucket of its own, begins or ends there.
+    """
+
+    place: str
+    numel: int
+    numel_padded: int
+    bucket_size: int | None
+
+
+def padded_buckets(model_chunk: torch.nn.Module) -> list[PaddedBucket]:
+    """Buckets of ``model_chunk`` that end in padding and are not the last of their buffer; none if nothing trains."""
+    found: list[PaddedBucket] = []
+    if not isinstance(model_chunk, DistributedDataParallel):
+        return found
+    for buffer in model_chunk.buffers + model_chunk.expert_parallel_buffers:
+        tied = [any(getattr(param, "shared_embedding", False) for param in bucket.params) for bucket in buffer.buckets]
+        for i, bucket in enumerate(buffer.buckets[:-1]):
+            numel_padded = bucket.grad_data.numel()
+            if bucket.numel_unpadded != numel_padded:
+                found.append(
+                    PaddedBucket(
+                        place=f"bucket {i + 1} of {len(buffer.buckets)}",
+                        numel=bucket.numel_unpadded,
+                        numel_padded=numel_padded,
+                        bucket_size=None if tied[i] or tied[i + 1] else buffer.numel,
+                    )
+                )
+    return found

@@ -1,7 +1,9 @@
-"""May this run continue from that checkpoint? Decided from the arguments saved in it, before any process group starts.
+"""May this run continue from that checkpoint, and could a run continue from those that it will save?
 
-Parameter names and shapes are those of the stock model, whatever the shortcut: a checkpoint of another architecture
-loads without an error and is wrong. So the settings that give the parameters their meaning are compared.
+The first is decided from the arguments saved in the checkpoint, before any process group starts. Parameter names and
+shapes are those of the stock model, whatever the shortcut: a checkpoint of another architecture loads without an error
+and is wrong. So the settings that give the parameters their meaning are compared. The second needs the gradient
+buckets, so it is decided when the model is there, before anything is loaded or saved.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 
+import torch.distributed as dist
 from megatron.training.utils import print_rank_0
+from torch import nn
 
 from megatron_scmoe import mcore
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, ConfigError, Resume, ScMoEConfig
@@ -42,6 +46,58 @@ def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace]
     _check_expert_optimizer(args, saved)
 
 
+def check_buckets(args: Namespace, model_chunks: list[nn.Module]) -> list[nn.Module]:
+    """Raise ConfigError, on every rank alike, where this run would save moments at the wrong places.
+
+    Core's fully reshardable format takes the padding behind each gradient bucket out of the moments, and then cuts them
+    where the parameters lie in the padded buffer: behind a padded bucket every parameter gets its neighbour's moments
+    (``get_parameter_state_dp_zero`` and ``sharded_param_state_fully_reshardable`` of its distributed optimizer; seen in
+    0.19.2, in the stock model too). The buckets differ between pipeline stages, so the ranks tell each other.
+
+    Args:
+        args: Megatron's validated namespace.
+        model_chunks: the model of this rank, wrapped for data parallelism.
+
+    Returns:
+        ``model_chunks``; this is one of Core's hooks, see ``post_wrap_hooks`` of its model configuration.
+    """
+    if not _saves_moments_by_parameter(args):
+        return model_chunks
+    found: list[list[mcore.PaddedBucket]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, [bucket for chunk in model_chunks for bucket in mcore.padded_buckets(chunk)])
+    buckets = [(rank, bucket) for rank, of_rank in enumerate(found) for bucket in of_rank]
+    if buckets:
+        rank, first = buckets[0]
+        raise ConfigError(
+            "Core saves moments at the wrong places behind a gradient bucket that ends in padding: "
+            f"--dist-ckpt-optim-fully-reshardable is set and {first.place} on rank {rank} holds {first.numel} "
+            f"elements in {first.numel_padded} places; " + _bucket_fix(args, [bucket for _, bucket in buckets])
+        )
+    return model_chunks
+
+
+def _saves_moments_by_parameter(args: Namespace) -> bool:
+    if not args.use_distributed_optimizer or not args.dist_ckpt_optim_fully_reshardable or args.no_save_optim:
+        return False
+    return bool(args.save and args.ckpt_format == "torch_dist") or args.ckpt_convert_format == "torch_dist"
+
+
+def _bucket_fix(args: Namespace, buckets: list[mcore.PaddedBucket]) -> str:
+    changes = []
+    sizes = [bucket.bucket_size for bucket in buckets if bucket.bucket_size is not None]
+    if sizes:
+        changes.append(
+            f"use --ddp-bucket-size {max(sizes)}" + " without --ddp-num-buckets" * bool(args.ddp_num_buckets)
+        )
+    if len(sizes) < len(buckets):
+        changes.append("add --untie-embeddings-and-output-weights")
+    fixes = [" and ".join(changes)]
+    # Where a tied embedding ends a bucket, the other format cannot even be saved: "has out of bounds chunk".
+    if len(sizes) == len(buckets) and not _loses_position_wise_moments(args):
+        fixes.append("drop --dist-ckpt-optim-fully-reshardable (to continue in the same layout alone)")
+    return ", or ".join([*fixes, "add --no-save-optim"])
+
+
 def _check_architecture(args: Namespace, scmoe: ScMoEConfig, trained: ScMoEConfig) -> None:
     for name in ARCHITECTURE_FIELDS:
         now, then = getattr(scmoe, name), getattr(trained, name)
@@ -59,12 +115,16 @@ def _check_architecture(args: Namespace, scmoe: ScMoEConfig, trained: ScMoEConfi
 
 
 def _check_position_wise_optimizer(args: Namespace) -> None:
-    if not (args.bf16 or args.fp16) and mcore.uses_torch_optimizers() and (args.save or args.load):
+    if _loses_position_wise_moments(args) and (args.save or args.load):
         raise ConfigError(
             "fp32 moments are not restored from the position-wise format without Transformer Engine or Apex: "
             "--use-distributed-optimizer is set and --dist-ckpt-optim-fully-reshardable is off; "
             "add --dist-ckpt-optim-fully-reshardable"
         )
+
+
+def _loses_position_wise_moments(args: Namespace) -> bool:
+    return not (args.bf16 or args.fp16) and mcore.uses_torch_optimizers()
 
 
 def _check_layout(args: Namespace, saved: Namespace) -> None:
