@@ -11,6 +11,7 @@ from megatron_scmoe.arguments import add_scmoe_arguments
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN = "<!-- flags: written by docs/flags_table.py -->\n"
 END = "<!-- end of flags -->\n"
+WORDS = {"expert_slot": "2, or 1,3 for chunks", "overlap_report": "a folder"}
 
 
 def flags_table() -> str:
@@ -18,7 +19,7 @@ def flags_table() -> str:
     parser = add_scmoe_arguments(argparse.ArgumentParser(add_help=False))
     rows = ["| flag | values | default | meaning |", "|---|---|---|---|"]
     for action in parser._actions:
-        values = ", ".join(map(str, action.choices)) if action.choices else "a whole number"
+        values = ", ".join(map(str, action.choices)) if action.choices else WORDS.get(action.dest, "a whole number")
         default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
         several = " (one, or one per group)" if action.nargs == "+" else ""
         rows.append(f"| `{action.option_strings[0]}` | {values}{several} | {default or '-'} | {action.help} |")

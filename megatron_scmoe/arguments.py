@@ -89,6 +89,8 @@ def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig]:
             _set_megatron_args(args, scmoe)
         else:
             scmoe.validate(num_layers=0)
+            if scmoe.pipelines_stock:
+                refusals.check_pipelined(args)
         _by_megatrons_rules(validate_args, args)
         if scmoe.enabled:
             refusals.check_pipeline(scmoe, _by_megatrons_rules(core_transformer_config_from_args, args))

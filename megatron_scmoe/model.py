@@ -49,12 +49,16 @@ class ScMoEGPTModelBuilder(GPTModelBuilder):
 def model_config_from_args(args: Namespace, scmoe: ScMoEConfig) -> GPTModelConfig:
     """The model that ``args`` describe: ours where a shortcut is set, else Core's own, untouched."""
     if scmoe.pipelines_stock:
-        config = gpt_config_from_args(args)
-        config.transformer_layer_spec = partial(pipelined_block_spec, scmoe=scmoe)
-        return config
+        return with_chunks(gpt_config_from_args(args), scmoe)
     if not scmoe.enabled:
         return gpt_config_from_args(args)
     return with_shortcut(gpt_config_from_args(args, model_config_cls=ScMoEGPTModelConfig), scmoe)
+
+
+def with_chunks(config: GPTModelConfig, scmoe: ScMoEConfig) -> GPTModelConfig:
+    """Let the stock MoE layers of ``config`` send their tokens in chunks; returns it."""
+    config.transformer_layer_spec = partial(pipelined_block_spec, scmoe=scmoe)
+    return config
 
 
 def with_shortcut(config: ScMoEGPTModelConfig, scmoe: ScMoEConfig) -> ScMoEGPTModelConfig:

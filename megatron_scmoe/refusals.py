@@ -84,6 +84,34 @@ REFUSALS = (
     ),
 )
 
+PIPELINED_REFUSALS = (
+    Refusal(
+        "--moe-token-dispatcher-type",
+        "only the all-to-all can be split in two halves",
+        "use --moe-token-dispatcher-type alltoall",
+        ("alltoall",),
+    ),
+    Refusal("--overlap-moe-expert-parallel-comm", "chunks of one micro-batch and of two do not mix"),
+    Refusal("--moe-shared-expert-overlap", "the shared expert runs while the first chunk travels anyway"),
+    Refusal("--delay-wgrad-compute", "the dispatch halves have no hook for it"),
+    Refusal("--overlap-dispatch-backward-with-experts-wgrad", "the dispatch halves have no hook for it"),
+    Refusal("--cuda-graph-impl", "token counts differ from step to step", "use --cuda-graph-impl none", ("none",)),
+    Refusal("--enable-cuda-graph", "token counts differ from step to step"),
+    Refusal("--external-cuda-graph", "token counts differ from step to step"),
+    Refusal("--moe-latent-size", "latent projections lie outside the two halves of a dispatch"),
+    Refusal("--moe-layer-recompute", _RECOMPUTE_REFUSED["moe"]),
+    Refusal("--fine-grained-activation-offloading", "it calls inner methods of the stock layer"),
+    Refusal("--spec", "chunks need the block spec of this script"),
+    Refusal("--mtp-num-layers", "a prediction layer has an MoE of its own"),
+    Refusal(
+        "--transformer-impl",
+        "inference layers do not train",
+        "use --transformer-impl local or transformer_engine",
+        ("local", "transformer_engine"),
+    ),
+)
+"""What the stock MoE layer cannot be combined with where its tokens travel in chunks (--overlap-chunks)."""
+
 HOOK_REFUSALS = (
     Refusal("--sft", "the batch hook reads pretraining datasets"),
     Refusal("--fim-data", "the dataset hook builds plain GPT datasets"),
@@ -100,6 +128,22 @@ def check_hooks(args: Namespace) -> None:
     """Raise ConfigError for the first flag in ``args`` that the entry script's hooks do not do."""
     for refusal in HOOK_REFUSALS:
         refusal.check(args)
+
+
+def check_pipelined(args: Namespace) -> None:
+    """Raise ConfigError for the first flag in ``args`` that a stock MoE layer in chunks does not do."""
+    for refusal in PIPELINED_REFUSALS:
+        refusal.check(args)
+    if args.recompute_granularity == "selective" and "moe" in (args.recompute_modules or ()):
+        raise ConfigError(
+            f"{_RECOMPUTE_REFUSED['moe']}: --recompute-modules has moe and --overlap-chunks is {args.overlap_chunks}; "
+            "drop moe from it"
+        )
+    if not args.num_experts:
+        raise ConfigError(
+            f"chunks are those of an MoE layer: --num-experts is {args.num_experts} and --overlap-chunks is "
+            f"{args.overlap_chunks}; add --num-experts 8 or drop --overlap-chunks"
+        )
 
 
 def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
