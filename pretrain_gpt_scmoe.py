@@ -126,7 +126,7 @@ class TimeLeft:
 
 
 def forward_step(
-    data_iterator: Any, model: GPTModel, *, time_left: TimeLeft, session: OverlapSession | None
+    data_iterator: Any, model: GPTModel, *, time_left: TimeLeft, session: OverlapSession | None = None
 ) -> tuple[torch.Tensor, partial[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]]:
     """Run one micro-batch through this pipeline stage; the shape of this hook is Megatron's."""
     time_left.say(get_args())

@@ -21,7 +21,7 @@ from statistics import fmean, median
 
 from megatron_scmoe.costs import GroupPass, costs_of, mean_costs
 from megatron_scmoe.plan import GroupShape, Plan
-from megatron_scmoe.solver import GroupCosts, solve
+from megatron_scmoe.solver import GroupCosts, predicted_hidden_share, solve
 
 WARM_UP_STEPS = 3
 MEASURE_STEPS = 3
@@ -55,12 +55,14 @@ class Decision:
         predicted_s: time of one micro-batch through all groups of the stage, forward and backward, by the solver.
         hidden_share: smallest of the groups', by the solver.
         text: for the log.
+        share_before: ``hidden_share`` of the plans that these would replace.
     """
 
     plans: Mapping[int, Plans]
     predicted_s: float
     hidden_share: float
     text: str
+    share_before: float = 0.0
 
 
 type Evidence = Mapping[int, Mapping[int, GroupCosts | None]] | tuple[float, float]
@@ -169,7 +171,7 @@ class Tuner:
 
     def adopt(self, decision: Decision) -> None:
         """Go on with a decision that every rank of the stage has."""
-        changed = dict(decision.plans) != self._incumbent
+        changed = any(plans.training != self._incumbent[group].training for group, plans in decision.plans.items())
         self.decision = decision
         if self.phase is Phase.MEASURE and changed:
             self._enter(Phase.CHECK)
@@ -179,7 +181,7 @@ class Tuner:
 
     def _solve(self, evidence: Sequence[Mapping[int, Mapping[int, GroupCosts | None]]]) -> Decision:
         plans: dict[int, Plans] = {}
-        predicted_s, share = 0.0, 1.0
+        predicted_s, share, share_before = 0.0, 1.0, 1.0
         for group, shape in self._shapes.items():
             costs = {}
             for chunks in self._counts:
@@ -192,8 +194,10 @@ class Tuner:
             plans[group] = Plans(training.plan, forward.plan)
             predicted_s += training.predicted_s
             share = min(share, training.hidden_share)
+            before = self._incumbent[group].training
+            share_before = min(share_before, predicted_hidden_share(shape, costs[before.chunks], before))
         text = f"{described(plans)}, predicted {predicted_s * 1e3:.1f} ms"
-        return Decision(plans, predicted_s, share, text)
+        return Decision(plans, predicted_s, share, text, share_before)
 
     def _unmeasured(self, group: int) -> Decision:
         plans = dict(self._incumbent)
@@ -208,11 +212,16 @@ class Tuner:
         old_s, new_s = (fmean(seconds) for seconds in zip(*evidence, strict=True))
         times = f"predicted {self.decision.predicted_s * 1e3:.1f} ms, measured {new_s * 1e3:.1f} ms"
         if new_s < old_s:
-            plans, kept = self.decision.plans, f"{times}, before {old_s * 1e3:.1f} ms"
+            plans, share = self.decision.plans, self.decision.hidden_share
+            kept = f"{times}, before {old_s * 1e3:.1f} ms"
         else:
-            plans = dict(self._incumbent)
+            # What was checked is training; evaluation's plan has nothing but its prediction to go by.
+            plans = {
+                group: Plans(self._incumbent[group].training, one.forward) for group, one in self.decision.plans.items()
+            }
+            share = self.decision.share_before
             kept = f"measured {old_s * 1e3:.1f} ms, stays: {described(self.decision.plans)} was not faster ({times})"
-        return Decision(plans, self.decision.predicted_s, self.decision.hidden_share, f"{described(plans)}, {kept}")
+        return Decision(plans, self.decision.predicted_s, share, f"{described(plans)}, {kept}")
 
     def _enter(self, phase: Phase) -> None:
         self.phase = phase

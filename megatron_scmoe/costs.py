@@ -106,15 +106,20 @@ def costs_of(passes: Sequence[GroupPass], shape: GroupShape, chunks: int) -> Gro
 
     Costs are medians over the passes. dgmoe's two flights are taken as equal.
     """
-    forward = [_pass_costs(one, shape, chunks) for one in passes if not one.backward]
-    backward = [_pass_costs(one, shape, chunks) for one in passes if one.backward]
+    forward = [one for one in passes if not one.backward]
+    backward = [one for one in passes if one.backward]
     if not forward or not backward:
         return None
     return GroupCosts(
-        forward=_combined(forward, median),
-        backward=_combined(backward, median),
+        forward=pass_costs_of(forward, shape, chunks),
+        backward=pass_costs_of(backward, shape, chunks),
         forward_runs=len(forward) / len(backward),
     )
+
+
+def pass_costs_of(passes: Sequence[GroupPass], shape: GroupShape, chunks: int) -> PassCosts:
+    """What one direction of one group costs, as the median over its passes."""
+    return _combined([_pass_costs(one, shape, chunks) for one in passes], median)
 
 
 def mean_costs(costs: Sequence[GroupCosts]) -> GroupCosts:

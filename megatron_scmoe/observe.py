@@ -201,14 +201,15 @@ class Marker:
         work.get_future().then(landed)
 
     def load(self, probs: Tensor, routing_map: Tensor, choices: int) -> None:
-        """A routing was made.
+        """A routing was made. Only what gradients will flow through counts: neither evaluation nor, under full
+        recompute, the first of two equal forwards.
 
         Args:
             probs: gate weights after capacity, [n, e].
             routing_map: which expert gets which token, after capacity, bool, [n, e].
             choices: experts that the router chose for each token, before capacity.
         """
-        if _listeners:
+        if _listeners and torch.is_grad_enabled():
             # Rows that pad an expert to its capacity have no weight: they are not load.
             tokens_per_expert = (routing_map & (probs > 0)).sum(dim=0)
             load = Load(self._group, tokens_per_expert, probs.shape[0] * choices - tokens_per_expert.sum())

@@ -8,6 +8,7 @@ the groups of the last pipeline stage, where Megatron's writers are, of its slow
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -131,7 +132,10 @@ def warning(summary: Summary, predicted_share: float, *, cuda_connections: str |
     if summary.hidden_share >= predicted_share - MARGIN:
         return None
     if cuda_connections == "1":
-        cause = "CUDA_DEVICE_MAX_CONNECTIONS is 1, which serialises kernels and collectives; set it to 32"
+        cause = (
+            "CUDA_DEVICE_MAX_CONNECTIONS is 1, which serialises kernels and collectives; set it to 32 (up to Hopper, "
+            "Megatron insists on 1 with tensor or context parallelism)"
+        )
     elif summary.tokens_max_over_mean > IMBALANCE:
         cause = (
             f"the busiest expert gets {summary.tokens_max_over_mean:.1f} times the mean, so ranks wait for one "
@@ -143,7 +147,8 @@ def warning(summary: Summary, predicted_share: float, *, cuda_connections: str |
 
 
 class ReportFile:
-    """The JSON lines of one rank. A line is written whole or, where the process is killed, is the last and torn.
+    """The JSON lines of one rank. Where a process is killed its last line may be torn; a run that continues in the same
+    folder begins a new one.
 
     Args:
         folder: made if need be.
@@ -153,7 +158,11 @@ class ReportFile:
     def __init__(self, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._rank = rank
-        self._file: TextIO = (folder / f"rank{rank:05d}.jsonl").open("a", encoding="utf-8")
+        path = folder / f"rank{rank:05d}.jsonl"
+        torn = path.exists() and not _ends_a_line(path)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        if torn:
+            self._file.write("\n")
 
     def write(self, iteration: int, rows: Sequence[GroupRow], passes: Sequence[GroupPass]) -> None:
         """Add a step.
@@ -171,3 +180,10 @@ class ReportFile:
         }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return file.read() in (b"", b"\n")

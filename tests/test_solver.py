@@ -15,7 +15,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_scmoe.plan import CURRENT, Plan
+from megatron_scmoe.plan import CURRENT, Plan, Step, backward_order, forward_order
 from megatron_scmoe.solver import (
     GroupCosts,
     GroupShape,
@@ -567,3 +567,61 @@ def test_limit_is_reached_with_two_flights():
 def test_costs_that_no_clock_shows_are_refused(op, wrong):
     with pytest.raises(ValueError, match=rf"cost of {op}.* is {wrong} s"):
         pass_costs(**{op: (0.0, wrong) if op == "dense" else wrong})
+
+
+# ---- what the solver plays is what a group runs
+
+
+def as_steps(played, shape: GroupShape, launch: str) -> list[Step]:
+    """The solver's steps of a pass, in the words of plan.py: experts, dense ops, and a start for each collective."""
+    steps = []
+    for span in played:
+        name = span.name.removeprefix(CURRENT)
+        if name in ("dispatch", "combine"):
+            name = f"{launch} {name}"
+        elif name.startswith("dense "):
+            steps.append(Step("dense", int(name.removeprefix("dense "))))
+            continue
+        elif name != "experts":
+            continue
+        steps.append(Step(CURRENT + name if span.name.startswith(CURRENT) else name, span.chunk))
+    return steps
+
+
+@given(data=st.data())
+def test_the_solver_plays_the_order_that_a_group_runs(data):
+    shape = data.draw(shapes())
+    plan = data.draw(plans(shape))
+    played = schedule(shape, data.draw(some_costs(shape)), plan, backward=False)
+    played_backward = schedule(shape, data.draw(some_costs(shape)), plan, backward=True)
+    dense = ["dense"] * shape.num_dense_ops
+    for order, spans in ((forward_order, played), (backward_order, played_backward)):
+        expected = order(dense, shape.tap, plan, second_gate=shape.second_gate)
+        # A wait takes no time of its own in a schedule; where it stands is tried below.
+        launched = [step for step in expected if "finish " not in step.name]
+        assert as_steps(spans, shape, "start") == launched
+
+
+@given(data=st.data())
+def test_the_solver_waits_where_a_group_waits(data):
+    """With collectives that never seem to end, an op begins late exactly where a wait stands before it."""
+    shape = data.draw(shapes())
+    plan = data.draw(plans(shape))
+    costs = pass_costs([1] * shape.num_dense_ops, dispatch=1000, combine=1000, experts=1, encode=1, decode=1, route=1)
+    for backward, order in ((False, forward_order), (True, backward_order)):
+        spans = schedule(shape, costs, plan, backward=backward)
+        compute = [span for span in spans if span.lane is Lane.COMPUTE and not span.name.startswith("dense")]
+        arrival = {(span.name, span.chunk): span.end_s for span in spans if span.lane is Lane.COMMUNICATION}
+        expected = order(["dense"] * shape.num_dense_ops, shape.tap, plan, second_gate=shape.second_gate)
+        waits = [step for step in expected if "finish " in step.name]
+        # The op that follows each wait, of the same flight and chunk: experts or decode, in backward experts or encode.
+        follows = {"dispatch": ("experts", "encode"), "combine": ("decode", "experts")}
+        for wait in waits:
+            prefix = CURRENT if wait.name.startswith(CURRENT) else ""
+            collective = wait.name.removeprefix(CURRENT).removeprefix("finish ")
+            (op,) = [
+                span for span in compute if (span.name, span.chunk) == (prefix + follows[collective][backward], wait.at)
+            ]
+            assert op.start_s >= arrival[prefix + collective, wait.at]
+        kinds = [(step.name.removeprefix(CURRENT).removeprefix("finish "), step.at) for step in waits]
+        assert len(kinds) == 2 * plan.chunks * (2 if shape.second_gate else 1)

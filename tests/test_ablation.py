@@ -1,0 +1,639 @@
+"""tools/ablate_overlap.py: arithmetic on hand-made seconds, refusals, and that reports say what result.json says."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOL = ROOT / "tools" / "ablate_overlap.py"
+sys.path.insert(0, str(TOOL.parent))
+import ablate_overlap as tool  # noqa: E402
+from ablation import analysis, goals, output, plots, render, timelines, words  # noqa: E402
+from ablation.analysis import Estimate  # noqa: E402
+from ablation.arms import BASELINE, MODELS, all_arms, chosen_arms, num_slots  # noqa: E402
+from slow_network.buckets import UserError  # noqa: E402
+from slow_network.network import SlowNetwork  # noqa: E402
+
+KINDS = ("training", "forward")
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def span(name, lane, start_s, end_s, chunk=0, backward=False):
+    return {"name": name, "lane": lane, "start_s": start_s, "end_s": end_s, "backward": backward, "chunk": chunk}
+
+
+def sequential_group(travel_s=1.0):
+    """pos2 with overlap off: window behind the tap is MLP, attention, shared expert: 1 + 2 + 1 seconds."""
+    forward = [
+        span("attention", "compute", 0, 2),
+        span("route", "compute", 2, 3),
+        span("dispatch", "communication", 3, 3 + travel_s),
+        span("experts", "compute", 20, 22),
+        span("combine", "communication", 22, 22 + travel_s),
+        span("MLP", "compute", 40, 41, 1),
+        span("attention", "compute", 41, 43, 2),
+        span("shared expert", "compute", 43, 44, 3),
+        span("add", "compute", 44, 45),
+    ]
+    backward = [
+        {**one, "start_s": 200 - 2 * one["end_s"], "end_s": 200 - 2 * one["start_s"], "backward": True}
+        for one in forward
+    ]
+    return {"training": forward + backward, "forward": forward}
+
+
+def arm_result(arm, scale, travel_s):
+    """One arm's part of a file: steps whose seconds go up with the repetition, as on a machine that slows down."""
+    seconds = {
+        "training": [scale * (3 + index + 0.01 * index**2) for index in range(5)],
+        "forward": [scale * (1 + index / 3) for index in range(5)],
+    }
+    stock = arm.mode == "stock"
+    slots = [1] * (2 if "chunks" in arm.mode else 1)
+    plans = {str(group): {"training": slots, "forward": slots, "blocking": arm.mode == "off"} for group in (0, 1)}
+    return {
+        "arm": asdict(arm),
+        "plans": {} if stock else plans,
+        "seconds": seconds,
+        "limit_s": None if stock else {"training": 2.0, "forward": 0.5},
+        "predicted_s": None if stock else {"training": 2.25, "forward": 0.625},
+        "communication_s": {} if stock else {"training": 0.5, "forward": 0.25},
+        "exposed_s": {} if stock else {"training": 0.02, "forward": 0.05},
+        "sent_bytes": {"training": 20000 * scale, "forward": 10000 * scale},
+        "tensor_bytes": {} if stock else {"training": 16000 * scale, "forward": 8000 * scale},
+        "tokens_max_over_mean": None if stock else 1.25,
+        "timeline": {} if stock else sequential_group(travel_s),
+    }
+
+
+def make_result(shares=(0.6, 0.9, None)):
+    """Every arm; pos2's adaptive arms take half as long as top-2, all others 0.8 of it."""
+    points = []
+    for share in shares:
+        arms = []
+        for arm in all_arms():
+            scale = 1.0 if arm.model == BASELINE else 0.5 if arm.name.startswith("pos2 adaptive") else 0.8
+            arms.append(arm_result(arm, scale, travel_s=1.5 if share == 0.6 else 4.0))
+        rate = "unlimited" if share is None else f"{round(1e5 * (1 - share))}kbit"
+        points.append({"wanted_share": share, "share": (share or 0.05) + 0.004, "rate": rate, "arms": arms})
+    meta = {
+        "commit": "0123abc",
+        "changed_files": 0,
+        "versions": {"python": "3.12.1", "torch": "2.13.0", "megatron-core": "0.19.2"},
+        "hardware": {"device": "A <CPU> & more", "cores": 2, "load": 0.5},
+        "time": "2026-01-02T03:04:05+00:00",
+        "seed": 1234,
+        "ranks": 2,
+        "threads": 1,
+        "burst": "32kb",
+        "repetitions": 5,
+        "sizes": {"hidden": 512, "ffn": 2048, "heads": 8, "experts": 8, "layers": 4, "tokens": 512},
+    }
+    return {"meta": meta, "points": points}
+
+
+@pytest.fixture(scope="module")
+def result():
+    return make_result()
+
+
+@pytest.fixture(scope="module")
+def page(result):
+    return render.html(result)
+
+
+def with_arms(result, point, *names):
+    """One link rate and few arms of a result, so that drawing takes no time."""
+    arms = [copy.deepcopy(find(result, point, name)) for name in names]
+    return {**result, "points": [{**result["points"][point], "arms": arms}]}
+
+
+def find(result, point, name):
+    return next(one for one in result["points"][point]["arms"] if one["arm"]["name"] == name)
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def two_arms(base, other, limit_s=None):
+    arms = [arm for arm in all_arms() if arm.name in (BASELINE, "pos2 adaptive")]
+    results = [arm_result(arm, 1.0, 1.0) for arm in arms]
+    results[0]["seconds"] = {"training": base}
+    results[1]["seconds"] = {"training": other}
+    results[1]["limit_s"] = limit_s
+    return [{"share": 0.6, "wanted_share": 0.6, "rate": "1000kbit", "arms": results}]
+
+
+def test_speedups_are_medians_of_paired_ratios():
+    """The machine slows down tenfold: ratios of medians would say 3 / 1.5 = 2, pairs say what is true each time."""
+    rows = analysis.rows(two_arms([1, 3, 30], [0.25, 1.5, 20], {"training": 1.0}), BASELINE)
+    assert [row.arm for row in rows] == [BASELINE, "pos2 adaptive"]
+    assert rows[0].speedup == Estimate(1.0, 1.0, 1.0)
+    assert rows[1].seconds.value == 1.5
+    assert rows[1].speedup.value == 2.0  # of 4, 2, 1.5
+    assert (rows[1].speedup.low, rows[1].speedup.high) == (1.5, 4.0)
+    assert rows[1].limit_speedup == 3.0  # median of the baseline over the limit
+    part = rows[1].part_of_limit
+    assert (part.value, part.low, part.high) == pytest.approx((2 / 3, 0.5, 4 / 3))
+
+
+def test_rows_without_a_limit_have_no_part_of_it():
+    row = analysis.rows(two_arms([1, 2, 3], [1, 2, 3]), BASELINE)[1]
+    assert row.limit_speedup is None and row.part_of_limit is None
+
+
+def test_hidden_share_is_that_of_the_recorded_steps():
+    points = two_arms([1.0], [1.0])
+    one = points[0]["arms"][1]
+    one["communication_s"], one["exposed_s"] = {"training": 4.0}, {"training": 1.0}
+    assert analysis.rows(points, BASELINE)[1].hidden_share == Estimate(0.75, 0.75, 0.75)
+    one["communication_s"], one["exposed_s"] = {"training": [4.0, 2.0, 0.0]}, {"training": [1.0, 1.0, 0.0]}
+    row = analysis.rows(points, BASELINE)[1]
+    assert row.hidden_share == Estimate(0.75, 0.5, 1.0)
+    assert row.exposed_s == Estimate(1.0, 0.0, 1.0)
+    assert analysis.rows(points, BASELINE)[0].hidden_share is None
+
+
+def test_unequal_numbers_of_repetitions_are_an_error():
+    with pytest.raises(ValueError):
+        analysis.rows(two_arms([1, 2, 3], [1, 2]), BASELINE)
+
+
+def test_ratio_and_best_fixed(result):
+    point = result["points"][0]
+    assert analysis.ratio(point, "training", "pos2 adaptive", "shared-expert").value == pytest.approx(0.5 / 0.8)
+    slow = copy.deepcopy(point)
+    for one in slow["arms"]:
+        if one["arm"]["name"] != "pos2 slot 3":
+            one["seconds"]["forward"] = [2 * value for value in one["seconds"]["forward"]]
+    assert analysis.best_fixed(slow, "pos2", "forward") == "pos2 slot 3"
+    assert analysis.best_fixed(point, "dgmoe", "forward") is None
+
+
+@given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=15))
+def test_interval_contains_the_median_and_is_the_same_again(values):
+    first = analysis.estimate(values)
+    assert first.low <= first.value <= first.high
+    assert min(values) <= first.low and first.high <= max(values)
+    analysis._estimate.cache_clear()
+    assert analysis.estimate(values) == first
+
+
+def test_more_repetitions_make_the_interval_shorter():
+    few, many = (analysis.estimate([1 + index % 9 for index in range(count)]) for count in (9, 90))
+    assert many.high - many.low < few.high - few.low
+
+
+# --- arms and requests -----------------------------------------------------------------------------------------------
+
+
+def test_arms_have_names_and_models_of_their_own():
+    arms = all_arms()
+    assert len({arm.name for arm in arms}) == len(arms)
+    assert {arm.model for arm in arms} == set(MODELS)
+    assert arms[0].name == BASELINE
+    assert not {arm.name for arm in arms} & (set(MODELS) - {"top-2", "top-1", "shared-expert"})
+    assert sum(arm.model == "pos2" and arm.mode.startswith("slot") for arm in arms) == num_slots(MODELS["pos2"])
+
+
+def test_chosen_arms():
+    assert [arm.name for arm in chosen_arms(["pos2 off", "dgmoe adaptive"])] == [BASELINE, "pos2 off", "dgmoe adaptive"]
+    assert {arm.model for arm in chosen_arms(["pos3"])} == {BASELINE, "pos3"}
+    assert chosen_arms([]) == all_arms()
+    with pytest.raises(ValueError, match="pos9"):
+        chosen_arms(["pos2", "pos9"])
+
+
+def test_goals_are_about_arms_that_exist():
+    names = {arm.name for arm in all_arms()}
+    for goal in goals.GOALS:
+        assert set(goal.arms) <= names
+        assert goal.against in names | {"best fixed"}
+
+
+REFUSED = {
+    "share 1": (["--comm-share", "0.5,1"], "shares between 0 and 1"),
+    "share nan": (["--comm-share", "nan"], "shares between 0 and 1"),
+    "share word": (["--comm-share", "half"], "shares between 0 and 1"),
+    "arm": (["--arms", "pos2,pos9"], "'pos9', which is no arm"),
+    "layers": (["--layers", "3"], "--layers 3 is odd"),
+    "experts": (["--experts", "3"], "--experts 3 cannot be spread over 2 ranks"),
+    "one expert": (["--ranks", "2", "--experts", "1"], "--experts 1 cannot be spread"),
+    "one rank": (["--ranks", "1"], "--ranks 1 has no link"),
+    "width": (["--hidden", "100"], "--hidden 100 is no multiple of 64"),
+    "zero": (["--repetitions", "0"], "not a whole number from 1"),
+    "abbreviation": (["--repet", "3"], "unrecognized arguments"),
+    "goals of nothing": (["--write-results", "x.md"], "needs --from"),
+    "from and output": (["--from", "x"], "leave --output out"),
+}
+
+
+@pytest.mark.parametrize(("words_given", "said"), REFUSED.values(), ids=REFUSED.keys())
+def test_refusals_are_one_line_and_exit_2(words_given, said, tmp_path, monkeypatch, capsys):
+    check_refusal(["--output", str(tmp_path / "new"), *words_given], said, monkeypatch, capsys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_output_is_needed_and_must_be_new(tmp_path, monkeypatch, capsys):
+    check_refusal([], "--output is missing", monkeypatch, capsys)
+    check_refusal(["--output", str(tmp_path)], "exists; choose another", monkeypatch, capsys)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_refusal(["--output", str(tmp_path)], "exists; choose another", monkeypatch, capsys)
+
+
+def check_refusal(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
+    monkeypatch.setattr(tool, "start_on_slow_links", lambda _: pytest.fail("this started"))
+    with pytest.raises(SystemExit) as stopped:
+        tool.main()
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert printed.err.count("\n") == 1 and said in printed.err and "Traceback" not in printed.err
+    assert printed.out == ""
+
+
+def test_a_refusal_imports_neither_torch_nor_matplotlib():
+    program = f"import sys; sys.path.insert(0, {str(TOOL.parent)!r}); sys.argv[1:] = ['--layers', '3']\n"
+    program += "import ablate_overlap\ntry: ablate_overlap.main()\nexcept SystemExit: pass\n"
+    program += "assert not {'torch', 'matplotlib', 'megatron'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_list_arms(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(TOOL), "--list-arms"])
+    assert tool.main() == 0
+    assert capsys.readouterr().out.splitlines() == [arm.name for arm in all_arms()]
+
+
+# --- figures in words ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (words.milliseconds(Estimate(1.3377, 0.09876, 1.3728)), "1338 [98.76, 1373]"),
+        (words.times(Estimate(1.76, 1.722, 2.8994)), "1.760 [1.722, 2.899]"),
+        (words.recorded(Estimate(0.7704, 0.7, 0.8), words.percent), "77.0% [70.0%, 80.0%]"),
+        (words.recorded(Estimate(0.7704, 0.7704, 0.7704), words.percent), "77.0%*"),
+        (words.recorded(None, words.percent), "-"),
+    ],
+)
+def test_figures(written, expected):
+    assert written == expected
+
+
+def test_plans():
+    group = {"training": [3, 3], "forward": [2], "blocking": False}
+    other = {**group, "training": [1, 2]}
+    assert words.plan({"plans": {}}, "training") == "-"
+    assert words.plan({"plans": {"0": group, "1": group}}, "training") == "3+3"
+    assert words.plan({"plans": {"0": group, "1": other}}, "training") == "3+3 | 1+2"
+    assert words.plan({"plans": {"0": group, "1": other}}, "forward") == "2"
+    assert words.plan({"plans": {"0": {**group, "blocking": True}}}, "forward") == "off"
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_table_shows_every_figure_whole_in_a_narrow_terminal(result, width):
+    console = Console(file=io.StringIO(), width=width)
+    render.print_table(result, 0, console)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    for row in analysis.rows(result["points"][:1], BASELINE):
+        for figure in (words.milliseconds(row.seconds), words.times(row.speedup)):
+            for part in figure.replace(", ", ",").split():
+                assert part in text
+    assert "…" not in text
+
+
+# --- HTML ------------------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Tables by class as rows of cells, what the page refers to, and its drawings."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.references, self.drawings, self.words = {}, [], 0, []
+        self._table = self._cell = None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.references += [values[name] for name in ("src", "href", "xlink:href", "data", "srcset") if name in values]
+        self.drawings += tag == "svg"
+        if tag == "table":
+            self._table = self.tables.setdefault(values["class"], [])
+        elif tag == "tr" and self._table is not None:
+            self._table.append([])
+        elif tag == "td":
+            self._cell = ""
+
+    def handle_endtag(self, tag):
+        if tag == "td":
+            self._table[-1].append(self._cell.strip())
+            self._cell = None
+
+    def handle_data(self, data):
+        self.words.append(data)
+        if self._cell is not None:
+            self._cell += data
+
+
+def numbers(cell):
+    return [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", cell)]
+
+
+def rows_of(result):
+    """From the file's own seconds, with as little of the tool's code as can be."""
+    for point in result["points"]:
+        base = next(one for one in point["arms"] if one["arm"]["name"] == BASELINE)["seconds"]
+        for one in point["arms"]:
+            for kind in KINDS:
+                seconds = analysis.estimate(one["seconds"][kind])
+                ratios = [b / a for a, b in zip(one["seconds"][kind], base[kind], strict=True)]
+                limit = sorted(base[kind])[2] / one["limit_s"][kind] if one["limit_s"] else None
+                yield one, kind, seconds, analysis.estimate(ratios), limit
+
+
+def test_table_of_the_report_equals_the_file(result, page):
+    shown = [cells for cells in Page(page).tables["rows"] if cells]
+    assert len(shown) == sum(2 * len(point["arms"]) for point in result["points"])
+    for cells, (one, kind, seconds, speedup, limit) in zip(shown, rows_of(result), strict=True):
+        assert cells[:2] == [one["arm"]["name"], kind]
+        for cell, estimate, factor in ((cells[2], seconds, 1e3), (cells[3], speedup, 1)):
+            expected = [part * factor for part in (estimate.value, estimate.low, estimate.high)]
+            assert numbers(cell) == pytest.approx(expected, rel=1e-3)
+        if limit is None:
+            assert cells[4:] == ["-"] * 5
+            continue
+        assert numbers(cells[4]) == pytest.approx([limit], rel=1e-3)
+        parts = [part / limit for part in (speedup.value, speedup.low, speedup.high)]
+        assert numbers(cells[5]) == pytest.approx(parts, rel=2e-3)
+        communication, exposed = one["communication_s"][kind], one["exposed_s"][kind]
+        assert numbers(cells[6]) == pytest.approx([100 * (1 - exposed / communication)], abs=0.06)
+        assert numbers(cells[7]) == pytest.approx([exposed * 1e3]) and cells[7].endswith("*")
+        assert numbers(cells[8]) == pytest.approx([communication * 1e3])
+
+
+def test_another_file_gives_another_table(result):
+    """Negative control of the test above."""
+    few = with_arms(result, 1, BASELINE, "pos2 adaptive")
+    before = Page(render.html(few)).tables["rows"]
+    find(few, 0, "pos2 adaptive")["seconds"]["training"][2] *= 1.5
+    changed = Page(render.html(few)).tables["rows"]
+    assert [one == other for one, other in zip(before, changed, strict=True)] == [True] * 3 + [False, True]
+
+
+def test_report_shows_bytes_slots_and_real_routing(result, page):
+    tables = Page(page).tables
+    by_name = {cells[0]: cells for cells in tables["bytes"] if cells}
+    assert by_name["pos2 off"][1:4] == ["16.0", "12.8", "1.250"] and by_name["pos2 off"][-1] == "1.25"
+    assert by_name[BASELINE][1:4] == ["20.0", "-", "-"]
+    plans = {cells[0]: cells for cells in tables["plans"] if cells}
+    assert plans["pos2 off"][1] == "off" and plans["pos2 adaptive chunks"][1] == "1+1"
+    assert plans["pos2 adaptive"][2] == "2250"
+    real = [cells for cells in tables["real"] if cells]
+    assert {cells[0] for cells in real} == {arm.name for arm in all_arms() if arm.routing == "real"}
+    assert next(cells for cells in real if cells[0] == "pos2 adaptive, real routing")[1] == "1.25"
+
+
+def test_report_loads_nothing(page):
+    assert all(reference.startswith("#") for reference in Page(page).references)
+    assert "http" not in page and "@import" not in page and "<script" not in page
+    assert set(re.findall(r"url\(([^)]*)\)", page)) <= {f"#{name}" for name in re.findall(r'id="([^"]+)"', page)}
+
+
+def test_report_has_no_id_twice(page):
+    names = re.findall(r'\bid="([^"]+)"', page)
+    assert len(set(names)) == len(names)
+
+
+def test_report_is_the_same_again_and_says_where_it_is_from(result, page):
+    few = with_arms(result, 0, BASELINE, "pos2 off", "pos2 adaptive")
+    assert render.html(few) == render.html(few)
+    for said in ("0123abc", "2.13.0", "A &lt;CPU&gt; &amp; more", "2026-01-02", "seed 1234", "How to read it"):
+        assert said in page
+    assert "What it does not prove" in page
+
+
+def test_report_draws_timelines(result, page):
+    for point in result["points"]:
+        names = timelines.chosen(point)
+        assert names == ["top-2 2 chunks", "pos2 off", "pos2 slot 1", "pos2 adaptive", "pos2 adaptive chunks"]
+    parsed = Page(page)
+    drawn = "".join(parsed.words)
+    assert parsed.drawings == 3 * len(result["points"]) + 2
+    assert drawn.count("ms of the backward pass") == len(result["points"])
+    assert drawn.count("shared expert") >= len(result["points"])
+
+
+def test_bars_lie_below_each_other_only_while_they_overlap():
+    spans = [
+        span("dispatch", "communication", 1.0, 3.0, 0),
+        span("dispatch", "communication", 2.0, 5.0, 1),
+        span("current combine", "communication", 3.0, 4.0, 0),
+        span("experts", "compute", 3.0, 4.0, 0),
+        span("experts", "compute", 9.0, 9.5, 0, backward=True),
+    ]
+    bars = timelines.bars(spans)
+    places = [(bar.op, bar.lane, bar.row, bar.rows, bar.start_ms, bar.end_ms) for bar in bars[False]]
+    assert places == [
+        ("experts", 0, 0, 1, 2000.0, 3000.0),
+        ("dispatch", 1, 0, 2, 0.0, 2000.0),
+        ("dispatch", 1, 1, 2, 1000.0, 4000.0),
+        ("combine", 1, 0, 2, 2000.0, 3000.0),
+    ]
+    assert [(bar.start_ms, bar.end_ms) for bar in bars[True]] == [(0.0, 500.0)]
+
+
+def test_every_mode_has_a_colour():
+    for arm in all_arms():
+        assert plots.mode_key(asdict(arm)) in plots.MODES
+
+
+def test_report_of_few_arms_without_slow_links():
+    """What torchrun on a cluster gives: one point, no counters, perhaps no timeline."""
+    few = with_arms(make_result([None]), 0, BASELINE, "top-1")
+    few["points"][0]["rate"] = "as it is"
+    for one in few["points"][0]["arms"]:
+        one["sent_bytes"] = {}
+    page = render.html(few)
+    assert "the job&#39;s own network" in page and "nobody counted" in page and "One group" not in page
+    assert next(cells[:2] for cells in Page(page).tables["rows"] if cells) == [BASELINE, "training"]
+
+
+def test_csv_has_the_same_columns_in_every_row(result):
+    rows = [output._flat(row) for row in analysis.rows(result["points"], BASELINE)]
+    assert len({tuple(row) for row in rows}) == 1
+    assert {"seconds_low", "part_of_limit_high", "hidden_share"} <= set(rows[0])
+    assert rows[0]["part_of_limit"] is None and rows[-1]["part_of_limit"] > 0
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium; apt-get install chromium")
+def test_report_renders_in_a_browser(page, tmp_path):
+    from matplotlib.image import imread
+
+    (tmp_path / "report.html").write_text(page)
+    command = [ROOT / "docs" / "screenshot.sh", tmp_path / "report.html", tmp_path / "report.png", "2000"]
+    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    picture = imread(tmp_path / "report.png")
+    assert picture.shape[:2] == (2000, 1160)
+    middle = picture[:, 100:1000, :3]
+    assert middle.std() > 0.05  # not one colour
+    assert all(part.std() > 0.01 for part in (middle[:400], middle[400:1000], middle[1000:]))
+
+
+# --- Markdown --------------------------------------------------------------------------------------------------------
+
+
+def lines_of(text, goal, arm):
+    return [line for line in text.splitlines() if line.startswith(f"| {goal}") and f"| {arm} |" in line]
+
+
+def test_goals_met(result):
+    """pos2 adaptive is twice as fast as top-2 in every repetition; the limit is 5.04 / 2 and 1.667 / 0.5."""
+    text = render.markdown(result, goals.GOALS)
+    (at_06,) = lines_of(text, "speed-up over top-2: >= 1.4", "pos2 adaptive")
+    assert at_06.count("2.000 [2.000, 2.000]: met") == 2
+    (shared,) = lines_of(text, "time of ScMoE", "pos2 adaptive")
+    assert shared.count("0.625 [0.625, 0.625]: met") == 2 and "no limit on the links" in shared
+    fixed = lines_of(text, "time of adaptive over", "pos2 adaptive")
+    assert len(fixed) == len(result["points"]) and all(line.count(": met") == 2 for line in fixed)
+    (pipelined,) = lines_of(text, "honest baseline", "top-2 4 chunks")
+    assert pipelined.count("1.250 [1.250, 1.250]: met") == 2
+    assert "0123abc" in text and "2 cores" in text
+
+
+def test_goals_missed_by_how_much(result):
+    slow = copy.deepcopy(result)
+    for point in range(len(slow["points"])):
+        for kind in KINDS:
+            base = find(slow, point, BASELINE)["seconds"][kind]
+            find(slow, point, "pos2 adaptive")["seconds"][kind] = [value / 1.5 for value in base]
+            find(slow, point, "top-2 4 chunks")["seconds"][kind] = list(base)
+    text = render.markdown(slow, goals.GOALS)
+    (at_06,) = lines_of(text, "speed-up over top-2: >= 1.4", "pos2 adaptive")
+    assert "1.500 [1.500, 1.500]: met |" in at_06
+    assert "1.500 [1.500, 1.500]: **missed by 0.100** (6.3%)" in at_06
+    (pipelined,) = lines_of(text, "honest baseline", "top-2 4 chunks")
+    assert pipelined.count("missed by 0.000") == 2  # as fast as is not faster
+    assert render.markdown(result, goals.GOALS) != text
+
+
+def test_goals_of_rates_that_were_not_measured(result):
+    text = render.markdown(result, goals.GOALS)
+    assert "| speed-up over top-2: >= 2 and 2.5 | share 0.8 | | not measured in this run |" in text
+    text = render.markdown(with_arms(result, 0, BASELINE, "pos2 adaptive"), goals.GOALS)
+    assert "window unknown: pos2 off was not timed" in text
+    (fixed,) = lines_of(text, "time of adaptive over", "pos2 adaptive")
+    assert fixed.count("not measured in this run") == 2
+    assert ": met" not in lines_of(text, "honest baseline", "top-2 4 chunks")[0]
+
+
+def test_hidden_share_counts_only_where_communication_fits(result):
+    """At share 0.6 there are 2 x 1.5 seconds for a window of 4, elsewhere 2 x 4."""
+    assert goals.window_filled(result["points"][0], "pos2 off", "training") == pytest.approx(0.75)
+    assert goals.window_filled(result["points"][1], "pos2 off", "forward") == pytest.approx(2.0)
+    at_06, at_09, _ = lines_of(render.markdown(result, goals.GOALS), "hidden share", "pos2 adaptive")
+    assert "0.960 (one recorded step, no spread): met; fills 0.75 of the window*" in at_06
+    assert "0.800 (one recorded step, no spread): **missed by 0.150**" in at_06
+    assert at_09.count("does not fit: 2.00 times the window*") == 2
+
+
+@pytest.mark.parametrize(
+    ("sign", "low", "value", "high", "met", "said"),
+    [
+        (">=", 0.97, 0.98, 0.99, True, "met"),
+        (">=", 0.90, 0.95, 0.99, True, "met, within the spread"),
+        (">=", 0.90, 0.92, 0.96, False, "**missed by 0.030** (3.2%), within the spread"),
+        ("<=", 0.90, 0.92, 0.93, True, "met"),
+        ("<=", 0.96, 1.05, 1.06, False, "**missed by 0.100** (10.5%)"),
+        (">", 0.95, 0.95, 0.95, False, "**missed by 0.000** (0.0%), within the spread"),
+    ],
+)
+def test_verdicts(sign, low, value, high, met, said):
+    goal = replace(goals.GOALS[0], sign=sign, training=0.95)
+    outcome = goals.judge(goal, "training", Estimate(value, low, high))
+    assert outcome.met is met
+    assert outcome.words.endswith(f"]: {said}")
+
+
+def test_goals_for_other_sizes_say_so(result):
+    assert "for another job" not in render.markdown(result, goals.GOALS)
+    small = copy.deepcopy(result)
+    small["meta"]["sizes"]["hidden"] = 64
+    assert "for another job than this one (hidden 64 here)" in render.markdown(small, goals.GOALS)
+
+
+def test_earlier_run_is_shown_again_and_written_into_a_document(result, tmp_path, monkeypatch, capsys):
+    result = with_arms(result, 0, BASELINE, "top-2 4 chunks", "pos2 off", "pos2 adaptive")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    document = tmp_path / "results.md"
+    document.write_text(f"# Results\n\n{goals.BEGIN}\nold\n{goals.END}\n\nCauses, by hand.\n")
+    monkeypatch.setattr(sys, "argv", [str(TOOL), "--from", str(tmp_path / "run"), "--write-results", str(document)])
+    for _ in range(2):
+        assert tool.main() == 0
+        text = document.read_text()
+        assert text.startswith(f"# Results\n\n{goals.BEGIN}\n\nWritten by") and "\nold\n" not in text
+        assert text.endswith(f"{goals.END}\n\nCauses, by hand.\n")
+        assert text.count("honest baseline: speed-up of pipelined") == 2
+    assert (tmp_path / "run" / "report.html").read_text() == render.html(result)
+    assert "pos2 adaptive" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", f"{goals.END} {goals.BEGIN}", f"{goals.BEGIN}{goals.BEGIN}{goals.END}"])
+def test_document_without_its_marks_is_refused_and_kept(result, text, tmp_path, monkeypatch, capsys):
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    (tmp_path / "results.md").write_text(text)
+    arguments = ["--from", str(tmp_path), "--write-results", str(tmp_path / "results.md")]
+    check_refusal(arguments, "it lacks the two marks", monkeypatch, capsys)
+    assert (tmp_path / "results.md").read_text() == text
+
+
+def test_folder_without_a_result_is_refused(tmp_path, monkeypatch, capsys):
+    check_refusal(["--from", str(tmp_path)], "cannot read it", monkeypatch, capsys)
+    (tmp_path / "result.json").write_text("{")
+    check_refusal(["--from", str(tmp_path)], "cannot read it", monkeypatch, capsys)
+
+
+# --- from end to end -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+def test_tiny_run_on_slow_links(tmp_path):
+    """Half a minute. A model this small is mostly overhead, so the share may be out of reach: then 1, and no point."""
+    try:
+        with SlowNetwork(1, "1mbit"):
+            pass
+    except UserError as exc:
+        pytest.skip(f"no slow links on this machine: {exc}")
+    command = [sys.executable, TOOL, "--output", tmp_path / "new", "--comm-share", "0.6", "--unlimited"]
+    command += ["--arms", "pos2 off,pos2 adaptive,top-2 2 chunks", "--repetitions", "2"]
+    command += ["--hidden", "64", "--tokens", "32", "--layers", "2", "--experts", "4"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=False)
+    made = json.loads((tmp_path / "new" / "result.json").read_text())
+    assert done.returncode == 2 - len(made["points"]), done.stderr[-2000:]
+    for point in made["points"]:
+        for one in point["arms"]:
+            assert all(len(one["seconds"][kind]) == 2 for kind in KINDS)
+            assert one["sent_bytes"]["training"] > one["tensor_bytes"].get("training", 0)
+    page = (tmp_path / "new" / "report.html").read_text()
+    assert page == render.html(made)
+    assert len((tmp_path / "new" / "result.csv").read_text().splitlines()) == 1 + 8 * len(made["points"])
+    assert "pos2 adaptive" in done.stdout

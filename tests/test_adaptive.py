@@ -1,0 +1,596 @@
+"""The adaptive overlap: the tuner by itself, with simulated passes for a clock, and the entry script on ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import models
+import pytest
+import ranks
+import training
+from models import Case
+from test_arguments import DGMOE
+from test_costs import simulated
+from training import SCMOE, with_flags
+
+from megatron_scmoe.adaptive import (
+    CHECK_STEPS,
+    MEASURE_STEPS,
+    WARM_UP_STEPS,
+    Phase,
+    Plans,
+    Tuner,
+    chunk_counts,
+    described,
+    from_saved_form,
+    saved_form,
+)
+from megatron_scmoe.costs import GroupPass, mean_costs
+from megatron_scmoe.plan import GroupShape, Plan, even_plan, forward_order
+from megatron_scmoe.solver import GroupCosts, PassCosts, candidate_plans, predicted_hidden_share, predicted_s
+
+EP2 = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+
+# ---- the tuner, with a world of known costs ---------------------------------------------------------------------
+
+SHAPE = GroupShape(tap=1, num_dense_ops=4)
+FIRST = {0: Plans(Plan((2,)), Plan((2,)))}
+
+type World = Mapping[int, GroupCosts]
+"""What one group costs at each number of chunks."""
+
+
+def costs(dense, *, dispatch: float, combine: float, backward: float = 2, chunks: int = 1) -> GroupCosts:
+    """Equal ops, of which backward takes ``backward`` times as long; each collective costs 1 s more, however small."""
+    forward = PassCosts(
+        dense=dense,
+        route=1,
+        encode=1 / chunks,
+        dispatch=dispatch / chunks + 1,
+        experts=8 / chunks,
+        combine=combine / chunks + 1,
+        decode=1 / chunks,
+        tail=1,
+    )
+    scaled = {op: backward * seconds for op, seconds in forward.by_name().items() if not op.startswith("dense")}
+    return GroupCosts(forward=forward, backward=PassCosts(dense=tuple(backward * one for one in dense), **scaled))
+
+
+def world(*dense: float, **seconds: float) -> World:
+    return {chunks: costs(dense, chunks=chunks, **seconds) for chunks in (1, 2, 4)}
+
+
+# The window is attention, MLP, shared expert behind the tap at the MLP.
+EARLY = world(9, 9, 9, 9, dispatch=3, combine=27)  # a short way there, a long way back: experts run early
+LATE = world(9, 9, 9, 9, dispatch=27, combine=3)  # and the other way round
+LARGE = world(5, 5, 5, 5, dispatch=40, combine=40)  # more than one chunk can hide
+
+
+def tuner(plans=FIRST, shapes=None, counts=(1,), interval=0, **settings) -> Tuner:
+    return Tuner(shapes or dict.fromkeys(plans, SHAPE), plans, counts=counts, interval=interval, **settings)
+
+
+def run_step(
+    one: Tuner, worlds: Mapping[int, World], slower: Callable[[Plan], float] = lambda _plan: 0.0
+) -> str | None:
+    """A step as ``session.py`` takes it; returns what was decided behind it.
+
+    Args:
+        worlds: by group.
+        slower: seconds by which a plan is slower than its ops say.
+    """
+    passes: list[GroupPass] = []
+    for group, plans in one.plans.items():
+        measured = simulated(SHAPE, worlds[group][plans.training.chunks], plans.training, group)
+        passes += [dataclasses.replace(p, total_s=p.total_s + slower(plans.training)) for p in measured]
+    one.take(passes)
+    if not one.advance():
+        return None
+    decision = one.conclude([one.evidence()])
+    one.adopt(decision)
+    return decision.text
+
+
+def run_until_settled(one: Tuner, worlds, **kwargs) -> list[str]:
+    texts = []
+    for _ in range(100):
+        text = run_step(one, worlds, **kwargs)
+        if text is not None:
+            texts.append(text)
+        if one.phase is Phase.SETTLED:
+            return texts
+    raise AssertionError(f"not settled after 100 steps: {texts}")
+
+
+def best_s(one_world: World, counts) -> float:
+    return min(
+        predicted_s(SHAPE, one_world[plan.chunks], plan)
+        for chunks in counts
+        for plan in candidate_plans(SHAPE, [chunks])
+    )
+
+
+@pytest.mark.parametrize("counts", [(1,), (1, 2, 4)])
+@pytest.mark.parametrize("one_world", [EARLY, LATE, LARGE], ids=["early", "late", "large"])
+def test_it_reaches_the_best_plan(one_world, counts):
+    one = tuner(counts=counts)
+    run_until_settled(one, {0: one_world})
+    plan = one.plans[0].training
+    assert predicted_s(SHAPE, one_world[plan.chunks], plan) == best_s(one_world, counts)
+    assert plan.chunks in counts
+
+
+def test_the_worlds_differ():
+    """Negative control of the test above: neither the first plan nor one plan for all would have passed it."""
+    found = []
+    for one_world in (EARLY, LATE, LARGE):
+        one = tuner(counts=(1, 2, 4))
+        run_until_settled(one, {0: one_world})
+        found.append(one.plans[0].training)
+        assert predicted_s(SHAPE, one_world[1], FIRST[0].training) > best_s(one_world, (1, 2, 4))
+    assert len(set(found)) == 3
+    assert found[2].chunks > 1
+
+
+def test_steps_and_what_they_are_for():
+    one = tuner(counts=(1, 2), interval=0)
+    seen = []
+    while one.phase is not Phase.SETTLED:
+        plan = one.plans[0].training
+        seen.append((one.phase, plan.chunks, plan.blocking, one.records, one.sequential))
+        run_step(one, {0: EARLY})
+    new = one.plans[0].training.chunks
+    assert seen == [
+        *[(Phase.WARM_UP, 1, False, False, False)] * WARM_UP_STEPS,
+        *[(Phase.MEASURE, 1, True, True, True)] * MEASURE_STEPS,
+        *[(Phase.MEASURE, 2, True, True, True)] * MEASURE_STEPS,
+        *[(Phase.CHECK, 1, False, True, False), (Phase.CHECK, new, False, True, False)] * (CHECK_STEPS // 2),
+    ]
+    assert one.plans[0].training != FIRST[0].training
+    assert not one.records
+
+
+def test_nothing_to_check_where_nothing_changes():
+    one = tuner({0: Plans(Plan((1,)), Plan((1,)))})
+    first = run_until_settled(one, {0: EARLY})
+    again = tuner(one.plans)
+    assert len(first) == 1 or len(first) == 2
+    assert len(run_until_settled(again, {0: EARLY})) == 1
+    assert again.plans == one.plans
+
+
+def test_it_goes_back_where_the_new_plan_is_slower():
+    one = tuner()
+    texts = run_until_settled(one, {0: EARLY}, slower=lambda plan: 0.0 if plan in (Plan((2,)),) else 50.0)
+    assert one.plans[0].training == FIRST[0].training
+    assert re.search(r"^group 0 slots 2, measured \S+ ms, stays: group 0 slots \d was not faster", texts[-1]), texts
+    # What is hidden is compared with what this plan was predicted to hide, not with the one that lost.
+    assert one.decision is not None
+    assert one.decision.hidden_share == predicted_hidden_share(SHAPE, EARLY[1], Plan((2,)))
+    assert one.decision.hidden_share < predicted_hidden_share(SHAPE, EARLY[1], Plan((1,)))
+
+
+def test_a_faster_plan_says_its_times():
+    one = tuner()
+    measured, checked = run_until_settled(one, {0: EARLY})
+    slots = one.plans[0].training.slots
+    seconds = predicted_s(SHAPE, EARLY[1], one.plans[0].training)
+    before = predicted_s(SHAPE, EARLY[1], FIRST[0].training)
+    assert measured == f"group 0 slots {slots[0]}, predicted {seconds * 1e3:.1f} ms"
+    assert checked == f"{measured}, measured {seconds * 1e3:.1f} ms, before {before * 1e3:.1f} ms"
+
+
+def test_it_measures_again_and_follows_the_costs():
+    one = tuner(interval=5)
+    run_until_settled(one, {0: EARLY})
+    early = one.plans[0].training
+    for _ in range(5):
+        assert (one.phase, one.records) == (Phase.SETTLED, False)
+        assert run_step(one, {0: LATE}) is None
+    assert one.phase is Phase.MEASURE
+    run_until_settled(one, {0: LATE})
+    assert one.plans[0].training.slots > early.slots
+    assert predicted_s(SHAPE, LATE[1], one.plans[0].training) == best_s(LATE, (1,))
+
+
+def test_interval_0_measures_once():
+    one = tuner(interval=0)
+    run_until_settled(one, {0: EARLY})
+    for _ in range(50):
+        run_step(one, {0: LATE})
+        assert one.phase is Phase.SETTLED
+
+
+def test_chunks_never_change_where_there_is_one_count():
+    """Not even while measuring: chunks change rounding."""
+    one = tuner(counts=(1,), interval=3)
+    for _ in range(60):
+        assert {plans.training.chunks for plans in one.plans.values()} == {1}
+        assert {plans.forward.chunks for plans in one.plans.values()} == {1}
+        run_step(one, {0: LARGE})
+
+
+def test_a_settled_one_keeps_the_plans_of_a_checkpoint():
+    saved = {0: Plans(Plan((1, 3)), Plan((2, 2)))}
+    one = tuner(saved, counts=(1, 2), interval=4, settled=True)
+    for _ in range(4):
+        assert one.plans == saved and not one.records
+        assert run_step(one, {0: LARGE}) is None
+    assert one.phase is Phase.MEASURE
+
+
+def test_every_group_has_its_own_plan():
+    one = tuner({3: FIRST[0], 4: FIRST[0], 5: FIRST[0]})
+    texts = run_until_settled(one, {3: EARLY, 4: EARLY, 5: LATE})
+    plans = one.plans
+    assert plans[3] == plans[4] != plans[5]
+    for group, one_world in ((3, EARLY), (5, LATE)):
+        assert predicted_s(SHAPE, one_world[1], plans[group].training) == best_s(one_world, (1,))
+    assert texts[-1].startswith(f"groups 3 to 4 slots {plans[3].training.slots[0]}; group 5 slots ")
+
+
+def test_evaluation_has_a_plan_of_its_own():
+    """Backward's long combine wants early experts; forward alone wants them late."""
+    mixed = {
+        1: GroupCosts(forward=LATE[1].forward, backward=costs((9,) * 4, dispatch=3, combine=27, backward=4).backward)
+    }
+    one = tuner()
+    run_until_settled(one, {0: mixed})
+    plans = one.plans[0]
+    for plan in candidate_plans(SHAPE, [1]):
+        assert predicted_s(SHAPE, mixed[1], plans.training) <= predicted_s(SHAPE, mixed[1], plan)
+        forward_s = predicted_s(SHAPE, mixed[1], plans.forward, forward_only=True)
+        assert forward_s <= predicted_s(SHAPE, mixed[1], plan, forward_only=True)
+    assert plans.training != plans.forward
+
+
+def test_a_new_plan_for_evaluation_alone_is_adopted():
+    """There is nothing to check in training then; and where training goes back, evaluation need not."""
+    run_until_settled(found := tuner(), {0: EARLY})
+    training = found.plans[0].training
+    one = tuner({0: Plans(training, Plan((4,)))})
+    assert len(run_until_settled(one, {0: EARLY})) == 1
+    assert one.plans == found.plans
+    back = tuner()
+    run_until_settled(back, {0: EARLY}, slower=lambda plan: 50.0 * (plan == training))
+    assert back.plans == {0: Plans(FIRST[0].training, found.plans[0].forward)}
+
+
+def test_while_measuring_evaluation_keeps_its_plan():
+    one = tuner({0: Plans(Plan((2,)), Plan((4,)))})
+    while not one.sequential:
+        run_step(one, {0: EARLY})
+    assert one.plans[0] == Plans(Plan((1,), blocking=True), Plan((4,)))
+
+
+def test_the_mean_over_ranks_decides():
+    """One rank alone would go early, the other late: each is put together with the other's evidence."""
+    pair = [tuner(), tuner()]
+    measured = [EARLY[1], costs((9,) * 4, dispatch=27, combine=3, backward=6)]
+    while not all(one.phase is Phase.SETTLED for one in pair):
+        evidence = []
+        for one, its_costs in zip(pair, measured, strict=True):
+            one.take(simulated(SHAPE, its_costs, one.plans[0].training))
+            if one.advance():
+                evidence.append(one.evidence())
+        if evidence:
+            decision = pair[0].conclude(evidence)
+            for one in pair:
+                one.adopt(decision)
+    assert pair[0].plans == pair[1].plans
+    together = {1: mean_costs(measured)}
+    assert predicted_s(SHAPE, together[1], pair[0].plans[0].training) == best_s(together, (1,))
+    assert predicted_s(SHAPE, measured[0], pair[0].plans[0].training) > best_s({1: measured[0]}, (1,))
+
+
+def test_without_a_measured_backward_the_plan_stays_and_says_why():
+    one = tuner({0: FIRST[0], 1: FIRST[0]}, interval=7)
+    text = None
+    for _ in range(WARM_UP_STEPS + MEASURE_STEPS):
+        passes = [p for group in (0, 1) for p in simulated(SHAPE, EARLY[1], one.plans[group].training, group)]
+        one.take([p for p in passes if not (p.group == 0 and p.backward)])
+        if one.advance():
+            decision = one.conclude([one.evidence()])
+            one.adopt(decision)
+            text = decision.text
+    assert text is not None
+    assert text.startswith("groups 0 to 1 slots 2 stays: no gradient reaches the input of group 0")
+    assert "--overlap fixed" in text
+    assert (one.phase, one.plans) == (Phase.SETTLED, {0: FIRST[0], 1: FIRST[0]})
+
+
+def test_plans_are_saved_as_builtin_types_and_come_back():
+    plans = {0: Plans(Plan((1, 2)), Plan((3,))), 11: Plans(Plan((2,)), Plan((1, 1, 4, 4)))}
+    saved = saved_form(plans)
+    assert saved["0"] == {"training": [1, 2], "forward": [3]}
+    assert from_saved_form(json.loads(json.dumps(saved))) == plans
+
+
+@pytest.mark.parametrize(("most", "counts"), [(1, (1,)), (2, (1, 2)), (3, (1, 2)), (4, (1, 2, 4)), (7, (1, 2, 4))])
+def test_chunk_counts(most, counts):
+    assert chunk_counts(most) == counts
+
+
+def test_plans_in_few_words():
+    one, other = Plans(Plan((2,)), Plan((1,))), Plans(Plan((1, 3)), Plan((1,)))
+    assert described({0: one, 1: one, 2: one, 3: other}) == "groups 0 to 2 slots 2; group 3 slots 1,3"
+
+
+# ---- on ranks, through the entry script -------------------------------------------------------------------------
+
+SETTLED_AT = WARM_UP_STEPS + MEASURE_STEPS + CHECK_STEPS
+"""Steps until a plan is settled on, with one number of chunks."""
+NUM_STEPS = SETTLED_AT + 2
+EXPERT_PARALLEL = ["--expert-model-parallel-size 2"]
+TENSOR_PARALLEL = ["--tensor-model-parallel-size 2", "--sequence-parallel"]
+PIPELINE = ["--pipeline-model-parallel-size 2"]
+TRAINING = with_flags(SCMOE, f"--train-iters {NUM_STEPS}", "--expert-tensor-parallel-size 1", "--global-batch-size 4")
+LAYOUTS = {
+    "EP2": (2, EXPERT_PARALLEL),
+    "PP2": (2, PIPELINE),
+    "TP2 SP EP2": (4, [*TENSOR_PARALLEL, *EXPERT_PARALLEL]),
+    "PP2 EP2": (4, [*PIPELINE, *EXPERT_PARALLEL]),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What one rank did: its output, the slots of each group in each step, and the plans that a checkpoint keeps."""
+
+    printed: str
+    slots: list[dict[int, tuple[int, ...]]]
+    blocking: list[bool]
+    forward_slots: dict[int, tuple[int, ...]]
+    saved: dict[str, object]
+
+
+def train(flags: list[str]) -> str:
+    """Run the entry script; what it printed."""
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron asks for it under tensor parallelism
+    printed = training.train(flags)
+    assert "exit code" not in printed, printed[-3000:]
+    return printed
+
+
+def train_and_look(flags: list[str], found: tuple[int, ...] = (), other_on_rank: int | None = None) -> Seen:
+    """Train with the entry script.
+
+    Args:
+        flags: of the command line.
+        found: slots that the solver finds, whatever was measured; none: what it really finds.
+        other_on_rank: a rank that adopts another plan than the one that was agreed on.
+    """
+    import torch.distributed as dist
+    from megatron.training import get_args
+
+    from megatron_scmoe import adaptive, session
+    from megatron_scmoe.solver import Solution
+
+    if found:
+        adaptive.solve = lambda *_, forward_only=False: Solution(Plan((1,) if forward_only else found), 1.0, 0.5)
+    if other_on_rank is not None:
+        adopt = Tuner.adopt
+
+        def adopt_another(one: Tuner, decision) -> None:
+            if dist.get_rank() == other_on_rank:
+                other = {group: Plans(Plan((3,)), plans.forward) for group, plans in decision.plans.items()}
+                decision = dataclasses.replace(decision, plans=other)
+            adopt(one, decision)
+
+        Tuner.adopt = adopt_another
+    sessions, slots, blocking = [], [], []
+    set_plans = session.OverlapSession._set_plans
+
+    def look(one: session.OverlapSession, its_tuner: Tuner) -> None:
+        set_plans(one, its_tuner)
+        sessions[:] = [one]
+        slots.append({index: group.plan.slots for index, group in one._groups.items()})
+        blocking.append(any(group.plan.blocking for group in one._groups.values()))
+
+    session.OverlapSession._set_plans = look
+    printed = train(flags)
+    return Seen(
+        printed=printed,
+        slots=slots,
+        blocking=blocking,
+        forward_slots={index: group.forward_plan.slots for index, group in sessions[0]._groups.items()},
+        saved=getattr(get_args(), "overlap_plans", {}),
+    )
+
+
+def losses(directory: Path) -> dict[str, dict[int, float]]:
+    return training.scalars(directory, "lm loss", "grad-norm")
+
+
+def said(seen: list[Seen]) -> list[str]:
+    """What all ranks said of their plans."""
+    return [line for one in seen for line in one.printed.splitlines() if line.startswith(" > overlap")]
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.full) if num > 2 else name for name, (num, _) in LAYOUTS.items()]
+)
+def test_every_plan_on_the_way_gives_the_numbers_of_off(tmp_path, layout):
+    num_ranks, flags = LAYOUTS[layout]
+    flags = with_flags(TRAINING, *flags, "--eval-interval 5")
+    logs = {name: tmp_path / name for name in ("off", "adaptive")}
+    ranks.run(train, num_ranks, with_flags(flags, "--overlap off", f"--tensorboard-dir {logs['off']}"))
+    flags = with_flags(flags, "--overlap adaptive", f"--tensorboard-dir {logs['adaptive']}")
+    flags = with_flags(flags, f"--save {tmp_path / 'saved'}", f"--save-interval {NUM_STEPS}")
+    seen = ranks.run(train_and_look, num_ranks, flags, (4,))
+    assert losses(logs["off"]) == losses(logs["adaptive"])
+    assert sorted(losses(logs["off"])["lm loss"]) == list(range(1, NUM_STEPS + 1))
+
+    # Sequential while it measures, old and new in turns, and then one of them; all ranks in the same step.
+    for one in seen:
+        slots = [next(iter(of_groups.values())) for of_groups in one.slots]
+        assert all(
+            set(of_groups.values()) == {its_slots} for of_groups, its_slots in zip(one.slots, slots, strict=True)
+        )
+        measuring = slice(WARM_UP_STEPS - 1, WARM_UP_STEPS + MEASURE_STEPS - 1)
+        assert slots[: measuring.start] == [(2,)] * (WARM_UP_STEPS - 1)
+        assert slots[measuring] == [(1,)] * MEASURE_STEPS
+        assert [index for index, waits in enumerate(one.blocking) if waits] == list(range(NUM_STEPS))[measuring]
+        assert slots[measuring.stop : SETTLED_AT - 1] == [(2,), (4,)] * (CHECK_STEPS // 2)
+        assert slots[-1] in ((2,), (4,))
+        assert set(one.forward_slots.values()) == {(1,)}
+
+    # Every stage says what it decided, twice; rank 0 knows the plans of all stages.
+    num_stages = 2 if "PP2" in layout else 1
+    assert len(said(seen)) == 2 * num_stages
+    if num_stages > 1:
+        assert sum("overlap of stage 1 from iteration" in line for line in said(seen)) == 2
+    settled = {index: its_slots for one in seen for index, its_slots in one.slots[-1].items()}
+    expected = {str(index): {"training": list(slots), "forward": [1]} for index, slots in sorted(settled.items())}
+    assert seen[0].saved == expected and len(expected) == 2
+
+    # The checkpoint has them, and a run that continues neither measures again nor says anything.
+    flags = with_flags(flags, f"--load {tmp_path / 'saved'}", f"--train-iters {NUM_STEPS + 3}")
+    resumed = ranks.run(train_and_look, num_ranks, with_flags(flags, "--override-opt-param-scheduler"))
+    assert said(resumed) == []
+    for before, one in zip(seen, resumed, strict=True):
+        assert one.slots == [before.slots[-1]] * 2
+        assert one.forward_slots == before.forward_slots
+        assert one.saved == expected
+
+
+def test_it_measures_solves_and_says_so(tmp_path):
+    """Nothing replaced: whatever it finds on this machine, it is legal, and all ranks have it."""
+    flags = with_flags(TRAINING, "--expert-model-parallel-size 2", "--overlap adaptive", "--overlap-chunks 2")
+    num_steps = NUM_STEPS + MEASURE_STEPS
+    seen = ranks.run(train_and_look, 2, with_flags(flags, f"--train-iters {num_steps}"))
+    assert seen[0].slots == seen[1].slots
+    assert seen[0].forward_slots == seen[1].forward_slots
+    for slots in (*seen[0].slots[-1].values(), *seen[0].forward_slots.values()):
+        assert len(slots) in (1, 2) and all(1 <= slot <= 4 for slot in slots)
+    lines = said(seen)
+    assert re.fullmatch(r" > overlap from iteration 10: groups? 0 .*slots \d.*, predicted \d+\.\d ms", lines[0]), lines
+    if len(lines) > 1:
+        assert "from iteration 16" in lines[1] and "measured" in lines[1]
+
+
+def test_ranks_with_different_plans_stop(tmp_path):
+    """The check of the hashes: one rank adopts another plan, in which its next collective would hang."""
+    flags = with_flags(TRAINING, "--expert-model-parallel-size 2", "--overlap adaptive")
+    with pytest.raises(ranks.RankError, match=r"ranks \[1\] have other plans than rank 0"):
+        ranks.run(train_and_look, 2, flags, (4,), 1)
+
+
+def both_modes(case: Case) -> list[list[str]]:
+    """The recorded order in evaluation, in training, and in evaluation again."""
+    from megatron_scmoe import observe
+
+    model = models.build(case)
+    group = model.decoder.layers[-1]
+    group.plan, group.forward_plan = Plan((1, 4)), Plan((3,))
+    ((tokens, labels, positions),) = models.my_batch()
+    orders = []
+    for trains in (False, True, False):
+        model.train(trains)
+        with observe.recording() as recorded:
+            model(tokens, positions, None, labels=labels)
+        orders.append([(mark.name, mark.index) for mark in recorded.marks if mark.name in NAMES])
+    return orders
+
+
+DENSE = ["attention", "MLP", "attention", "shared expert"]
+NAMES = {step.name for step in forward_order(DENSE, 1, Plan((1,)))}
+
+
+def test_evaluation_runs_its_own_plan():
+    for orders in ranks.run(both_modes, 2, Case(num_groups=1), layout=EP2):
+        evaluation, training_order = (forward_order(DENSE, 1, plan) for plan in (Plan((3,)), Plan((1, 4))))
+        assert orders == [evaluation, training_order, evaluation]
+
+
+# ---- chunks that change while training goes on ------------------------------------------------------------------
+
+OVERLAPPED_REDUCE = ["--overlap-grad-reduce", "--overlap-param-gather", "--use-distributed-optimizer"]
+RECOMPUTE = {
+    "none": [],
+    "full": ["--recompute-granularity full", "--recompute-method uniform", "--recompute-num-layers 1"],
+    "two": ["--recompute-granularity full", "--recompute-method uniform", "--recompute-num-layers 2"],
+    "block": ["--recompute-granularity full", "--recompute-method block", "--recompute-num-layers 3"],
+    "selective": ["--recompute-granularity selective", "--recompute-modules core_attn mlp shared_experts"],
+}
+SWITCHED = [
+    # architecture, recompute, ranks, layout: what is marked runs with make test-full
+    (SCMOE, "full", 2, []),
+    pytest.param(SCMOE, "none", 2, [], marks=pytest.mark.full),
+    pytest.param(with_flags(DGMOE, "--moe-share-groups 2"), "full", 2, [], marks=pytest.mark.full),
+    pytest.param(SCMOE, "two", 2, EXPERT_PARALLEL, marks=pytest.mark.full),
+    pytest.param(SCMOE, "block", 2, PIPELINE, marks=pytest.mark.full),
+    pytest.param(SCMOE, "selective", 2, EXPERT_PARALLEL, marks=pytest.mark.full),
+    pytest.param(SCMOE, "full", 4, EXPERT_PARALLEL, marks=pytest.mark.full),
+    pytest.param(DGMOE, "none", 4, EXPERT_PARALLEL, marks=pytest.mark.full),
+    pytest.param(with_flags(DGMOE, "--moe-share-groups 2"), "two", 4, EXPERT_PARALLEL, marks=pytest.mark.full),
+]
+
+
+def train_switching(flags: list[str], recompute_experts: bool = False) -> str:
+    """Train with another number of chunks in every step: 1, 4, 1, 2, 4, ...
+
+    Args:
+        flags: of the command line.
+        recompute_experts: recompute the experts of each chunk by themselves, which nothing here does: the number of
+            backward passes through an expert would depend on the chunks.
+    """
+    from megatron.core import tensor_parallel
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    from megatron_scmoe import session
+
+    between_steps = session.OverlapSession._between_steps
+
+    def switch(one: session.OverlapSession, iteration: int) -> None:
+        between_steps(one, iteration)
+        for group in one._groups.values():
+            group.plan = even_plan(group.shape.num_slots, (2, 4, 1)[iteration % 3])
+
+    session.OverlapSession._between_steps = switch
+    if recompute_experts:
+        forward = SequentialMLP.forward
+        SequentialMLP.forward = lambda one, *args: tensor_parallel.checkpoint(partial(forward, one), False, *args)
+    return train(flags)
+
+
+@pytest.mark.parametrize(("architecture", "recompute", "num_ranks", "layout"), SWITCHED)
+def test_switching_chunks_changes_rounding_only(tmp_path, architecture, recompute, num_ranks, layout):
+    """Where gradients are reduced while backward runs, Megatron counts how often each parameter's gradient comes."""
+    flags = with_flags(architecture, *layout, *OVERLAPPED_REDUCE, "--train-iters 7")
+    same, switched = tmp_path / "same", tmp_path / "switched"
+    ranks.run(train, num_ranks, with_flags(flags, f"--tensorboard-dir {same}"))
+    report = f"--overlap-report {tmp_path / 'report'}"
+    flags = with_flags(flags, *RECOMPUTE[recompute], report, f"--tensorboard-dir {switched}")
+    ranks.run(train_switching, num_ranks, flags)
+    one, other = losses(same), losses(switched)
+    for name, values in one.items():
+        assert sorted(values) == list(range(1, 8))
+        assert other[name] == pytest.approx(values, rel=1e-4), name
+    lines = (tmp_path / "report" / "rank00000.jsonl").read_text().splitlines()
+    assert {len(group["slots"]) for line in lines for group in json.loads(line)["groups"]} == {1, 2, 4}
+
+
+@pytest.mark.full
+def test_adaptive_chunks_under_full_recompute_change_rounding_only(tmp_path):
+    num_steps = NUM_STEPS + MEASURE_STEPS
+    flags = with_flags(TRAINING, *EXPERT_PARALLEL, *OVERLAPPED_REDUCE, f"--train-iters {num_steps}")
+    ranks.run(train, 2, with_flags(flags, f"--tensorboard-dir {tmp_path / 'plain'}"))
+    flags = with_flags(flags, *RECOMPUTE["full"], "--overlap adaptive", "--overlap-chunks 2")
+    seen = ranks.run(train_and_look, 2, with_flags(flags, f"--tensorboard-dir {tmp_path / 'adaptive'}"), (1, 3))
+    assert {slots for of_groups in seen[0].slots for slots in of_groups.values()} >= {(1,), (2,), (1, 1), (1, 3)}
+    for name, values in losses(tmp_path / "plain").items():
+        assert losses(tmp_path / "adaptive")[name] == pytest.approx(values, rel=1e-4), name
+
+
+def test_recomputed_experts_would_be_noticed(tmp_path):
+    """Negative control of the test above: with experts that are recomputed chunk by chunk, Megatron's count is off."""
+    flags = with_flags(SCMOE, *OVERLAPPED_REDUCE, "--train-iters 7", f"--overlap-report {tmp_path}")
+    with pytest.raises(ranks.RankError, match="param_and_grad_buffer"):
+        ranks.run(train_switching, 2, flags, recompute_experts=True)

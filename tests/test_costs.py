@@ -1,0 +1,524 @@
+"""What a step's ops cost: hand-made marks with whole seconds, and ranks whose ops take known times."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import models
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from models import Case
+
+from megatron_scmoe.costs import GroupPass, costs_of, mean_costs, passes_of
+from megatron_scmoe.observe import BEGIN, END, Mark, Transfer
+from megatron_scmoe.plan import ATTENTION, CURRENT, TAIL, GroupShape, Plan
+from megatron_scmoe.solver import GroupCosts, PassCosts, schedule
+from megatron_scmoe.spans import Lane, Span, communication_s, exposed_s
+
+EP2 = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+
+
+# ---- by hand ----------------------------------------------------------------------------------------------------
+
+
+def recording(*parts: str, group: int = 0, at: float = 0.0) -> SimpleNamespace:
+    """What was heard: marks such as ``forward 10 MLP 1``, and transfers such as ``forward 17-27 dispatch 0 500``."""
+    marks, transfers = [], []
+    for line in (line.strip() for part in parts for line in part.strip().splitlines()):
+        direction, when, *words = line.split()
+        backward = {"forward": False, "backward": True}[direction]
+        if "-" in when:
+            start, end = (at + float(moment) for moment in when.split("-"))
+            *name, index, sent_bytes = words
+            transfers.append(Transfer(" ".join(name), int(index), group, backward, start, end, int(sent_bytes)))
+        else:
+            *name, index = words if words[-1].isdigit() else [*words, "0"]
+            marks.append(Mark(" ".join(name), int(index), group, backward, at + float(when)))
+    return SimpleNamespace(marks=marks, transfers=transfers)
+
+
+def together(*recordings: SimpleNamespace) -> SimpleNamespace:
+    """Several recordings as one; each one's times are its own."""
+    return SimpleNamespace(
+        marks=[mark for one in recordings for mark in one.marks],
+        transfers=[transfer for one in recordings for transfer in one.transfers],
+    )
+
+
+# attention | MLP, shared expert behind the tap; packing 2 before a dispatch, 1 before a combine, unpacking 1.
+SHAPE = GroupShape(tap=1, num_dense_ops=3)
+FORWARD_BLOCKING = f"""
+    forward  0 {BEGIN}
+    forward  0 attention 0
+    forward 10 route
+    forward 13 encode
+    forward 15 start dispatch
+    forward 17-27 dispatch 0 500
+    forward 27 finish dispatch
+    forward 28 experts
+    forward 40 start combine
+    forward 41-53 combine 0 300
+    forward 53 MLP 1
+    forward 60 shared expert 2
+    forward 66 finish combine
+    forward 67 decode
+    forward 69 add
+    forward 70 {END}
+"""
+FORWARD_OVERLAPPED = f"""
+    forward  0 {BEGIN}
+    forward  0 attention 0
+    forward 10 route
+    forward 13 encode
+    forward 15 start dispatch
+    forward 17-27 dispatch 0 500
+    forward 18 MLP 1
+    forward 25 shared expert 2
+    forward 31 finish dispatch
+    forward 32 experts
+    forward 44 start combine
+    forward 45-57 combine 0 300
+    forward 46 finish combine
+    forward 58 decode
+    forward 60 add
+    forward 61 {END}
+"""
+BACKWARD_BLOCKING = f"""
+    backward 100 {TAIL}
+    backward 102 decode
+    backward 106 start combine
+    backward 107-119 combine 0 500
+    backward 119 shared expert 2
+    backward 131 MLP 1
+    backward 145 finish combine
+    backward 147 experts
+    backward 171 start dispatch
+    backward 172-182 dispatch 0 300
+    backward 182 finish dispatch
+    backward 183 encode
+    backward 186 route
+    backward 190 attention 0
+    backward 210 {END}
+"""
+FORWARD_COSTS = PassCosts(
+    dense=(10, 7, 6), route=3, encode=2 + 2, dispatch=10, experts=1 + 12 + 1, combine=12, decode=1 + 2, tail=1
+)
+BACKWARD_COSTS = PassCosts(
+    dense=(20, 14, 12), route=4, encode=1 + 3, dispatch=10, experts=2 + 24 + 1, combine=12, decode=4 + 1, tail=2
+)
+
+
+def test_a_blocking_forward_by_hand():
+    # Of a training step; without any backward, nothing says where training ends and evaluation begins.
+    (one,) = passes_of(recording(FORWARD_BLOCKING))
+    assert (one.group, one.backward, one.total_s, one.sent_bytes) == (0, False, 70, 800)
+    compute = [(span.name, span.start_s, span.end_s) for span in one.spans if span.lane is Lane.COMPUTE]
+    assert compute == [
+        ("attention", 0, 10),
+        ("route", 10, 13),
+        ("encode", 13, 15),
+        ("start dispatch", 15, 17),  # then it waits
+        ("finish dispatch", 27, 28),
+        ("experts", 28, 40),
+        ("start combine", 40, 41),
+        ("MLP", 53, 60),
+        ("shared expert", 60, 66),
+        ("finish combine", 66, 67),
+        ("decode", 67, 69),
+        ("add", 69, 70),
+    ]
+    assert communication_s(one.spans) == 22
+    assert exposed_s(one.spans) == 22  # all of it
+
+
+def test_an_overlapped_forward_by_hand():
+    (one,) = passes_of(recording(FORWARD_OVERLAPPED))
+    assert one.total_s == 61
+    assert communication_s(one.spans) == 22
+    assert exposed_s(one.spans) == 1 + 12  # 17 to 18, while the launch returns; and all of the combine
+    last = next(span for span in one.spans if span.name == "finish combine")
+    assert (last.start_s, last.end_s) == (57, 58)  # it waited from 46 to 57
+
+
+def test_costs_of_a_blocking_step_by_hand():
+    passes = passes_of(recording(FORWARD_BLOCKING, BACKWARD_BLOCKING))
+    assert [one.backward for one in passes] == [False, True]
+    assert passes[1].total_s == 110
+    assert exposed_s(passes[1].spans) == 22
+    costs = costs_of(passes, SHAPE, chunks=1)
+    assert costs == GroupCosts(forward=FORWARD_COSTS, backward=BACKWARD_COSTS, forward_runs=1)
+
+
+def test_a_full_recompute_runs_forward_twice():
+    passes = passes_of(
+        together(
+            recording(FORWARD_BLOCKING),
+            recording(FORWARD_BLOCKING, at=100),  # the same forward again, right before its backward
+            recording(BACKWARD_BLOCKING, at=100),
+        )
+    )
+    costs = costs_of(passes, SHAPE, chunks=1)
+    assert costs == GroupCosts(forward=FORWARD_COSTS, backward=BACKWARD_COSTS, forward_runs=2)
+
+
+def test_costs_are_medians_over_micro_batches():
+    steps = [recording(FORWARD_BLOCKING, BACKWARD_BLOCKING, at=at) for at in (0, 300)]
+    late = FORWARD_BLOCKING.replace(f"70 {END}", f"99 {END}")  # a last op that takes 30 s instead of one
+    passes = passes_of(together(*steps, recording(late, BACKWARD_BLOCKING, at=600)))
+    assert [one.total_s for one in passes] == [70, 110, 70, 110, 99, 110]
+    costs = costs_of(passes, SHAPE, chunks=1)
+    assert costs == GroupCosts(forward=FORWARD_COSTS, backward=BACKWARD_COSTS, forward_runs=1)
+
+
+def test_mean_over_ranks():
+    one = GroupCosts(forward=FORWARD_COSTS, backward=BACKWARD_COSTS, forward_runs=1)
+    other = GroupCosts(forward=BACKWARD_COSTS, backward=FORWARD_COSTS, forward_runs=2)
+    mean = mean_costs([one, other])
+    assert mean.forward == mean.backward
+    assert mean.forward.dense == (15, 10.5, 9)
+    assert (mean.forward.experts, mean.forward.dispatch, mean.forward_runs) == (20.5, 10, 1.5)
+
+
+TWO_CHUNKS = GroupShape(tap=0, num_dense_ops=1)
+
+
+def test_chunks_by_hand():
+    (one,) = passes_of(
+        recording(f"""
+            forward  0 {BEGIN}
+            forward  0 route
+            forward  2 encode 0
+            forward  3 start dispatch 0
+            forward  4-8 dispatch 0 1
+            forward  8 encode 1
+            forward 10 start dispatch 1
+            forward 10-16 dispatch 1 2
+            forward 16 finish dispatch 0
+            forward 16 experts 0
+            forward 20 start combine 0
+            forward 20-23 combine 0 4
+            forward 23 finish dispatch 1
+            forward 24 experts 1
+            forward 29 start combine 1
+            forward 30-35 combine 1 8
+            forward 35 shared expert 0
+            forward 41 finish combine 0
+            forward 41 decode 0
+            forward 42 finish combine 1
+            forward 43 decode 1
+            forward 45 add
+            forward 46 {END}
+        """)
+    )
+    assert (one.sent_bytes, communication_s(one.spans), exposed_s(one.spans)) == (15, 18, 18)
+    costs = costs_of([one, reversed_pass(one)], TWO_CHUNKS, chunks=2)
+    assert costs is not None
+    assert costs.forward == PassCosts(
+        dense=(6,),
+        route=2,
+        encode=(1 + 1 + 2) / 2,
+        dispatch=(4 + 6) / 2,
+        experts=(4 + 1 + 5 + 1) / 2,
+        combine=(3 + 5) / 2,
+        decode=(1 + 1 + 2) / 2,
+        tail=1,
+    )
+
+
+def reversed_pass(one: GroupPass) -> GroupPass:
+    """Any backward: costs need one."""
+    return GroupPass(one.group, True, (), one.total_s, 0)
+
+
+def test_two_collectives_at_once_count_once():
+    (one,) = passes_of(
+        recording(f"""
+            forward  0 {BEGIN}
+            forward  0 route
+            forward  2 encode 0
+            forward  3 start dispatch 0
+            forward  4-8 dispatch 0 1
+            forward  4 encode 1
+            forward  5 start dispatch 1
+            forward  5-16 dispatch 1 1
+            forward  5 shared expert 0
+            forward 11 finish dispatch 0
+            forward 11 experts 0
+            forward 15 start combine 0
+            forward 15-20 combine 0 1
+            forward 15 finish dispatch 1
+            forward 16 experts 1
+            forward 21 start combine 1
+            forward 21-26 combine 1 1
+            forward 21 finish combine 0
+            forward 21 decode 0
+            forward 22 finish combine 1
+            forward 26 decode 1
+            forward 28 add
+            forward 29 {END}
+        """)
+    )
+    assert communication_s(one.spans) == (20 - 4) + (26 - 21)
+    assert exposed_s(one.spans) == (16 - 15) + (26 - 22)
+
+
+def test_both_flights_of_dgmoe_by_hand():
+    (one,) = passes_of(
+        recording(f"""
+            forward  0 {BEGIN}
+            forward  0 route
+            forward  2 encode
+            forward  3 start dispatch
+            forward  3-7 dispatch 0 1
+            forward  7 finish dispatch
+            forward  7 experts
+            forward 11 start combine
+            forward 11-14 combine 0 2
+            forward 14 attention 0
+            forward 19 {CURRENT}route
+            forward 21 {CURRENT}encode
+            forward 22 {CURRENT}start dispatch
+            forward 22-28 {CURRENT}dispatch 0 4
+            forward 28 {CURRENT}finish dispatch
+            forward 28 {CURRENT}experts
+            forward 34 {CURRENT}start combine
+            forward 34-39 {CURRENT}combine 0 8
+            forward 39 finish combine
+            forward 39 decode
+            forward 40 {CURRENT}finish combine
+            forward 40 {CURRENT}decode
+            forward 43 add
+            forward 44 {END}
+        """)
+    )
+    assert (one.sent_bytes, communication_s(one.spans), exposed_s(one.spans)) == (15, 18, 18)
+    shape = GroupShape(tap=0, num_dense_ops=1, second_gate=True)
+    costs = costs_of([one, reversed_pass(one)], shape, chunks=1)
+    assert costs is not None
+    assert costs.forward == PassCosts(dense=(5,), route=2, encode=1, dispatch=5, experts=5, combine=4, decode=2, tail=1)
+
+
+def test_an_unfinished_pass_is_dropped():
+    """Where no gradient reaches the group's input, its backward has no end; a new one must not continue it."""
+    unfinished = BACKWARD_BLOCKING.replace(f"backward 210 {END}", "")
+    passes = passes_of(recording(FORWARD_BLOCKING, unfinished))
+    assert [one.backward for one in passes] == [False]
+    assert costs_of(passes, SHAPE, chunks=1) is None
+    whole = recording(FORWARD_BLOCKING, BACKWARD_BLOCKING, at=300)
+    passes = passes_of(together(recording(FORWARD_BLOCKING, unfinished), whole))
+    assert [(one.backward, one.total_s) for one in passes] == [(False, 70), (False, 70), (True, 110)]
+
+
+def test_evaluation_behind_the_last_backward_is_dropped():
+    step = recording(FORWARD_BLOCKING, BACKWARD_BLOCKING)
+    evaluation = recording(FORWARD_OVERLAPPED, at=300)
+    assert passes_of(together(step, evaluation)) == passes_of(step)
+
+
+def test_groups_do_not_mix():
+    """The second group runs between the first one's forward and its backward, and their transfers have equal names."""
+    first_forward, first_backward = recording(FORWARD_BLOCKING), recording(BACKWARD_BLOCKING, at=300)
+    second = recording(FORWARD_OVERLAPPED, BACKWARD_BLOCKING, group=1, at=80)
+    passes = passes_of(together(first_forward, second, first_backward))
+    assert [(one.group, one.backward, one.total_s) for one in passes] == [
+        (0, False, 70),
+        (1, False, 61),
+        (1, True, 110),
+        (0, True, 110),
+    ]
+    assert [one.sent_bytes for one in passes] == [800] * 4
+
+
+# ---- what is measured is what the solver reckons with -----------------------------------------------------------
+
+
+def simulated(shape: GroupShape, costs: GroupCosts, plan: Plan, group: int = 0) -> list[GroupPass]:
+    """The passes of a group whose ops cost exactly that, as they would be measured."""
+    passes = []
+    for backward in (False, True):
+        spans = schedule(shape, costs.backward if backward else costs.forward, plan, backward=backward)
+        total_s = max(span.end_s for span in spans)
+        passes.append(GroupPass(group, backward, tuple(map(_as_measured, spans)), total_s, 0))
+    return passes
+
+
+def _as_measured(span: Span) -> Span:
+    """A simulated span, by the name and index of its mark."""
+    if span.name == "tail":
+        return dataclasses.replace(span, name=TAIL)
+    if span.name.startswith("dense "):
+        return dataclasses.replace(span, name=ATTENTION, chunk=int(span.name.removeprefix("dense ")))
+    return span
+
+
+@st.composite
+def worlds(draw):
+    tap = draw(st.integers(0, 2))
+    shape = GroupShape(
+        tap=tap, num_dense_ops=tap + draw(st.integers(0, 3)), second_gate=draw(st.sampled_from((False, True)))
+    )
+    seconds = st.integers(0, 99)
+    ops = ("route", "encode", "dispatch", "experts", "combine", "decode", "tail")
+    one_pass = st.builds(PassCosts, dense=st.tuples(*[seconds] * shape.num_dense_ops), **dict.fromkeys(ops, seconds))
+    return shape, draw(st.builds(GroupCosts, forward=one_pass, backward=one_pass))
+
+
+@given(world=worlds(), chunks=st.sampled_from((1, 2, 4)))
+def test_a_sequential_timeline_gives_its_costs_back(world, chunks):
+    shape, costs = world
+    sequential = Plan((1,) * chunks, blocking=True)
+    assert costs_of(simulated(shape, costs, sequential), shape, chunks) == costs
+
+
+# ---- on ranks, with known times ---------------------------------------------------------------------------------
+
+FORWARD_S = {"attention 0": 0.06, "MLP 1": 0.09, "attention 2": 0.12, "shared expert 3": 0.15, "experts": 0.08}
+BACKWARD_S = {"attention 0": 0.15, "MLP 1": 0.12, "attention 2": 0.09, "shared expert 3": 0.06, "experts": 0.11}
+DISPATCH_S, COMBINE_S = {False: 0.10, True: 0.16}, {False: 0.14, True: 0.07}
+
+
+TIMED_STEPS = 3
+
+
+class TimedWork:
+    """A collective that is done some seconds after its launch, for who waits and for who asks for its future."""
+
+    def __init__(self, work: dist.Work, seconds: float) -> None:
+        self._work = work
+        self._future: torch.futures.Future[None] = torch.futures.Future()
+        threading.Timer(seconds, self._land).start()
+
+    def _land(self) -> None:
+        self._work.wait()
+        self._future.set_result(None)
+
+    def get_future(self) -> torch.futures.Future:
+        return self._future
+
+    def wait(self) -> None:
+        self._future.wait()
+
+
+@contextlib.contextmanager
+def timed_collectives(seconds: list[float]) -> Iterator[None]:
+    """Let each all-to-all of a step, in the order of their launch, take its seconds."""
+    original, left = dist.all_to_all_single, iter(seconds)
+    dist.all_to_all_single = lambda *args, **kwargs: TimedWork(original(*args, **kwargs), next(left))
+    try:
+        yield
+    finally:
+        dist.all_to_all_single = original
+    assert next(left, None) is None
+
+
+def timed_step(case: Case, chunks: int) -> GroupCosts | None:
+    """What a few steps under the sequential plan are measured to cost, when their ops take the times above."""
+    from megatron_scmoe import observe
+
+    model = models.build(case)
+    group = model.decoder.layers[-1]
+    group.plan = Plan((1,) * chunks, blocking=True)
+    ((tokens, labels, positions),) = models.my_batch()
+    model(tokens, positions, None, labels=labels).sum().backward()  # the first one is slow
+    slow = {
+        "attention 0": model.decoder.layers[0].self_attention,
+        "MLP 1": model.decoder.layers[0].mlp,
+        "attention 2": group.self_attention,
+        "shared expert 3": group.mlp.shared_experts,
+        "experts": group.mlp.experts,
+    }
+    for name, module in slow.items():
+        module.register_forward_pre_hook(lambda *_, name=name: time.sleep(FORWARD_S[name]))
+        module.register_full_backward_pre_hook(lambda *_, name=name: time.sleep(BACKWARD_S[name]))
+    recordings = []
+    forward = [DISPATCH_S[False]] * chunks + [COMBINE_S[False]] * chunks
+    backward = [COMBINE_S[True]] * chunks + [DISPATCH_S[True]] * chunks
+    for _ in range(TIMED_STEPS):
+        dist.barrier()
+        with observe.recording() as recorded, timed_collectives(forward + backward):
+            model(tokens, positions, None, labels=labels).sum().backward()
+        recordings.append(recorded)
+    return costs_of([one for recorded in recordings for one in passes_of(recorded)], group.shape, chunks)
+
+
+def about(seconds: float) -> tuple[float, float]:
+    """Bounds of a measured time: a sleep is never shorter, and on a busy machine a bit longer."""
+    return 0.97 * seconds, 1.3 * seconds + 0.02
+
+
+@pytest.mark.parametrize("chunks", [pytest.param(1, marks=pytest.mark.full), 2])
+def test_known_times_are_measured(chunks):
+    """Each op by itself, so that none is taken for its neighbour: the times differ by more than the bounds."""
+    case = Case(num_groups=1, expert_slot=(1,), chunks=chunks)
+    for costs in ranks.run(timed_step, 2, case, chunks, layout=EP2):
+        assert costs is not None
+        assert costs.forward_runs == 1
+        for measured, known, backward in ((costs.forward, FORWARD_S, False), (costs.backward, BACKWARD_S, True)):
+            expected = [*known.values(), DISPATCH_S[backward], COMBINE_S[backward]]
+            got = [*measured.dense, measured.experts, measured.dispatch, measured.combine]
+            for seconds, one in zip(expected, got, strict=True):
+                low, high = about(seconds)
+                assert low < one < high, (expected, got)
+            for cheap in (measured.route, measured.encode, measured.decode, measured.tail):
+                assert 0 < cheap < 0.03
+
+
+def hooks_of_a_step(case: Case, listen: bool) -> tuple[int, int, int]:
+    """Tensor hooks that a step adds, what a recording of it heard, and listeners that are left."""
+    from megatron_scmoe import observe
+
+    model = models.build(case)
+    hooks = 0
+    original = torch.Tensor.register_hook
+
+    def counted(tensor, hook):
+        nonlocal hooks
+        hooks += 1
+        return original(tensor, hook)
+
+    torch.Tensor.register_hook = counted
+    ((tokens, labels, positions),) = models.my_batch()
+    heard = 0
+    with observe.recording() if listen else contextlib.nullcontext() as recorded:
+        model(tokens, positions, None, labels=labels).sum().backward()
+    if recorded is not None:
+        heard = len(recorded.marks) + len(recorded.transfers) + len(recorded.loads)
+    return hooks, heard, len(observe._listeners)
+
+
+def test_nothing_is_added_while_nobody_listens():
+    for case in (Case(), Case(shortcut="dgmoe", chunks=2)):
+        assert ranks.run(hooks_of_a_step, 2, case, False, layout=EP2) == [(0, 0, 0)] * 2
+        for hooks, heard, listeners in ranks.run(hooks_of_a_step, 2, case, True, layout=EP2):
+            assert (
+                hooks > 10 and heard > hooks and listeners == 0
+            )  # negative control: they are seen where there are any
+
+
+class Untouchable:
+    """Stands for a tensor that may not be looked at."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"{name} was asked for")
+
+
+def test_a_mark_without_a_listener_looks_at_nothing():
+    from megatron_scmoe import observe
+
+    marker, tensor = observe.Marker(0), Untouchable()
+    marker.now("attention")
+    marker.in_backward("attention", tensor)
+    marker.transfer(tensor, "dispatch", 0, 1, backward=False)
+    marker.load(tensor, tensor, 1)
+    with observe.recording(), pytest.raises(AssertionError, match="was asked for"):
+        marker.in_backward("attention", tensor)
+    assert observe._listeners == []

@@ -1,0 +1,265 @@
+"""The overlap report: its arithmetic by hand, and what a real run writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import training
+from test_arguments import DGMOE
+from training import SCMOE, with_flags
+
+from megatron_scmoe.costs import GroupPass
+from megatron_scmoe.observe import Load
+from megatron_scmoe.plan import Plan
+from megatron_scmoe.report import GroupRow, ReportFile, Summary, rows_of, summarize, warning
+from megatron_scmoe.spans import Lane, Span
+
+# ---- by hand ----------------------------------------------------------------------------------------------------
+
+
+def one_pass(
+    group: int, *, backward: bool, compute: tuple[float, float], communication: tuple[float, float], sent: int
+):
+    spans = (
+        Span("MLP", Lane.COMPUTE, *compute, backward, 1),
+        Span("dispatch", Lane.COMMUNICATION, *communication, backward, 0),
+    )
+    return GroupPass(group, backward, spans, 100.0, sent)
+
+
+def load(group: int, *tokens: int, dropped: int = 0) -> Load:
+    return Load(group, torch.tensor(tokens), torch.tensor(dropped))
+
+
+def row(group: int, **changes: Any) -> GroupRow:
+    values = {
+        "slots": (1,),
+        "communication_ms": 10.0,
+        "exposed_ms": 4.0,
+        "hidden_share": 0.6,
+        "sent_bytes": 2**20,
+        "tokens_per_expert": (4, 4),
+        "tokens_max_over_mean": 1.0,
+        "dropped_share": 0.0,
+    }
+    return GroupRow(group=group, **(values | changes))
+
+
+def test_rows_by_hand():
+    passes = [
+        one_pass(4, backward=False, compute=(0, 6), communication=(2, 10), sent=100),  # 8 s, of which 4 exposed
+        one_pass(7, backward=False, compute=(10, 20), communication=(12, 14), sent=7),
+        one_pass(4, backward=True, compute=(24, 30), communication=(20, 22), sent=30),  # 2 s, all exposed
+    ]
+    loads = [load(4, 5, 1, 0, 2, dropped=1), load(7, 2, 2, 2, 2), load(4, 1, 1, 4, 2, dropped=3)]
+    rows = rows_of(passes, loads, {7: Plan((1,)), 4: Plan((1, 3))})
+    assert rows == [
+        GroupRow(
+            group=4,
+            slots=(1, 3),
+            communication_ms=10_000,
+            exposed_ms=6_000,
+            hidden_share=1 - 6 / 10,
+            sent_bytes=130,
+            tokens_per_expert=(6, 2, 4, 4),
+            tokens_max_over_mean=6 / 4,
+            dropped_share=4 / 20,
+        ),
+        GroupRow(
+            group=7,
+            slots=(1,),
+            communication_ms=2_000,
+            exposed_ms=0,
+            hidden_share=1,
+            sent_bytes=7,
+            tokens_per_expert=(2, 2, 2, 2),
+            tokens_max_over_mean=1,
+            dropped_share=0,
+        ),
+    ]
+
+
+def test_a_group_that_was_not_heard_of_has_an_empty_row():
+    (empty,) = rows_of([], [], {0: Plan((1,))})
+    assert (empty.communication_ms, empty.hidden_share, empty.tokens_per_expert) == (0, 1, ())
+    assert (empty.tokens_max_over_mean, empty.dropped_share) == (0, 0)
+
+
+def test_summary_by_hand():
+    """Times of the slowest rank, by exposed time; the tokens of all ranks, group by group."""
+    fast = [row(0, exposed_ms=1.0), row(1, exposed_ms=5.0, tokens_per_expert=(1, 3), sent_bytes=3 * 2**20)]
+    slow = [
+        row(0, exposed_ms=6.0, communication_ms=20.0, tokens_per_expert=(6, 2)),
+        row(1, exposed_ms=3.0, tokens_per_expert=(1, 3), dropped_share=0.25),
+    ]
+    assert summarize([fast, slow]) == Summary(
+        communication_ms=30,
+        exposed_ms=9,
+        hidden_share=1 - 9 / 30,
+        sent_mib=4,
+        tokens_max_over_mean=6 * 2 / 8,  # of group 1: (2, 6); of group 0: (10, 6), which is less
+        dropped_share=0.25,
+    )
+    assert summarize([fast, slow]) == summarize([slow, fast])
+
+
+def summary(hidden_share: float = 0.5, tokens_max_over_mean: float = 1.0) -> Summary:
+    return Summary(10.0, 5.0, hidden_share, 1.0, tokens_max_over_mean, 0.0)
+
+
+def test_ten_points_below_prediction_are_no_warning_yet():
+    assert warning(summary(0.5), 0.59, cuda_connections=None) is None
+    assert warning(summary(0.9), 0.2, cuda_connections="1") is None
+    assert warning(summary(0.5), 0.61, cuda_connections=None) is not None
+
+
+@pytest.mark.parametrize(
+    ("connections", "imbalance", "words"),
+    [
+        ("1", 9.0, ["CUDA_DEVICE_MAX_CONNECTIONS is 1", "set it to 32"]),
+        ("32", 2.0, ["busiest expert gets 2.0 times the mean", "--moe-aux-loss-coeff"]),
+        (None, 2.0, ["busiest expert gets 2.0 times the mean"]),
+        (None, 1.2, ["the plan was made for other times", "--overlap-interval"]),
+    ],
+)
+def test_a_warning_names_the_likely_cause(connections, imbalance, words):
+    text = warning(summary(0.5, imbalance), 0.9, cuda_connections=connections)
+    assert text is not None and text.startswith("50% of the communication is hidden, 90% was predicted: ")
+    for word in words:
+        assert word in text
+
+
+def test_a_run_that_continues_begins_a_new_line(tmp_path):
+    ReportFile(tmp_path, 3).write(1, [row(0)], [])
+    path = tmp_path / "rank00003.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + whole[:20])
+    for iteration in (2, 3):
+        ReportFile(tmp_path, 3).write(iteration, [row(0)], [])
+    lines = path.read_text().splitlines()
+    assert lines[1] == whole[:20]
+    assert [json.loads(lines[index])["iteration"] for index in (0, 2, 3)] == [1, 2, 3]
+
+
+# ---- a real run -------------------------------------------------------------------------------------------------
+
+NUM_STEPS, HIDDEN_SIZE, SEQ_LENGTH, GLOBAL_BATCH = 6, 32, 16, 8
+CHANGES = [
+    "--expert-model-parallel-size 2",
+    f"--train-iters {NUM_STEPS}",
+    "--eval-interval 2",
+    "--eval-iters 2",
+    "--log-interval 2",
+]
+FLAGS = with_flags(SCMOE, *CHANGES)
+SCALARS = {f"overlap/{name}" for name in Summary.__slots__}
+
+
+def read(folder: Path) -> list[list[dict[str, Any]]]:
+    """The lines of each rank."""
+    return [[json.loads(line) for line in path.read_text().splitlines()] for path in sorted(folder.glob("*.jsonl"))]
+
+
+def run(folder: Path, flags: list[str]) -> list[str]:
+    flags = with_flags(flags, f"--overlap-report {folder / 'report'}", f"--tensorboard-dir {folder / 'log'}")
+    printed = ranks.run(training.train, 2, flags)
+    assert "exit code" not in printed[0], printed[0][-3000:]
+    return printed
+
+
+def tags(directory: Path) -> set[str]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return set(EventAccumulator(str(directory)).Reload().Tags()["scalars"])
+
+
+@pytest.fixture(scope="module", params=["scmoe", "scmoe under recompute", "dgmoe, two chunks"])
+def reported(request, tmp_path_factory) -> tuple[str, Path, list[str]]:
+    """A run with evaluation in between: its name, its folder and what the ranks printed."""
+    flags = {
+        "scmoe": FLAGS,
+        "scmoe under recompute": with_flags(
+            FLAGS, "--recompute-granularity full", "--recompute-method uniform", "--recompute-num-layers 2"
+        ),
+        "dgmoe, two chunks": with_flags(DGMOE, *CHANGES, "--overlap-chunks 2", "--moe-expert-capacity-factor 0.75"),
+    }[request.param]
+    folder = tmp_path_factory.mktemp("run")
+    return request.param, folder, run(folder, flags)
+
+
+def test_fields_of_the_lines(reported):
+    name, folder, _ = reported
+    lines_of_ranks = read(folder / "report")
+    assert len(lines_of_ranks) == 2
+    for rank, lines in enumerate(lines_of_ranks):
+        assert [line["iteration"] for line in lines] == list(range(2, NUM_STEPS + 1))
+        for line in lines:
+            assert line.keys() == {"iteration", "rank", "groups", "passes"} and line["rank"] == rank
+            assert bool(line["passes"]) == (line["iteration"] in (2, 4))  # those that are logged; not the last one
+            assert [group["group"] for group in line["groups"]] == [0, 1]
+            for group in line["groups"]:
+                assert group.keys() == set(GroupRow.__slots__)
+                assert group["slots"] == ([1, 2] if "chunks" in name else [2])
+                assert 0 <= group["exposed_ms"] <= group["communication_ms"]
+                share = 1 - group["exposed_ms"] / group["communication_ms"]
+                assert group["hidden_share"] == pytest.approx(share)
+
+
+def test_tokens_are_those_of_the_step(reported):
+    """Evaluation, which is heard as well, and what recompute runs again are not counted."""
+    name, folder, _ = reported
+    tokens_of_rank = GLOBAL_BATCH // 2 * SEQ_LENGTH * (2 if "dgmoe" in name else 1)
+    for lines in read(folder / "report"):
+        for line in lines:
+            for group in line["groups"]:
+                tokens = group["tokens_per_expert"]
+                assert len(tokens) == 4
+                assert group["tokens_max_over_mean"] == pytest.approx(max(tokens) * 4 / sum(tokens))
+                assert sum(tokens) == round(tokens_of_rank * (1 - group["dropped_share"]))
+                assert (group["dropped_share"] > 0) == ("dgmoe" in name)
+
+
+def test_bytes_are_those_that_have_to_be_sent(reported):
+    """Forward sends tokens with their weights to their experts and outputs back; backward the gradients of both."""
+    name, folder, _ = reported
+    with_weight, without = HIDDEN_SIZE * 4 + 4, HIDDEN_SIZE * 4
+    forwards = 2 if "recompute" in name else 1
+    for lines in zip(*read(folder / "report"), strict=True):
+        for groups in zip(*(line["groups"] for line in lines), strict=True):
+            # Experts 0 and 1 are on rank 0.
+            away = [sum(groups[0]["tokens_per_expert"][2:]), sum(groups[1]["tokens_per_expert"][:2])]
+            for rank, group in enumerate(groups):
+                mine, theirs = away[rank], away[1 - rank]
+                forward = mine * with_weight + theirs * without
+                backward = mine * without + theirs * with_weight
+                assert group["sent_bytes"] == forwards * forward + backward > 0
+
+
+def test_tensorboard_has_six_scalars(reported):
+    _, folder, printed = reported
+    assert len(SCALARS) == 6
+    assert {tag for tag in tags(folder / "log") if tag.startswith("overlap")} == SCALARS
+    values = training.scalars(folder / "log", *SCALARS)
+    lines = [lines[:3] for lines in read(folder / "report")]
+    for iteration in (2, 4):
+        rows = [[GroupRow(**group) for group in of_rank[iteration - 2]["groups"]] for of_rank in lines]
+        expected = summarize(rows)
+        for scalar, by_iteration in values.items():
+            assert sorted(by_iteration) == [2, 4]
+            assert by_iteration[iteration] == pytest.approx(getattr(expected, scalar.removeprefix("overlap/")))
+        said = f" > overlap at iteration {iteration}: {expected.communication_ms:.1f} ms of communication"
+        assert said in printed[0] and said not in printed[1]
+
+
+def test_a_report_changes_no_number(tmp_path):
+    flags = with_flags(FLAGS, "--train-iters 3")
+    ranks.run(training.train, 2, with_flags(flags, f"--tensorboard-dir {tmp_path / 'plain'}"))
+    run(tmp_path, flags)
+    names = ("lm loss", "grad-norm")
+    assert training.scalars(tmp_path / "plain", *names) == training.scalars(tmp_path / "log", *names)
+    assert not any(tag.startswith("overlap") for tag in tags(tmp_path / "plain"))

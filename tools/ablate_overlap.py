@@ -1,0 +1,196 @@
+#!/usr/bin/env python3
+"""Compare overlap strategies: all of them in one job, by turns, step by step, at the link rates that matter.
+
+Flow: check the request -> start itself again on slow links, unless it runs under torchrun -> for each share find the
+link rate -> measure costs, solve, time all arms by turns -> write JSON, CSV and an HTML report, print a table. The
+parts are in ablation/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from ablation.arms import Arm, all_arms, chosen_arms
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ABOUT = """\
+Time training steps and forward-only steps of every overlap strategy (arm) in one job: A B C A B C ..., so that a
+machine whose speed drifts drifts for all. Speed-ups are medians of paired ratios against Megatron's own top-2 layer,
+with bootstrap intervals; beside each stands the limit that no schedule of the measured ops beats.
+"""
+EPILOG = """\
+examples:
+  # two ranks on this machine, at the link rates where the all-to-all takes 15%, 50% and 60% of the MoE layer's
+  # time (the papers' 8 x A800 with NVLink, two nodes, 8 x A30 on PCIe); needs root and iproute2
+  sudo .venv/bin/python tools/ablate_overlap.py --output results --comm-share 0.15,0.5,0.6
+
+  # a first look: few arms, few repetitions
+  sudo .venv/bin/python tools/ablate_overlap.py --output results --comm-share 0.6 --arms pos2 --repetitions 3
+
+  # on a cluster, on the network that the job has
+  torchrun --nproc-per-node 8 tools/ablate_overlap.py --output results
+
+  # measure nothing: show what an earlier run found, and write it into a document
+  .venv/bin/python tools/ablate_overlap.py --from results --write-results docs/results.md
+
+arms:
+  Megatron's top-2, top-1 and shared-expert layers as they are, and pipelined in 2 and 4 chunks; shortcut models at
+  every position with overlap off, with each fixed slot, with the plan that the solver finds at one chunk (adaptive) and
+  at 1, 2 or 4 (adaptive chunks); dgmoe; an MoE in every block. --list-arms prints them. Routing is forced to balance
+  unless the arm says real routing.
+
+what a step is:
+  forward and backward of one micro-batch (training), or forward without gradients (forward). No gradient reduction and
+  no optimizer: both are the same in every arm.
+
+exit codes: 0 done; 1 a share could not be reached, or a rank failed; 2 bad request or something missing.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say it in one line."""
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise argparse.ArgumentTypeError(f"{text[:60]!a} is no list of shares between 0 and 1, such as 0.15,0.5,0.6")
+    return shares
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text[:9]) < 10**6):
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a whole number from 1")
+    return int(text)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("ablate_overlap.py", None, ABOUT, EPILOG, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("--output", type=Path, metavar="DIR", help="folder for result.json, result.csv and report.html; must be new")
+    share = (
+        "shares of the top-2 baseline's forward MoE time, route to decode, that the all-to-all is to take; the link "
+        "rate of each is found by itself (default %(default)s; under torchrun the network stays as it is)"
+    )
+    add("--comm-share", type=_shares, default=[0.15, 0.5, 0.6], metavar="S,S,...", help=share)
+    add("--unlimited", action="store_true", help="measure without any limit, too: nothing to hide")
+    add("--arms", default="", metavar="NAME,...", help="arms or models to time beside the baseline (default all)")
+    again = "measure nothing; print the tables of this folder of an earlier run and write its report.html anew"
+    add("--from", type=Path, dest="source", metavar="DIR", help=again)
+    section = "with --from: write what reaches its goal, and what misses it, between the marks in this Markdown file"
+    add("--write-results", type=Path, metavar="FILE", help=section)
+    add("--list-arms", action="store_true", help="print the names of all arms and end")
+    add("--repetitions", type=_positive, default=9, metavar="N", help="timed steps of each arm (default %(default)s)")
+    add("--ranks", type=_positive, default=2, metavar="N", help="ranks on slow links (default %(default)s)")
+    add("--threads", type=_positive, default=1, metavar="N", help="threads of each rank (default %(default)s)")
+    add("--burst", default="32kb", metavar="SIZE", help="what an idle link saves up (default %(default)s)")
+    add("--hidden", type=_positive, default=512, metavar="N", help="width of the model (default %(default)s)")
+    add("--tokens", type=_positive, default=512, metavar="N", help="tokens of each rank (default %(default)s)")
+    add("--layers", type=_positive, default=4, metavar="N", help="blocks of the model (default %(default)s)")
+    add("--experts", type=_positive, default=8, metavar="N", help="of each MoE layer (default %(default)s)")
+    add("--seed", type=_positive, default=1234, metavar="N", help="of parameters and tokens (default %(default)s)")
+    return parser
+
+
+def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Arm]:
+    """Refuse before anything starts; returns the arms."""
+    words = [word.strip() for word in args.arms.split(",") if word.strip()]
+    try:
+        arms = chosen_arms(words)
+    except ValueError as error:
+        parser.error(f"--arms has {str(error)[:60]!a}, which is no arm and no model; --list-arms prints them")
+    if args.write_results:
+        parser.error("--write-results needs --from DIR, the folder of an earlier run")
+    if args.output is None:
+        parser.error("--output is missing; name a folder that does not exist yet, such as --output results")
+    if args.output.exists():
+        parser.error(f"--output {str(args.output)!a} exists; choose another folder or remove it")
+    if args.hidden % 64:
+        parser.error(f"--hidden {args.hidden} is no multiple of 64, the width of an attention head")
+    if args.layers % 2:
+        parser.error(f"--layers {args.layers} is odd; groups have two blocks")
+    ranks = int(os.environ.get("WORLD_SIZE", args.ranks))
+    if ranks < 2 and "RANK" not in os.environ:
+        parser.error("--ranks 1 has no link; give 2 or more")
+    if args.experts < 2 or args.experts % ranks:
+        parser.error(f"--experts {args.experts} cannot be spread over {ranks} ranks; give a multiple, from 2")
+    for package in ("jinja2", "matplotlib", "rich"):
+        if importlib.util.find_spec(package) is None:
+            parser.error(f"the Python package {package} is missing; pip install {package}")
+    return arms
+
+
+def show_again(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Print the tables of an earlier run, write its report anew and, if asked for, its section of a document."""
+    from ablation import goals, render  # noqa: PLC0415 - draws pictures, for which a refusal need not wait
+
+    if args.output is not None:
+        parser.error("--from measures nothing; leave --output out")
+    try:
+        result = json.loads((args.source / "result.json").read_text(encoding="utf-8"))
+        document = args.write_results and args.write_results.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot read it: {str(error)[:200]}")
+    if document is not None:
+        try:
+            document = goals.with_section(document, render.markdown(result))
+        except ValueError as error:
+            parser.error(f"--write-results {str(args.write_results)!a}: {error}: {goals.BEGIN} and {goals.END}")
+        args.write_results.write_text(document, encoding="utf-8")
+    (args.source / "report.html").write_text(render.html(result), encoding="utf-8")
+    for point in range(len(result["points"])):
+        render.print_table(result, point)
+
+
+def start_on_slow_links(args: argparse.Namespace) -> int:
+    """Run this very command on ranks that are joined by links whose rate it can set."""
+    link = [
+        sys.executable,
+        str(ROOT / "tools/slow_link.py"),
+        "--ranks",
+        str(args.ranks),
+        "--threads",
+        str(args.threads),
+    ]
+    link += ["--rate", "unlimited", "--burst", args.burst, "--output", "rank0"]
+    # The ranks write into pipes, and would not know how wide the terminal is.
+    environment = {"COLUMNS": str(shutil.get_terminal_size((120, 24)).columns)} | os.environ
+    return subprocess.run([*link, "--", sys.executable, *sys.argv], check=False, env=environment).returncode
+
+
+def main() -> int:
+    """Run the command line and return the exit code."""
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.list_arms:
+        print("\n".join(arm.name for arm in all_arms()))
+        return 0
+    if args.source is not None:
+        show_again(parser, args)
+        return 0
+    arms = check_request(parser, args)
+    if "RANK" not in os.environ:
+        return start_on_slow_links(args)
+    from ablation.rank import run_rank  # noqa: PLC0415 - imports Megatron, which a refusal need not wait for
+
+    return run_rank(args, arms)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+#!/usr/bin/env python3
+"""Turn the report of ``--overlap-report`` into a timeline for ui.perfetto.dev or chrome://tracing.
+
+The report has one file of JSON lines for each rank (``megatron_scmoe/report.py``), and some of its lines hold the spans
+of a step. Here each rank becomes a process with two threads, the compute lane and the communication lane. Only the
+standard library is needed, so the tool runs where the report was copied to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, so that an installed megatron_scmoe is preferred
+
+from megatron_scmoe.plan import CURRENT, DECODE, ENCODE, EXPERTS, ROUTE, TAIL
+from megatron_scmoe.spans import Lane
+
+EPILOG = """\
+where the report comes from:
+  torchrun ... pretrain_gpt_scmoe.py ... --overlap-report FOLDER --log-interval 10
+  writes a line for each step and rank; every --log-interval steps the line keeps the spans that are drawn here.
+
+how to look at the trace:
+  open https://ui.perfetto.dev and drop the file there (it stays on your machine), or load it in chrome://tracing.
+  A click on a span shows its step, group, chunk and direction.
+
+what is drawn:
+  * One process for each rank with the lanes "compute" and "communication". What a rank waits for is a gap in its
+    compute lane; a gap beside a collective is communication that is not hidden.
+  * Ranks measure from the begin of their own step, and no clock is shared: the ranks are aligned where the step
+    begins. A collective may seem to end at different times on different ranks, by as much as they began apart.
+  * Steps follow one another with a short gap; what lies between them in the run is left out.
+  * A collective lasts from its launch to its completion, so that several are under way at once. A lane shows one
+    after the other: what completes later starts where the one before it ended. "launched_us" in its arguments is when
+    it was launched; "sent_bytes_of_pass" is what this rank sent in the whole forward or backward of the group.
+  * The first step of a run and its last one have no spans.
+
+Exit codes: 0 done, 1 unexpected failure, 2 bad input or request.
+"""
+
+GAP_NS = 1_000_000
+"""Between two steps."""
+
+_LINE_BEGINS = '{"iteration"'
+_THREADS = {Lane.COMPUTE: 1, Lane.COMMUNICATION: 2}
+_CUT_IN_CHUNKS = {"dispatch", "combine", ENCODE, EXPERTS, DECODE}
+_NOT_CUT = {ROUTE, TAIL}
+
+
+class UserError(Exception):
+    """Bad input or request: one line for the user."""
+
+
+class Piece(NamedTuple):
+    """One span of a step on one rank.
+
+    Attributes:
+        lane: where it ran.
+        name: what ran.
+        launched_ns: its begin, from the begin of the step.
+        end_ns: its end.
+        args: what a click on it shows.
+    """
+
+    lane: Lane
+    name: str
+    launched_ns: int
+    end_ns: int
+    args: dict[str, Any]
+
+
+type Report = dict[int, dict[int, list[Piece]]]
+"""Pieces by step and rank."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """Say it in one line: argparse would print the whole usage first."""
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    about = "Draw the steps of an overlap report: computation and communication of every rank, as a Perfetto trace."
+    parser = _Parser("trace.py", description=about, epilog=EPILOG, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("folder", metavar="FOLDER", help="what --overlap-report was set to; it holds rank00000.jsonl")
+    parser.add_argument(
+        "--steps", nargs="+", type=int, metavar="N", help="iterations to draw (default: all that have spans)"
+    )
+    parser.add_argument("--output", metavar="FILE", help="the trace to write (default: FOLDER/trace.json)")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    return parser
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_report(folder: Path) -> Report:
+    """Every step with spans. A step that was written twice, by a run that was resumed, counts as written last.
+
+    Raises:
+        UserError: where there is nothing to draw, or a file is no report.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; name the one that --overlap-report was set to")
+    files = sorted(folder.glob("rank*.jsonl"))
+    if not files:
+        raise UserError(f"{folder} holds no rank*.jsonl; name the folder that --overlap-report was set to")
+    report: Report = defaultdict(dict)
+    for file in files:
+        for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+            _read_line(text, f"{file} line {number}", report)
+    if not report:
+        raise UserError(
+            f"no line of {folder} has spans: they are kept every --log-interval steps, but not in the first and the "
+            "last step of a run; train longer or lower --log-interval"
+        )
+    return dict(report)
+
+
+def _read_line(text: str, where: str, report: Report) -> None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        if not (text.startswith(_LINE_BEGINS) or _LINE_BEGINS.startswith(text)):
+            raise UserError(f"{where} is no JSON: not a report of --overlap-report") from None
+        print(f"trace.py: warning: {where} is torn, the run was killed while writing it: left out", file=sys.stderr)
+        return
+    try:
+        step, rank = _integer(line["iteration"]), _integer(line["rank"])
+        pieces = [piece for one in line["passes"] for piece in _pieces(one, step)]
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"{where} is not as --overlap-report writes it: {problem}") from error
+    if pieces:
+        report[step][rank] = pieces
+
+
+def _pieces(one_pass: dict[str, Any], step: int) -> list[Piece]:
+    group, backward = _integer(one_pass["group"]), bool(one_pass["backward"])
+    sent_bytes = _integer(one_pass["sent_bytes"])
+    pieces = []
+    for span in one_pass["spans"]:
+        lane, name = Lane(span["lane"]), str(span["name"])
+        start_s, end_s = float(span["start_s"]), float(span["end_s"])
+        if not (math.isfinite(end_s) and 0 <= start_s <= end_s):
+            raise ValueError(f"{name} lasts from {start_s} to {end_s} s")
+        args = {"step": step, "group": group, "backward": backward} | _which(name, span["chunk"])
+        if lane is Lane.COMMUNICATION:
+            args["sent_bytes_of_pass"] = sent_bytes
+        pieces.append(Piece(lane, name, round(start_s * 1e9), round(end_s * 1e9), args))
+    return pieces
+
+
+def _which(name: str, index: int | None) -> dict[str, int]:
+    """The index of a span under the name of what it counts."""
+    name = name.removeprefix(CURRENT)
+    if index is None or name in _NOT_CUT:
+        return {}
+    is_chunk = name.removeprefix("start ").removeprefix("finish ") in _CUT_IN_CHUNKS
+    return {"chunk" if is_chunk else "dense_op": _integer(index)}
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no whole number")
+    return value
+
+
+# ---- drawing --------------------------------------------------------------------------------------------------------
+
+
+def chosen(report: Report, steps: Sequence[int] | None) -> Report:
+    """The part of a report with these steps; None: all.
+
+    Raises:
+        UserError: for a step without spans.
+    """
+    if steps is None:
+        return report
+    if unknown := sorted(set(steps) - set(report)):
+        raise UserError(f"no spans of step {', '.join(map(str, unknown))}: there are those of {described(report)}")
+    return {step: report[step] for step in steps}
+
+
+def described(steps: Iterable[int]) -> str:
+    """Steps in few words: ``2 to 4, 10 to 100 by 10``."""
+    rest, parts = sorted(steps), []
+    while rest:
+        stride = rest[1] - rest[0] if len(rest) > 1 else 0
+        count = 1
+        while count < len(rest) and rest[count] - rest[count - 1] == stride:
+            count += 1
+        if count < 3:  # two steps are no row
+            count = 1
+        by = f" by {stride}" if stride > 1 else ""
+        parts.append(str(rest[0]) if count == 1 else f"{rest[0]} to {rest[count - 1]}{by}")
+        rest = rest[count:]
+    return ", ".join(parts)
+
+
+def trace_of(report: Report) -> dict[str, Any]:
+    """The trace, in the JSON format of trace events: all times in microseconds."""
+    ranks = sorted({rank for of_ranks in report.values() for rank in of_ranks})
+    events = [event for rank in ranks for event in _names_of(rank)]
+    begin_ns = 0
+    for step, of_ranks in sorted(report.items()):
+        events.append({"name": f"step {step}", "ph": "i", "s": "g", "pid": ranks[0], "tid": 1, "ts": begin_ns / 1e3})
+        for rank, pieces in sorted(of_ranks.items()):
+            for lane in Lane:
+                events += _lane_events(rank, lane, [piece for piece in pieces if piece.lane is lane], begin_ns)
+        begin_ns += max(piece.end_ns for pieces in of_ranks.values() for piece in pieces) + GAP_NS
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _names_of(rank: int) -> list[dict[str, Any]]:
+    def metadata(what: str, tid: int, **args: Any) -> dict[str, Any]:
+        return {"name": what, "ph": "M", "pid": rank, "tid": tid, "args": args}
+
+    return [
+        metadata("process_name", 0, name=f"rank {rank}"),
+        metadata("process_sort_index", 0, sort_index=rank),
+        *(metadata("thread_name", tid, name=lane.value) for lane, tid in _THREADS.items()),
+        *(metadata("thread_sort_index", tid, sort_index=tid) for tid in _THREADS.values()),
+    ]
+
+
+def _lane_events(rank: int, lane: Lane, pieces: Sequence[Piece], begin_ns: int) -> list[dict[str, Any]]:
+    """Complete events of one lane and step, of which no two overlap.
+
+    In the order of their ends each begins where the one before it ended, if it did not begin later. On the compute lane
+    that moves no more than the moments between two neighbouring marks.
+    """
+    events = []
+    free_ns = 0
+    for piece in sorted(pieces, key=lambda piece: (piece.end_ns, piece.launched_ns)):
+        start_ns = max(free_ns, piece.launched_ns)
+        free_ns = piece.end_ns
+        direction = "backward" if piece.args["backward"] else "forward"
+        launched = {"launched_us": (begin_ns + piece.launched_ns) / 1e3} if lane is Lane.COMMUNICATION else {}
+        events.append(
+            {
+                "name": f"{piece.name} backward" if piece.args["backward"] else piece.name,
+                "cat": f"{lane.value},{direction}",
+                "ph": "X",
+                "pid": rank,
+                "tid": _THREADS[lane],
+                "ts": (begin_ns + start_ns) / 1e3,
+                "dur": (piece.end_ns - start_ns) / 1e3,
+                "args": piece.args | launched,
+            }
+        )
+    return events
+
+
+def write(trace: dict[str, Any], target: Path) -> None:
+    """Write the trace beside its place, then rename it: a killed run leaves no half of a trace under its name."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+    partial = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(trace, file)
+        partial.chmod(0o644)
+        partial.rename(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line asks. Raises UserError."""
+    folder = Path(args.folder)
+    target = Path(args.output) if args.output else folder / "trace.json"
+    report = chosen(read_report(folder), args.steps)
+    if target.is_dir() or not target.parent.is_dir():
+        raise UserError(f"--output {target} cannot be a file; name one in a folder that exists")
+    if target.exists() and not args.overwrite:
+        raise UserError(f"--output {target} exists; choose another, or add --overwrite")
+    write(trace_of(report), target)
+    num_ranks = len({rank for of_ranks in report.values() for rank in of_ranks})
+    print(f"done: {target}: steps {described(report)}, {num_ranks} ranks; open it at https://ui.perfetto.dev")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` and return the exit code."""
+    args = make_parser().parse_args(argv)
+    try:
+        run(args)
+    except UserError as exc:
+        code, message = 2, str(exc)
+    except OSError as exc:
+        code, message = 1, str(exc)
+    else:
+        return 0
+    print(f"trace.py: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
