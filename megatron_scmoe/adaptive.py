@@ -240,7 +240,11 @@ def described(plans: Mapping[int, Plans]) -> str:
     parts = []
     for slots, run in groupby(sorted(plans), key=lambda group: plans[group].training.slots):
         groups = list(run)
-        name = f"group {groups[0]}" if len(groups) == 1 else f"groups {groups[0]} to {groups[-1]}"
+        name = "group" if len(groups) == 1 else "groups"
+        if len(groups) > 1 and groups == list(range(groups[0], groups[-1] + 1)):
+            name += f" {groups[0]} to {groups[-1]}"
+        else:
+            name += f" {', '.join(map(str, groups))}"
         parts.append(f"{name} slots {','.join(map(str, slots))}")
     return "; ".join(parts)
 

@@ -131,14 +131,6 @@ def mean_costs(costs: Sequence[GroupCosts]) -> GroupCosts:
     )
 
 
-def training_s(passes: Iterable[GroupPass]) -> Mapping[int, float]:
-    """Seconds that each group's passes took in all, by group: forward, what was run again, and backward."""
-    total: dict[int, float] = defaultdict(float)
-    for one in passes:
-        total[one.group] += one.total_s
-    return total
-
-
 def _pass_costs(one: GroupPass, shape: GroupShape, chunks: int) -> PassCosts:
     flights = 2 if shape.second_gate else 1
     dense = [0.0] * shape.num_dense_ops

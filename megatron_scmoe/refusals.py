@@ -102,6 +102,9 @@ PIPELINED_REFUSALS = (
     Refusal("--moe-layer-recompute", _RECOMPUTE_REFUSED["moe"]),
     Refusal("--fine-grained-activation-offloading", "it calls inner methods of the stock layer"),
     Refusal("--spec", "chunks need the block spec of this script"),
+    Refusal("--heterogeneous-layers-config-path", "its blocks have a spec of their own"),
+    Refusal("--heterogeneous-layers-config-encoded-json", "its blocks have a spec of their own"),
+    Refusal("--experimental-attention-variant", "its blocks have a spec of their own"),
     Refusal("--mtp-num-layers", "a prediction layer has an MoE of its own"),
     Refusal(
         "--transformer-impl",

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from megatron_scmoe import mcore, observe
-from megatron_scmoe.adaptive import Decision, Plans, Tuner, chunk_counts, from_saved_form, saved_form
+from megatron_scmoe.adaptive import Decision, Phase, Plans, Tuner, chunk_counts, from_saved_form, saved_form
 from megatron_scmoe.config import Overlap, ScMoEConfig
 from megatron_scmoe.costs import GroupPass, passes_of
 from megatron_scmoe.layer import GroupBlock
@@ -114,6 +114,8 @@ class OverlapSession:
 
     def _new_tuner(self) -> Tuner:
         known = all(self._saved_plans(group) for group in self._groups.values())
+        if self._saved and not known and mcore.is_stage_root():
+            print(" > overlap: the checkpoint's plans do not fit --overlap-chunks or the groups: measuring anew")
         return Tuner(
             {index: group.shape for index, group in self._groups.items()},
             {index: Plans(group.plan, group.forward_plan) for index, group in self._groups.items()},
@@ -135,8 +137,9 @@ class OverlapSession:
         if dist.get_rank() == root:
             stage_name = "" if self._args.pipeline_model_parallel_size == 1 else f" of stage {mcore.stage_rank()}"
             print(f" > overlap{stage_name} from iteration {iteration + 1}: {decision.text}", flush=True)
-            assert self._mail is not None
-            self._mail.send(json.dumps(saved_form(decision.plans)))
+            if tuner.phase is Phase.SETTLED:
+                assert self._mail is not None
+                self._mail.send(json.dumps(saved_form(decision.plans)))
 
     def _set_plans(self, tuner: Tuner) -> None:
         for index, plans in tuner.plans.items():

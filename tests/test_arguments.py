@@ -25,6 +25,12 @@ REFUSED = {
     "--expert-slot 5": ["slots 1 to 4", "--expert-slot of group 0 is 5", "use a value from 1 to 4"],
     "--expert-slot 0": ["slots 1 to 4", "is 0"],
     "--expert-slot 1 2 3": ["3 values and 2 groups"],
+    "--overlap off --overlap-chunks 2": ["--overlap is off and --overlap-chunks is 2"],
+    "--overlap adaptive --expert-slot 2": ["--overlap is adaptive and --expert-slot is 2", "use --overlap fixed"],
+    "--overlap-interval -1": ["--overlap-interval is -1", "use 0 to measure once"],
+    "--overlap-chunks 2 --expert-slot 3,1": ["chunks travel in order", "is 3,1", "never decrease"],
+    "--overlap-chunks 2 --expert-slot 1,2,3": ["--overlap-chunks is 2", "give one slot, or 2"],
+    "--expert-slot two": ["a slot is a number", "--expert-slot is two"],
     "--overlap off --expert-slot 2": ["--overlap is off and --expert-slot is 2", "drop --expert-slot"],
     "--moe-token-dispatcher-type allgather": ["all-to-all", "allgather", "scmoe", "use --moe-token-dispatcher-type"],
     "--overlap-moe-expert-parallel-comm": ["--overlap-moe-expert-parallel-comm is True", "scmoe", "drop it"],
@@ -103,6 +109,11 @@ DGMOE_REFUSED = {
 
 STOCK_REFUSED = {
     "--shortcut-position pos1": ["needs a shortcut", "--shortcut is none", "add --shortcut scmoe"],
+    "--overlap adaptive": ["nothing to choose", "add --overlap-chunks 2 or --shortcut scmoe"],
+    "--overlap-report report": ["reports nothing", "--overlap-report is report"],
+    "--overlap-chunks 2 --moe-token-dispatcher-type allgather": ["only the all-to-all", "is allgather"],
+    "--overlap-chunks 2 --moe-latent-size 16": ["latent projections", "--moe-latent-size is 16"],
+    "--overlap-chunks 0": ["one at least", "--overlap-chunks is 0"],
     "--expert-slot 2": ["--expert-slot needs a shortcut"],
     "--moe-every 4": ["--moe-every needs a shortcut"],
 }

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -27,14 +26,11 @@ from megatron_scmoe.layer import GroupBlock
 from megatron_scmoe.model import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_chunks, with_shortcut
 from megatron_scmoe.pipelined import PipelinedMoELayer
 from megatron_scmoe.plan import Plan
-from megatron_scmoe.solver import GroupCosts, limit_s, predicted_s, solve
-from megatron_scmoe.spans import communication_s, exposed_s
+from megatron_scmoe.solver import GroupCosts
 
 KINDS = ("training", "forward")
-CHUNKS = (1, 2, 4)
-COST_STEPS = 4
+COST_STEPS = 3
 VOCAB_SIZE = 512
-SHARE_TOLERANCE = 0.015
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +184,7 @@ class Bench:
         result = {}
         for index, group in groups.items():
             mine = costs_of([one for one in passes if one.group == index], group.shape, chunks)
-            result[index] = mean_costs(_gathered(mine))
+            result[index] = mean_costs(gathered(mine))
         return result
 
     def forward_costs(self, model: str, chunks: int) -> dict[int, GroupCosts]:
@@ -203,7 +199,7 @@ class Bench:
         result = {}
         for index, group in groups.items():
             mine = pass_costs_of([one for one in passes if one.group == index], group.shape, chunks)
-            result[index] = mean_costs(_gathered(GroupCosts(forward=mine, backward=mine)))
+            result[index] = mean_costs(gathered(GroupCosts(forward=mine, backward=mine)))
         return result
 
     def rest_s(self, model: str) -> dict[str, float]:
@@ -214,7 +210,7 @@ class Bench:
         for _ in range(COST_STEPS):
             for kind in KINDS:
                 seconds, recording = self.recorded_step(model, kind)
-                groups_s = max(_gathered(sum(one.total_s for one in passes_of(recording))))
+                groups_s = max(gathered(sum(one.total_s for one in passes_of(recording))))
                 rest[kind].append(max(seconds - groups_s, 0.0))
         return {kind: median(values) for kind, values in rest.items()}
 
@@ -226,7 +222,8 @@ class Bench:
         return communication / (communication + compute)
 
 
-def _gathered(mine: Any) -> list[Any]:
+def gathered(mine: Any) -> list[Any]:
+    """What every rank has, on every rank."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return everyone
@@ -236,208 +233,3 @@ def _settle() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     dist.barrier()
-
-
-@dataclass(slots=True)
-class ArmResult:
-    """What one arm did at one link rate; lists hold one value for each repetition.
-
-    Attributes:
-        arm: what was timed.
-        plans: by group: slots for training and forward, and whether they block; empty for Megatron's own layers.
-        seconds: of the slowest rank, by kind.
-        limit_s: what no plan beats, by kind: the step without its groups, and the groups' limits. None for stock.
-        predicted_s: the same with the solver's prediction for its plans, in the place of the limits.
-        communication_s, exposed_s: a step's, on the rank where more is exposed, by kind.
-        sent_bytes: a step's, from the interface counters (None without slow_link), summed over ranks, by kind.
-        tokens_max_over_mean: load of the busiest expert in the recorded steps.
-        timeline: spans of one group's passes on rank 0, by kind.
-    """
-
-    arm: Arm
-    plans: dict[int, dict[str, Any]] = field(default_factory=dict)
-    seconds: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
-    limit_s: dict[str, float] | None = None
-    predicted_s: dict[str, float] | None = None
-    communication_s: dict[str, float] = field(default_factory=dict)
-    exposed_s: dict[str, float] = field(default_factory=dict)
-    sent_bytes: dict[str, float | None] = field(default_factory=dict)
-    tensor_bytes: dict[str, float] = field(default_factory=dict)
-    tokens_max_over_mean: float | None = None
-    timeline: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-
-
-class Link:
-    """The network between the ranks: under slow_link its rate can be set and its bytes counted, elsewhere neither."""
-
-    def __init__(self, control: Any) -> None:
-        self._control = control
-
-    @property
-    def adjustable(self) -> bool:
-        """Whether rates can be set."""
-        return self._control is not None
-
-    def set_rate(self, rate: str) -> None:
-        """Give every link a rate; rank 0 asks while all wait."""
-        dist.barrier()
-        if dist.get_rank() == 0:
-            self._control.set_rate(rate)
-        dist.barrier()
-
-    def bytes_sent(self) -> int | None:
-        """Bytes that all ranks have put on the wire so far, on rank 0; None where nobody counts."""
-        dist.barrier()
-        sent = sum(self._control.bytes_sent()) if self._control and dist.get_rank() == 0 else None
-        dist.barrier()
-        return sent
-
-
-def find_rate(bench: Bench, link: Link, share: float, say: Callable[[str], None]) -> tuple[str, float]:
-    """The link rate at which the all-to-all takes ``share`` of the baseline's forward MoE time.
-
-    Returns:
-        The rate and the share that was measured at it.
-
-    Raises:
-        ValueError: where links without a limit take a larger share already.
-    """
-    link.set_rate("unlimited")
-    free = bench.share()
-    if free > share + SHARE_TOLERANCE:
-        raise ValueError(f"a share of {share:g} is out of reach: without any limit it is {free:.3f} already")
-    # A first guess by arithmetic: half of top-2's tokens leave a rank of two, there and back.
-    costs = next(iter(bench.costs(COST_MODEL, 1).values())).forward
-    compute_s = costs.route + costs.encode + costs.experts + costs.decode
-    ranks = dist.get_world_size()
-    sent_bits = 2 * 2 * bench.sizes.tokens * (ranks - 1) / ranks * (bench.sizes.hidden * 4 + 4) * 8
-    rate = sent_bits / (compute_s * share / (1 - share))
-    for _ in range(8):
-        words = f"{max(round(rate / 1e3), 64)}kbit"
-        link.set_rate(words)
-        measured = bench.share()
-        say(f"looking for a share of {share:g}: {measured:.3f} at {rate / 1e6:.1f} Mbit/s")
-        if abs(measured - share) <= SHARE_TOLERANCE:
-            return words, measured
-        rate *= (measured / (1 - measured)) / (share / (1 - share))
-    raise ValueError(f"a share of {share:g} was not found: {measured:.3f} at {rate / 1e6:.1f} Mbit/s was the last try")
-
-
-def measure(
-    bench: Bench, link: Link, results: list[ArmResult], *, repetitions: int, say: Callable[[str], None]
-) -> Iterator[None]:
-    """Time the arms of ``results`` at the rate that the link has, and fill these; yields after each round of work."""
-    plans: dict[str, dict[int, Plans]] = {}
-    for name in dict.fromkeys(result.arm.model for result in results):
-        if bench.groups(name):
-            say(f"measuring what the ops of {name} cost")
-            _solve(bench, name, [result for result in results if result.arm.model == name], plans)
-            yield
-    for repetition in range(-1, repetitions):
-        # Each round begins with another arm, so that none is always behind the same one; round -1 warms up.
-        first = repetition % len(results)
-        turned = results[first:] + results[:first]
-        for result in turned:
-            _prepare(bench, result.arm, plans)
-            for kind in KINDS:
-                if result.arm.recorded:
-                    seconds, _ = bench.recorded_step(result.arm.model, kind)
-                else:
-                    seconds = bench.step(result.arm.model, kind)
-                if repetition >= 0:
-                    result.seconds[kind].append(seconds)
-        yield
-    for result in results:
-        _prepare(bench, result.arm, plans)
-        _observe(bench, link, result)
-
-
-def _prepare(bench: Bench, arm: Arm, plans: dict[str, dict[int, Plans]]) -> None:
-    bench.set_routing(arm.model, arm.routing)
-    if bench.groups(arm.model):
-        bench.set_plans(arm.model, plans[arm.name])
-
-
-def _solve(bench: Bench, model: str, results: list[ArmResult], plans: dict[str, dict[int, Plans]]) -> None:
-    """Measure a model's ops, and from them the plans, predictions and limits of its arms."""
-    bench.set_routing(model, "balanced")
-    groups = bench.groups(model)
-    costs = {chunks: bench.costs(model, chunks) for chunks in CHUNKS}
-    forward = {chunks: bench.forward_costs(model, chunks) for chunks in CHUNKS}
-    rest_s = bench.rest_s(model)
-    for result in results:
-        arm = result.arm
-        mine: dict[int, Plans] = {}
-        predicted = dict(rest_s)
-        for index, group in groups.items():
-            by_chunks = {chunks: costs[chunks][index] for chunks in CHUNKS}
-            forward_by_chunks = {chunks: forward[chunks][index] for chunks in CHUNKS}
-            counts = CHUNKS if arm.mode == "adaptive chunks" else (1,)
-            if arm.adaptive:
-                best = solve(group.shape, {chunks: by_chunks[chunks] for chunks in counts})
-                best_forward = solve(
-                    group.shape, {chunks: forward_by_chunks[chunks] for chunks in counts}, forward_only=True
-                )
-                mine[index] = Plans(best.plan, best_forward.plan)
-            else:
-                plan = _fixed_plan(arm.mode, group.shape.num_slots)
-                mine[index] = Plans(plan, plan)
-            predicted["training"] += predicted_s(
-                group.shape, by_chunks[mine[index].training.chunks], mine[index].training
-            )
-            predicted["forward"] += predicted_s(
-                group.shape, forward_by_chunks[mine[index].forward.chunks], mine[index].forward, forward_only=True
-            )
-        plans[arm.name] = mine
-        result.plans = {
-            index: {
-                "training": list(one.training.slots),
-                "forward": list(one.forward.slots),
-                "blocking": one.training.blocking,
-            }
-            for index, one in mine.items()
-        }
-        result.predicted_s = predicted
-        result.limit_s = {
-            "training": rest_s["training"] + sum(limit_s(groups[i].shape, costs[1][i]) for i in groups),
-            "forward": rest_s["forward"]
-            + sum(limit_s(groups[i].shape, forward[1][i], forward_only=True) for i in groups),
-        }
-
-
-def _fixed_plan(mode: str, num_slots: int) -> Plan:
-    word, _, number = mode.partition(" ")
-    if word == "off":
-        return Plan((1,), blocking=True)
-    if word == "slot":
-        return Plan((int(number),))
-    return Plan((num_slots,) * int(number))  # chunks: the shared expert runs while the first one travels
-
-
-def _observe(bench: Bench, link: Link, result: ArmResult) -> None:
-    """One recorded step of each kind: exposed time, bytes, load, a timeline."""
-    for kind in KINDS:
-        before = link.bytes_sent()
-        _, recording = bench.recorded_step(result.arm.model, kind)
-        after = link.bytes_sent()
-        passes = passes_of(recording)
-        if before is not None and after is not None:
-            result.sent_bytes[kind] = after - before
-        if not passes:
-            continue
-        tokens = sum((load.tokens_per_expert for load in recording.loads), start=torch.zeros(bench.sizes.experts))
-        summary = {
-            "communication_s": sum(communication_s(one.spans) for one in passes),
-            "exposed_s": sum(exposed_s(one.spans) for one in passes),
-            "tensor_bytes": sum(one.sent_bytes for one in passes),
-            "tokens": tokens.tolist(),
-        }
-        ranks = _gathered(summary)
-        slowest = max(ranks, key=lambda rank: rank["exposed_s"])
-        result.communication_s[kind], result.exposed_s[kind] = slowest["communication_s"], slowest["exposed_s"]
-        result.tensor_bytes[kind] = sum(rank["tensor_bytes"] for rank in ranks)
-        if kind == "training":
-            totals = [sum(counts) for counts in zip(*(rank["tokens"] for rank in ranks), strict=True)]
-            result.tokens_max_over_mean = max(totals) * len(totals) / sum(totals)
-        first = passes[0].group
-        result.timeline[kind] = [asdict(span) for one in passes if one.group == first for span in one.spans]

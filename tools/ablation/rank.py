@@ -21,7 +21,9 @@ from megatron.core import parallel_state
 from slow_network.control import Control
 
 from ablation.arms import Arm
-from ablation.bench import ArmResult, Bench, Link, Sizes, find_rate, measure
+from ablation.bench import Bench, Sizes
+from ablation.link import UNLIMITED, Link, find_rate
+from ablation.measure import ArmResult, measure
 from ablation.output import write_results
 
 
@@ -78,8 +80,8 @@ def run_rank(args: argparse.Namespace, arms: list[Arm]) -> int:
         try:
             if share is None:
                 if link.adjustable:
-                    link.set_rate("unlimited")
-                rate, measured = "unlimited" if link.adjustable else "as it is", bench.share()
+                    link.set_rate(UNLIMITED)
+                rate, measured = UNLIMITED if link.adjustable else "as it is", bench.share()
             else:
                 rate, measured = find_rate(bench, link, share, progress.say)
         except ValueError as error:
