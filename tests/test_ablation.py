@@ -409,7 +409,7 @@ def test_report_shows_bytes_slots_and_real_routing(result, page):
     assert plans["pos2 adaptive"][2] == "2250"
     real = [cells for cells in tables["real"] if cells]
     assert {cells[0] for cells in real} == {arm.name for arm in all_arms() if arm.routing == "real"}
-    assert next(cells for cells in real if cells[0] == "pos2 adaptive, real routing")[1] == "1.25"
+    assert next(cells for cells in real if cells[0] == "pos2 adaptive (real routing)")[1] == "1.25"
 
 
 def test_report_loads_nothing(page):

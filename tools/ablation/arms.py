@@ -95,10 +95,10 @@ def all_arms() -> list[Arm]:
             arms += [Arm(f"{name} slot {slot}", name, f"slot {slot}") for slot in slots]
         arms.append(Arm(f"{name} adaptive", name, "adaptive"))
         arms.append(Arm(f"{name} adaptive chunks", name, "adaptive chunks"))
-    arms.append(Arm("pos2 adaptive, recorded", "pos2", "adaptive", recorded=True))
+    arms.append(Arm("pos2 adaptive (recorded)", "pos2", "adaptive", recorded=True))
     arms += [
-        Arm(f"{BASELINE}, real routing", BASELINE, "stock", "real"),
-        Arm("pos2 adaptive, real routing", "pos2", "adaptive", "real"),
+        Arm(f"{BASELINE} (real routing)", BASELINE, "stock", "real"),
+        Arm("pos2 adaptive (real routing)", "pos2", "adaptive", "real"),
     ]
     return arms
 
