@@ -303,7 +303,8 @@ names = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_
 with socket.create_server(("127.0.0.1", 0)) as server:
     socket.create_connection(server.getsockname()).close()
 variables = [os.environ[name] for name in names]
-print(json.dumps([rank, variables, sorted(os.sched_getaffinity(0)), [n for _, n in socket.if_nameindex()]]))
+seen = [rank, variables, sorted(os.sched_getaffinity(0)), [n for _, n in socket.if_nameindex()]]
+sys.stdout.write(json.dumps(seen) + "\\n")
 """
     result = run_lab("--ranks", 3, "--threads", 1, "--output", "prefix", "--json", tmp_path / "r", *python(program))
     assert result.returncode == 0, result.stderr
@@ -420,7 +421,8 @@ ending, token = sys.argv[1:]
 subprocess.Popen(["sleep", token], start_new_session=True)  # a grandchild that has left the rank's process group
 if ending == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-print("ready", rank, os.getpid(), flush=True)
+sys.stdout.write(f"ready {rank} {os.getpid()}\\n")  # one write: unbuffered, print makes several, which mix with others'
+sys.stdout.flush()
 connection = send() if rank else receive()  # both are ready
 if rank == 1 and ending == "error":
     sys.exit(3)
@@ -454,6 +456,8 @@ class Lab:
         words = command(*options, *python(ENDINGS, ending, self.token))
         self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         ready = sorted(self.process.stdout.readline() for _ in range(2))
+        if not all(ready):
+            pytest.fail(f"the lab ended before its ranks were ready: {ready}, {self.process.communicate(timeout=30)}")
         self.rank_pids = [int(line.split()[2]) for line in ready]
 
     def traces(self) -> list[str]:
@@ -544,7 +548,8 @@ def test_a_killed_lab_is_removed_at_the_next_start(start_lab):
 @pytest.mark.usefixtures("slow_links")
 def test_hidden_output_is_shown_when_a_rank_fails():
     program = """
-print("word of", rank, flush=True)
+sys.stdout.write(f"word of {rank}\\n")
+sys.stdout.flush()
 connection = send() if rank else receive()
 sys.exit(int(sys.argv[1]) * rank)
 """
