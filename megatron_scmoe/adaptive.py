@@ -131,7 +131,7 @@ class Tuner:
             for one in passes:
                 self._measured[self._chunks_measured][one.group].append(one)
         if self.phase is Phase.CHECK:
-            backwards = len({one.group for one in passes}) and sum(one.backward for one in passes) / len(self._shapes)
+            backwards = sum(one.backward for one in passes) / len(self._shapes)
             seconds = sum(one.total_s for one in passes) / backwards if backwards else float("inf")
             self._checked[self._done % 2].append(seconds)
 

@@ -264,7 +264,7 @@ def _forward_steps(shape: GroupShape, plan: Plan) -> list[_Step]:
     for slot in range(1, shape.num_slots + 1):
         if slot == shape.num_slots and shape.second_gate:
             steps += _start_steps(chunks, current=True)
-        steps += _expert_steps([chunk for chunk in chunks if plan.slots[chunk] == slot], current=False)
+        steps += _expert_steps(plan.chunks_at(slot), current=False)
         if slot < shape.num_slots:
             steps.append(_Step(_Action.RUN, _dense(shape.tap + slot - 1)))
     if shape.second_gate:
