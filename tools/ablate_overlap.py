@@ -99,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--repetitions", type=_positive, default=9, metavar="N", help="timed steps of each arm (default %(default)s)")
     add("--ranks", type=_positive, default=2, metavar="N", help="ranks on slow links (default %(default)s)")
     add("--threads", type=_positive, default=1, metavar="N", help="threads of each rank (default %(default)s)")
-    add("--burst", default="96kb", metavar="SIZE", help="what an idle link saves up (default %(default)s)")
+    add("--burst", default="16kb", metavar="SIZE", help="what an idle link saves up (default %(default)s)")
     add("--hidden", type=_positive, default=512, metavar="N", help="width of the model (default %(default)s)")
     add("--tokens", type=_positive, default=512, metavar="N", help="tokens of each rank (default %(default)s)")
     add("--layers", type=_positive, default=4, metavar="N", help="blocks of the model (default %(default)s)")

@@ -1,4 +1,4 @@
-"""Rates, sizes and times as people write them, and the token bucket (`tc tbf`) that they make."""
+"""Rates and sizes as people write them, and the token bucket (`tc htb`) that they make."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 _RATES = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
 _SIZES = {"b": 1, "kb": 1 << 10, "mb": 1 << 20}  # as in tc, where kb is 1024 bytes
-_TIMES_US = {"us": 1, "ms": 10**3, "s": 10**6}
 _LOWEST_RATE, _HIGHEST_RATE = 64_000, 100 * 10**9
-_LEAST_BURST = 2 << 10  # bytes; the kernel drops every packet that is larger than the bucket
+_LEAST_BURST = 2 << 10  # bytes, about a packet
 _TICKS_PER_S = 15_625_000  # the kernel holds the time that a full bucket lasts in 32 bits of these
 UNLIMITED = "unlimited"
 
@@ -46,40 +45,40 @@ def format_rate(rate: int | None) -> str:
 
 @dataclass(frozen=True)
 class TokenBucket:
-    """What tbf does to one end of a link; a rate of None leaves it out.
+    """What htb does to one end of a link; a rate of None leaves it out.
 
-    An idle link saves up `burst_bytes` that then pass at full speed, and what would wait longer than `latency_us` is
-    dropped (TCP sends it again).
+    An idle link saves up `burst_bytes` that then pass at full speed. A packet that is larger than what is left passes,
+    too, and the next one waits until the debt is paid: htb, unlike tbf, never cuts what TCP hands down in one piece (up
+    to 64 KiB), which took up to half a core (docs/decisions.md, 22). Nothing is dropped: a queue holds 1000 pieces.
     """
 
     rate: int | None
     burst_bytes: int
-    latency_us: int
 
     @classmethod
-    def parse(cls, rate: str, burst: str, latency: str) -> TokenBucket:
-        """Return the bucket of three texts. Raises UserError."""
-        size = f"burst {burst[:40]!a} is not understood; write a number and b, kb or mb, such as 256kb"
-        time = f"latency {latency[:40]!a} is not understood; write a number and us, ms or s, such as 50ms"
-        return cls(parse_rate(rate), _quantity(burst, _SIZES, size), _quantity(latency, _TIMES_US, time))
+    def parse(cls, rate: str, burst: str) -> TokenBucket:
+        """Return the bucket of two texts. Raises UserError."""
+        size = f"burst {burst[:40]!a} is not understood; write a number and b, kb or mb, such as 16kb"
+        return cls(parse_rate(rate), _quantity(burst, _SIZES, size))
 
     def __post_init__(self) -> None:
         if self.burst_bytes < _LEAST_BURST:
             raise UserError(f"burst of {self.burst_bytes} bytes holds no whole packet; give at least 2kb")
-        if self.latency_us < 1:
-            raise UserError("latency of 0 leaves no queue; give at least 1us, such as 50ms")
-        if self.rate is None:
-            return
-        if self.burst_bytes * 8 * _TICKS_PER_S >= self.rate << 32:
+        if self.rate is not None and self.burst_bytes * 8 * _TICKS_PER_S >= self.rate << 32:
             raise UserError(f"burst of {self.burst_bytes} bytes is too much for {format_rate(self.rate)}; lower it")
-        if self.rate * self.latency_us // 8_000_000 + self.burst_bytes >= 1 << 32:
-            words = f"latency of {self.latency_us} us at {format_rate(self.rate)} with a burst of {self.burst_bytes}"
-            raise UserError(f"{words} bytes is a queue of 4 GiB or more; lower one of them")
 
     def with_rate(self, rate: str) -> TokenBucket:
         """Return this bucket with another rate. Raises UserError."""
         return replace(self, rate=parse_rate(rate))
 
-    def words(self) -> str:
-        """Return the words that `tc qdisc add` and `tc qdisc change` take for it."""
-        return f"tbf rate {self.rate}bit burst {self.burst_bytes} latency {self.latency_us}us"
+    def add_lines(self, device: str) -> list[str]:
+        """Return the lines for `tc -batch` that put it on a device."""
+        return [f"qdisc add dev {device} root handle 1: htb default 1", f"class add dev {device} {self._words()}"]
+
+    def change_line(self, device: str) -> str:
+        """Return the line for `tc -batch` that makes the bucket of a device this one."""
+        return f"class change dev {device} {self._words()}"
+
+    def _words(self) -> str:
+        burst = f"burst {self.burst_bytes} cburst {self.burst_bytes}"
+        return f"parent 1: classid 1:1 htb rate {self.rate}bit {burst} quantum 65536"

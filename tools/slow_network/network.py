@@ -1,8 +1,8 @@
 """`SlowNetwork`: a network namespace per rank, veth links to a bridge, and a token bucket on both ends of each.
 
-    rank 0: eth0 ==tbf== port0 +--------+ port1 ==tbf== eth0 :rank 1
+    rank 0: eth0 ==htb== port0 +--------+ port1 ==htb== eth0 :rank 1
                                | bridge |
-    rank 2: eth0 ==tbf== port2 +--------+ port3 ==tbf== eth0 :rank 3
+    rank 2: eth0 ==htb== port2 +--------+ port3 ==htb== eth0 :rank 3
 
 The bridge and its ports live in a namespace of their own. The machine's network sees none of it, its firewall and its
 addresses do not interfere, and nothing can be left over but namespaces.
@@ -37,15 +37,14 @@ class SlowNetwork:
     Args:
         num_ranks: How many namespaces; rank r has address 10.77.0.(r + 1).
         rate: Of every link, each direction, such as "50mbit", or "unlimited".
-        burst: What an idle link saves up, such as "256kb".
-        latency: The longest wait in a queue, such as "50ms".
+        burst: What an idle link saves up, such as "16kb".
         num_threads: OMP_NUM_THREADS, and how many cores a rank is pinned to.
 
     Raises UserError for bad arguments; entering it, for what the machine lacks. An owner that a signal may end turns
     it into an exception, as Python does with SIGINT; else the network stays until somebody enters another.
     """
 
-    def __init__(self, num_ranks: int, rate: str, *, burst: str = "256kb", latency: str = "50ms", num_threads: int = 1):
+    def __init__(self, num_ranks: int, rate: str, *, burst: str = "16kb", num_threads: int = 1):
         if not 1 <= num_ranks <= MAX_RANKS:
             raise UserError(f"{num_ranks} ranks cannot be had; choose 1 to {MAX_RANKS}")
         if num_threads < 1:
@@ -53,7 +52,7 @@ class SlowNetwork:
         self.num_ranks = num_ranks
         self.num_threads = num_threads
         self.name = leftovers.new_name()
-        self._bucket = TokenBucket.parse(rate, burst, latency)
+        self._bucket = TokenBucket.parse(rate, burst)
         self._bridge = f"{self.name}-bridge"
         self._ranks = [f"{self.name}-rank{rank}" for rank in range(num_ranks)]
         self._socket = leftovers.FOLDERS / self.name / "control"
@@ -136,7 +135,7 @@ class SlowNetwork:
     def set_rate(self, rate: str) -> None:
         """Give every link another rate, now; what waits in the queues leaves at that rate.
 
-        The buckets start full again, so `burst` bytes pass at once. Raises UserError, NetworkError.
+        Raises UserError, NetworkError.
         """
         bucket = self._bucket.with_rate(rate)
         with self._lock:
@@ -165,25 +164,24 @@ class SlowNetwork:
         for rank, name in enumerate(self._ranks):
             lines = ["link set lo up", f"link set eth0 {quiet}", f"address add {self.address(rank)}/24 dev eth0"]
             _run(["ip", "-netns", name, "-batch", "-"], [*lines, "link set eth0 up"])
-        bucket, self._bucket = self._bucket, TokenBucket(None, self._bucket.burst_bytes, self._bucket.latency_us)
+        bucket, self._bucket = self._bucket, TokenBucket(None, self._bucket.burst_bytes)
         self._shape(bucket)
 
     def _shape(self, bucket: TokenBucket) -> None:
         """Make every end of every link what `bucket` says."""
         if bucket.rate == self._bucket.rate:
             return
-        if bucket.rate is None:
-            lines = {end: f"qdisc delete dev {end} root" for end in self._ends()}
-        else:
-            verb = "add" if self._bucket.rate is None else "change"
-            lines = {end: f"qdisc {verb} dev {end} root {bucket.words()}" for end in self._ends()}
-        _run(["tc", "-netns", self._bridge, "-batch", "-"], [line for end, line in lines.items() if end != "eth0"])
-        for name in self._ranks:
-            _run(["tc", "-netns", name, "-batch", "-"], [lines["eth0"]])
-        self._bucket = bucket
 
-    def _ends(self) -> list[str]:
-        return ["eth0", *(f"port{rank}" for rank in range(self.num_ranks))]
+        def lines(device: str) -> list[str]:
+            if bucket.rate is None:
+                return [f"qdisc delete dev {device} root"]
+            return bucket.add_lines(device) if self._bucket.rate is None else [bucket.change_line(device)]
+
+        ports = [line for rank in range(self.num_ranks) for line in lines(f"port{rank}")]
+        _run(["tc", "-netns", self._bridge, "-batch", "-"], ports)
+        for name in self._ranks:
+            _run(["tc", "-netns", name, "-batch", "-"], lines("eth0"))
+        self._bucket = bucket
 
     def _answer(self, request: str) -> dict[str, Any]:
         match request.split():
@@ -219,7 +217,7 @@ def _run(words: list[str], lines: list[str] | None = None) -> str:
         return result.stdout
     problem = " ".join(result.stderr.split()) or f"exit code {result.returncode}"
     if "kind is unknown" in problem or "RTNETLINK answers: No such file" in problem:
-        raise UserError(f"the kernel has no tbf qdisc ({problem}); modprobe sch_tbf, or choose the rate unlimited")
+        raise UserError(f"the kernel has no htb qdisc ({problem}); modprobe sch_htb, or choose the rate unlimited")
     if "not permitted" in problem or "ermission denied" in problem:
         raise UserError(f"root may not make network namespaces here ({problem}); start the container with --privileged")
     if "Unknown device type" in problem or "not supported" in problem:
