@@ -27,8 +27,8 @@ _LAYOUT_FLAGS = (
 )
 
 
-def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace], ScMoEConfig]) -> None:
-    """Raise ConfigError where continuing would silently be wrong.
+def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace], ScMoEConfig]) -> Namespace | None:
+    """Raise ConfigError where continuing would silently be wrong; returns the checkpoint's own arguments.
 
     Args:
         args: Megatron's validated namespace.
@@ -39,11 +39,12 @@ def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace]
         _check_position_wise_optimizer(args)
     saved = mcore.saved_args(args) if args.load else None
     if saved is None:
-        return
+        return None
     _check_architecture(args, scmoe, read_config(saved))
     if args.use_distributed_optimizer and not args.dist_ckpt_optim_fully_reshardable:
         _check_layout(args, saved)
     _check_expert_optimizer(args, saved)
+    return saved
 
 
 def check_buckets(args: Namespace, model_chunks: list[nn.Module]) -> list[nn.Module]:

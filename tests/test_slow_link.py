@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "slow_link.py"
 sys.path.insert(0, str(TOOL.parent))
+import atomic  # noqa: E402
 import slow_link as tool  # noqa: E402
 from slow_network import leftovers, network  # noqa: E402
 from slow_network.buckets import TokenBucket, UserError, format_rate, parse_rate  # noqa: E402
@@ -195,10 +196,11 @@ def test_report_is_written_whole(tmp_path, capsys):
     assert "2.0 s, started at 1mbit" in table and "2,000,000         8.00   137" in table and table.count("\n") == 5
     path = tmp_path / "r.json"
     path.write_text("old")
-    with pytest.raises(TypeError):
-        tool.write_report({"x": object()}, path)
-    assert path.read_text() == "old"
-    tool.write_report(report, path)
+    with pytest.raises(ZeroDivisionError), atomic.written(path) as file:
+        file.write("half")
+        _ = 1 / 0
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["r.json"]
+    atomic.write_text(path, json.dumps(report))
     assert json.loads(path.read_text()) == report and os.listdir(tmp_path) == ["r.json"]
     assert report["ranks"][1] == {"rank": 1, "bytes_sent": 2_000_000, "exit_code": 137}
 
@@ -405,6 +407,7 @@ def test_every_end_of_every_link_has_the_rate():
         return sorted(found)
 
     with SlowNetwork(3, "10mbit", burst="32kb") as slow:
+        assert subprocess.check_output([*slow.command_prefix(2), "cat", network._SLOW_START], text=True) == "0\n"
         for rate, words in (("10mbit", "10Mbit"), ("1.5mbit", "1500Kbit"), ("unlimited", ""), ("40mbit", "40Mbit")):
             slow.set_rate(rate)
             ends = ["eth0"] * 3 + ["port0", "port1", "port2"] if words else []

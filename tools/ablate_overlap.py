@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+import atomic
 from ablation.arms import Arm, all_arms, chosen_arms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,8 +153,8 @@ def show_again(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             document = goals.with_section(document, render.markdown(result))
         except ValueError as error:
             parser.error(f"--write-results {str(args.write_results)!a}: {error}: {goals.BEGIN} and {goals.END}")
-        args.write_results.write_text(document, encoding="utf-8")
-    (args.source / "report.html").write_text(render.html(result), encoding="utf-8")
+        atomic.write_text(args.write_results, document)
+    atomic.write_text(args.source / "report.html", render.html(result))
     for point in range(len(result["points"])):
         render.print_table(result, point)
 

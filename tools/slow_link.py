@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import atomic
 from slow_network.buckets import UserError
 from slow_network.control import Control, ControlError
 from slow_network.job import OUTPUTS, Job, Outcome, signals
@@ -157,16 +158,6 @@ def print_report(report: dict[str, Any]) -> None:
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def write_report(report: dict[str, Any], path: Path) -> None:
-    """Write it beside `path`, then rename: a killed run leaves nothing that looks whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(report, indent=2) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def run(args: argparse.Namespace, command: list[str]) -> int:
     """Do what the command line asks and return the exit code. Raises UserError, NetworkError."""
     check_request(args, command)
@@ -181,7 +172,7 @@ def run(args: argparse.Namespace, command: list[str]) -> int:
         report = make_report(args, command, outcome)
         print_report(report)
         if args.json is not None:
-            write_report(report, args.json)
+            atomic.write_text(args.json, json.dumps(report, indent=2) + "\n")
     return outcome.exit_code
 
 

@@ -11,15 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, so that an installed megatron_scmoe is preferred
+
+import atomic
 
 from megatron_scmoe.plan import CURRENT, DECODE, ENCODE, EXPERTS, ROUTE, TAIL
 from megatron_scmoe.spans import Lane
@@ -263,20 +263,6 @@ def _lane_events(rank: int, lane: Lane, pieces: Sequence[Piece], begin_ns: int) 
     return events
 
 
-def write(trace: dict[str, Any], target: Path) -> None:
-    """Write the trace beside its place, then rename it: a killed run leaves no half of a trace under its name."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-    partial = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(trace, file)
-        partial.chmod(0o644)
-        partial.rename(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks. Raises UserError."""
     folder = Path(args.folder)
@@ -286,7 +272,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--output {target} cannot be a file; name one in a folder that exists")
     if target.exists() and not args.overwrite:
         raise UserError(f"--output {target} exists; choose another, or add --overwrite")
-    write(trace_of(report), target)
+    with atomic.written(target) as file:
+        json.dump(trace_of(report), file)
     num_ranks = len({rank for of_ranks in report.values() for rank in of_ranks})
     print(f"done: {target}: steps {described(report)}, {num_ranks} ranks; open it at https://ui.perfetto.dev")
 

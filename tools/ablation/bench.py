@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -16,6 +17,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from torch import Tensor
 
 from ablation.arms import COST_MODEL, MODELS, Arm, Model
 from megatron_scmoe import observe
@@ -166,40 +168,49 @@ class Bench:
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return seconds.item()
 
+    @contextlib.contextmanager
+    def routed_tokens(self, model: str) -> Iterator[Tensor]:
+        """The tokens of this rank that each expert gets while a ``with`` block runs, all layers together."""
+        counts = torch.zeros(self.sizes.experts, device=self._tokens.device)
+        routers = [module for module in self._models[model].modules() if isinstance(module, TopKRouter)]
+
+        def count(_module: torch.nn.Module, _inputs: Any, routing: tuple[Tensor, ...]) -> None:
+            counts.add_(routing[1].sum(dim=0))
+
+        handles = [router.register_forward_hook(count) for router in routers]
+        try:
+            yield counts
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def recorded_step(self, model: str, kind: str) -> tuple[float, observe.Recording]:
         """One step with marks."""
         with observe.recording() as recording:
             seconds = self.step(model, kind)
         return seconds, recording
 
-    def costs(self, model: str, chunks: int) -> dict[int, GroupCosts]:
-        """What each group of a model costs, in sequence, as a mean over the ranks."""
-        plan = Plan((1,) * chunks, blocking=True)
-        groups = self.groups(model)
-        self.set_plans(model, dict.fromkeys(groups, Plans(plan, plan)))
-        self.step(model, "training")
-        passes: list[GroupPass] = []
-        for _ in range(COST_STEPS):
-            passes += passes_of(self.recorded_step(model, "training")[1])
-        result = {}
-        for index, group in groups.items():
-            mine = costs_of([one for one in passes if one.group == index], group.shape, chunks)
-            result[index] = mean_costs(gathered(mine))
-        return result
+    def costs(self, model: str, chunks: int, kind: str = "training") -> dict[int, GroupCosts]:
+        """What each group of a model costs, in sequence, as a mean over the ranks.
 
-    def forward_costs(self, model: str, chunks: int) -> dict[int, GroupCosts]:
-        """The same without gradients; as nothing runs backward, what it would cost is left at that of forward."""
+        Of forward alone nothing runs backward; what that would cost is left at what forward costs.
+        """
         plan = Plan((1,) * chunks, blocking=True)
         groups = self.groups(model)
         self.set_plans(model, dict.fromkeys(groups, Plans(plan, plan)))
-        self.step(model, "forward")
+        self.step(model, kind)
         passes: list[GroupPass] = []
         for _ in range(COST_STEPS):
-            passes += passes_of(self.recorded_step(model, "forward")[1])
+            passes += passes_of(self.recorded_step(model, kind)[1])
         result = {}
         for index, group in groups.items():
-            mine = pass_costs_of([one for one in passes if one.group == index], group.shape, chunks)
-            result[index] = mean_costs(gathered(GroupCosts(forward=mine, backward=mine)))
+            mine = [one for one in passes if one.group == index]
+            if kind == "training":
+                costs = costs_of(mine, group.shape, chunks)
+            else:
+                forward = pass_costs_of(mine, group.shape, chunks)
+                costs = GroupCosts(forward=forward, backward=forward)
+            result[index] = mean_costs(gathered(costs))
         return result
 
     def rest_s(self, model: str) -> dict[str, float]:

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 from ablation.arms import Arm
 from ablation.bench import KINDS, Bench, gathered
 from ablation.link import Link
@@ -93,7 +91,7 @@ def _solve(bench: Bench, model: str, results: list[ArmResult], plans: dict[str, 
     bench.set_routing(model, "balanced")
     groups = bench.groups(model)
     costs = {chunks: bench.costs(model, chunks) for chunks in CHUNKS}
-    forward = {chunks: bench.forward_costs(model, chunks) for chunks in CHUNKS}
+    forward = {chunks: bench.costs(model, chunks, "forward") for chunks in CHUNKS}
     rest_s = bench.rest_s(model)
     for result in results:
         arm = result.arm
@@ -157,14 +155,10 @@ def _observe(bench: Bench, link: Link, result: ArmResult) -> None:
 
 def _observe_step(bench: Bench, link: Link, result: ArmResult, kind: str) -> None:
     before = link.bytes_sent()
-    _, recording = bench.recorded_step(result.arm.model, kind)
+    with bench.routed_tokens(result.arm.model) as tokens:
+        _, recording = bench.recorded_step(result.arm.model, kind)
     after = link.bytes_sent()
     passes = passes_of(recording)
-    if before is not None and after is not None:
-        result.sent_bytes[kind] = after - before
-    if not passes:
-        return
-    tokens = sum((load.tokens_per_expert for load in recording.loads), start=torch.zeros(bench.sizes.experts))
     summary = {
         "communication_s": sum(communication_s(one.spans) for one in passes),
         "exposed_s": sum(exposed_s(one.spans) for one in passes),
@@ -172,12 +166,16 @@ def _observe_step(bench: Bench, link: Link, result: ArmResult, kind: str) -> Non
         "tokens": tokens.tolist(),
     }
     ranks = gathered(summary)
+    if kind == "training":
+        totals = [sum(counts) for counts in zip(*(rank["tokens"] for rank in ranks), strict=True)]
+        result.tokens_max_over_mean = max(totals) * len(totals) / sum(totals)
+    if before is not None and after is not None:
+        result.sent_bytes[kind] = after - before
+    if not passes:  # Megatron's own layers make no marks
+        return
     slowest = max(ranks, key=lambda rank: rank["exposed_s"])
     result.communication_s.setdefault(kind, []).append(slowest["communication_s"])
     result.exposed_s.setdefault(kind, []).append(slowest["exposed_s"])
     result.tensor_bytes[kind] = sum(rank["tensor_bytes"] for rank in ranks)
-    if kind == "training":
-        totals = [sum(counts) for counts in zip(*(rank["tokens"] for rank in ranks), strict=True)]
-        result.tokens_max_over_mean = max(totals) * len(totals) / sum(totals)
     first = passes[0].group
     result.timeline[kind] = [asdict(span) for one in passes if one.group == first for span in one.spans]

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import atomic
 import torch
 
 from ablation import analysis, render
@@ -22,19 +23,19 @@ from ablation.arms import BASELINE
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def write_results(args: argparse.Namespace, sizes: Any, ranks: int, points: list[dict[str, Any]]) -> None:
+def write_results(args: argparse.Namespace, meta: dict[str, Any], points: list[dict[str, Any]]) -> None:
     """Write what is there so far: JSON, CSV, HTML; and print the table of the newest link rate."""
-    result = {"meta": _meta(args, sizes, ranks), "points": points}
+    meta["hardware"]["load"] = os.getloadavg()[0]
+    result = {"meta": meta, "points": points}
     rows = analysis.rows(points, BASELINE)
     args.output.mkdir(parents=True, exist_ok=True)
-    _replace(args.output / "result.json", json.dumps(result, indent=1) + "\n")
+    atomic.write_text(args.output / "result.json", json.dumps(result, indent=1) + "\n")
     table = [_flat(row) for row in rows]
-    with (args.output / ".result.csv").open("w", newline="") as file:
+    with atomic.written(args.output / "result.csv") as file:
         writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()
         writer.writerows(table)
-    (args.output / ".result.csv").replace(args.output / "result.csv")
-    _replace(args.output / "report.html", render.html(result))
+    atomic.write_text(args.output / "report.html", render.html(result))
     render.print_table(result, len(points) - 1)
 
 
@@ -51,13 +52,9 @@ def _flat(row: Any) -> dict[str, Any]:
     return flat
 
 
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def meta_of(args: argparse.Namespace, sizes: Any, ranks: int) -> dict[str, Any]:
+    """Where results come from. Ask when the job begins: the repository may change while it runs."""
 
-
-def _meta(args: argparse.Namespace, sizes: Any, ranks: int) -> dict[str, Any]:
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
@@ -72,7 +69,6 @@ def _meta(args: argparse.Namespace, sizes: Any, ranks: int) -> dict[str, Any]:
         "hardware": {
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
             "cores": os.cpu_count(),
-            "load": os.getloadavg()[0],
         },
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": args.seed,

@@ -24,7 +24,7 @@ from ablation.arms import Arm
 from ablation.bench import Bench, Sizes
 from ablation.link import UNLIMITED, Link, find_rate
 from ablation.measure import ArmResult, measure
-from ablation.output import write_results
+from ablation.output import meta_of, write_results
 
 
 class Progress:
@@ -75,6 +75,7 @@ def run_rank(args: argparse.Namespace, arms: list[Arm]) -> int:
         shares.append(None)
     models = len({arm.model for arm in arms})
     progress = Progress(dist.get_rank(), len(shares) * (models + args.repetitions + 1))
+    meta = meta_of(args, sizes, ranks)
     points, missed = [], 0
     for share in shares:
         try:
@@ -95,7 +96,7 @@ def run_rank(args: argparse.Namespace, arms: list[Arm]) -> int:
         arm_results = [asdict(one) for one in results]
         points.append({"wanted_share": share, "share": measured, "rate": rate, "arms": arm_results})
         if dist.get_rank() == 0:
-            write_results(args, sizes, ranks, points)
+            write_results(args, meta, points)
     dist.barrier()
     dist.destroy_process_group()
     return 1 if missed else 0
