@@ -11,7 +11,7 @@ from megatron_scmoe.arguments import add_scmoe_arguments
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN = "<!-- flags: written by docs/flags_table.py -->\n"
 END = "<!-- end of flags -->\n"
-WORDS = {"expert_slot": "2, or 1,3 for chunks", "overlap_report": "a folder"}
+WORDS = {"expert_slot": "2, or 1,3 for chunks", "overlap_report": "a folder", "lsh_target_rate": "a number below 1"}
 
 
 def flags_table() -> str:

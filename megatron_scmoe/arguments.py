@@ -48,7 +48,8 @@ class _FlagFactory(ArgumentGroupFactory):
 
 
 def add_scmoe_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add our flags to Megatron's parser."""
+    """Add our flags to Megatron's parser, and let it show its help."""
+    mcore.mend_help(parser)
     _FlagFactory(ScMoEConfig).build_group(parser, title="shortcut-connected MoE (megatron_scmoe)")
     return parser
 
@@ -89,15 +90,16 @@ def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig]:
             _set_megatron_args(args, scmoe)
         else:
             scmoe.validate(num_layers=0)
-            if scmoe.pipelines_stock:
-                refusals.check_pipelined(args)
+            if scmoe.replaces_stock_moe:
+                refusals.check_pipelined(args, scmoe)
         _by_megatrons_rules(validate_args, args)
         if scmoe.enabled:
             refusals.check_pipeline(scmoe, _by_megatrons_rules(core_transformer_config_from_args, args))
-        resume.check(args, scmoe, scmoe_config_from_args)
+        saved = resume.check(args, scmoe, scmoe_config_from_args)
         if scmoe.overlap is Overlap.ADAPTIVE:
-            saved = mcore.saved_args(args) if args.load else None
             args.overlap_plans = getattr(saved, "overlap_plans", {})
+        if scmoe.lsh_target_rate:
+            args.lsh_levels = getattr(saved, "lsh_levels", {})
         corpus.check_datasets(args)
     except ConfigError as error:
         refuse(str(error))

@@ -46,6 +46,27 @@ class Overlap(StrEnum):
     ADAPTIVE = "adaptive"
 
 
+class Codec(StrEnum):
+    """What travels in the place of tokens."""
+
+    NONE = "none"
+    LSH = "lsh"
+
+
+class HashKind(StrEnum):
+    """What one hash function answers with (LSH-MoE, arXiv 2411.08446, section 3.2)."""
+
+    CROSS_POLYTOPE = "cross-polytope"
+    SPHERICAL = "spherical"
+
+
+class Compensation(StrEnum):
+    """What is added to an expert's output for the residual that did not travel (LSH-MoE, section 3.3)."""
+
+    PAPER = "paper"
+    NONE = "none"
+
+
 class Resume(StrEnum):
     """Which checkpoints a run may continue from."""
 
@@ -59,13 +80,19 @@ class Resume(StrEnum):
 WINDOW_OPS = {Position.POS1: 2, Position.POS2: 3, Position.POS3: 4}
 
 MOE_EVERY_CHOICES = (1, 2, 3, 4)
+MAX_HASHES = 64
 
 # Fields that decide what the parameters mean. A checkpoint of other values loads without an error, since the names and
 # shapes are the same, and is wrong: so they are compared on resume.
 ARCHITECTURE_FIELDS = ("shortcut", "shortcut_position", "shortcut_combine", "moe_every", "moe_share_groups")
 
+CODEC_FIELDS = ("lsh_kind", "lsh_hashes", "lsh_width", "lsh_compensation", "lsh_target_rate", "lsh_seed")
+
 # Fields that mean something for the stock model too.
-STOCK_FIELDS = ("shortcut", "shortcut_resume", "overlap", "overlap_chunks", "overlap_interval", "overlap_report")
+STOCK_FIELDS = (
+    *("shortcut", "shortcut_resume", "overlap", "overlap_chunks", "overlap_interval", "overlap_report", "a2a_codec"),
+    *CODEC_FIELDS,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +147,35 @@ class ScMoEConfig:
     load of every group, as JSON lines, one file for each rank; the log, TensorBoard and W&B get the sum. Read the
     timeline with tools/trace.py."""
 
+    a2a_codec: Codec = Codec.NONE
+    """What the all-to-all carries. none: tokens. lsh: tokens of one expert that hash alike travel as one row, their
+    mean, in forward and backward, and each token's difference from it stays at home (LSH-MoE, arXiv 2411.08446). How
+    many rows are left is an outcome that --overlap-report shows. With --shortcut none it works in the stock MoE
+    layers."""
+
+    lsh_kind: HashKind = HashKind.CROSS_POLYTOPE
+    """Hash functions of --a2a-codec lsh. cross-polytope: the nearest of the 2 x --lsh-width directions of a random
+    frame; spherical: the side of a random plane."""
+
+    lsh_hashes: int = 6
+    """Hash functions that must agree for tokens to travel together: more of them send more rows and change less.
+    About 1024 tokens for each expert on each rank, 6 functions and a width of 2 send 0.15 to 0.3 of the rows, once a
+    model has trained for some hundred steps. spherical needs about twice as many."""
+
+    lsh_width: int = 2
+    """Coordinates of a cross-polytope hash function: more of them send more rows and change less. Try 4 for 4096 or
+    more tokens for each expert on each rank."""
+
+    lsh_compensation: Compensation = Compensation.PAPER
+    """What a token gets beside the expert's output for the mean: paper: its difference from the mean; none: nothing."""
+
+    lsh_target_rate: float = 0.0
+    """Part of the rows that is to travel, such as 0.2. How many of the --lsh-hashes functions count is then moved after
+    every step, by what all ranks sent; give twice the functions that you think are needed. 0: all of them count."""
+
+    lsh_seed: int = 1234
+    """Seed of the hash functions, which are drawn once and never trained. Give the same one to continue a run."""
+
     shortcut_resume: Resume = Resume.SAME
     """Checkpoints to continue from. same: refuse one that was trained with other values of --shortcut,
     --shortcut-position, --shortcut-combine or --moe-every. changed: load it all the same, optimizer included, and say
@@ -163,17 +219,18 @@ class ScMoEConfig:
         return Plan(slots * self.overlap_chunks if len(slots) == 1 else slots)
 
     @property
-    def pipelines_stock(self) -> bool:
-        """Whether the MoE layers of the stock model travel in chunks."""
-        return not self.enabled and self.overlap_chunks > 1
+    def replaces_stock_moe(self) -> bool:
+        """Whether the MoE layers of the stock model are ours: their tokens travel in chunks, or compressed."""
+        return not self.enabled and (self.overlap_chunks > 1 or self.a2a_codec is not Codec.NONE)
 
     @property
     def watches_steps(self) -> bool:
         """Whether anything has to be done between two steps."""
-        return self.overlap is Overlap.ADAPTIVE or bool(self.overlap_report)
+        return self.overlap is Overlap.ADAPTIVE or bool(self.overlap_report) or self.lsh_target_rate > 0
 
     def validate(self, num_layers: int) -> None:
         """Raise ConfigError where these settings cannot describe a model of ``num_layers`` blocks."""
+        self._validate_codec()
         if not self.enabled:
             self._validate_stock()
             return
@@ -215,6 +272,34 @@ class ScMoEConfig:
                 f"steps are counted from 0: --overlap-interval is {self.overlap_interval}; use 0 to measure once"
             )
 
+    def _validate_codec(self) -> None:
+        if self.a2a_codec is Codec.NONE:
+            for field in fields(self):
+                if field.name in CODEC_FIELDS and getattr(self, field.name) != field.default:
+                    flag = "--" + field.name.replace("_", "-")
+                    raise ConfigError(
+                        f"{flag} belongs to the codec lsh: it is set to {getattr(self, field.name)} and --a2a-codec is "
+                        f"none; add --a2a-codec lsh or drop {flag}"
+                    )
+        if not 1 <= self.lsh_hashes <= MAX_HASHES:
+            raise ConfigError(
+                f"1 to {MAX_HASHES} functions can be had: --lsh-hashes is {self.lsh_hashes}; use 6 for cross-polytope, "
+                "12 for spherical"
+            )
+        if not 0 <= self.lsh_target_rate < 1:
+            raise ConfigError(
+                f"a rate is a part of all rows: --lsh-target-rate is {self.lsh_target_rate}; use a number such as 0.2, "
+                "or 0 for none"
+            )
+        if self.lsh_width < 1:
+            raise ConfigError(f"a function keeps a coordinate at least: --lsh-width is {self.lsh_width}; use 2 or 4")
+        default_width = next(field.default for field in fields(self) if field.name == "lsh_width")
+        if self.lsh_kind is HashKind.SPHERICAL and self.lsh_width != default_width:
+            raise ConfigError(
+                f"a plane has two sides and no width: --lsh-kind is spherical and --lsh-width is {self.lsh_width}; "
+                "drop --lsh-width"
+            )
+
     def _validate_sharing(self, num_groups: int) -> None:
         if self.moe_share_groups not in (1, 2):
             raise ConfigError(
@@ -237,11 +322,11 @@ class ScMoEConfig:
     def _validate_stock(self) -> None:
         """Without a shortcut the other flags of this group have no meaning: refuse rather than ignore them."""
         self._validate_overlap()
-        if self.watches_steps and not self.pipelines_stock:
+        if self.watches_steps and not self.replaces_stock_moe:
             raise ConfigError(
                 f"the stock MoE layer has nothing to choose and reports nothing: --shortcut is none, --overlap is "
-                f"{self.overlap} and --overlap-report is {self.overlap_report or 'not set'}; add --overlap-chunks 2 or "
-                "--shortcut scmoe"
+                f"{self.overlap} and --overlap-report is {self.overlap_report or 'not set'}; add --overlap-chunks 2, "
+                "--a2a-codec lsh or --shortcut scmoe"
             )
         for field in fields(self):
             value = getattr(self, field.name)

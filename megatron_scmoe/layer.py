@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_scmoe import mcore
+from megatron_scmoe.codec import CargoMaker
 from megatron_scmoe.config import Combine, ScMoEConfig, Shortcut
 from megatron_scmoe.dispatch import Flights
 from megatron_scmoe.gating import CoefficientGate
@@ -77,6 +78,7 @@ class GroupBlock(TransformerLayer):
         )
         self.plan = self.forward_plan = scmoe.plan(self.group_index)
         self._marker = Marker(self.group_index)
+        self.cargo_maker = CargoMaker(scmoe, config.hidden_size, self.group_index)
         if scmoe.shortcut_combine is Combine.CG2:
             self.combine_gate = CoefficientGate(config)
         self._dense_ops: tuple[DenseOp, ...] = ()
@@ -163,7 +165,16 @@ class GroupBlock(TransformerLayer):
         probs, routing_map = routing[:2]
         self._marker.in_backward(prefix + ROUTE, probs)
         self._marker.load(probs, routing_map, self.moe.router.topk)
-        return Flights(self.moe, source, probs, routing_map, plan=plan, marker=self._marker, prefix=prefix)
+        return Flights(
+            self.moe,
+            source,
+            probs,
+            routing_map,
+            plan=plan,
+            cargo_maker=self.cargo_maker,
+            marker=self._marker,
+            prefix=prefix,
+        )
 
     def _run_second_gate(
         self,

@@ -10,7 +10,8 @@ import copy
 import importlib.metadata
 import importlib.util
 import io
-from argparse import Namespace
+import re
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,13 @@ def saved_args(args: Namespace) -> Namespace | None:
     with contextlib.redirect_stdout(io.StringIO()):  # it reports on a load that is not happening yet
         state_dict, *_ = _load_base_checkpoint(args.load, args, rank0=True)
     return state_dict.get("args") if state_dict else None
+
+
+def mend_help(parser: ArgumentParser) -> None:
+    """Escape bare percent signs in Megatron's help texts: argparse fails on them, and shows no help at all."""
+    for action in parser._actions:
+        if action.help:
+            action.help = re.sub(r"%(?![%(])", "%%", action.help.replace("%%", "%"))
 
 
 def uses_torch_optimizers() -> bool:
@@ -148,25 +156,66 @@ class AttentionInputs:
 # --- one dispatch ------------------------------------------------------------------------------------------------
 
 
-def dispatcher_for_one_flight(moe: MoELayer, routing_map: Tensor, *, one_of_many: bool) -> MoEAlltoAllTokenDispatcher:
-    """A dispatcher that holds the state of one flight alone, and knows what every rank sends.
+def dispatcher_for_one_flight(moe: MoELayer, *, keeps_capacity: bool) -> MoEAlltoAllTokenDispatcher:
+    """A dispatcher that holds the state of one flight alone.
 
     Core's writes the state of the current dispatch onto itself (14 attributes), so two dispatches of one layer that fly
     at once would overwrite each other. A shallow copy shares everything that does not change.
 
     Args:
         moe: the layer whose tokens fly.
-        routing_map: which expert gets which of them, bool, [n, experts].
-        one_of_many: whether these are one chunk of the layer's tokens.
+        keeps_capacity: whether as many rows as the router padded each expert to travel in this flight.
     """
     dispatcher = copy.copy(moe.token_dispatcher)
-    if one_of_many:
-        # Padding filled every expert's capacity before the tokens were cut into chunks, of which none has that many.
+    if not keeps_capacity:
         dispatcher.drop_and_pad = False
-    # Core exchanges the counts where it permutes the tokens. Here that happens before, for all chunks.
+    return dispatcher
+
+
+def exchange_counts(dispatcher: MoEAlltoAllTokenDispatcher, routing_map: Tensor) -> None:
+    """Let ``dispatcher`` know what every rank sends, from which expert gets which token, bool, [n, experts].
+
+    Core exchanges the counts where it permutes the tokens. Here that happens before, for all chunks.
+    """
     tokens_per_expert = dispatcher.preprocess(routing_map)
     dispatcher.preprocess = lambda _routing_map: tokens_per_expert
-    return dispatcher
+
+
+def rows_by_expert(
+    dispatcher: MoEAlltoAllTokenDispatcher, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens in the order of their experts, one row for each choice, and their gate weights; nothing is exchanged.
+
+    Args:
+        dispatcher: takes note of how to put the rows back in token order.
+        hidden_states: [..., h], n tokens.
+        routing_map: which expert gets which token, bool, [n, experts].
+        probs: gate weights, [n, experts].
+    """
+    if dispatcher.config.moe_expert_capacity_factor is None:
+        dispatcher.num_out_tokens = routing_map.shape[0] * dispatcher.config.moe_router_topk
+    else:
+        dispatcher.num_out_tokens = int(routing_map.sum())  # a host sync, which Core has here too
+    dispatcher.preprocess = lambda _routing_map: None
+    dispatcher.num_global_tokens_per_local_expert = None  # Core copies it to the host, where its preprocess has set it
+    rows, weights = dispatcher.dispatch_preprocess(hidden_states, routing_map, probs)
+    del dispatcher.preprocess
+    return rows, weights
+
+
+def exchange_row_counts(dispatcher: MoEAlltoAllTokenDispatcher, rows_per_expert: Tensor, probs: Tensor) -> None:
+    """Let ``dispatcher`` know what every rank sends, where that is not its tokens.
+
+    Args:
+        dispatcher: of one flight.
+        rows_per_expert: what this rank sends to each expert, [experts].
+        probs: gate weights; Core sums outputs over tensor-parallel ranks in their dtype.
+    """
+    dispatcher.probs = probs
+    # One row of counts has the column sums of a routing map with that many tokens.
+    tokens_per_expert = dispatcher.preprocess(rows_per_expert.unsqueeze(0))
+    # Core copies the counts to the host where it permutes tokens, which is done by now.
+    dispatcher.tokens_per_expert = dispatcher._maybe_dtoh_and_synchronize("before_permutation_1", tokens_per_expert)
 
 
 def split_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> tuple[list[int] | None, list[int] | None]:
@@ -180,6 +229,20 @@ def split_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> tuple[list[int] | None
     if dispatcher.input_splits is None:
         return None, None
     return dispatcher.input_splits.tolist(), dispatcher.output_splits.tolist()
+
+
+def num_rows_to_send(dispatcher: MoEAlltoAllTokenDispatcher) -> int:
+    """Rows that this rank sends after ``exchange_row_counts``, those for its own experts included."""
+    send_rows, _ = split_rows(dispatcher)
+    return int(dispatcher.tokens_per_expert.sum()) if send_rows is None else sum(send_rows)
+
+
+def ranks_with_negative_counts(dispatcher: MoEAlltoAllTokenDispatcher) -> list[int]:
+    """Ranks of the expert-parallel group that gave ``exchange_row_counts`` negative numbers."""
+    _, receive_rows = split_rows(dispatcher)
+    if receive_rows is None:
+        receive_rows = [int(dispatcher.tokens_per_expert.min())]
+    return [rank for rank, rows in enumerate(receive_rows) if rows < 0]
 
 
 # --- pipeline stages ---------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class ScMoEGPTModelBuilder(GPTModelBuilder):
 
 def model_config_from_args(args: Namespace, scmoe: ScMoEConfig) -> GPTModelConfig:
     """The model that ``args`` describe: ours where a shortcut is set, else Core's own, untouched."""
-    if scmoe.pipelines_stock:
+    if scmoe.replaces_stock_moe:
         return with_chunks(gpt_config_from_args(args), scmoe)
     if not scmoe.enabled:
         return gpt_config_from_args(args)
@@ -56,7 +56,7 @@ def model_config_from_args(args: Namespace, scmoe: ScMoEConfig) -> GPTModelConfi
 
 
 def with_chunks(config: GPTModelConfig, scmoe: ScMoEConfig) -> GPTModelConfig:
-    """Let the stock MoE layers of ``config`` send their tokens in chunks; returns it."""
+    """Let the stock MoE layers of ``config`` send their tokens in chunks, or compressed; returns it."""
     config.transformer_layer_spec = partial(pipelined_block_spec, scmoe=scmoe)
     return config
 

@@ -76,6 +76,25 @@ class Load:
     dropped: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """How alike the rows of one flight were, and what of them did not travel.
+
+    Attributes:
+        group: whose flight it was.
+        rows: tokens' choices.
+        clusters: rows that travelled in their place.
+        largest: rows of the largest cluster.
+        residual: mean over the rows of the residual's norm relative to the row's.
+    """
+
+    group: int
+    rows: int
+    clusters: int
+    largest: Tensor
+    residual: Tensor
+
+
 type _Moment = float | torch.cuda.Event
 
 
@@ -108,6 +127,7 @@ class Recording:
     _marks: list[tuple[str, int, int, bool, _Moment]] = field(default_factory=list)
     _flying: list[_Flying] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
+    compressions: list[Compression] = field(default_factory=list)
 
     @property
     def marks(self) -> list[Mark]:
@@ -173,14 +193,14 @@ class Marker:
     """
 
     def __init__(self, group: int) -> None:
-        self._group = group
+        self.group = group
 
     def now(self, name: str, index: int = 0, *, backward: bool = False) -> None:
         """A step begins here."""
         if _listeners:
             moment = _now()
             for recorded in _listeners:
-                recorded._marks.append((name, index, self._group, backward, moment))
+                recorded._marks.append((name, index, self.group, backward, moment))
 
     def in_backward(self, name: str, output: Tensor, index: int = 0) -> None:
         """The backward of a step begins when the gradient of its ``output`` is complete."""
@@ -191,7 +211,7 @@ class Marker:
         """A collective was launched; its end is noted when it comes."""
         if not _listeners:
             return
-        flying = _Flying(name, index, self._group, backward, _now(), sent_bytes)
+        flying = _Flying(name, index, self.group, backward, _now(), sent_bytes)
         for recorded in _listeners:
             recorded._flying.append(flying)
 
@@ -212,6 +232,23 @@ class Marker:
         if _listeners and torch.is_grad_enabled():
             # Rows that pad an expert to its capacity have no weight: they are not load.
             tokens_per_expert = (routing_map & (probs > 0)).sum(dim=0)
-            load = Load(self._group, tokens_per_expert, probs.shape[0] * choices - tokens_per_expert.sum())
+            load = Load(self.group, tokens_per_expert, probs.shape[0] * choices - tokens_per_expert.sum())
             for recorded in _listeners:
                 recorded.loads.append(load)
+
+    def compression(self, rows: Tensor, centroids: Tensor, ids: Tensor, sizes: Tensor) -> None:
+        """Rows were clustered. What counts is what counts for ``load``.
+
+        Args:
+            rows: [n, h].
+            centroids: that travel in their place, [m, h].
+            ids: centroid of each row, [n].
+            sizes: rows of each centroid, at least m of them.
+        """
+        if _listeners and torch.is_grad_enabled() and rows.shape[0]:
+            with torch.no_grad():
+                norms = torch.linalg.vector_norm(rows - centroids[ids], dim=-1, dtype=torch.float32)
+                residual = (norms / torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)).nan_to_num().mean()
+            one = Compression(self.group, rows.shape[0], centroids.shape[0], sizes.max(), residual)
+            for recorded in _listeners:
+                recorded.compressions.append(one)

@@ -2,6 +2,7 @@
 
 It has no shortcut, so its dense stream is what does not wait for the routed experts inside the layer: the shared
 expert, where there is one. The honest baseline of every measurement; ``--shortcut none --overlap-chunks 2`` trains it.
+With ``--a2a-codec lsh`` it is the layer of the LSH-MoE paper.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_scmoe import mcore
+from megatron_scmoe.codec import CargoMaker
 from megatron_scmoe.config import Overlap, ScMoEConfig
 from megatron_scmoe.dispatch import Flights
 from megatron_scmoe.observe import BEGIN, END, Marker
@@ -19,10 +21,10 @@ from megatron_scmoe.plan import ROUTE, SHARED_EXPERT, TAIL, GroupShape, Plan
 
 
 class PipelinedMoELayer(MoELayer):
-    """Core's MoE layer, its parameters and its numbers (rounding apart), with the collectives started and finished.
+    """Core's MoE layer, its parameters and its numbers (rounding apart, and the codec), in starts and finishes.
 
     Args:
-        scmoe: chunks and overlap. The other arguments are those of Core's layer.
+        scmoe: chunks, overlap and codec. The other arguments are those of Core's layer.
     """
 
     def __init__(self, *args: Any, scmoe: ScMoEConfig, **kwargs: Any) -> None:
@@ -30,7 +32,14 @@ class PipelinedMoELayer(MoELayer):
         self.shape = GroupShape(tap=0, num_dense_ops=int(self.use_shared_expert), second_gate=False)
         # The shared expert runs while the first chunk travels to its experts.
         chunks = scmoe.overlap_chunks if scmoe.overlap is Overlap.FIXED else 1
-        self.plan = self.forward_plan = Plan((self.shape.num_slots,) * chunks)
+        slots = (self.shape.num_slots,) * chunks
+        self.plan = self.forward_plan = Plan(slots, blocking=scmoe.overlap is Overlap.OFF)
+        self.scmoe = scmoe
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Core calls it once, behind the constructor."""
+        super().set_layer_number(layer_number)
+        self.cargo_maker = CargoMaker(self.scmoe, self.config.hidden_size, self.group_index)
 
     @property
     def group_index(self) -> int:
@@ -49,7 +58,9 @@ class PipelinedMoELayer(MoELayer):
         probs, routing_map = self.route(hidden_states, mcore.sequence_first(padding_mask))
         marker.in_backward(ROUTE, probs)
         marker.load(probs, routing_map, self.router.topk)
-        flights = Flights(self, hidden_states, probs, routing_map, plan=plan, marker=marker)
+        flights = Flights(
+            self, hidden_states, probs, routing_map, plan=plan, cargo_maker=self.cargo_maker, marker=marker
+        )
         shared = None
         if self.use_shared_expert:
             flights.run_experts(slot=1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe import mcore
-from megatron_scmoe.config import Combine, ConfigError, ScMoEConfig, Shortcut
+from megatron_scmoe.config import Codec, Combine, ConfigError, ScMoEConfig, Shortcut
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,8 @@ PIPELINED_REFUSALS = (
         "use --moe-token-dispatcher-type alltoall",
         ("alltoall",),
     ),
-    Refusal("--overlap-moe-expert-parallel-comm", "chunks of one micro-batch and of two do not mix"),
-    Refusal("--moe-shared-expert-overlap", "the shared expert runs while the first chunk travels anyway"),
+    Refusal("--overlap-moe-expert-parallel-comm", "its halves and those of this script do not mix"),
+    Refusal("--moe-shared-expert-overlap", "the shared expert runs while tokens travel anyway"),
     Refusal("--delay-wgrad-compute", "the dispatch halves have no hook for it"),
     Refusal("--overlap-dispatch-backward-with-experts-wgrad", "the dispatch halves have no hook for it"),
     Refusal("--cuda-graph-impl", "token counts differ from step to step", "use --cuda-graph-impl none", ("none",)),
@@ -101,7 +101,7 @@ PIPELINED_REFUSALS = (
     Refusal("--moe-latent-size", "latent projections lie outside the two halves of a dispatch"),
     Refusal("--moe-layer-recompute", _RECOMPUTE_REFUSED["moe"]),
     Refusal("--fine-grained-activation-offloading", "it calls inner methods of the stock layer"),
-    Refusal("--spec", "chunks need the block spec of this script"),
+    Refusal("--spec", "chunks and codec need the block spec of this script"),
     Refusal("--heterogeneous-layers-config-path", "its blocks have a spec of their own"),
     Refusal("--heterogeneous-layers-config-encoded-json", "its blocks have a spec of their own"),
     Refusal("--experimental-attention-variant", "its blocks have a spec of their own"),
@@ -113,7 +113,7 @@ PIPELINED_REFUSALS = (
         ("local", "transformer_engine"),
     ),
 )
-"""What the stock MoE layer cannot be combined with where its tokens travel in chunks (--overlap-chunks)."""
+"""What the stock MoE layer cannot be combined with where its tokens travel in chunks, or compressed."""
 
 HOOK_REFUSALS = (
     Refusal("--sft", "the batch hook reads pretraining datasets"),
@@ -133,20 +133,41 @@ def check_hooks(args: Namespace) -> None:
         refusal.check(args)
 
 
-def check_pipelined(args: Namespace) -> None:
-    """Raise ConfigError for the first flag in ``args`` that a stock MoE layer in chunks does not do."""
+def check_pipelined(args: Namespace, scmoe: ScMoEConfig) -> None:
+    """Raise ConfigError for the first flag in ``args`` that our stock MoE layer does not do."""
+    mine = f"--overlap-chunks is {args.overlap_chunks} and --a2a-codec is {args.a2a_codec}"
     for refusal in PIPELINED_REFUSALS:
         refusal.check(args)
     if args.recompute_granularity == "selective" and "moe" in (args.recompute_modules or ()):
         raise ConfigError(
-            f"{_RECOMPUTE_REFUSED['moe']}: --recompute-modules has moe and --overlap-chunks is {args.overlap_chunks}; "
-            "drop moe from it"
+            f"{_RECOMPUTE_REFUSED['moe']}: --recompute-modules has moe, {mine}; drop moe from --recompute-modules"
         )
     if not args.num_experts:
         raise ConfigError(
-            f"chunks are those of an MoE layer: --num-experts is {args.num_experts} and --overlap-chunks is "
-            f"{args.overlap_chunks}; add --num-experts 8 or drop --overlap-chunks"
+            f"chunks and codec are those of an MoE layer: --num-experts is {args.num_experts}, {mine}; "
+            "add --num-experts 8 or drop them"
         )
+    _check_codec(args, scmoe)
+
+
+_CODEC_REFUSED = {
+    "--moe-router-padding-for-quantization": "padding rows would be clustered like tokens",
+    "--moe-router-padding-for-fp8": "padding rows would be clustered like tokens",
+    "--moe-apply-probs-on-input": "a centroid stands for tokens of many gate weights, which are applied at home",
+}
+
+
+def _check_codec(args: Namespace, scmoe: ScMoEConfig) -> None:
+    if scmoe.a2a_codec is Codec.NONE:
+        return
+    if scmoe.lsh_width > args.hidden_size:
+        raise ConfigError(
+            f"a hash function keeps some of a token's coordinates: --lsh-width is {scmoe.lsh_width} and --hidden-size "
+            f"is {args.hidden_size}; use --lsh-width 2"
+        )
+    for flag, reason in _CODEC_REFUSED.items():
+        if getattr(args, flag.removeprefix("--").replace("-", "_")):
+            raise ConfigError(f"{reason}: {flag} is set and --a2a-codec is {scmoe.a2a_codec}; drop it")
 
 
 def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
@@ -191,6 +212,7 @@ def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
         )
     _check_router(args)
     _check_parallelism(args, scmoe)
+    _check_codec(args, scmoe)
 
 
 def _balancing(args: Namespace) -> list[str]:

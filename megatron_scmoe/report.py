@@ -13,10 +13,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TextIO
 
 from megatron_scmoe.costs import GroupPass
-from megatron_scmoe.observe import Load
+from megatron_scmoe.observe import Compression, Load, Recording
 from megatron_scmoe.plan import Plan
 from megatron_scmoe.spans import communication_s, exposed_s, share_hidden
 
@@ -41,6 +42,9 @@ class GroupRow:
         tokens_per_expert: this rank's tokens for each expert of the model, after capacity.
         tokens_max_over_mean: of these, the largest over the mean.
         dropped_share: part of the tokens' choices that capacity dropped.
+        sent_rate: rows that travelled over rows that were routed; 1 without a codec.
+        largest_cluster: tokens that the largest centroid stood for.
+        residual: mean over tokens of what did not travel, relative to the token (norms).
     """
 
     group: int
@@ -52,27 +56,38 @@ class GroupRow:
     tokens_per_expert: tuple[int, ...]
     tokens_max_over_mean: float
     dropped_share: float
+    sent_rate: float = 1.0
+    largest_cluster: int = 1
+    residual: float = 0.0
 
 
-def rows_of(passes: Sequence[GroupPass], loads: Sequence[Load], plans: Mapping[int, Plan]) -> list[GroupRow]:
+def rows_of(passes: Sequence[GroupPass], recording: Recording, plans: Mapping[int, Plan]) -> list[GroupRow]:
     """The step of this rank, group by group."""
     return [
         _row(
             group,
             plan,
             [one for one in passes if one.group == group],
-            [one for one in loads if one.group == group],
+            [one for one in recording.loads if one.group == group],
+            [one for one in recording.compressions if one.group == group],
         )
         for group, plan in sorted(plans.items())
     ]
 
 
-def _row(group: int, plan: Plan, passes: Sequence[GroupPass], loads: Sequence[Load]) -> GroupRow:
+def _row(
+    group: int,
+    plan: Plan,
+    passes: Sequence[GroupPass],
+    loads: Sequence[Load],
+    compressions: Sequence[Compression],
+) -> GroupRow:
     communication = sum(communication_s(one.spans) for one in passes)
     exposed = sum(exposed_s(one.spans) for one in passes)
     tokens = [sum(counts) for counts in zip(*(one.tokens_per_expert.tolist() for one in loads), strict=True)]
     dropped = sum(int(one.dropped) for one in loads)
     kept = sum(tokens)
+    routed = sum(one.rows for one in compressions)
     return GroupRow(
         group=group,
         slots=plan.slots,
@@ -83,12 +98,18 @@ def _row(group: int, plan: Plan, passes: Sequence[GroupPass], loads: Sequence[Lo
         tokens_per_expert=tuple(tokens),
         tokens_max_over_mean=max(tokens) * len(tokens) / kept if kept else 0.0,
         dropped_share=dropped / (kept + dropped) if kept + dropped else 0.0,
+        sent_rate=sum(one.clusters for one in compressions) / routed if routed else 1.0,
+        largest_cluster=max((int(one.largest) for one in compressions), default=1),
+        residual=sum(one.rows * float(one.residual) for one in compressions) / routed if routed else 0.0,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """All groups of a stage, one step: the slowest rank's times, all ranks' tokens. Field names are scalar names."""
+    """All groups of a stage, one step: the slowest rank's times, all ranks' tokens. Field names are scalar names.
+
+    The last two are of a codec; without one they are not written.
+    """
 
     communication_ms: float
     exposed_ms: float
@@ -96,6 +117,12 @@ class Summary:
     sent_mib: float
     tokens_max_over_mean: float
     dropped_share: float
+    sent_rate: float = 1.0
+    residual: float = 0.0
+
+    def scalars(self, *, codec: bool) -> dict[str, float]:
+        """What TensorBoard and W&B get, with or without what only a codec changes."""
+        return {name: value for name, value in asdict(self).items() if codec or name not in ("sent_rate", "residual")}
 
 
 def summarize(rows_of_ranks: Sequence[Sequence[GroupRow]]) -> Summary:
@@ -111,13 +138,16 @@ def summarize(rows_of_ranks: Sequence[Sequence[GroupRow]]) -> Summary:
     for rows in by_group.values():
         tokens = [sum(counts) for counts in zip(*(row.tokens_per_expert for row in rows), strict=True)]
         imbalances.append(max(tokens) * len(tokens) / sum(tokens) if sum(tokens) else 0.0)
+    every_row = [row for rows in rows_of_ranks for row in rows]
     return Summary(
         communication_ms=communication,
         exposed_ms=exposed,
         hidden_share=share_hidden(exposed, communication),
         sent_mib=max(sum(row.sent_bytes for row in rows) for rows in rows_of_ranks) / 2**20,
         tokens_max_over_mean=max(imbalances, default=0.0),
-        dropped_share=max((row.dropped_share for rows in rows_of_ranks for row in rows), default=0.0),
+        dropped_share=max((row.dropped_share for row in every_row), default=0.0),
+        sent_rate=fmean(row.sent_rate for row in every_row) if every_row else 1.0,
+        residual=fmean(row.residual for row in every_row) if every_row else 0.0,
     )
 
 

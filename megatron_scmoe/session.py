@@ -12,7 +12,6 @@ import json
 import os
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 
 from megatron_scmoe import mcore, observe
 from megatron_scmoe.adaptive import Decision, Phase, Plans, Tuner, chunk_counts, from_saved_form, saved_form
-from megatron_scmoe.config import Overlap, ScMoEConfig
+from megatron_scmoe.codec import adjust_rates
+from megatron_scmoe.config import Codec, Overlap, ScMoEConfig
 from megatron_scmoe.costs import GroupPass, passes_of
 from megatron_scmoe.layer import GroupBlock
 from megatron_scmoe.pipelined import PipelinedMoELayer
@@ -35,7 +35,7 @@ class OverlapSession:
     """Plans and reports of one rank.
 
     Args:
-        args: Megatron's namespace; ``overlap_plans`` in it is what a checkpoint keeps.
+        args: Megatron's namespace; ``overlap_plans`` and ``lsh_levels`` in it are what a checkpoint keeps.
         scmoe: the settings.
     """
 
@@ -51,11 +51,10 @@ class OverlapSession:
         self._mail: mcore.StageMail | None = None  # the store is there once the process group is
 
     def close(self) -> None:
-        """Write what the last step measured; called when training is over."""
+        """Report what the last step measured; every rank calls it when training is over."""
         if self._recording is not None and self._file is not None and self._iteration is not None:
             observe.stop(self._recording)
-            passes = passes_of(self._recording)
-            self._file.write(self._iteration + 1, self._rows(passes, self._recording), [])
+            self._report(self._iteration + 1, passes_of(self._recording))
             self._recording = None
 
     def before_micro_batch(self, model: torch.nn.Module) -> None:
@@ -66,6 +65,8 @@ class OverlapSession:
         """
         ended, self._iteration = self._iteration, self._args.curr_iteration
         if ended is None:
+            if self._scmoe.overlap is Overlap.ADAPTIVE or self._scmoe.lsh_target_rate:
+                self._mail = mcore.StageMail("megatron_scmoe/to_save")
             if self._scmoe.overlap_report:
                 self._file = ReportFile(Path(self._scmoe.overlap_report), dist.get_rank())
         elif ended != self._iteration:
@@ -73,7 +74,7 @@ class OverlapSession:
         self._see(model)
 
     def _see(self, model: torch.nn.Module) -> None:
-        """Take the groups of a model part that was not shown before, with the plans of the checkpoint."""
+        """Take the groups of a model part that was not shown before, with what the checkpoint kept of them."""
         if self._tuner is not None:
             return
         for module in model.modules():
@@ -81,6 +82,9 @@ class OverlapSession:
                 self._groups[module.group_index] = module
                 if plans := self._saved_plans(module):
                     module.plan, module.forward_plan = plans.training, plans.forward
+                control, levels = module.cargo_maker.rate_control, getattr(self._args, "lsh_levels", {})
+                if control is not None and str(module.group_index) in levels:
+                    control.level = torch.tensor(levels[str(module.group_index)])
 
     def _saved_plans(self, group: Group) -> Plans | None:
         """Its plans in the checkpoint, where this run could have found them too."""
@@ -93,9 +97,10 @@ class OverlapSession:
 
     def _between_steps(self, iteration: int) -> None:
         """All of ``iteration`` steps are done and the next one has not begun."""
+        if self._scmoe.lsh_target_rate:
+            self._adjust_rates(iteration)
         if self._tuner is None and self._scmoe.overlap is Overlap.ADAPTIVE:
             self._tuner = self._new_tuner()
-            self._mail = mcore.StageMail("megatron_scmoe/plans")
         elif self._recording is not None:
             observe.stop(self._recording)
             passes = passes_of(self._recording)
@@ -108,7 +113,7 @@ class OverlapSession:
             if self._tuner.advance():
                 self._agree(self._tuner, iteration)
             self._set_plans(self._tuner)
-            self._collect_plans_to_save()
+        self._collect_what_to_save()
         if self._file is not None or (self._tuner is not None and self._tuner.records):
             self._recording = observe.start()
 
@@ -138,19 +143,29 @@ class OverlapSession:
             stage_name = "" if self._args.pipeline_model_parallel_size == 1 else f" of stage {mcore.stage_rank()}"
             print(f" > overlap{stage_name} from iteration {iteration + 1}: {decision.text}", flush=True)
             if tuner.phase is Phase.SETTLED:
-                assert self._mail is not None
-                self._mail.send(json.dumps(saved_form(decision.plans)))
+                self._send({"overlap_plans": saved_form(decision.plans)})
 
     def _set_plans(self, tuner: Tuner) -> None:
         for index, plans in tuner.plans.items():
             self._groups[index].plan, self._groups[index].forward_plan = plans.training, plans.forward
 
-    def _collect_plans_to_save(self) -> None:
+    def _adjust_rates(self, iteration: int) -> None:
+        controls = {index: group.cargo_maker.rate_control for index, group in sorted(self._groups.items())}
+        found = {index: control for index, control in controls.items() if control is not None}
+        adjust_rates(list(found.values()), mcore.stage_group())
+        if iteration % self._args.log_interval == 0 and mcore.is_stage_root():
+            self._send({"lsh_levels": {str(index): control.level.item() for index, control in found.items()}})
+
+    def _send(self, to_save: dict[str, dict[str, Any]]) -> None:
+        assert self._mail is not None
+        self._mail.send(json.dumps(to_save))
+
+    def _collect_what_to_save(self) -> None:
         """Rank 0 writes the arguments of a checkpoint: it takes what each stage decided, as soon as it is there."""
         if dist.get_rank() == 0 and self._mail is not None:
             for text in self._mail.receive():
-                saved = getattr(self._args, "overlap_plans", {})
-                self._args.overlap_plans = {**saved, **json.loads(text)}
+                for name, value in json.loads(text).items():
+                    setattr(self._args, name, {**getattr(self._args, name, {}), **value})
 
     def _report(self, iteration: int, passes: list[GroupPass]) -> None:
         assert self._file is not None
@@ -162,7 +177,7 @@ class OverlapSession:
             return
         summary = summarize(_gathered(rows, mcore.stage_group()))
         for add in _writers():
-            for name, value in asdict(summary).items():
+            for name, value in summary.scalars(codec=self._scmoe.a2a_codec is not Codec.NONE).items():
                 add(f"overlap/{name}", value, iteration)
         if mcore.is_stage_root():
             measuring = " (sequential for once, to measure)" if self._tuner and self._tuner.sequential else ""
@@ -170,13 +185,18 @@ class OverlapSession:
                 f" > overlap at iteration {iteration}: {summary.communication_ms:.1f} ms of communication, "
                 f"{summary.exposed_ms:.1f} ms exposed, {summary.hidden_share:.0%} hidden, "
                 f"{summary.sent_mib:.3g} MiB sent, busiest expert {summary.tokens_max_over_mean:.2f} x mean, "
-                f"{summary.dropped_share:.1%} dropped{measuring}",
+                f"{summary.dropped_share:.1%} dropped{self._codec_words(summary)}{measuring}",
                 flush=True,
             )
             self._warn(summary)
 
     def _rows(self, passes: list[GroupPass], recording: observe.Recording) -> list[GroupRow]:
-        return rows_of(passes, recording.loads, {index: group.plan for index, group in self._groups.items()})
+        return rows_of(passes, recording, {index: group.plan for index, group in self._groups.items()})
+
+    def _codec_words(self, summary: Summary) -> str:
+        if self._scmoe.a2a_codec is Codec.NONE:
+            return ""
+        return f", {summary.sent_rate:.1%} of the rows sent, residual {summary.residual:.2f} of a token"
 
     def _warn(self, summary: Summary) -> None:
         if self._tuner is None or self._tuner.decision is None or self._tuner.records:

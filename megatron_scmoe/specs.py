@@ -60,12 +60,12 @@ def shortcut_block_spec(
 def pipelined_block_spec(
     model_config: GPTModelConfig, vp_stage: int | None, *, scmoe: ScMoEConfig
 ) -> TransformerBlockSubmodules:
-    """Core's own blocks of one (virtual) pipeline stage, whose MoE layers send their tokens in chunks.
+    """Core's own blocks of one (virtual) pipeline stage, whose MoE layers send their tokens in chunks, or compressed.
 
     Args:
         model_config: Core's model configuration; its own spec is the start.
         vp_stage: virtual pipeline stage, None without interleaving.
-        scmoe: chunks and overlap.
+        scmoe: chunks, overlap and codec.
     """
     block_spec = default_layer_spec(model_config, vp_stage)
     return dataclasses.replace(

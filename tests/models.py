@@ -37,6 +37,10 @@ class Case:
     chunks: int = 1
     dtype: torch.dtype = torch.float32
     recompute: str | None = None  # None, "full" or a module of selective recompute
+    codec: str = "none"
+    hashes: int = 1
+    width: int = 2
+    compensation: str = "paper"
 
     @property
     def num_layers(self) -> int:
@@ -99,7 +103,7 @@ def build(case: Case):
     """The model of ``case`` on this rank, with the parameters of ``parameter``."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_scmoe.config import Combine, Overlap, Position, ScMoEConfig, Shortcut
+    from megatron_scmoe.config import Codec, Combine, Overlap, Position, ScMoEConfig, Shortcut
     from megatron_scmoe.model import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_shortcut
 
     scmoe = ScMoEConfig(
@@ -111,6 +115,8 @@ def build(case: Case):
         overlap=Overlap(case.overlap),
         expert_slot=tuple(map(str, case.expert_slot)),
         overlap_chunks=case.chunks,
+        a2a_codec=Codec(case.codec),
+        **lsh_settings(case),
     )
     scmoe.validate(case.num_layers)
     config = ScMoEGPTModelConfig(
@@ -128,6 +134,18 @@ def build(case: Case):
         for name, value in model.named_parameters():
             value.copy_(parameter(global_name(name), tuple(value.shape)))
     return model
+
+
+def lsh_settings(case: Case) -> dict[str, object]:
+    from megatron_scmoe.config import Compensation
+
+    if case.codec == "none":
+        return {}
+    return {
+        "lsh_hashes": case.hashes,
+        "lsh_width": case.width,
+        "lsh_compensation": Compensation(case.compensation),
+    }
 
 
 def transformer_config(case: Case):

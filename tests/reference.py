@@ -55,6 +55,9 @@ class ReferenceConfig:
     num_query_groups: int | None = None
     kv_channels: int | None = None
     untied_embeddings: bool = True
+    lsh_columns: tuple[tuple[Tensor, ...], ...] = ()
+    """LSH-MoE: for each group, the columns [h, width] that each of its hash functions keeps; none: no compression."""
+    lsh_compensates: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what the formulas do not define."""
@@ -254,14 +257,52 @@ def rotate(heads: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def experts_output(
-    params: Params, prefix: str, choices: list[tuple[int, Tensor]], token: Tensor, cfg: ReferenceConfig
-) -> Tensor:
+Choices = list[tuple[int, Tensor]]
+
+
+def experts_output(params: Params, prefix: str, choices: Choices, token: Tensor, cfg: ReferenceConfig) -> Tensor:
     """sum_i G_i E_i(token) of one token [h] over its chosen experts."""
     output = torch.zeros_like(token)
     for expert, weight in choices:
         output = output + weight * feed_forward(params, f"{prefix}experts.local_experts.{expert}.", token, cfg)
     return output
+
+
+def bucket(token: Tensor, columns: Sequence[Tensor]) -> tuple[tuple[int, bool], ...]:
+    """What each hash function answers for one token [h]: the axis of the largest coordinate, and its sign (LSH-MoE)."""
+    answers = []
+    for frame in columns:
+        coordinates = (token.detach() @ frame.to(token.dtype)).tolist()
+        axis = max(range(len(coordinates)), key=lambda i: abs(coordinates[i]))
+        answers.append((axis, coordinates[axis] < 0))
+    return tuple(answers)
+
+
+def all_experts_output(
+    params: Params, prefix: str, choices: list[Choices], tokens: list[Tensor], cfg: ReferenceConfig
+) -> list[Tensor]:
+    """`experts_output` of every token; under LSH-MoE (arXiv 2411.08446) sum_i G_i (E_i(c) + x - c).
+
+    c is the mean of the tokens x that chose the expert and answer all hash functions alike. The tokens are those of one
+    rank: clusters never reach over ranks.
+    """
+    if not cfg.lsh_columns:
+        return [experts_output(params, prefix, *routed, cfg) for routed in zip(choices, tokens, strict=True)]
+    columns = cfg.lsh_columns[int(prefix.split(".")[2]) // cfg.moe_every]
+    clusters: dict[tuple, list[Tensor]] = {}
+    for token, its_choices in zip(tokens, choices, strict=True):
+        for expert, _ in its_choices:
+            clusters.setdefault((expert, bucket(token, columns)), []).append(token)
+    outputs = []
+    for token, its_choices in zip(tokens, choices, strict=True):
+        output = torch.zeros_like(token)
+        for expert, weight in its_choices:
+            members = clusters[expert, bucket(token, columns)]
+            centroid = sum(members[1:], members[0]) / len(members)
+            result = feed_forward(params, f"{prefix}experts.local_experts.{expert}.", centroid, cfg)
+            output = output + weight * (result + token - centroid if cfg.lsh_compensates else result)
+        outputs.append(output)
+    return outputs
 
 
 def moe_output(params: Params, prefix: str, source: Tensor, current: Tensor, cfg: ReferenceConfig) -> Tensor:
@@ -270,15 +311,15 @@ def moe_output(params: Params, prefix: str, source: Tensor, current: Tensor, cfg
     ScMoE: combine(SE(current), routed(source)). DGMoE: top-1 of `source` plus top-1 of `current`, one set of experts.
     """
     router = params[prefix + "router.weight"].to(current.dtype).T  # Megatron keeps it in fp32 whatever the rest is
-    routed = []
-    for source_token, current_token in zip(source.flatten(0, 1), current.flatten(0, 1), strict=True):
-        if cfg.arch == "dgmoe":
-            previous_choice, current_choice = route_twice(source_token @ router, current_token @ router)
-            previous = experts_output(params, prefix, [previous_choice], source_token, cfg)
-            routed.append(previous + experts_output(params, prefix, [current_choice], current_token, cfg))
-        else:
-            choices = route(source_token @ router, cfg.topk, pre_softmax=cfg.pre_softmax)
-            routed.append(experts_output(params, prefix, choices, source_token, cfg))
+    sources, currents = list(source.flatten(0, 1)), list(current.flatten(0, 1))
+    if cfg.arch == "dgmoe":
+        pairs = [route_twice(x @ router, y @ router) for x, y in zip(sources, currents, strict=True)]
+        previous = all_experts_output(params, prefix, [[one] for one, _ in pairs], sources, cfg)
+        routed = all_experts_output(params, prefix, [[other] for _, other in pairs], currents, cfg)
+        routed = [one + other for one, other in zip(previous, routed, strict=True)]
+    else:
+        choices = [route(token @ router, cfg.topk, pre_softmax=cfg.pre_softmax) for token in sources]
+        routed = all_experts_output(params, prefix, choices, sources, cfg)
     routed_output = torch.stack(routed).view_as(current)
     if cfg.shared_ffn_hidden_size is None:
         return routed_output

@@ -14,7 +14,7 @@ from test_arguments import DGMOE
 from training import SCMOE, with_flags
 
 from megatron_scmoe.costs import GroupPass
-from megatron_scmoe.observe import Load
+from megatron_scmoe.observe import Compression, Load, Recording
 from megatron_scmoe.plan import Plan
 from megatron_scmoe.report import GroupRow, ReportFile, Summary, rows_of, summarize, warning
 from megatron_scmoe.spans import Lane, Span
@@ -34,6 +34,10 @@ def one_pass(
 
 def load(group: int, *tokens: int, dropped: int = 0) -> Load:
     return Load(group, torch.tensor(tokens), torch.tensor(dropped))
+
+
+def compression(group: int, rows: int, clusters: int, largest: int, residual: float) -> Compression:
+    return Compression(group, rows, clusters, torch.tensor(largest), torch.tensor(residual))
 
 
 def row(group: int, **changes: Any) -> GroupRow:
@@ -56,8 +60,11 @@ def test_rows_by_hand():
         one_pass(7, backward=False, compute=(10, 20), communication=(12, 14), sent=7),
         one_pass(4, backward=True, compute=(24, 30), communication=(20, 22), sent=30),  # 2 s, all exposed
     ]
-    loads = [load(4, 5, 1, 0, 2, dropped=1), load(7, 2, 2, 2, 2), load(4, 1, 1, 4, 2, dropped=3)]
-    rows = rows_of(passes, loads, {7: Plan((1,)), 4: Plan((1, 3))})
+    recording = Recording(
+        loads=[load(4, 5, 1, 0, 2, dropped=1), load(7, 2, 2, 2, 2), load(4, 1, 1, 4, 2, dropped=3)],
+        compressions=[compression(4, 12, 3, 5, 0.25), compression(4, 4, 1, 4, 0.75)],
+    )
+    rows = rows_of(passes, recording, {7: Plan((1,)), 4: Plan((1, 3))})
     assert rows == [
         GroupRow(
             group=4,
@@ -69,6 +76,9 @@ def test_rows_by_hand():
             tokens_per_expert=(6, 2, 4, 4),
             tokens_max_over_mean=6 / 4,
             dropped_share=4 / 20,
+            sent_rate=4 / 16,
+            largest_cluster=5,
+            residual=(12 * 0.25 + 4 * 0.75) / 16,
         ),
         GroupRow(
             group=7,
@@ -80,12 +90,15 @@ def test_rows_by_hand():
             tokens_per_expert=(2, 2, 2, 2),
             tokens_max_over_mean=1,
             dropped_share=0,
+            sent_rate=1,  # without a codec
+            largest_cluster=1,
+            residual=0,
         ),
     ]
 
 
 def test_a_group_that_was_not_heard_of_has_an_empty_row():
-    (empty,) = rows_of([], [], {0: Plan((1,))})
+    (empty,) = rows_of([], Recording(), {0: Plan((1,))})
     assert (empty.communication_ms, empty.hidden_share, empty.tokens_per_expert) == (0, 1, ())
     assert (empty.tokens_max_over_mean, empty.dropped_share) == (0, 0)
 
@@ -94,7 +107,7 @@ def test_summary_by_hand():
     """Times of the slowest rank, by exposed time; the tokens of all ranks, group by group."""
     fast = [row(0, exposed_ms=1.0), row(1, exposed_ms=5.0, tokens_per_expert=(1, 3), sent_bytes=3 * 2**20)]
     slow = [
-        row(0, exposed_ms=6.0, communication_ms=20.0, tokens_per_expert=(6, 2)),
+        row(0, exposed_ms=6.0, communication_ms=20.0, tokens_per_expert=(6, 2), sent_rate=0.4, residual=0.5),
         row(1, exposed_ms=3.0, tokens_per_expert=(1, 3), dropped_share=0.25),
     ]
     assert summarize([fast, slow]) == Summary(
@@ -104,6 +117,8 @@ def test_summary_by_hand():
         sent_mib=4,
         tokens_max_over_mean=6 * 2 / 8,  # of group 1: (2, 6); of group 0: (10, 6), which is less
         dropped_share=0.25,
+        sent_rate=(1 + 1 + 0.4 + 1) / 4,
+        residual=0.5 / 4,
     )
     assert summarize([fast, slow]) == summarize([slow, fast])
 
@@ -157,7 +172,7 @@ CHANGES = [
     "--log-interval 2",
 ]
 FLAGS = with_flags(SCMOE, *CHANGES)
-SCALARS = {f"overlap/{name}" for name in Summary.__slots__}
+SCALARS = {f"overlap/{name}" for name in Summary.__slots__} - {"overlap/sent_rate", "overlap/residual"}  # no codec
 
 
 def read(folder: Path) -> list[list[dict[str, Any]]]:
@@ -200,7 +215,7 @@ def test_fields_of_the_lines(reported):
         assert [line["iteration"] for line in lines] == list(range(2, NUM_STEPS + 1))
         for line in lines:
             assert line.keys() == {"iteration", "rank", "groups", "passes"} and line["rank"] == rank
-            assert bool(line["passes"]) == (line["iteration"] in (2, 4))  # those that are logged; not the last one
+            assert bool(line["passes"]) == (line["iteration"] in (2, 4, 6))  # those that are logged
             assert [group["group"] for group in line["groups"]] == [0, 1]
             for group in line["groups"]:
                 assert group.keys() == set(GroupRow.__slots__)
@@ -245,12 +260,12 @@ def test_tensorboard_has_six_scalars(reported):
     assert len(SCALARS) == 6
     assert {tag for tag in tags(folder / "log") if tag.startswith("overlap")} == SCALARS
     values = training.scalars(folder / "log", *SCALARS)
-    lines = [lines[:3] for lines in read(folder / "report")]
-    for iteration in (2, 4):
+    lines = read(folder / "report")
+    for iteration in (2, 4, 6):
         rows = [[GroupRow(**group) for group in of_rank[iteration - 2]["groups"]] for of_rank in lines]
         expected = summarize(rows)
         for scalar, by_iteration in values.items():
-            assert sorted(by_iteration) == [2, 4]
+            assert sorted(by_iteration) == [2, 4, 6]
             assert by_iteration[iteration] == pytest.approx(getattr(expected, scalar.removeprefix("overlap/")))
         said = f" > overlap at iteration {iteration}: {expected.communication_ms:.1f} ms of communication"
         assert said in printed[0] and said not in printed[1]

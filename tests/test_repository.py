@@ -31,10 +31,12 @@ ARROWS: dict[str, set[str]] = {
     "norm": set(),
     "attention": set(),
     "exchange": {"observe"},
-    "dispatch": {"exchange", "mcore", "observe", "plan"},
+    "lsh": set(),
+    "codec": {"config", "exchange", "lsh", "mcore", "plan"},
+    "dispatch": {"codec", "exchange", "mcore", "observe", "plan"},
     "router": set(),
-    "layer": {"config", "dispatch", "gating", "mcore", "observe", "plan", "router"},
-    "pipelined": {"config", "dispatch", "mcore", "observe", "plan"},
+    "layer": {"codec", "config", "dispatch", "gating", "mcore", "observe", "plan", "router"},
+    "pipelined": {"codec", "config", "dispatch", "mcore", "observe", "plan"},
     "specs": {"config", "attention", "layer", "mcore", "norm", "pipelined", "router"},
     "model": {"config", "layer", "specs"},
     "corpus": {"config"},
@@ -43,7 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "costs": {"observe", "plan", "solver", "spans"},
     "adaptive": {"costs", "plan", "solver"},
     "report": {"costs", "observe", "plan", "spans"},
-    "session": {"adaptive", "config", "costs", "layer", "mcore", "observe", "pipelined", "report"},
+    "session": {"adaptive", "codec", "config", "costs", "layer", "mcore", "observe", "pipelined", "report"},
 }
 
 

@@ -1,0 +1,267 @@
+"""What travels in the place of tokens: the tokens themselves, or centroids of clusters of them (LSH-MoE).
+
+The flights of one routing (``dispatch.py``) share one cargo, which is made, and then asked, in this order::
+
+    (counts of all ranks are exchanged)  pack ~~ dispatch ~~> unpack -> experts ~~ combine ~~> deliver ... join
+
+LSH-MoE (arXiv 2411.08446): tokens x bound for one expert are hashed, those of one bucket form a cluster, and its mean c
+alone travels, in backward as well. The residual x - c stays home and is added to what the expert made of c, before the
+gate weight p, which stays home too::
+
+    y = sum over the token's experts of  p (E(c) + (x - c))
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from torch import Tensor
+
+from megatron_scmoe import mcore
+from megatron_scmoe.config import Codec, Compensation, HashKind, ScMoEConfig
+from megatron_scmoe.exchange import Tag
+from megatron_scmoe.lsh import Clusters, Hasher, cluster, means
+from megatron_scmoe.plan import DECODE, ENCODE
+
+
+class Cargo(Protocol):
+    """What the flights of one routing carry, a chunk each, of n tokens of width h.
+
+    Attributes:
+        dispatchers: of each chunk's flight.
+    """
+
+    dispatchers: list[MoEAlltoAllTokenDispatcher]
+
+    def pack(self, chunk: int) -> tuple[Tensor, ...]:
+        """What travels to the experts, [rows, ...] each, in the order of the experts."""
+
+    def unpack(self, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Rows for the experts, [rows, h], and the weight of each row's output, [rows], from what arrived."""
+
+    def deliver(self, chunk: int, outputs: Tensor) -> Tensor:
+        """What can be done at home with the outputs of one chunk, [rows, h], before the others are there."""
+
+    def join(self, delivered: list[Tensor]) -> Tensor:
+        """Each token's sum over its experts, in the shape of the tokens, from what all chunks delivered."""
+
+
+class Tokens:
+    """Tokens as they are, with their gate weights (``--a2a-codec none``).
+
+    Args:
+        moe: the layer whose experts run.
+        hidden_states: what the experts read, [..., h], n tokens.
+        probs: gate weights, [n, experts].
+        routing_map: which expert gets which token, bool, [n, experts].
+        chunks: that the tokens travel in.
+    """
+
+    def __init__(
+        self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, routing_map: Tensor, *, chunks: int
+    ) -> None:
+        self._shape = hidden_states.shape
+        self._parts = [(hidden_states, routing_map, probs)]
+        if chunks > 1:
+            rows = hidden_states.view(-1, hidden_states.shape[-1])
+            self._parts = list(zip(*(x.tensor_split(chunks) for x in (rows, routing_map, probs)), strict=True))
+        self.dispatchers = []
+        for _, part_map, _ in self._parts:
+            # Padding filled every expert's capacity before tokens were cut into chunks, of which none has that many.
+            dispatcher = mcore.dispatcher_for_one_flight(moe, keeps_capacity=chunks == 1)
+            mcore.exchange_counts(dispatcher, part_map)
+            self.dispatchers.append(dispatcher)
+
+    def pack(self, chunk: int) -> tuple[Tensor, ...]:
+        """See ``Cargo``."""
+        return self.dispatchers[chunk].dispatch_preprocess(*self._parts[chunk])
+
+    def unpack(self, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """See ``Cargo``."""
+        tokens, weights = arrived
+        return tokens, weights
+
+    def deliver(self, chunk: int, outputs: Tensor) -> Tensor:
+        """See ``Cargo``."""
+        return self.dispatchers[chunk].combine_postprocess(outputs)
+
+    def join(self, delivered: list[Tensor]) -> Tensor:
+        """See ``Cargo``."""
+        return delivered[0] if len(delivered) == 1 else torch.cat(delivered).view(self._shape)
+
+
+class RateControl:
+    """Holds the part of the rows that travels near a target, by moving how many hash functions count.
+
+    The counts stay on the device, and so does the level: nothing waits for them.
+
+    Args:
+        target: rows that travel over rows that are routed.
+        hashes: functions that there are.
+
+    Attributes:
+        level: how many of them count; see ``Hasher.keys``.
+        seen: rows that travelled, and rows that were routed, since the last adjustment.
+    """
+
+    def __init__(self, target: float, hashes: int) -> None:
+        self._target, self._hashes = target, hashes
+        self.level = torch.tensor(hashes / 2)
+        self.seen = torch.zeros(2)
+
+    def level_on(self, device: torch.device) -> Tensor:
+        """The level, on the device of the rows."""
+        if self.level.device != device:
+            self.level, self.seen = self.level.to(device), self.seen.to(device)
+        return self.level
+
+    def see(self, clusters: Clusters) -> None:
+        """Count one routing of a training step."""
+        self.seen += torch.stack([clusters.per_expert.sum(), clusters.sizes.sum()])
+
+    def adjust(self, seen: Tensor) -> None:
+        """Move the level by what all ranks saw."""
+        self.seen = torch.zeros_like(self.seen)
+        # A function more multiplies the clusters by 1.3 to 1.6 where rates are useful: this is half of Newton's step.
+        change = torch.log(self._target * seen[1] / seen[0].clamp(min=1)).clamp(-1, 1)
+        self.level = (self.level + torch.where(seen[1] > 0, change, 0.0)).clamp(0, self._hashes)
+
+
+def adjust_rates(controls: list[RateControl], group: dist.ProcessGroup) -> None:
+    """Between two steps: move the level of every control, by what the ranks of ``group`` saw, who all call it."""
+    seen = torch.stack([control.seen for control in controls])
+    dist.all_reduce(seen, group=group)
+    for control, its in zip(controls, seen, strict=True):
+        control.adjust(its)
+
+
+class Centroids:
+    """The means of clusters of tokens (``--a2a-codec lsh``); residuals and gate weights stay home.
+
+    Clusters are found among all tokens of the routing and then cut into chunks, so these change rounding only.
+    Gradients are exact for the function that the clusters make; which cluster a token belongs to has none.
+
+    Args:
+        hasher: decides which tokens are alike.
+        rate_control: decides how many of its functions count; None for all.
+        compensation: whether residuals are added.
+        tag: whose flights they are.
+        The others are those of ``Tokens``.
+    """
+
+    def __init__(
+        self,
+        moe: MoELayer,
+        hidden_states: Tensor,
+        probs: Tensor,
+        routing_map: Tensor,
+        *,
+        chunks: int,
+        hasher: Hasher,
+        rate_control: RateControl | None,
+        compensation: Compensation,
+        tag: Tag,
+    ) -> None:
+        tag.marker.now(tag.prefix + ENCODE)
+        self._tag = tag
+        self._compensates = compensation is Compensation.PAPER
+        self._home = mcore.dispatcher_for_one_flight(moe, keeps_capacity=False)
+        self._rows, self._weights = mcore.rows_by_expert(self._home, hidden_states, routing_map, probs)
+        level = rate_control.level_on(hidden_states.device) if rate_control else None
+        keys, finite = hasher.keys(self._rows, level)
+        self._clusters = cluster(keys, routing_map.sum(dim=0), chunks)
+        if rate_control and torch.is_grad_enabled():
+            rate_control.see(self._clusters)
+        self._centroids: Tensor | None = None
+        self.dispatchers = []
+        for rows_per_expert in self._clusters.per_expert:
+            dispatcher = mcore.dispatcher_for_one_flight(moe, keeps_capacity=False)
+            # Bad tokens are announced as negative counts: the hosts learn of them where they wait anyway.
+            mcore.exchange_row_counts(dispatcher, torch.where(finite, rows_per_expert, -1), probs)
+            self.dispatchers.append(dispatcher)
+
+    def pack(self, chunk: int) -> tuple[Tensor, ...]:
+        """See ``Cargo``.
+
+        Raises:
+            ValueError: for tokens with NaN or infinity, on every rank of the expert-parallel group.
+        """
+        if bad := mcore.ranks_with_negative_counts(self.dispatchers[chunk]):
+            raise ValueError(
+                f"group {self._tag.marker.group}: tokens with NaN or infinity cannot be hashed; they are on rank(s) "
+                f"{', '.join(map(str, bad))} of the expert-parallel group"
+            )
+        if self._centroids is None:
+            self._rows_of_chunks = [mcore.num_rows_to_send(dispatcher) for dispatcher in self.dispatchers]
+            self._centroids = means(self._rows, self._clusters, sum(self._rows_of_chunks))
+            self._tag.marker.compression(self._rows, self._centroids, self._clusters.ids, self._clusters.sizes)
+        return (self._centroids.split(self._rows_of_chunks)[chunk],)
+
+    def unpack(self, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """See ``Cargo``."""
+        (centroids,) = arrived
+        return centroids, centroids.new_ones(centroids.shape[0])
+
+    def deliver(self, _chunk: int, outputs: Tensor) -> Tensor:
+        """See ``Cargo``."""
+        return outputs
+
+    def join(self, delivered: list[Tensor]) -> Tensor:
+        """See ``Cargo``."""
+        assert self._centroids is not None
+        marker, step, last = self._tag.marker, self._tag.prefix + DECODE, len(delivered) - 1
+        marker.now(step, last)
+        outputs, ids = torch.cat(delivered), self._clusters.ids
+        rows = outputs[ids]
+        if self._compensates:
+            rows = rows + (self._rows - self._centroids[ids])
+        output = self._home.combine_postprocess((rows * self._weights.unsqueeze(-1)).to(outputs.dtype))
+        marker.in_backward(step, output, last)
+        return output
+
+
+class CargoMaker:
+    """Makes what the flights of one group carry.
+
+    Args:
+        scmoe: the codec and its settings.
+        hidden_size: width of a token.
+        group: whose flights they are; each group has rotations of its own.
+
+    Attributes:
+        rate_control: where a target rate is set.
+    """
+
+    def __init__(self, scmoe: ScMoEConfig, hidden_size: int, group: int) -> None:
+        self._compensation = scmoe.lsh_compensation
+        self._hasher: Hasher | None = None
+        self.rate_control: RateControl | None = None
+        if scmoe.lsh_target_rate:
+            self.rate_control = RateControl(scmoe.lsh_target_rate, scmoe.lsh_hashes)
+        if scmoe.a2a_codec is Codec.LSH:
+            self._hasher = Hasher(
+                hidden_size,
+                hashes=scmoe.lsh_hashes,
+                width=1 if scmoe.lsh_kind is HashKind.SPHERICAL else scmoe.lsh_width,
+                seed=scmoe.lsh_seed * 100_003 + group,
+            )
+
+    def cargo(
+        self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, routing_map: Tensor, *, chunks: int, tag: Tag
+    ) -> Cargo:
+        """The cargo of one routing, whose counts are exchanged here; see ``Centroids`` for the arguments."""
+        routed = moe, hidden_states, probs, routing_map
+        if self._hasher is None:
+            return Tokens(*routed, chunks=chunks)
+        return Centroids(
+            *routed,
+            chunks=chunks,
+            hasher=self._hasher,
+            rate_control=self.rate_control,
+            compensation=self._compensation,
+            tag=tag,
+        )

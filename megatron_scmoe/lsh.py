@@ -1,0 +1,145 @@
+"""Locality-sensitive hashing: which rows are alike, and their means (LSH-MoE, arXiv 2411.08446, section 3).
+
+Every hash function turns a row by a fixed random rotation, keeps ``width`` of its coordinates, and answers with the
+axis that the result is nearest to (cross-polytope hashing; Andoni et al., arXiv 1509.02897). Rows for which all
+functions answer alike, and which go to the same expert, are one cluster. A width of 1 answers with a sign: spherical
+hashing. Torch only.
+
+No shape here depends on what the rows hold, so nothing waits for the GPU: the number of clusters stays on it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_KEY_BITS = 62
+_SCRAMBLER = 0x1E3779B97F4A7C15  # odd, with bits all over: 2^64 over the golden ratio
+_CHANCES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Clusters:
+    """Which cluster each of n rows belongs to; m clusters in all.
+
+    They are numbered by the chunk they travel in, then by expert, then by their first row.
+
+    Attributes:
+        ids: cluster of each row, [n]. Rows of different experts never share one.
+        sizes: rows of each cluster, [n]; 0 behind the m-th.
+        per_expert: clusters of each expert in each chunk, [chunks, e].
+    """
+
+    ids: Tensor
+    sizes: Tensor
+    per_expert: Tensor
+
+
+class Hasher:
+    """``hashes`` functions, the same on every rank, in recomputation and after a resume.
+
+    Args:
+        hidden_size: width of a row.
+        hashes: number of functions (q in the paper).
+        width: coordinates that a function keeps; 1 for spherical hashing.
+        seed: of the rotations.
+
+    Raises:
+        ValueError: where ``width`` is larger than ``hidden_size``.
+    """
+
+    def __init__(self, hidden_size: int, *, hashes: int, width: int, seed: int) -> None:
+        if width > hidden_size:
+            raise ValueError(f"a function keeps {width} coordinates of {hidden_size}: lower the width")
+        self._hashes, self._width = hashes, width
+        # Drawn on the CPU whatever the device is. Orthonormal columns: the first ones of a random rotation.
+        generator = torch.Generator().manual_seed(seed)
+        columns = torch.linalg.qr(torch.randn(hashes, hidden_size, width, generator=generator)).Q
+        self._columns = columns.transpose(0, 1).reshape(hidden_size, hashes * width)
+        if hashes * math.log2(2 * width) <= _KEY_BITS:
+            digits = [(2 * width) ** place for place in range(hashes)]
+            self._digits = torch.tensor(digits)
+        else:  # a sum of odd multiples, modulo 2^64: two keys out of 2^32 rows collide, and share a cluster, by chance
+            self._digits = torch.randint(2**62, (hashes,), generator=generator) * 2 + 1
+
+    @torch.no_grad()
+    def keys(self, rows: Tensor, level: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Hash ``rows``, [n, h].
+
+        Args:
+            rows: to hash.
+            level: how many functions count, from 0 to all, on the rows' device; None for all. Of a fraction, say 4.3,
+                the first four count for every row, and the fifth in three of ten of their buckets.
+
+        Returns:
+            One key for each row, int64, [n]: equal where all functions answer alike; and whether all rows are finite
+            in fp32, a bool on their device. Keys of rows that are not mean nothing.
+        """
+        if self._columns.device != rows.device:
+            self._columns, self._digits = self._columns.to(rows.device), self._digits.to(rows.device)
+        # In fp32 whatever the rows are: a bf16 product of this size is slower on CPUs, and rounds neighbours apart.
+        turned = (rows.float() @ self._columns).view(-1, self._hashes, self._width)
+        axis = turned.abs().argmax(dim=-1, keepdim=True)
+        codes = (2 * axis + (turned.gather(-1, axis) < 0)).squeeze(-1)
+        return self._combined(codes * self._digits, level), turned.isfinite().all()
+
+    def _combined(self, answers: Tensor, level: Tensor | None) -> Tensor:
+        if level is None:
+            return answers.sum(dim=-1)
+        whole = level.floor().long()
+        counts = torch.arange(self._hashes, device=answers.device) < whole
+        keys = (answers * counts).sum(dim=-1)
+        # A bucket's own key, scrambled, says whether the next function cuts it: so all of its rows agree.
+        chance = (((keys + 1) * _SCRAMBLER) >> 44) & (_CHANCES - 1)  # the upper bits depend on all of the key
+        cuts = chance < (level - whole) * _CHANCES
+        following = answers.index_select(1, whole.clamp(max=self._hashes - 1).view(1)).squeeze(1)
+        return keys + torch.where(cuts, following, 0)
+
+
+@torch.no_grad()
+def cluster(keys: Tensor, rows_per_expert: Tensor, chunks: int = 1) -> Clusters:
+    """Find the clusters of n rows.
+
+    Args:
+        keys: of the rows, [n].
+        rows_per_expert: rows are in the order of their experts, these many for each, [e].
+        chunks: that the clusters of every expert are spread over, evenly and in order.
+    """
+    num_rows, num_experts = keys.shape[0], rows_per_expert.shape[0]
+    places = torch.arange(num_rows, device=keys.device)
+    every_expert = torch.arange(num_experts, device=keys.device)
+    experts = torch.repeat_interleave(every_expert, rows_per_expert, output_size=num_rows)
+    # The sort is stable and rows are in the order of their experts, so rows of one cluster come to lie side by side.
+    keys, order = keys.sort(stable=True)
+    sorted_experts = experts[order]
+    begins = torch.ones_like(keys, dtype=torch.bool)
+    begins[1:] = (keys[1:] != keys[:-1]) | (sorted_experts[1:] != sorted_experts[:-1])
+    begin = torch.where(begins, places, 0).cummax(dim=0).values
+    first_row = torch.empty_like(order)
+    first_row[order] = order[begin]
+    is_first = first_row == places
+    ids = (is_first.cumsum(dim=0) - 1)[first_row]
+    sizes = torch.zeros_like(ids).index_add_(0, ids, torch.ones_like(ids))
+    per_expert = torch.zeros_like(rows_per_expert).index_add_(0, experts, is_first.to(rows_per_expert.dtype))
+    if chunks == 1:
+        return Clusters(ids, sizes, per_expert.unsqueeze(0))
+
+    expert = torch.zeros_like(ids).index_put_((ids,), experts)  # of each cluster
+    place_in_expert = places - (per_expert.cumsum(dim=0) - per_expert)[expert]
+    chunk = place_in_expert * chunks // per_expert[expert].clamp(min=1)
+    chunk = torch.where(sizes > 0, chunk, chunks)  # what is no cluster comes last
+    order = chunk.argsort(stable=True)
+    number = torch.empty_like(order).index_put_((order,), places)
+    counts = rows_per_expert.new_zeros((chunks + 1) * num_experts)
+    counts.index_add_(0, chunk * num_experts + expert, torch.ones_like(counts[:1]).expand(num_rows))
+    return Clusters(number[ids], sizes[order], counts.view(chunks + 1, num_experts)[:chunks])
+
+
+def means(rows: Tensor, clusters: Clusters, num_clusters: int) -> Tensor:
+    """The mean of each cluster's rows, [m, h], from rows [n, h]; summed in fp32 or wider."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    sums = rows.new_zeros(num_clusters, rows.shape[1], dtype=wide).index_add(0, clusters.ids, rows.to(wide))
+    return (sums / clusters.sizes[:num_clusters, None]).to(rows.dtype)

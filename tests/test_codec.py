@@ -1,0 +1,304 @@
+"""LSH-MoE in the layers: it equals the slow reference, whatever the schedule, and its bytes are those of centroids."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import models
+import pytest
+import ranks
+import reference
+import torch
+import torch.distributed as dist
+import training
+from models import BATCH_SIZE, SEQ_LENGTH, Case
+from test_overlap import EP, assert_bit_equal, assert_close, run
+from training import SCMOE, STOCK, with_flags, without_flag
+
+LSH = Case(codec="lsh")
+"""Few tokens that are not alike: one function of four answers makes them share centroids all the same."""
+
+CASES = {
+    "pos2": LSH,
+    "pos1": LSH.replace(position=("pos1",)),
+    "pos3, top-2, add": LSH.replace(position=("pos3",), topk=2, combine="add"),
+    "dgmoe": LSH.replace(shortcut="dgmoe"),
+    "no compensation": LSH.replace(compensation="none"),
+    "three functions": LSH.replace(hashes=3, width=1),
+}
+
+
+def columns_of_groups(case: Case, num_groups: int) -> tuple[tuple[torch.Tensor, ...], ...]:
+    """What the hash functions of every group keep, from where the layers have it."""
+    from megatron_scmoe.lsh import Hasher
+
+    hashers = [
+        Hasher(16, hashes=case.hashes, width=case.width, seed=1234 * 100_003 + group) for group in range(num_groups)
+    ]
+    return tuple(hasher._columns.split(case.width, dim=1) for hasher in hashers)
+
+
+def reference_of_ranks(case: Case, num_ranks: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Losses and gradients by the slow reference, whose tokens are clustered rank by rank."""
+    config = dataclasses.replace(
+        case.reference_config(),
+        lsh_columns=columns_of_groups(case, case.num_groups),
+        lsh_compensates=case.compensation == "paper",
+    )
+    parameters = models.reference_parameters(config)
+    parts = zip(*(ids.chunk(num_ranks) for ids in models.batch()), strict=True)
+    results = [reference.loss_and_gradients(parameters, tokens, labels, config) for tokens, labels in parts]
+    gradients = {name: sum(gradients[name] for _, gradients in results) / num_ranks for name in results[0][1]}
+    return torch.cat([loss for loss, _ in results]), gradients
+
+
+def assert_equals_reference(case: Case, num_ranks: int) -> None:
+    loss, gradients = reference_of_ranks(case, num_ranks)
+    results = run(case, num_ranks)
+    torch.testing.assert_close(torch.cat([one for one, _ in results]), loss, rtol=1e-5, atol=1e-5)
+    for _, of_rank in results:
+        for name, gradient in of_rank.items():
+            torch.testing.assert_close(gradient, gradients[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_equals_the_reference(name):
+    assert_equals_reference(CASES[name], 2)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4])
+def test_on_one_rank_and_on_four(num_ranks):
+    assert_equals_reference(LSH.replace(topk=2), num_ranks)
+
+
+def test_the_residual_matters():
+    """Negative control: the reference without it does not agree."""
+    wrong = LSH.replace(compensation="none")
+    with pytest.raises(AssertionError):
+        for (loss, _), (other, _) in zip(run(LSH, 2), run(wrong, 2), strict=True):
+            torch.testing.assert_close(loss, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("slot", [1, 2, 3, 4])
+def test_every_slot_equals_off_bit_for_bit(slot):
+    assert_bit_equal(run(LSH.replace(expert_slot=(slot,)), 2), run(LSH.replace(overlap="off"), 2))
+
+
+@pytest.mark.parametrize(("shortcut", "chunks"), [("scmoe", 2), ("scmoe", 4), ("dgmoe", 3)])
+def test_chunks_change_rounding_only(shortcut, chunks):
+    """The clusters are those of all tokens, whatever they travel in."""
+    case = LSH.replace(shortcut=shortcut)
+    assert_close(run(case.replace(chunks=chunks), 2), run(case.replace(overlap="off"), 2))
+
+
+def test_more_chunks_than_centroids():
+    assert_close(run(LSH.replace(chunks=17), 4), run(LSH, 4))
+
+
+@pytest.mark.parametrize("recompute", ["full", "core_attn", "shared_experts"])
+def test_recompute_finds_the_same_clusters(recompute):
+    assert_bit_equal(run(LSH.replace(recompute=recompute), 2), run(LSH, 2))
+
+
+def test_several_micro_batches_in_flight():
+    assert_bit_equal(run(LSH, 2, num_micro_batches=2), run(LSH.replace(overlap="off"), 2, num_micro_batches=2))
+
+
+def test_bf16_trains():
+    case = LSH.replace(dtype=torch.bfloat16)
+    assert_bit_equal(run(case, 2), run(case.replace(overlap="off"), 2))
+
+
+def ones_for_gates(case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A step in which every gate weight is exactly 1, so that where it is applied does not matter."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    original = TopKRouter.forward
+
+    def forward(self, *args, **kwargs):
+        probs, routing_map = original(self, *args, **kwargs)
+        return probs + (routing_map.to(probs.dtype) - probs).detach(), routing_map
+
+    TopKRouter.forward = forward
+    return models.losses_and_gradients(case)
+
+
+@pytest.mark.parametrize("compensation", ["paper", "none"])
+def test_one_token_in_each_cluster_equals_no_codec_bit_for_bit(compensation):
+    many = LSH.replace(hashes=16, width=4, compensation=compensation)
+    one, other = (ranks.run(ones_for_gates, 2, case, layout=EP[2]) for case in (many, Case()))
+    for (loss, gradients), (other_loss, other_gradients) in zip(one, other, strict=True):
+        assert torch.equal(loss, other_loss)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, other_gradients[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def step_with_counts(case: Case) -> dict[str, object]:
+    """One step: bytes handed to the all-to-all, counted here, those reported, and what was recorded of clusters."""
+    from megatron_scmoe import observe
+
+    model = models.build(case)
+    counted = {"collectives": 0, "bytes": 0}
+    original = dist.all_to_all_single
+
+    def counting(output, tensor, output_splits, input_splits, **kwargs):
+        row_bytes = tensor[:1].nbytes if tensor.shape[0] else 0
+        own = input_splits[dist.get_rank()]
+        counted["collectives"] += 1
+        counted["bytes"] += (sum(input_splits) - own) * row_bytes
+        return original(output, tensor, output_splits, input_splits, **kwargs)
+
+    dist.all_to_all_single = counting
+    ((tokens, labels, positions),) = models.my_batch()
+    try:
+        with observe.recording() as recorded:
+            model(tokens, positions, None, labels=labels).sum().backward()
+    finally:
+        dist.all_to_all_single = original
+    return {
+        **counted,
+        "reported": sum(transfer.sent_bytes for transfer in recorded.transfers),
+        "rows": sum(one.rows for one in recorded.compressions),
+        "clusters": sum(one.clusters for one in recorded.compressions),
+        "largest": max((int(one.largest) for one in recorded.compressions), default=0),
+        "residuals": [float(one.residual) for one in recorded.compressions],
+    }
+
+
+def test_what_travels_are_centroids_in_both_directions():
+    plain = ranks.run(step_with_counts, 2, Case(topk=2), layout=EP[2])
+    compressed = ranks.run(step_with_counts, 2, LSH.replace(topk=2), layout=EP[2])
+    for with_codec, without in zip(compressed, plain, strict=True):
+        assert with_codec["collectives"] == without["collectives"] == 2 * 4  # groups, halves of forward and backward
+        assert with_codec["bytes"] == with_codec["reported"]
+        assert without["bytes"] == without["reported"]
+        assert without["clusters"] == 0
+        assert with_codec["rows"] == 2 * 2 * BATCH_SIZE * SEQ_LENGTH // 2  # groups, top-2, half of the batch
+        assert with_codec["clusters"] < with_codec["rows"]
+        assert with_codec["largest"] > 1
+        assert all(0 < residual < 2 for residual in with_codec["residuals"])
+    # All rows of a step together, since experts of a rank may attract more of one rank's tokens.
+    rate = sum(one["clusters"] for one in compressed) / sum(one["rows"] for one in compressed)
+    sent = sum(one["bytes"] for one in compressed) / sum(one["bytes"] for one in plain)
+    assert sent == pytest.approx(rate, rel=0.2)
+
+
+def poisoned(case: Case, value: float) -> str:
+    """What every rank raises where rank 1 has one bad token."""
+    model = models.build(case)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.embedding.word_embeddings.weight[models.batch()[0][-1, 0], 3] = value
+    ((tokens, labels, positions),) = models.my_batch()
+    with pytest.raises(ValueError) as caught:
+        model(tokens, positions, None, labels=labels)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_tokens_are_named_on_every_rank(value):
+    for message in ranks.run(poisoned, 2, LSH, value, layout=EP[2]):
+        assert message == (
+            "group 0: tokens with NaN or infinity cannot be hashed; they are on rank(s) 1 of the expert-parallel group"
+        )
+
+
+# ---- through the entry script -----------------------------------------------------------------------------------
+
+EP2 = "--expert-model-parallel-size 2"
+TOP2 = with_flags(without_flag(STOCK, "--moe-shared-expert-intermediate-size"), "--moe-layer-freq [0,1]*2")
+TRAINED = {
+    "stock top-2": with_flags(TOP2, EP2, "--moe-router-topk 2"),
+    "stock, capacity": with_flags(TOP2, EP2, "--moe-expert-capacity-factor 1.0"),
+    "stock, padded": with_flags(
+        TOP2, EP2, "--moe-expert-capacity-factor 1.0", "--moe-pad-expert-input-to-capacity", "--overlap-chunks 2"
+    ),
+    "scmoe, adaptive": with_flags(SCMOE, EP2, "--overlap adaptive", "--overlap-chunks 2", "--train-iters 18"),
+    "dgmoe": with_flags(
+        without_flag(SCMOE, "--moe-shared-expert-intermediate-size"), EP2, "--shortcut dgmoe", "--moe-router-topk 2"
+    ),
+    "tensor parallel": with_flags(SCMOE, "--tensor-model-parallel-size 2", "--sequence-parallel"),
+    "pipeline": with_flags(SCMOE, "--pipeline-model-parallel-size 2"),
+}
+
+
+def train(flags: list[str]) -> str:
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron asks for it under tensor parallelism
+    return training.train(flags)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_it_trains_and_reports(name, tmp_path):
+    flags = with_flags(
+        TRAINED[name],
+        "--a2a-codec lsh",
+        "--lsh-hashes 2",
+        f"--overlap-report {tmp_path / 'report'}",
+        f"--tensorboard-dir {tmp_path}",
+    )
+    printed = ranks.run(train, 2, flags)
+    assert "exit code" not in printed[0], printed[0][-3000:]
+    values = training.scalars(tmp_path, "lm loss", "overlap/sent_rate", "overlap/residual")
+    losses = list(values["lm loss"].values())
+    assert losses[-1] < losses[0]
+    assert all(0 < rate < 1 for rate in values["overlap/sent_rate"].values())
+    assert all(0 < residual < 2 for residual in values["overlap/residual"].values())
+
+
+def train_to_rate(flags: list[str]) -> tuple[str, dict[str, float]]:
+    from megatron.training import get_args
+
+    printed = training.train(flags)
+    assert "exit code" not in printed, printed[-3000:]
+    return printed, getattr(get_args(), "lsh_levels", {})
+
+
+def test_a_target_rate_is_held_alike_on_all_ranks_and_after_a_resume(tmp_path):
+    flags = with_flags(
+        TRAINED["stock top-2"],
+        "--seq-length 64",
+        "--max-position-embeddings 64",
+        "--a2a-codec lsh",
+        "--lsh-hashes 8",
+        "--lsh-target-rate 0.4",
+        f"--overlap-report {tmp_path / 'report'}",
+        f"--tensorboard-dir {tmp_path}",
+        f"--save {tmp_path / 'saved'}",
+        f"--load {tmp_path / 'saved'}",
+        "--save-interval 100",
+        "--override-opt-param-scheduler",
+    )
+    (printed, levels), _ = ranks.run(train_to_rate, 2, with_flags(flags, "--train-iters 30"))
+    assert "exit code" not in printed, printed[-3000:]
+    rates = training.scalars(tmp_path, "overlap/sent_rate")["overlap/sent_rate"]
+    late = [rate for iteration, rate in rates.items() if iteration > 15]
+    assert sum(late) / len(late) == pytest.approx(0.4, rel=0.1)
+    assert rates[2] != pytest.approx(0.4, rel=0.1)  # negative control: it was not so from the start
+    assert levels.keys() == {"1", "3"} and all(0 < level < 8 for level in levels.values())
+
+    (printed, _), _ = ranks.run(train_to_rate, 2, with_flags(flags, "--train-iters 33"))
+    assert "exit code" not in printed, printed[-3000:]
+    resumed = training.scalars(tmp_path, "overlap/sent_rate")["overlap/sent_rate"]
+    assert resumed[32] == pytest.approx(0.4, rel=0.25)  # the first step of a run is not reported
+
+
+def levels_of_ranks() -> list[float]:
+    """Ranks see different tokens and end at one level."""
+    from megatron_scmoe.codec import RateControl, adjust_rates
+    from megatron_scmoe.lsh import cluster
+
+    control = RateControl(0.25, 8)
+    levels = []
+    for step in range(4):
+        generator = torch.Generator().manual_seed(dist.get_rank() + 10 * step)
+        control.see(cluster(torch.randint(20, (100,), generator=generator), torch.tensor([60, 40])))
+        adjust_rates([control], dist.group.WORLD)
+        levels.append(control.level_on(torch.device("cpu")).item())
+    return levels
+
+
+def test_levels_are_equal_on_all_ranks():
+    one, *others = ranks.run(levels_of_ranks, 3)
+    assert all(other == one for other in others)
+    assert len(set(one)) > 1
