@@ -89,7 +89,15 @@ def make_result(shares=(0.6, 0.9, None)):
             scale = 1.0 if arm.model == BASELINE else 0.5 if arm.name.startswith("pos2 adaptive") else 0.8
             arms.append(arm_result(arm, scale, travel_s=1.5 if share == 0.6 else 4.0))
         rate = "unlimited" if share is None else f"{round(1e5 * (1 - share))}kbit"
-        points.append({"wanted_share": share, "share": (share or 0.05) + 0.004, "rate": rate, "arms": arms})
+        points.append(
+            {
+                "wanted_share": share,
+                "share": (share or 0.05) + 0.004,
+                "step_share": (share or 0.05) / 2,
+                "rate": rate,
+                "arms": arms,
+            }
+        )
     meta = {
         "commit": "0123abc",
         "changed_files": 0,
@@ -135,7 +143,7 @@ def two_arms(base, other, limit_s=None):
     results[0]["seconds"] = {"training": base}
     results[1]["seconds"] = {"training": other}
     results[1]["limit_s"] = limit_s
-    return [{"share": 0.6, "wanted_share": 0.6, "rate": "1000kbit", "arms": results}]
+    return [{"share": 0.6, "step_share": 0.3, "wanted_share": 0.6, "rate": "1000kbit", "arms": results}]
 
 
 def test_speedups_are_medians_of_paired_ratios():

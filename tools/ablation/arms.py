@@ -22,6 +22,7 @@ class Model:
         shared_expert: whether there is one beside the routed experts.
         moe_every: blocks in a group.
         pipelined: for shortcut none, our layer in the place of Megatron's.
+        sent_rate: rows that travel over rows that are routed; below 1 LSH-MoE sends centroids.
     """
 
     shortcut: str = "none"
@@ -30,6 +31,7 @@ class Model:
     shared_expert: bool = False
     moe_every: int = 2
     pipelined: bool = False
+    sent_rate: float = 1.0
 
 
 MODELS = {
@@ -45,6 +47,8 @@ MODELS = {
     "pos2 top-2": Model("scmoe", "pos2", 2, True),
     "dgmoe": Model("dgmoe", "pos2", 2, False),
     "every-block pos1": Model("scmoe", "pos1", 1, True, moe_every=1),
+    "top-2 lsh": Model(topk=2, pipelined=True, sent_rate=0.2),
+    "pos2 lsh": Model("scmoe", "pos2", 1, True, sent_rate=0.2),
 }
 
 STOCK = (BASELINE, "top-1", "shared-expert")
@@ -88,6 +92,7 @@ def all_arms() -> list[Arm]:
     arms += [
         Arm(f"{name} {chunks} chunks", f"{name} pipelined", f"chunks {chunks}") for name in STOCK for chunks in (2, 4)
     ]
+    arms.append(Arm("top-2 lsh off", "top-2 lsh", "off"))
     for name in SHORTCUTS:
         arms.append(Arm(f"{name} off", name, "off"))
         if name in EVERY_SLOT:

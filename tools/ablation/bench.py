@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -22,17 +22,22 @@ from torch import Tensor
 from ablation.arms import COST_MODEL, MODELS, Arm, Model
 from megatron_scmoe import observe
 from megatron_scmoe.adaptive import Plans
-from megatron_scmoe.config import Combine, Position, ScMoEConfig, Shortcut
+from megatron_scmoe.codec import adjust_rates
+from megatron_scmoe.config import Codec, Combine, Position, ScMoEConfig, Shortcut
 from megatron_scmoe.costs import GroupPass, costs_of, mean_costs, pass_costs_of, passes_of
 from megatron_scmoe.layer import GroupBlock
 from megatron_scmoe.model import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_chunks, with_shortcut
 from megatron_scmoe.pipelined import PipelinedMoELayer
 from megatron_scmoe.plan import Plan
 from megatron_scmoe.solver import GroupCosts
+from megatron_scmoe.spans import communication_s
 
 KINDS = ("training", "forward")
 COST_STEPS = 3
 VOCAB_SIZE = 512
+LSH_HASHES = 12
+RATE_STEPS = 20
+"""Steps in which the codec finds the level of its target rate, before anything is timed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,17 +100,21 @@ def build(model: Model, sizes: Sizes) -> torch.nn.Module:
         "seq_length": sizes.tokens,
         "position_embedding_type": "rope",
     }
+    codec: dict[str, Any] = {}
+    if model.sent_rate < 1:
+        codec = {"a2a_codec": Codec.LSH, "lsh_hashes": LSH_HASHES, "lsh_target_rate": model.sent_rate}
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if model.shortcut == "none":
         config = GPTModelConfig(**settings)
         if model.pipelined:
-            with_chunks(config, ScMoEConfig(overlap_chunks=2))
+            with_chunks(config, ScMoEConfig(overlap_chunks=2, **codec))
         return GPTModelBuilder(config).build_model(groups)
     scmoe = ScMoEConfig(
         shortcut=Shortcut(model.shortcut),
         shortcut_position=(Position(model.position),),
         shortcut_combine=Combine.ADD if model.shortcut == "scmoe" else Combine.CG1,
         moe_every=model.moe_every,
+        **codec,
     )
     return ScMoEGPTModelBuilder(with_shortcut(ScMoEGPTModelConfig(**settings), scmoe)).build_model(groups)
 
@@ -146,6 +155,15 @@ class Bench:
         for module in self._models[model].modules():
             if isinstance(module, TopKRouter):
                 module.config.moe_router_force_load_balancing = routing == "balanced"
+
+    def find_rates(self) -> None:
+        """Let the codecs send the part of the rows that they are to send; what they found then stays."""
+        for name in self._models:
+            controls = [group.cargo_maker.rate_control for group in self.groups(name).values()]
+            found = [control for control in controls if control is not None]
+            for _ in range(RATE_STEPS if found else 0):
+                self.step(name, "training")
+                adjust_rates(found, dist.group.WORLD)
 
     def step(self, model: str, kind: str) -> float:
         """One step between two barriers; its seconds on the slowest rank.
@@ -224,6 +242,17 @@ class Bench:
                 groups_s = max(gathered(sum(one.total_s for one in passes_of(recording))))
                 rest[kind].append(max(seconds - groups_s, 0.0))
         return {kind: median(values) for kind, values in rest.items()}
+
+    def step_share(self) -> float:
+        """The all-to-all's part of the top-2 baseline's whole training step."""
+        plan = Plan((1,), blocking=True)
+        self.set_plans(COST_MODEL, dict.fromkeys(self.groups(COST_MODEL), Plans(plan, plan)))
+        shares = []
+        for _ in range(COST_STEPS):
+            seconds, recording = self.recorded_step(COST_MODEL, "training")
+            communication = sum(communication_s(one.spans) for one in passes_of(recording))
+            shares.append(fmean(gathered(communication)) / seconds)
+        return median(shares)
 
     def share(self) -> float:
         """The all-to-all's part of the top-2 baseline's forward MoE time, route to decode."""

@@ -39,8 +39,9 @@ class Goal:
         arms: each of which is shown.
         against: the arm that speed-ups and time ratios are relative to; "best fixed" is the fastest fixed slot of pos2.
         sign: how a figure must stand to its threshold: ``>=``, ``<=`` or ``>``.
-        training, forward: thresholds.
+        training, forward: thresholds; None: the figure is shown and not judged.
         shares: of the link rates that count; empty: all of them.
+        step_share: only the link rate counts where the all-to-all takes about this part of top-2's whole training step.
         unlimited: only links without a limit count.
         published: what others give.
     """
@@ -51,8 +52,9 @@ class Goal:
     against: str = BASELINE
     sign: str = ">="
     training: float
-    forward: float
+    forward: float | None
     shares: tuple[float, ...] = ()
+    step_share: float | None = None
     unlimited: bool = False
     published: str = "not given"
 
@@ -131,8 +133,40 @@ GOALS = (
         shares=(0.6,),
         published="faster",
     ),
+    Goal(
+        text="LSH-MoE at a rate of 0.2: speed-up of top-2 lsh over top-2, all-to-all 0.45 of the step",
+        measure=Measure.SPEEDUP,
+        arms=("top-2 lsh off",),
+        training=1.6,
+        forward=None,
+        step_share=0.45,
+        published="1.28x to 2.2x",
+    ),
+    Goal(
+        text="both at once: speed-up over top-2",
+        measure=Measure.SPEEDUP,
+        arms=("pos2 lsh adaptive chunks",),
+        training=4.0,
+        forward=None,
+        shares=(0.9,),
+        published="nobody combines them",
+    ),
+    *(
+        Goal(
+            text=f"both at once: speed-up over {alone}",
+            measure=Measure.SPEEDUP,
+            arms=("pos2 lsh adaptive chunks",),
+            against=alone,
+            sign=">",
+            training=1.0,
+            forward=None,
+            shares=(0.9,),
+            published="nobody combines them",
+        )
+        for alone in ("pos2 adaptive chunks", "top-2 lsh off")
+    ),
 )
-"""Issue 4, "Speed to reach"."""
+"""Issue 4, "Speed to reach", and of issue 5 what is about time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +187,8 @@ class Outcome:
 def judge(goal: Goal, kind: str, figure: Estimate) -> Outcome:
     """Whether the median reaches the threshold, by how much it does not, and whether the spread leaves it open."""
     threshold = goal.training if kind == "training" else goal.forward
+    if threshold is None:
+        return Outcome(figure, None, f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]")
     met = {
         ">=": figure.value >= threshold,
         "<=": figure.value <= threshold,
@@ -175,6 +211,12 @@ def matching(points: Sequence[Mapping[str, Any]], goal: Goal) -> Iterator[tuple[
         yield from ((words.link(points[index]), index) for index in found)
         if not found:
             yield "no limit on the links", None
+    elif goal.step_share is not None:
+        found = [index for index, point in enumerate(points) if abs(point["step_share"] - goal.step_share) <= 0.05]
+        for index in found:
+            yield f"{words.link(points[index])}; {points[index]['step_share']:.2f} of the step", index
+        if not found:
+            yield f"{goal.step_share:g} of the step", None
     elif not goal.shares:
         yield from ((words.link(point), index) for index, point in enumerate(points))
     for share in goal.shares:
@@ -277,7 +319,9 @@ def _length(span: Mapping[str, Any]) -> float:
 
 def _goal_words(goal: Goal) -> str:
     thresholds = f"{goal.training:g}"
-    if goal.forward != goal.training:
+    if goal.forward is None:
+        thresholds += " in training"
+    elif goal.forward != goal.training:
         thresholds += f" and {goal.forward:g}"
     return f"{goal.text}: {goal.sign} {thresholds}"
 

@@ -34,6 +34,7 @@ class ArmResult:
         sent_bytes: a step's, from the interface counters, summed over ranks, by kind; empty without slow_link.
         tensor_bytes: the same from the sizes of what was sent; empty for Megatron's own layers.
         tokens_max_over_mean: load of the busiest expert in the recorded steps.
+        sent_rate: rows that travelled over rows that were routed, on all ranks, in the last recorded step.
         timeline: spans of one group's passes on rank 0, by kind.
     """
 
@@ -48,6 +49,7 @@ class ArmResult:
     sent_bytes: dict[str, float] = field(default_factory=dict)
     tensor_bytes: dict[str, float] = field(default_factory=dict)
     tokens_max_over_mean: float | None = None
+    sent_rate: float = 1.0
     timeline: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
@@ -164,11 +166,15 @@ def _observe_step(bench: Bench, link: Link, result: ArmResult, kind: str) -> Non
         "exposed_s": sum(exposed_s(one.spans) for one in passes),
         "tensor_bytes": sum(one.sent_bytes for one in passes),
         "tokens": tokens.tolist(),
+        "rows": sum(one.rows for one in recording.compressions),
+        "clusters": sum(one.clusters for one in recording.compressions),
     }
     ranks = gathered(summary)
     if kind == "training":
         totals = [sum(counts) for counts in zip(*(rank["tokens"] for rank in ranks), strict=True)]
         result.tokens_max_over_mean = max(totals) * len(totals) / sum(totals)
+        if rows := sum(rank["rows"] for rank in ranks):
+            result.sent_rate = sum(rank["clusters"] for rank in ranks) / rows
     if before is not None and after is not None:
         result.sent_bytes[kind] = after - before
     if not passes:  # Megatron's own layers make no marks

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 from megatron.core import parallel_state
 from slow_network.control import Control
 
-from ablation.arms import Arm
+from ablation.arms import MODELS, Arm
 from ablation.bench import Bench, Sizes
 from ablation.link import UNLIMITED, Link, find_rate
 from ablation.measure import ArmResult, measure
@@ -76,6 +76,9 @@ def run_rank(args: argparse.Namespace, arms: list[Arm]) -> int:
     models = len({arm.model for arm in arms})
     progress = Progress(dist.get_rank(), len(shares) * (models + args.repetitions + 1))
     meta = meta_of(args, sizes, ranks)
+    if any(MODELS[arm.model].sent_rate < 1 for arm in arms):
+        progress.say("finding how many hash functions send a part of the rows")
+        bench.find_rates()
     points, missed = [], 0
     for share in shares:
         try:
@@ -90,11 +93,13 @@ def run_rank(args: argparse.Namespace, arms: list[Arm]) -> int:
             missed += 1
             continue
         progress.say(f"share {measured:.3f} at {rate}: timing {len(arms)} arms")
+        step_share = bench.step_share()
         results = [ArmResult(arm) for arm in arms]
         for _ in measure(bench, link, results, repetitions=args.repetitions, say=progress.say):
             progress.step()
         arm_results = [asdict(one) for one in results]
-        points.append({"wanted_share": share, "share": measured, "rate": rate, "arms": arm_results})
+        point = {"wanted_share": share, "share": measured, "step_share": step_share, "rate": rate, "arms": arm_results}
+        points.append(point)
         if dist.get_rank() == 0:
             write_results(args, meta, points)
     dist.barrier()
