@@ -81,6 +81,7 @@ What to try next:
   make pretrain ITERS=$((iterations * 2))                               train on
   make pretrain RUN=run-off ARGS='--overlap off'          the same numbers, without overlap
   make pretrain RUN=run-pos1 ARGS='--shortcut-position pos1'
+  make pretrain RUN=run-lsh ARGS='--a2a-codec lsh --overlap-report run-lsh/report'
   make pretrain CORPUS=path/to/text                       your own text or JSONL
   $cd_here/.venv/bin/tensorboard --logdir $folder/tensorboard
 END

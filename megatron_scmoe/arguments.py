@@ -22,7 +22,15 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 
 from megatron_scmoe import corpus, mcore, refusals, resume
-from megatron_scmoe.config import ARCHITECTURE_FIELDS, Combine, ConfigError, Overlap, ScMoEConfig, Shortcut
+from megatron_scmoe.config import (
+    ARCHITECTURE_FIELDS,
+    CODEC_FIELDS,
+    Combine,
+    ConfigError,
+    Overlap,
+    ScMoEConfig,
+    Shortcut,
+)
 
 EXIT_REFUSED = 2
 
@@ -125,7 +133,7 @@ def _restore_args(args: Namespace) -> None:
     saved = mcore.saved_args(args)
     if saved is None:
         return
-    for name in ARCHITECTURE_FIELDS:
+    for name in dict.fromkeys((*ARCHITECTURE_FIELDS, *CODEC_FIELDS)):
         if hasattr(saved, name):
             setattr(args, name, getattr(saved, name))
 

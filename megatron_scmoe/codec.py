@@ -9,6 +9,8 @@ alone travels, in backward as well. The residual x - c stays home and is added t
 gate weight p, which stays home too::
 
     y = sum over the token's experts of  p (E(c) + (x - c))
+
+``compensation.py`` has what else may stand in the place of x - c.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_scmoe import mcore
+from megatron_scmoe.compensation import ResidualMap
 from megatron_scmoe.config import Codec, Compensation, HashKind, ScMoEConfig
 from megatron_scmoe.exchange import Tag
-from megatron_scmoe.lsh import Clusters, Hasher, cluster, means
+from megatron_scmoe.lsh import Hasher, cluster, means, restore
 from megatron_scmoe.plan import DECODE, ENCODE
+from megatron_scmoe.rate import RateControl
 
 
 class Cargo(Protocol):
@@ -94,51 +98,6 @@ class Tokens:
         return delivered[0] if len(delivered) == 1 else torch.cat(delivered).view(self._shape)
 
 
-class RateControl:
-    """Holds the part of the rows that travels near a target, by moving how many hash functions count.
-
-    The counts stay on the device, and so does the level: nothing waits for them.
-
-    Args:
-        target: rows that travel over rows that are routed.
-        hashes: functions that there are.
-
-    Attributes:
-        level: how many of them count; see ``Hasher.keys``.
-        seen: rows that travelled, and rows that were routed, since the last adjustment.
-    """
-
-    def __init__(self, target: float, hashes: int) -> None:
-        self._target, self._hashes = target, hashes
-        self.level = torch.tensor(hashes / 2)
-        self.seen = torch.zeros(2)
-
-    def level_on(self, device: torch.device) -> Tensor:
-        """The level, on the device of the rows."""
-        if self.level.device != device:
-            self.level, self.seen = self.level.to(device), self.seen.to(device)
-        return self.level
-
-    def see(self, clusters: Clusters) -> None:
-        """Count one routing of a training step."""
-        self.seen += torch.stack([clusters.per_expert.sum(), clusters.sizes.sum()])
-
-    def adjust(self, seen: Tensor) -> None:
-        """Move the level by what all ranks saw."""
-        self.seen = torch.zeros_like(self.seen)
-        # A function more multiplies the clusters by 1.3 to 1.6 where rates are useful: this is half of Newton's step.
-        change = torch.log(self._target * seen[1] / seen[0].clamp(min=1)).clamp(-1, 1)
-        self.level = (self.level + torch.where(seen[1] > 0, change, 0.0)).clamp(0, self._hashes)
-
-
-def adjust_rates(controls: list[RateControl], group: dist.ProcessGroup) -> None:
-    """Between two steps: move the level of every control, by what the ranks of ``group`` saw, who all call it."""
-    seen = torch.stack([control.seen for control in controls])
-    dist.all_reduce(seen, group=group)
-    for control, its in zip(controls, seen, strict=True):
-        control.adjust(its)
-
-
 class Centroids:
     """The means of clusters of tokens (``--a2a-codec lsh``); residuals and gate weights stay home.
 
@@ -148,7 +107,8 @@ class Centroids:
     Args:
         hasher: decides which tokens are alike.
         rate_control: decides how many of its functions count; None for all.
-        compensation: whether residuals are added.
+        compensation: what is added for the residuals.
+        residual_map: of the group, where compensation is lowrank.
         tag: whose flights they are.
         The others are those of ``Tokens``.
     """
@@ -164,19 +124,22 @@ class Centroids:
         hasher: Hasher,
         rate_control: RateControl | None,
         compensation: Compensation,
+        residual_map: ResidualMap | None,
         tag: Tag,
     ) -> None:
         tag.marker.now(tag.prefix + ENCODE)
         self._tag = tag
-        self._compensates = compensation is Compensation.PAPER
+        self._compensation, self._residual_map = compensation, residual_map
         self._home = mcore.dispatcher_for_one_flight(moe, keeps_capacity=False)
         self._rows, self._weights = mcore.rows_by_expert(self._home, hidden_states, routing_map, probs)
         level = rate_control.level_on(hidden_states.device) if rate_control else None
         keys, finite = hasher.keys(self._rows, level)
-        self._clusters = cluster(keys, routing_map.sum(dim=0), chunks)
+        self._rows_per_expert = routing_map.sum(dim=0)
+        self._clusters = cluster(keys, self._rows_per_expert, chunks)
         if rate_control and torch.is_grad_enabled():
             rate_control.see(self._clusters)
         self._centroids: Tensor | None = None
+        self._parts: tuple[Tensor, ...] = ()
         self.dispatchers = []
         for rows_per_expert in self._clusters.per_expert:
             dispatcher = mcore.dispatcher_for_one_flight(moe, keeps_capacity=False)
@@ -196,10 +159,11 @@ class Centroids:
                 f"{', '.join(map(str, bad))} of the expert-parallel group"
             )
         if self._centroids is None:
-            self._rows_of_chunks = [mcore.num_rows_to_send(dispatcher) for dispatcher in self.dispatchers]
-            self._centroids = means(self._rows, self._clusters, sum(self._rows_of_chunks))
+            rows_of_chunks = [mcore.num_rows_to_send(dispatcher) for dispatcher in self.dispatchers]
+            self._centroids = means(self._rows, self._clusters, sum(rows_of_chunks))
+            self._parts = self._centroids.split(rows_of_chunks)
             self._tag.marker.compression(self._rows, self._centroids, self._clusters.ids, self._clusters.sizes)
-        return (self._centroids.split(self._rows_of_chunks)[chunk],)
+        return (self._parts[chunk],)
 
     def unpack(self, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """See ``Cargo``."""
@@ -215,11 +179,14 @@ class Centroids:
         assert self._centroids is not None
         marker, step, last = self._tag.marker, self._tag.prefix + DECODE, len(delivered) - 1
         marker.now(step, last)
-        outputs, ids = torch.cat(delivered), self._clusters.ids
-        rows = outputs[ids]
-        if self._compensates:
-            rows = rows + (self._rows - self._centroids[ids])
-        output = self._home.combine_postprocess((rows * self._weights.unsqueeze(-1)).to(outputs.dtype))
+        outputs = delivered[0] if len(delivered) == 1 else torch.cat(delivered)
+        residual = (self._rows, self._centroids) if self._compensation is Compensation.PAPER else None
+        rows = restore(outputs, self._clusters, self._weights, residual)
+        if self._residual_map is not None:
+            residuals = self._rows - self._centroids[self._clusters.ids]
+            mapped = self._residual_map(residuals, self._rows_per_expert)
+            rows = rows + (mapped * self._weights.unsqueeze(-1)).to(mapped.dtype)
+        output = self._home.combine_postprocess(rows)
         marker.in_backward(step, output, last)
         return output
 
@@ -231,13 +198,16 @@ class CargoMaker:
         scmoe: the codec and its settings.
         hidden_size: width of a token.
         group: whose flights they are; each group has rotations of its own.
+        residual_map: the group's own, where compensation is lowrank.
 
     Attributes:
         rate_control: where a target rate is set.
     """
 
-    def __init__(self, scmoe: ScMoEConfig, hidden_size: int, group: int) -> None:
-        self._compensation = scmoe.lsh_compensation
+    def __init__(
+        self, scmoe: ScMoEConfig, hidden_size: int, group: int, residual_map: ResidualMap | None = None
+    ) -> None:
+        self._compensation, self._residual_map = scmoe.lsh_compensation, residual_map
         self._hasher: Hasher | None = None
         self.rate_control: RateControl | None = None
         if scmoe.lsh_target_rate:
@@ -263,5 +233,11 @@ class CargoMaker:
             hasher=self._hasher,
             rate_control=self.rate_control,
             compensation=self._compensation,
+            residual_map=self._residual_map,
             tag=tag,
         )
+
+
+def residual_map_of(scmoe: ScMoEConfig, config: TransformerConfig) -> ResidualMap | None:
+    """The learned map of one group, for its module tree; None where compensation has none."""
+    return ResidualMap(config, scmoe.lsh_rank) if scmoe.lsh_compensation is Compensation.LOWRANK else None

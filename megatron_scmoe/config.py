@@ -65,6 +65,7 @@ class Compensation(StrEnum):
 
     PAPER = "paper"
     NONE = "none"
+    LOWRANK = "lowrank"
 
 
 class Resume(StrEnum):
@@ -84,13 +85,25 @@ MAX_HASHES = 64
 
 # Fields that decide what the parameters mean. A checkpoint of other values loads without an error, since the names and
 # shapes are the same, and is wrong: so they are compared on resume.
-ARCHITECTURE_FIELDS = ("shortcut", "shortcut_position", "shortcut_combine", "moe_every", "moe_share_groups")
+ARCHITECTURE_FIELDS = (
+    *("shortcut", "shortcut_position", "shortcut_combine", "moe_every", "moe_share_groups"),
+    *("a2a_codec", "lsh_compensation", "lsh_rank"),
+)
 
-CODEC_FIELDS = ("lsh_kind", "lsh_hashes", "lsh_width", "lsh_compensation", "lsh_target_rate", "lsh_seed")
+CODEC_FIELDS = (
+    "a2a_codec",
+    "lsh_kind",
+    "lsh_hashes",
+    "lsh_width",
+    "lsh_compensation",
+    "lsh_rank",
+    "lsh_target_rate",
+    "lsh_seed",
+)
 
 # Fields that mean something for the stock model too.
 STOCK_FIELDS = (
-    *("shortcut", "shortcut_resume", "overlap", "overlap_chunks", "overlap_interval", "overlap_report", "a2a_codec"),
+    *("shortcut", "shortcut_resume", "overlap", "overlap_chunks", "overlap_interval", "overlap_report"),
     *CODEC_FIELDS,
 )
 
@@ -167,7 +180,13 @@ class ScMoEConfig:
     more tokens for each expert on each rank."""
 
     lsh_compensation: Compensation = Compensation.PAPER
-    """What a token gets beside the expert's output for the mean: paper: its difference from the mean; none: nothing."""
+    """What a token gets beside the expert's output for the mean. paper: its difference from the mean; none: nothing;
+    lowrank: its difference through a learned linear map of rank --lsh-rank, one for each expert, which every rank holds
+    for all experts and which starts as zero (not in the paper)."""
+
+    lsh_rank: int = 8
+    """Rank of the maps of --lsh-compensation lowrank, a multiple of 8. They have 2 x rank x hidden size parameters for
+    each expert."""
 
     lsh_target_rate: float = 0.0
     """Part of the rows that is to travel, such as 0.2. How many of the --lsh-hashes functions count is then moved after
@@ -178,8 +197,9 @@ class ScMoEConfig:
 
     shortcut_resume: Resume = Resume.SAME
     """Checkpoints to continue from. same: refuse one that was trained with other values of --shortcut,
-    --shortcut-position, --shortcut-combine or --moe-every. changed: load it all the same, optimizer included, and say
-    so: this is how a stock shared-expert checkpoint becomes ScMoE, or the other way round."""
+    --shortcut-position, --shortcut-combine, --moe-every, --a2a-codec or --lsh-compensation. changed: load it all the
+    same, optimizer included, and say so: this is how a stock shared-expert checkpoint becomes ScMoE, or the other way
+    round."""
 
     @property
     def enabled(self) -> bool:
@@ -272,10 +292,17 @@ class ScMoEConfig:
                 f"steps are counted from 0: --overlap-interval is {self.overlap_interval}; use 0 to measure once"
             )
 
+    def _default(self, name: str) -> object:
+        return next(field.default for field in fields(self) if field.name == name)
+
     def _validate_codec(self) -> None:
         if self.a2a_codec is Codec.NONE:
             for field in fields(self):
-                if field.name in CODEC_FIELDS and getattr(self, field.name) != field.default:
+                if (
+                    field.name in CODEC_FIELDS
+                    and field.name != "a2a_codec"
+                    and getattr(self, field.name) != field.default
+                ):
                     flag = "--" + field.name.replace("_", "-")
                     raise ConfigError(
                         f"{flag} belongs to the codec lsh: it is set to {getattr(self, field.name)} and --a2a-codec is "
@@ -286,6 +313,15 @@ class ScMoEConfig:
                 f"1 to {MAX_HASHES} functions can be had: --lsh-hashes is {self.lsh_hashes}; use 6 for cross-polytope, "
                 "12 for spherical"
             )
+        if self.lsh_rank < 8 or self.lsh_rank % 8:
+            raise ConfigError(
+                f"grouped matrix products want multiples of 8: --lsh-rank is {self.lsh_rank}; use 8 or 16"
+            )
+        if self.lsh_rank != self._default("lsh_rank") and self.lsh_compensation is not Compensation.LOWRANK:
+            raise ConfigError(
+                f"the rank is that of learned maps: --lsh-rank is {self.lsh_rank} and --lsh-compensation is "
+                f"{self.lsh_compensation}; add --lsh-compensation lowrank or drop --lsh-rank"
+            )
         if not 0 <= self.lsh_target_rate < 1:
             raise ConfigError(
                 f"a rate is a part of all rows: --lsh-target-rate is {self.lsh_target_rate}; use a number such as 0.2, "
@@ -293,8 +329,7 @@ class ScMoEConfig:
             )
         if self.lsh_width < 1:
             raise ConfigError(f"a function keeps a coordinate at least: --lsh-width is {self.lsh_width}; use 2 or 4")
-        default_width = next(field.default for field in fields(self) if field.name == "lsh_width")
-        if self.lsh_kind is HashKind.SPHERICAL and self.lsh_width != default_width:
+        if self.lsh_kind is HashKind.SPHERICAL and self.lsh_width != self._default("lsh_width"):
             raise ConfigError(
                 f"a plane has two sides and no width: --lsh-kind is spherical and --lsh-width is {self.lsh_width}; "
                 "drop --lsh-width"

@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_scmoe import mcore
-from megatron_scmoe.codec import CargoMaker
+from megatron_scmoe.codec import CargoMaker, residual_map_of
 from megatron_scmoe.config import Combine, ScMoEConfig, Shortcut
 from megatron_scmoe.dispatch import Flights
 from megatron_scmoe.gating import CoefficientGate
@@ -78,7 +78,8 @@ class GroupBlock(TransformerLayer):
         )
         self.plan = self.forward_plan = scmoe.plan(self.group_index)
         self._marker = Marker(self.group_index)
-        self.cargo_maker = CargoMaker(scmoe, config.hidden_size, self.group_index)
+        self.residual_map = residual_map_of(scmoe, config)
+        self.cargo_maker = CargoMaker(scmoe, config.hidden_size, self.group_index, self.residual_map)
         if scmoe.shortcut_combine is Combine.CG2:
             self.combine_gate = CoefficientGate(config)
         self._dense_ops: tuple[DenseOp, ...] = ()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _KEY_BITS = 62
 _SCRAMBLER = 0x1E3779B97F4A7C15  # odd, with bits all over: 2^64 over the golden ratio
@@ -141,5 +142,50 @@ def cluster(keys: Tensor, rows_per_expert: Tensor, chunks: int = 1) -> Clusters:
 def means(rows: Tensor, clusters: Clusters, num_clusters: int) -> Tensor:
     """The mean of each cluster's rows, [m, h], from rows [n, h]; summed in fp32 or wider."""
     wide = torch.promote_types(rows.dtype, torch.float32)
-    sums = rows.new_zeros(num_clusters, rows.shape[1], dtype=wide).index_add(0, clusters.ids, rows.to(wide))
-    return (sums / clusters.sizes[:num_clusters, None]).to(rows.dtype)
+    sums = rows.new_zeros(num_clusters, rows.shape[1], dtype=wide).index_add_(0, clusters.ids, rows.to(wide))
+    return sums.div_(clusters.sizes[:num_clusters, None]).to(rows.dtype)
+
+
+def restore(
+    outputs: Tensor, clusters: Clusters, weights: Tensor, residual: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Each row's weighted output, ``weight (output of its centroid + row - centroid)``, [n, h].
+
+    Args:
+        outputs: of the centroids, [m, h].
+        clusters: whose rows they are.
+        weights: of the rows, [n].
+        residual: the rows, [n, h], and the centroids, [m, h]; None to leave the difference out.
+    """
+    return _Restore.apply(clusters.ids, outputs, weights, *(residual or ()))
+
+
+class _Restore(torch.autograd.Function):
+    """One node for what would be four, each with a tensor of all rows to keep until backward."""
+
+    @staticmethod
+    def forward(ctx, ids, outputs, weights, *residual):
+        ctx.save_for_backward(ids, outputs, weights, *residual)
+        return _unweighted(ids, outputs, *residual).mul_(weights.unsqueeze(-1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        ids, outputs, weights, *residual = ctx.saved_tensors
+        row_grad = (grad * weights.unsqueeze(-1)).to(outputs.dtype)
+        wide = torch.promote_types(outputs.dtype, torch.float32)
+        sums = torch.zeros_like(outputs, dtype=wide).index_add_(0, ids, row_grad.to(wide)).to(outputs.dtype)
+        weight_grad = None
+        if ctx.needs_input_grad[2]:
+            weight_grad = (_unweighted(ids, outputs, *residual) * grad).sum(dim=-1, dtype=weights.dtype)
+        return None, sums, weight_grad, *((row_grad, -sums) if residual else ())
+
+
+def _unweighted(ids: Tensor, outputs: Tensor, *residual: Tensor) -> Tensor:
+    result = outputs.index_select(0, ids)
+    if not residual:
+        return result
+    rows, centroids = residual
+    difference = centroids.index_select(0, ids)
+    # In this order a row that is its own centroid gets the output bit for bit.
+    return result.add_(torch.sub(rows, difference, out=difference))

@@ -234,15 +234,21 @@ def split_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> tuple[list[int] | None
 def num_rows_to_send(dispatcher: MoEAlltoAllTokenDispatcher) -> int:
     """Rows that this rank sends after ``exchange_row_counts``, those for its own experts included."""
     send_rows, _ = split_rows(dispatcher)
-    return int(dispatcher.tokens_per_expert.sum()) if send_rows is None else sum(send_rows)
+    return sum(_own_counts(dispatcher)) if send_rows is None else sum(send_rows)
 
 
 def ranks_with_negative_counts(dispatcher: MoEAlltoAllTokenDispatcher) -> list[int]:
     """Ranks of the expert-parallel group that gave ``exchange_row_counts`` negative numbers."""
     _, receive_rows = split_rows(dispatcher)
     if receive_rows is None:
-        receive_rows = [int(dispatcher.tokens_per_expert.min())]
+        receive_rows = [min(_own_counts(dispatcher))]
     return [rank for rank, rows in enumerate(receive_rows) if rows < 0]
+
+
+def _own_counts(dispatcher: MoEAlltoAllTokenDispatcher) -> list[int]:
+    """Rows of every expert where there is one rank, for whom Core waits later than here: only before the experts."""
+    dispatcher.d2h_event.synchronize()
+    return dispatcher.tokens_per_expert.tolist()
 
 
 # --- pipeline stages ---------------------------------------------------------------------------------------------

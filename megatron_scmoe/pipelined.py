@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_scmoe import mcore
-from megatron_scmoe.codec import CargoMaker
+from megatron_scmoe.codec import CargoMaker, residual_map_of
 from megatron_scmoe.config import Overlap, ScMoEConfig
 from megatron_scmoe.dispatch import Flights
 from megatron_scmoe.observe import BEGIN, END, Marker
@@ -35,11 +35,12 @@ class PipelinedMoELayer(MoELayer):
         slots = (self.shape.num_slots,) * chunks
         self.plan = self.forward_plan = Plan(slots, blocking=scmoe.overlap is Overlap.OFF)
         self.scmoe = scmoe
+        self.residual_map = residual_map_of(scmoe, self.config)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Core calls it once, behind the constructor."""
         super().set_layer_number(layer_number)
-        self.cargo_maker = CargoMaker(self.scmoe, self.config.hidden_size, self.group_index)
+        self.cargo_maker = CargoMaker(self.scmoe, self.config.hidden_size, self.group_index, self.residual_map)
 
     @property
     def group_index(self) -> int:

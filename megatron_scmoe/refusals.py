@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe import mcore
-from megatron_scmoe.config import Codec, Combine, ConfigError, ScMoEConfig, Shortcut
+from megatron_scmoe.config import Codec, Combine, Compensation, ConfigError, ScMoEConfig, Shortcut
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +164,11 @@ def _check_codec(args: Namespace, scmoe: ScMoEConfig) -> None:
         raise ConfigError(
             f"a hash function keeps some of a token's coordinates: --lsh-width is {scmoe.lsh_width} and --hidden-size "
             f"is {args.hidden_size}; use --lsh-width 2"
+        )
+    if scmoe.lsh_compensation is Compensation.LOWRANK and args.hidden_size % 8:
+        raise ConfigError(
+            "grouped matrix products want multiples of 8: --lsh-compensation is lowrank and --hidden-size is "
+            f"{args.hidden_size}; use --lsh-compensation paper"
         )
     for flag, reason in _CODEC_REFUSED.items():
         if getattr(args, flag.removeprefix("--").replace("-", "_")):

@@ -16,7 +16,7 @@ from megatron.training.utils import print_rank_0
 from torch import nn
 
 from megatron_scmoe import mcore
-from megatron_scmoe.config import ARCHITECTURE_FIELDS, ConfigError, Resume, ScMoEConfig
+from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, ConfigError, Resume, ScMoEConfig
 
 _LAYOUT_FLAGS = (
     "tensor_model_parallel_size",
@@ -102,7 +102,7 @@ def _bucket_fix(args: Namespace, buckets: list[mcore.PaddedBucket]) -> str:
 def _check_architecture(args: Namespace, scmoe: ScMoEConfig, trained: ScMoEConfig) -> None:
     for name in ARCHITECTURE_FIELDS:
         now, then = getattr(scmoe, name), getattr(trained, name)
-        if now == then or not (scmoe.enabled or trained.enabled):
+        if now == then or not (scmoe.enabled or trained.enabled or name in CODEC_FIELDS):
             continue
         flag = "--" + name.replace("_", "-")
         if args.finetune or scmoe.shortcut_resume is Resume.CHANGED:

@@ -21,11 +21,11 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 
 from megatron_scmoe import mcore, observe
 from megatron_scmoe.adaptive import Decision, Phase, Plans, Tuner, chunk_counts, from_saved_form, saved_form
-from megatron_scmoe.codec import adjust_rates
 from megatron_scmoe.config import Codec, Overlap, ScMoEConfig
 from megatron_scmoe.costs import GroupPass, passes_of
 from megatron_scmoe.layer import GroupBlock
 from megatron_scmoe.pipelined import PipelinedMoELayer
+from megatron_scmoe.rate import adjust_rates
 from megatron_scmoe.report import GroupRow, ReportFile, Summary, rows_of, summarize, warning
 
 type Group = GroupBlock | PipelinedMoELayer

@@ -29,6 +29,7 @@ Function = Callable[[Tensor], Tensor]
 POSITIONS = ("none", "pos1", "pos2", "pos3")
 COMBINES = ("add", "cg1", "cg2")
 ROPE_BASE = 10000.0
+LSH_RANK = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class ReferenceConfig:
     untied_embeddings: bool = True
     lsh_columns: tuple[tuple[Tensor, ...], ...] = ()
     """LSH-MoE: for each group, the columns [h, width] that each of its hash functions keeps; none: no compression."""
-    lsh_compensates: bool = True
+    lsh_compensation: str = "paper"
 
     def __post_init__(self) -> None:
         """Refuse what the formulas do not define."""
@@ -284,7 +285,7 @@ def all_experts_output(
     """`experts_output` of every token; under LSH-MoE (arXiv 2411.08446) sum_i G_i (E_i(c) + x - c).
 
     c is the mean of the tokens x that chose the expert and answer all hash functions alike. The tokens are those of one
-    rank: clusters never reach over ranks.
+    rank: clusters never reach over ranks. Compensation none leaves x - c out, lowrank maps it: A_i B_i (x - c).
     """
     if not cfg.lsh_columns:
         return [experts_output(params, prefix, *routed, cfg) for routed in zip(choices, tokens, strict=True)]
@@ -300,7 +301,11 @@ def all_experts_output(
             members = clusters[expert, bucket(token, columns)]
             centroid = sum(members[1:], members[0]) / len(members)
             result = feed_forward(params, f"{prefix}experts.local_experts.{expert}.", centroid, cfg)
-            output = output + weight * (result + token - centroid if cfg.lsh_compensates else result)
+            residual = token - centroid
+            if cfg.lsh_compensation == "lowrank":
+                down, up = (params[prefix.removesuffix("mlp.") + f"residual_map.{part}"] for part in ("down", "up"))
+                residual = residual @ down[expert] @ up[expert]
+            output = output + weight * (result if cfg.lsh_compensation == "none" else result + residual)
         outputs.append(output)
     return outputs
 
@@ -425,6 +430,9 @@ def _block_shapes(cfg: ReferenceConfig, index: int) -> dict[str, tuple[int, ...]
         shapes |= _feed_forward_shapes(f"{mlp}experts.local_experts.{expert}.", cfg.moe_ffn_hidden_size, cfg)
     if cfg.shared_ffn_hidden_size is not None:
         shapes |= _feed_forward_shapes(mlp + "shared_experts.", cfg.shared_ffn_hidden_size, cfg)
+    if cfg.lsh_columns and cfg.lsh_compensation == "lowrank":
+        shapes[name + "residual_map.down"] = (cfg.num_experts, h, LSH_RANK)
+        shapes[name + "residual_map.up"] = (cfg.num_experts, LSH_RANK, h)
     gate_name = combine_gate_name(mlp, cfg)
     if gate_name is not None:
         shapes[gate_name] = (1 if cfg.combine == "cg1" else 2, h)

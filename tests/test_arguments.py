@@ -32,6 +32,8 @@ REFUSED = {
     "--overlap-interval -1": ["--overlap-interval is -1", "use 0 to measure once"],
     "--overlap-chunks 2 --expert-slot 3,1": ["chunks travel in order", "is 3,1", "never decrease"],
     "--overlap-chunks 2 --expert-slot 1,2,3": ["--overlap-chunks is 2", "give one slot, or 2"],
+    "--a2a-codec lsh --lsh-rank 16": ["learned maps", "--lsh-rank is 16", "add --lsh-compensation lowrank"],
+    "--a2a-codec lsh --lsh-compensation lowrank --lsh-rank 12": ["multiples of 8", "--lsh-rank is 12", "use 8 or 16"],
     "--a2a-codec lsh --moe-router-padding-for-fp8": ["padding rows", "--moe-router-padding-for-fp8 is set"],
     "--a2a-codec lsh --moe-apply-probs-on-input": ["many gate weights", "--moe-apply-probs-on-input is set"],
     "--lsh-kind spherical": ["belongs to the codec lsh", "--a2a-codec is none"],

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import training
 from models import BATCH_SIZE, SEQ_LENGTH, Case
-from test_overlap import EP, assert_bit_equal, assert_close, run
+from test_overlap import EP, all_to_one_rank, assert_bit_equal, assert_close, run
 from training import SCMOE, STOCK, with_flags, without_flag
 
 LSH = Case(codec="lsh")
@@ -25,6 +25,8 @@ CASES = {
     "pos3, top-2, add": LSH.replace(position=("pos3",), topk=2, combine="add"),
     "dgmoe": LSH.replace(shortcut="dgmoe"),
     "no compensation": LSH.replace(compensation="none"),
+    "low rank": LSH.replace(compensation="lowrank"),
+    "low rank, dgmoe": LSH.replace(compensation="lowrank", shortcut="dgmoe"),
     "three functions": LSH.replace(hashes=3, width=1),
 }
 
@@ -44,7 +46,7 @@ def reference_of_ranks(case: Case, num_ranks: int) -> tuple[torch.Tensor, dict[s
     config = dataclasses.replace(
         case.reference_config(),
         lsh_columns=columns_of_groups(case, case.num_groups),
-        lsh_compensates=case.compensation == "paper",
+        lsh_compensation=case.compensation,
     )
     parameters = models.reference_parameters(config)
     parts = zip(*(ids.chunk(num_ranks) for ids in models.batch()), strict=True)
@@ -80,6 +82,22 @@ def test_the_residual_matters():
             torch.testing.assert_close(loss, other, rtol=1e-3, atol=1e-3)
 
 
+def test_clusters_do_not_depend_on_where_experts_live():
+    """The same tokens on each rank, with all experts there and with half of them."""
+    one, other = (ranks.run(models.losses_and_gradients, 2, LSH, layout=EP[size]) for size in (1, 2))
+    for (loss, _), (other_loss, _) in zip(one, other, strict=True):
+        torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rank_without_centroids():
+    results = ranks.run(all_to_one_rank, 2, LSH, layout=EP[2])
+    (none, some) = sorted(received for received, _ in results)
+    assert none == [0, 0] and all(0 < rows < BATCH_SIZE * SEQ_LENGTH for rows in some)
+    off = ranks.run(all_to_one_rank, 2, LSH.replace(overlap="off"), layout=EP[2])
+    for (_, gradient), (_, gradient_off) in zip(results, off, strict=True):
+        assert torch.equal(gradient, gradient_off) and gradient.abs().sum() > 0
+
+
 @pytest.mark.parametrize("slot", [1, 2, 3, 4])
 def test_every_slot_equals_off_bit_for_bit(slot):
     assert_bit_equal(run(LSH.replace(expert_slot=(slot,)), 2), run(LSH.replace(overlap="off"), 2))
@@ -94,6 +112,39 @@ def test_chunks_change_rounding_only(shortcut, chunks):
 
 def test_more_chunks_than_centroids():
     assert_close(run(LSH.replace(chunks=17), 4), run(LSH, 4))
+
+
+def maps_after_a_step() -> list[torch.Tensor]:
+    """Fresh maps: what they do at first, and the gradients that they get."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_scmoe.compensation import ResidualMap
+
+    torch.manual_seed(0)
+    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1, num_moe_experts=3)
+    one = ResidualMap(config, 8)
+    residuals = torch.randn(10, 16)
+    rows_per_expert = torch.tensor([4, 0, 6])
+    first = one(residuals, rows_per_expert)
+    (first * torch.randn(10, 16)).sum().backward()
+    return [first, one.up.grad, one.down.grad]
+
+
+def test_maps_begin_as_nothing_and_learn():
+    ((first, up, down),) = ranks.run(maps_after_a_step, 1)
+    assert torch.equal(first, torch.zeros_like(first)) and torch.equal(down, torch.zeros_like(down))
+    assert up[0].abs().sum() > 0 and up[2].abs().sum() > 0 and up[1].abs().sum() == 0
+
+
+def test_saved_maps_need_their_flag(tmp_path):
+    """Core would leave them out without a word where the model has none."""
+    flags = with_flags(TRAINED["low rank"], "--a2a-codec lsh", f"--save {tmp_path}", "--save-interval 1")
+    printed, *_ = ranks.run(training.train, 2, with_flags(flags, "--train-iters 1"))
+    assert "successfully saved checkpoint" in printed, printed[-3000:]
+    for change, words in (("paper", "--lsh-compensation lowrank"), ("lowrank", None)):
+        changed = with_flags(flags, f"--lsh-compensation {change}", f"--load {tmp_path}")
+        message, exit_code = ranks.run(training.refusal, 2, changed)[0]
+        assert (exit_code, words in message) == (2, True) if words else (exit_code, message) == (None, ""), message
 
 
 @pytest.mark.parametrize("recompute", ["full", "core_attn", "shared_experts"])
@@ -220,6 +271,10 @@ TRAINED = {
     ),
     "tensor parallel": with_flags(SCMOE, "--tensor-model-parallel-size 2", "--sequence-parallel"),
     "pipeline": with_flags(SCMOE, "--pipeline-model-parallel-size 2"),
+    "low rank": with_flags(TOP2, EP2, "--lsh-compensation lowrank"),
+    "low rank, tensor parallel": with_flags(
+        SCMOE, "--tensor-model-parallel-size 2", "--sequence-parallel", "--lsh-compensation lowrank"
+    ),
 }
 
 
@@ -244,6 +299,22 @@ def test_it_trains_and_reports(name, tmp_path):
     assert losses[-1] < losses[0]
     assert all(0 < rate < 1 for rate in values["overlap/sent_rate"].values())
     assert all(0 < residual < 2 for residual in values["overlap/residual"].values())
+
+
+@pytest.mark.parametrize("compensation", ["paper", "lowrank"])
+def test_resume_is_exact(tmp_path, compensation):
+    """Iterations 6 to 10 after a resume at 5 equal those of a run that was not interrupted, bit for bit."""
+    codec = ["--a2a-codec lsh", "--lsh-hashes 2", f"--lsh-compensation {compensation}"]
+    flags = with_flags(SCMOE, EP2, *codec, f"--save {tmp_path}/save", "--save-interval 5")
+    scalars = {}
+    for name, more in (("through", []), ("resumed", [f"--load {tmp_path}/save"])):
+        printed, *_ = ranks.run(training.train, 2, with_flags(flags, *more, f"--tensorboard-dir {tmp_path}/{name}"))
+        assert "exit code" not in printed, printed[-3000:]
+        scalars[name] = training.scalars(tmp_path / name, "lm loss", "grad-norm")
+        (tmp_path / "save" / "latest_checkpointed_iteration.txt").write_text("5")
+    for name, values in scalars["resumed"].items():
+        assert sorted(values) == [6, 7, 8, 9, 10]
+        assert all(values[iteration] == scalars["through"][name][iteration] for iteration in values)
 
 
 def train_to_rate(flags: list[str]) -> tuple[str, dict[str, float]]:
@@ -285,8 +356,8 @@ def test_a_target_rate_is_held_alike_on_all_ranks_and_after_a_resume(tmp_path):
 
 def levels_of_ranks() -> list[float]:
     """Ranks see different tokens and end at one level."""
-    from megatron_scmoe.codec import RateControl, adjust_rates
     from megatron_scmoe.lsh import cluster
+    from megatron_scmoe.rate import RateControl, adjust_rates
 
     control = RateControl(0.25, 8)
     levels = []

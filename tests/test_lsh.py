@@ -15,7 +15,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_scmoe.lsh import Clusters, Hasher, cluster, means
+from megatron_scmoe.lsh import Clusters, Hasher, cluster, means, restore
 
 MARGIN = 1e-5  # of a row's length; fp32 products of the widths below are right to 1e-6 of it
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -450,6 +450,61 @@ def test_gradients(drawn, seed):
 
     assert torch.autograd.gradcheck(lambda x: means(x, clusters, num_clusters), (x,))
     assert torch.autograd.gradcheck(compensated, (x, w))
+
+
+def in_four_ops(outputs, clusters, weights, residual=None):
+    """``restore`` as one would write it down."""
+    rows = outputs[clusters.ids]
+    if residual is not None:
+        rows = rows + (residual[0] - residual[1][clusters.ids])
+    return (rows * weights.unsqueeze(-1)).to(outputs.dtype)
+
+
+def restoring(drawn, seed: int, dtype: torch.dtype):
+    """Clusters, and outputs, rows, centroids and weights that want gradients."""
+    clusters = clusters_of(*drawn)
+    n, m = len(drawn[0]), number_of(clusters)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in ((m, 2), (n, 2), (m, 2))]
+    weights = torch.rand(n, generator=generator).to(torch.promote_types(dtype, torch.float32))
+    return clusters, *(tensor.requires_grad_() for tensor in (*tensors, weights))
+
+
+@pytest.mark.parametrize("compensates", [True, False])
+@given(drawn=keyed(), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=20)
+def test_restored_rows_have_exact_gradients(drawn, seed, compensates):
+    assume(drawn[0])
+    clusters, outputs, rows, centroids, weights = restoring(drawn, seed, torch.float64)
+    if compensates:
+        inputs = (outputs, weights, rows, centroids)
+        assert torch.autograd.gradcheck(lambda o, w, r, c: restore(o, clusters, w, (r, c)), inputs)
+    else:
+        assert torch.autograd.gradcheck(lambda o, w: restore(o, clusters, w), (outputs, weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(drawn=keyed(), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=20)
+def test_restore_equals_its_four_ops(drawn, seed, dtype):
+    assume(drawn[0])
+    clusters, outputs, rows, centroids, weights = restoring(drawn, seed, dtype)
+    inputs = (outputs, rows, centroids, weights)
+    grad = torch.randn(len(drawn[0]), 2, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    one = restore(outputs, clusters, weights, (rows, centroids))
+    other = in_four_ops(outputs, clusters, weights, (rows, centroids))
+    assert one.dtype is dtype and torch.equal(one, other)
+    tolerance = {} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
+    gradients = [torch.autograd.grad(result, inputs, grad) for result in (one, other)]
+    for mine, theirs in zip(*gradients, strict=True):
+        assert mine.dtype is theirs.dtype
+        torch.testing.assert_close(mine, theirs, **tolerance)
+
+
+def test_no_rows_are_restored():
+    clusters, outputs, rows, centroids, weights = restoring(([], [0, 0]), 0, torch.float32)
+    restore(outputs, clusters, weights, (rows, centroids)).sum().backward()
+    assert rows.grad.shape == (0, 2)
 
 
 # ---- a realistic size

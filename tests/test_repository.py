@@ -32,7 +32,9 @@ ARROWS: dict[str, set[str]] = {
     "attention": set(),
     "exchange": {"observe"},
     "lsh": set(),
-    "codec": {"config", "exchange", "lsh", "mcore", "plan"},
+    "compensation": set(),
+    "rate": {"lsh"},
+    "codec": {"compensation", "config", "exchange", "lsh", "mcore", "plan", "rate"},
     "dispatch": {"codec", "exchange", "mcore", "observe", "plan"},
     "router": set(),
     "layer": {"codec", "config", "dispatch", "gating", "mcore", "observe", "plan", "router"},
@@ -45,7 +47,7 @@ ARROWS: dict[str, set[str]] = {
     "costs": {"observe", "plan", "solver", "spans"},
     "adaptive": {"costs", "plan", "solver"},
     "report": {"costs", "observe", "plan", "spans"},
-    "session": {"adaptive", "codec", "config", "costs", "layer", "mcore", "observe", "pipelined", "report"},
+    "session": {"adaptive", "config", "costs", "layer", "mcore", "observe", "pipelined", "rate", "report"},
 }
 
 

@@ -22,13 +22,13 @@ from torch import Tensor
 from ablation.arms import COST_MODEL, MODELS, Arm, Model
 from megatron_scmoe import observe
 from megatron_scmoe.adaptive import Plans
-from megatron_scmoe.codec import adjust_rates
 from megatron_scmoe.config import Codec, Combine, Position, ScMoEConfig, Shortcut
 from megatron_scmoe.costs import GroupPass, costs_of, mean_costs, pass_costs_of, passes_of
 from megatron_scmoe.layer import GroupBlock
 from megatron_scmoe.model import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_chunks, with_shortcut
 from megatron_scmoe.pipelined import PipelinedMoELayer
 from megatron_scmoe.plan import Plan
+from megatron_scmoe.rate import adjust_rates
 from megatron_scmoe.solver import GroupCosts
 from megatron_scmoe.spans import communication_s
 
@@ -158,12 +158,14 @@ class Bench:
 
     def find_rates(self) -> None:
         """Let the codecs send the part of the rows that they are to send; what they found then stays."""
+        world = dist.group.WORLD
+        assert world is not None
         for name in self._models:
             controls = [group.cargo_maker.rate_control for group in self.groups(name).values()]
             found = [control for control in controls if control is not None]
             for _ in range(RATE_STEPS if found else 0):
                 self.step(name, "training")
-                adjust_rates(found, dist.group.WORLD)
+                adjust_rates(found, world)
 
     def step(self, model: str, kind: str) -> float:
         """One step between two barriers; its seconds on the slowest rank.

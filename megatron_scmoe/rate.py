@@ -1,0 +1,54 @@
+"""How much travels, held near a target: the number of hash functions that count moves between two steps."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_scmoe.lsh import Clusters
+
+
+class RateControl:
+    """Holds the part of the rows that travels near a target, by moving how many hash functions count.
+
+    The counts stay on the device, and so does the level: nothing waits for them.
+
+    Args:
+        target: rows that travel over rows that are routed.
+        hashes: functions that there are.
+
+    Attributes:
+        level: how many of them count; see ``Hasher.keys``.
+        seen: rows that travelled, and rows that were routed, since the last adjustment.
+    """
+
+    def __init__(self, target: float, hashes: int) -> None:
+        self._target, self._hashes = target, hashes
+        self.level = torch.tensor(hashes / 2)
+        self.seen = torch.zeros(2)
+
+    def level_on(self, device: torch.device) -> Tensor:
+        """The level, on the device of the rows."""
+        if self.level.device != device:
+            self.level, self.seen = self.level.to(device), self.seen.to(device)
+        return self.level
+
+    def see(self, clusters: Clusters) -> None:
+        """Count one routing of a training step."""
+        self.seen += torch.stack([clusters.per_expert.sum(), clusters.sizes.sum()])
+
+    def adjust(self, seen: Tensor) -> None:
+        """Move the level by what all ranks saw."""
+        self.seen = torch.zeros_like(self.seen)
+        # A function more multiplies the clusters by 1.3 to 1.6 where rates are useful: this is half of Newton's step.
+        change = torch.log(self._target * seen[1] / seen[0].clamp(min=1)).clamp(-1, 1)
+        self.level = (self.level + torch.where(seen[1] > 0, change, 0.0)).clamp(0, self._hashes)
+
+
+def adjust_rates(controls: list[RateControl], group: dist.ProcessGroup) -> None:
+    """Between two steps: move the level of every control, by what the ranks of ``group`` saw, who all call it."""
+    seen = torch.stack([control.seen for control in controls])
+    dist.all_reduce(seen, group=group)
+    for control, its in zip(controls, seen, strict=True):
+        control.adjust(its)

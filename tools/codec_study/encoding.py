@@ -1,0 +1,70 @@
+"""What hashing, centroids and residuals cost, beside the experts whose rows they save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from megatron_scmoe.lsh import Clusters, Hasher, cluster, means, restore
+
+ROWS, HIDDEN, EXPERTS = 8192, 1024, 8
+HASHES, WIDTH = 6, 2
+CENTRES = 200
+NOISE = 0.01
+
+
+def cost_of_encoding(repetitions: int) -> dict[str, list[float]]:
+    """Seconds of an expert MLP's forward on all rows and of everything that the codec does to them, by turns.
+
+    Rows lie around centres, so that about a fifth of them is left: random ones would not compress. One thread, fp32.
+
+    Args:
+        repetitions: of each, behind one to warm up.
+
+    Returns:
+        ``mlp``, ``encode`` (hash, cluster, means), ``restore`` (residuals, outputs, weights) and ``rate``.
+    """
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(CENTRES, HIDDEN, generator=generator)
+    which = torch.randint(CENTRES, (ROWS,), generator=generator)
+    rows = centres[which] + NOISE * torch.randn(ROWS, HIDDEN, generator=generator)
+    rows_per_expert = torch.full((EXPERTS,), ROWS // EXPERTS)
+    weights = torch.rand(ROWS, generator=generator)
+    up = torch.randn(HIDDEN, 4 * HIDDEN, generator=generator) * HIDDEN**-0.5
+    down = torch.randn(4 * HIDDEN, HIDDEN, generator=generator) * HIDDEN**-0.5
+    hasher = Hasher(HIDDEN, hashes=HASHES, width=WIDTH, seed=1)
+    result: dict[str, list[float]] = {"mlp": [], "encode": [], "restore": [], "rate": []}
+
+    def encode() -> tuple[Tensor, Clusters]:
+        keys, finite = hasher.keys(rows)
+        assert finite
+        clusters = cluster(keys, rows_per_expert)
+        return means(rows, clusters, int(clusters.per_expert.sum())), clusters
+
+    with torch.no_grad():
+        for repetition in range(-1, repetitions):
+            mlp_s, _ = _timed(lambda: torch.nn.functional.gelu(rows @ up) @ down)
+            encode_s, (centroids, clusters) = _timed(encode)
+            outputs = centroids * 2
+            restore_s, _ = _timed(lambda: restore(outputs, clusters, weights, (rows, centroids)))  # noqa: B023
+            if repetition >= 0:
+                rate = centroids.shape[0] / ROWS
+                for name, value in (("mlp", mlp_s), ("encode", encode_s), ("restore", restore_s), ("rate", rate)):
+                    result[name].append(value)
+    return result
+
+
+def share_of_mlp(cost: dict[str, list[float]]) -> float:
+    """Median of paired ratios: the codec's seconds over the MLP's."""
+    return median((e + r) / m for e, r, m in zip(cost["encode"], cost["restore"], cost["mlp"], strict=True))
+
+
+def _timed[T](work: Callable[[], T]) -> tuple[float, T]:
+    began = time.perf_counter()
+    result = work()
+    return time.perf_counter() - began, result
