@@ -217,7 +217,7 @@ class CargoMaker:
                 hidden_size,
                 hashes=scmoe.lsh_hashes,
                 width=1 if scmoe.lsh_kind is HashKind.SPHERICAL else scmoe.lsh_width,
-                seed=scmoe.lsh_seed * 100_003 + group,
+                seed=_seed(scmoe, group),
             )
 
     def cargo(
@@ -238,6 +238,12 @@ class CargoMaker:
         )
 
 
-def residual_map_of(scmoe: ScMoEConfig, config: TransformerConfig) -> ResidualMap | None:
+def residual_map_of(scmoe: ScMoEConfig, config: TransformerConfig, group: int) -> ResidualMap | None:
     """The learned map of one group, for its module tree; None where compensation has none."""
-    return ResidualMap(config, scmoe.lsh_rank) if scmoe.lsh_compensation is Compensation.LOWRANK else None
+    if scmoe.lsh_compensation is not Compensation.LOWRANK:
+        return None
+    return ResidualMap(config, scmoe.lsh_rank, seed=_seed(scmoe, group))
+
+
+def _seed(scmoe: ScMoEConfig, group: int) -> int:
+    return scmoe.lsh_seed * 100_003 + group

@@ -19,16 +19,20 @@ class ResidualMap(MegatronModule):
     Args:
         config: Core's configuration; gives hidden size, number of experts and dtype.
         rank: r; a multiple of 8, as grouped matrix products want it.
+        seed: of the start, in a generator of its own: the other parameters start as they do without this module.
     """
 
-    def __init__(self, config: TransformerConfig, rank: int) -> None:
+    def __init__(self, config: TransformerConfig, rank: int, seed: int) -> None:
         super().__init__(config)
         experts, hidden = config.num_moe_experts, config.hidden_size
         assert experts is not None
         self.down = torch.nn.Parameter(torch.empty(experts, hidden, rank, dtype=config.params_dtype))
         self.up = torch.nn.Parameter(torch.zeros(experts, rank, hidden, dtype=config.params_dtype))
         if config.perform_initialization:
-            torch.nn.init.normal_(self.down, std=hidden**-0.5)
+            generator = torch.Generator().manual_seed(seed)
+            start = torch.randn(experts, hidden, rank, generator=generator) * hidden**-0.5
+            with torch.no_grad():
+                self.down.copy_(start)
         for weight in (self.down, self.up):
             # Under sequence parallelism each rank has a part of the tokens: Core then sums these gradients over them.
             setattr(weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (Core's marker)

@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 
+from megatron_scmoe import gloo
+
 # Megatron takes CUDA-only paths as soon as it can import one of these.
 HIDDEN_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
 
@@ -273,17 +275,23 @@ def _all_gather_uneven(original: Any) -> Any:
     return all_gather
 
 
+def _full_duplex(_original: Any) -> Any:
+    return gloo.all_to_all_single
+
+
 def _one_lane(original: Any) -> Any:
     @functools.wraps(original)
     def __init__(  # noqa: N807 - it takes the place of a constructor
         self: Any, store: Any, rank: int, size: int, timeout: timedelta = timedelta(minutes=30)
     ) -> None:
-        gloo: Any = torch.distributed.ProcessGroupGloo
-        options = gloo._Options()
+        backend: Any = torch.distributed.ProcessGroupGloo
+        options = backend._Options()
         options._timeout = timeout
         options._threads = 1
         names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
-        options._devices = [gloo.create_device(interface=name) for name in names] or [gloo.create_default_device()]
+        options._devices = [backend.create_device(interface=name) for name in names] or [
+            backend.create_default_device()
+        ]
         original(self, store, rank, size, options)
 
     return __init__
@@ -393,6 +401,9 @@ REPLACEMENTS: tuple[Replacement, ...] = (
     Replacement("torch.distributed.ProcessGroupGloo", "__init__", _one_lane,
                 "gloo would run two collectives of a group at once, and NCCL runs them in the order of their launch",
                 "collectives of one group that do not come in the same order on all ranks"),
+    Replacement("torch.distributed", "all_to_all_single", _full_duplex,
+                "gloo's uses one direction of a link after the other where a rank comes late, NCCL's both at once",
+                "what gloo's own all-to-all takes"),
     Replacement("torch.distributed", "all_gather", _all_gather_uneven,
                 "gloo wants equal shapes, expert tensor parallelism gathers unequal ones: broadcasts stand in",
                 "the cost of that collective"),

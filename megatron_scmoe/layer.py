@@ -78,7 +78,7 @@ class GroupBlock(TransformerLayer):
         )
         self.plan = self.forward_plan = scmoe.plan(self.group_index)
         self._marker = Marker(self.group_index)
-        self.residual_map = residual_map_of(scmoe, config)
+        self.residual_map = residual_map_of(scmoe, config, self.group_index)
         self.cargo_maker = CargoMaker(scmoe, config.hidden_size, self.group_index, self.residual_map)
         if scmoe.shortcut_combine is Combine.CG2:
             self.combine_gate = CoefficientGate(config)

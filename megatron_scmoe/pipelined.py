@@ -35,11 +35,11 @@ class PipelinedMoELayer(MoELayer):
         slots = (self.shape.num_slots,) * chunks
         self.plan = self.forward_plan = Plan(slots, blocking=scmoe.overlap is Overlap.OFF)
         self.scmoe = scmoe
-        self.residual_map = residual_map_of(scmoe, self.config)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Core calls it once, behind the constructor."""
         super().set_layer_number(layer_number)
+        self.residual_map = residual_map_of(self.scmoe, self.config, self.group_index)
         self.cargo_maker = CargoMaker(self.scmoe, self.config.hidden_size, self.group_index, self.residual_map)
 
     @property

@@ -122,7 +122,7 @@ def maps_after_a_step() -> list[torch.Tensor]:
 
     torch.manual_seed(0)
     config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1, num_moe_experts=3)
-    one = ResidualMap(config, 8)
+    one = ResidualMap(config, 8, seed=1)
     residuals = torch.randn(10, 16)
     rows_per_expert = torch.tensor([4, 0, 6])
     first = one(residuals, rows_per_expert)

@@ -419,6 +419,40 @@ def test_every_end_of_every_link_has_the_rate():
         slow.set_rate("1mbit")
 
 
+LATE = """
+sys.path.insert(0, {root!r})
+import torch, torch.distributed as dist
+from megatron_scmoe import gloo
+own = dist.all_to_all_single
+dist.init_process_group("gloo")
+tensor, result = torch.ones(1 << 17), torch.zeros(1 << 17)  # 256 KiB for the other rank
+for exchange in (own, gloo.all_to_all_single):
+    seconds = []
+    for _ in range(5):
+        dist.barrier()
+        time.sleep(0.01 * rank)
+        start_s = time.monotonic()
+        exchange(result, tensor)
+        seconds.append(time.monotonic() - start_s)
+    if rank == 1:
+        print(sorted(seconds)[2], flush=True)
+"""
+
+
+@pytest.mark.usefixtures("slow_links")
+def test_a_late_rank_uses_both_directions_of_its_link_at_once():
+    """Of ours; gloo's own, the negative control, takes turns, which is why it is replaced."""
+    result = subprocess.run(
+        command("--rate", "50mbit", *python(LATE.format(root=str(TOOL.parents[1])))),
+        check=False, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    own_s, ours_s = map(float, result.stdout.split())
+    one_way_s = (1 << 18) * 8 / 50e6
+    assert own_s > 1.6 * one_way_s
+    assert ours_s < 1.4 * one_way_s
+
+
 # --- endings ---------------------------------------------------------------------------------------------------------
 
 ENDINGS = """

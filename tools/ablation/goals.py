@@ -294,16 +294,16 @@ def section(result: Mapping[str, Any], goals: Sequence[Goal]) -> str:
     return "\n\n".join([_preface(result["meta"]), "\n".join(lines), _notes()])
 
 
-def with_section(document: str, text: str) -> str:
-    """``document`` with ``text`` between its marks.
+def with_section(document: str, text: str, begin: str = BEGIN, end: str = END) -> str:
+    """``document`` with ``text`` between its marks ``begin`` and ``end``.
 
     Raises:
         ValueError: where it has not one mark of each kind, in this order.
     """
-    between = re.compile(rf"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    if document.count(BEGIN) != 1 or document.count(END) != 1 or not between.search(document):
+    between = re.compile(rf"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+    if document.count(begin) != 1 or document.count(end) != 1 or not between.search(document):
         raise ValueError("it lacks the two marks between which the tool writes")
-    return between.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", document)
+    return between.sub(lambda _: f"{begin}\n\n{text}\n\n{end}", document)
 
 
 def _is_at(point: Mapping[str, Any], share: float) -> bool:

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 from dataclasses import asdict, fields
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import atomic
+import provenance
 import torch
 
 from ablation import analysis, render
 from ablation.arms import BASELINE
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def write_results(args: argparse.Namespace, meta: dict[str, Any], points: list[dict[str, Any]]) -> None:
@@ -54,23 +48,8 @@ def _flat(row: Any) -> dict[str, Any]:
 
 def meta_of(args: argparse.Namespace, sizes: Any, ranks: int) -> dict[str, Any]:
     """Where results come from. Ask when the job begins: the repository may change while it runs."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
     return {
-        "commit": git("rev-parse", "HEAD") or "unknown",
-        "changed_files": len(git("status", "--porcelain").splitlines()),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "megatron-core")},
-        },
-        "hardware": {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
-            "cores": os.cpu_count(),
-        },
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance.provenance(torch.cuda.get_device_name() if torch.cuda.is_available() else None),
         "seed": args.seed,
         "ranks": ranks,
         "threads": args.threads,
@@ -78,9 +57,3 @@ def meta_of(args: argparse.Namespace, sizes: Any, ranks: int) -> dict[str, Any]:
         "repetitions": args.repetitions,
         "sizes": asdict(sizes),
     }
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown CPU"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+import pages
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -66,17 +66,11 @@ def print_table(result: Mapping[str, Any], point: int, console: Console | None =
 
 def html(result: Mapping[str, Any]) -> str:
     """The report: one page that loads nothing from anywhere."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     by_point = _by_point(result)
     points = [_point(place, point, by_point[place]) for place, point in enumerate(result["points"])]
     figures = {kind: _across(result["points"], by_point, kind) for kind in KINDS} if len(points) > 1 else {}
-    return environment.get_template("template.html").render(
+    return pages.page(
+        Path(__file__).parent,
         meta=words.machine(result["meta"]),
         machine=result["meta"],
         points=points,

@@ -59,9 +59,16 @@ def cost_of_encoding(repetitions: int) -> dict[str, list[float]]:
     return result
 
 
-def share_of_mlp(cost: dict[str, list[float]]) -> float:
-    """Median of paired ratios: the codec's seconds over the MLP's."""
-    return median((e + r) / m for e, r, m in zip(cost["encode"], cost["restore"], cost["mlp"], strict=True))
+def described(cost: dict[str, list[float]]) -> str:
+    """Medians, and the median and range of the paired ratios of the codec's seconds to the MLP's."""
+    ratios = [(e + r) / m for e, r, m in zip(cost["encode"], cost["restore"], cost["mlp"], strict=True)]
+    middle = {name: median(values) for name, values in cost.items()}
+    return (
+        f"{ROWS} x {HIDDEN} rows in fp32, one thread, {middle['rate']:.1%} of them sent: encode "
+        f"{middle['encode'] * 1e3:.0f} ms, restore {middle['restore'] * 1e3:.0f} ms, expert MLP on all of them "
+        f"{middle['mlp'] * 1e3:.0f} ms: {median(ratios):.1%} of it ({min(ratios):.1%} to {max(ratios):.1%}), without "
+        "gradients"
+    )
 
 
 def _timed[T](work: Callable[[], T]) -> tuple[float, T]:

@@ -1,0 +1,741 @@
+"""tools/ablate_codec.py: arithmetic on hand-made runs, verdicts, refusals, going on, reports, and a tiny real run."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from rich.console import Console
+from test_ablation import Page, numbers
+from test_pipelined import EP, build
+from training import ROOT
+
+TOOL = ROOT / "tools" / "ablate_codec.py"
+sys.path.insert(0, str(TOOL.parent))
+import ablate_codec as tool  # noqa: E402
+from codec_study import analysis, arms, encoding, folder, goals, jobs, output, record, render, words  # noqa: E402
+from codec_study.analysis import Spread  # noqa: E402
+from codec_study.arms import CONTROL, MODELS, NONE, PAPER, UNCOMPENSATED, Run, Settings, all_arms  # noqa: E402
+
+from megatron_scmoe.config import Compensation  # noqa: E402
+
+SEEDS = (1, 2, 3)
+NOISE = {1: 0.0, 2: 0.1, 3: -0.2}
+"""What a seed adds to the loss of every arm alike: pairs do not see it."""
+ABOVE_NONE = {CONTROL: -1.0, "lsh q2": 2.0, PAPER: -0.8, "lsh q10": -0.9, UNCOMPENSATED: 0.6}
+"""In percent, at the end; arms that are not named are 0.1 above."""
+RATES = {"lsh q2": 0.02, "lsh q4": 0.1, PAPER: 0.18, "lsh q8": 0.4, "lsh q10": 0.5}
+
+
+def make_run(model, arm, seed, above=None):
+    percent = ABOVE_NONE.get(arm.name, 0.1) if above is None else above
+    losses = {step: (4.0 - step / 1000 + NOISE[seed]) * (1 + percent * step / 100_000) for step in (500, 1000)}
+    rate = RATES.get(arm.name, 0.25) if arm.compresses else 1.0
+    if arm.name == NONE:
+        losses = {step: 4.0 - step / 1000 + NOISE[seed] for step in losses}
+    return {
+        "model": model,
+        "arm": arm.name,
+        "seed": seed,
+        "tokens_per_step": 2048,
+        "validation": [[step, loss] for step, loss in losses.items()],
+        "train": [[step, loss + 0.01] for step, loss in losses.items()],
+        "rate": [[500, rate / 2], [1000, rate]],
+        "residual": [[500, 0.3], [1000, 0.2 if arm.compresses else 0.0]],
+        "final_validation": losses[1000],
+        "final_rate": rate + 0.01 * (seed - 2) * arm.compresses,
+        "final_residual": 0.2 if arm.compresses else 0.0,
+        "seconds_per_step": 0.25 + 0.01 * seed,
+        "commit": "0123abc",
+        "changed_files": 0,
+        "wall_s": 300.0,
+    }
+
+
+def make_result(models=("top-2", "pos2"), wanted=()):
+    runs = [
+        make_run(model, arm, seed)
+        for model in models
+        for arm in all_arms()
+        if not wanted or arm.name in wanted
+        for seed in SEEDS
+    ]
+    meta = {
+        "commit": "0123abc",
+        "changed_files": 1,
+        "versions": {"python": "3.12.1", "torch": "2.13.0", "megatron-core": "0.19.2"},
+        "hardware": {"device": "A <CPU> & more", "cores": 2},
+        "time": "2026-01-02T03:04:05+00:00",
+        "iterations": 1000,
+        "eval_every": 500,
+        "eval_sequences": 320,
+        "tokens_per_expert": 1024,
+        "data": {"tokens": 4_000_000, "vocabulary": 1024, "sha256": "0" * 64},
+        "sizes": arms.SIZES,
+        "seeds": 3,
+        "commits_of_runs": ["0123abc"],
+    }
+    return {"meta": meta, "runs": runs}
+
+
+@pytest.fixture(scope="module")
+def result():
+    return make_result()
+
+
+@pytest.fixture(scope="module")
+def page(result):
+    return render.html(result)
+
+
+def changed(result, arm, above):
+    """The result with other losses of one arm: so many percent above none, by seed."""
+    runs = [
+        make_run(run["model"], next(one for one in all_arms() if one.name == arm), run["seed"], above[run["seed"] - 1])
+        if run["arm"] == arm
+        else run
+        for run in result["runs"]
+    ]
+    return {**result, "runs": runs}
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def test_spread_is_median_and_range():
+    assert analysis.spread([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
+    assert analysis.spread([]) is None
+
+
+def test_differences_are_paired_by_seed():
+    """Losses of 2, 4, 8 and of 2.2, 4, 9.6: medians differ by 0, pairs by 10, 0 and 20 percent."""
+    runs = [
+        {"model": "m", "arm": arm, "seed": seed, "final_validation": loss}
+        for arm, losses in {NONE: (2.0, 4.0, 8.0), PAPER: (2.2, 4.0, 9.6)}.items()
+        for seed, loss in enumerate(losses)
+    ]
+    assert analysis.percent_above(runs, "m", PAPER, NONE) == pytest.approx([10.0, 0.0, 20.0])
+    assert analysis.spread(analysis.percent_above(runs, "m", PAPER, NONE)).value == pytest.approx(10.0)
+    assert analysis.percent_above(runs[1:], "m", PAPER, NONE) == pytest.approx([0.0, 20.0])
+    assert analysis.percent_above(runs, "m", "lsh q2", NONE) == []
+
+
+def test_rows_by_hand(result):
+    rows = {(row.model, row.arm): row for row in analysis.rows(result["runs"])}
+    assert list(dict.fromkeys(model for model, _ in rows)) == ["top-2", "pos2"]
+    row = rows["top-2", PAPER]
+    assert row.seeds == SEEDS
+    assert (row.to_none.value, row.to_none.low, row.to_none.high) == pytest.approx((-0.8, -0.8, -0.8))
+    assert row.to_control.value == pytest.approx(100 * (0.992 / 0.99 - 1))
+    assert (row.loss.value, row.loss.low, row.loss.high) == pytest.approx((3 * 0.992, 2.8 * 0.992, 3.1 * 0.992))
+    assert (row.rate.value, row.rate.low, row.rate.high) == pytest.approx((0.18, 0.17, 0.19))
+    assert (row.seconds.value, row.seconds.low, row.seconds.high) == pytest.approx((0.27, 0.26, 0.28))
+
+
+def test_curves_over_steps(result):
+    above = analysis.percent_above_over_steps(result["runs"], "top-2", PAPER, NONE)
+    assert {step: one.value for step, one in above.items()} == pytest.approx({500: -0.4, 1000: -0.8})
+    losses = analysis.over_steps(result["runs"], "top-2", NONE, "validation")
+    assert losses[500] == Spread(3.5, 3.3, 3.6)
+    short = copy.deepcopy(result["runs"])
+    short[0]["validation"].pop()  # a step that one seed lacks has no spread
+    assert list(analysis.over_steps(short, "top-2", NONE, "validation")) == [500]
+
+
+# --- verdicts --------------------------------------------------------------------------------------------------------
+
+
+def verdicts(result, model="top-2"):
+    return [goals.judge(goal, result["runs"], model) for goal in goals.GOALS]
+
+
+def median_said(outcome):
+    """The words of an outcome without the range, whose ends may be equal or differ in the last bit."""
+    return re.sub(r" \[.*?\]", "", outcome.words)
+
+
+def test_goals_met(result):
+    none, control, negative, rate = verdicts(result)
+    assert none.met and median_said(none) == "-0.80%: met"
+    assert control.met and median_said(control) == "+0.20%: met"
+    assert negative.met and negative.arm == UNCOMPENSATED and median_said(negative) == "+1.41%: met"
+    assert rate.met and rate.arm == "lsh q6" and rate.words == "0.180 [0.170, 0.190]: met"
+    assert goals.claim(result["runs"], "top-2").startswith("`top-2`: the claim holds here (lsh q6 against none -0.80%")
+
+
+def test_a_gain_that_the_control_has_too_is_no_gain(result):
+    """The confound: below none, and more than half a percent above the control."""
+    confounded = changed(changed(result, CONTROL, (-2.0,) * 3), "lsh q10", (-1.9,) * 3)
+    none, control, _, rate = verdicts(confounded)
+    assert none.met and control.met is False
+    assert median_said(control) == "+1.22%: **missed by 0.72%**"
+    assert rate.met is False and rate.arm == "lsh q10" and "0.500" in rate.words and "missed by 0.300" in rate.words
+    said = goals.claim(confounded["runs"], "top-2")
+    assert "does not hold here" in said and "the direct path around the experts explains that" in said
+    assert "control +1.22%" in said
+
+
+def test_a_loss_against_none_is_said_with_its_figures(result):
+    worse = changed(result, PAPER, (0.7, 0.9, 0.4))
+    none, *_ = verdicts(worse)
+    assert none.met is False
+    assert none.words == "+0.70% [+0.40%, +0.90%]: **missed by 0.20%**, but the seeds disagree"
+    assert "does not hold here.** (lsh q6 against none +0.70%" in goals.claim(worse["runs"], "top-2")
+
+
+def test_negative_control_fails_where_compensation_does_nothing(result):
+    useless = changed(result, UNCOMPENSATED, (ABOVE_NONE[PAPER],) * 3)
+    assert verdicts(useless)[2].met is False
+    assert verdicts(useless)[2].words == "+0.00%: **missed by 0.00%**"
+
+
+def test_no_arm_within_the_quality_row(result):
+    bad = result
+    for arm in all_arms():
+        if arm.compresses:
+            bad = changed(bad, arm.name, (3.0,) * 3)
+    rate = verdicts(bad)[3]
+    assert rate.met is False and rate.arm == "no arm is within 0.5% of both" and rate.words == "**missed**"
+    said = goals.claim(bad["runs"], "top-2")
+    assert said.endswith(
+        "missed by 2.50%**; against the control +4.04%: **missed by 3.54%**; no arm is within 0.5% of both)."
+    )
+
+
+def test_what_was_not_trained_is_not_judged():
+    few = make_result(("top-2",), (NONE, "lsh q2"))
+    assert [outcome.met for outcome in verdicts(few)] == [None] * 4
+    assert {outcome.words for outcome in verdicts(few)} == {"not measured in this run"}
+    assert goals.claim(few["runs"], "top-2") == "`top-2`: not enough was trained to say."
+
+
+def test_the_control_never_counts_as_the_best_setting(result):
+    """It sends every row; but a rate of none or control must not be taken even where it is the smallest."""
+    runs = [{**run, "final_rate": 0.001} if run["arm"] in (NONE, CONTROL) else run for run in result["runs"]]
+    assert verdicts({"runs": runs})[3].arm == "lsh q6"
+
+
+# --- arms and flags --------------------------------------------------------------------------------------------------
+
+
+def flags_of(model, arm, seed=1, settings=None):
+    settings = settings or Settings(1000, 100, 320, 1024)
+    return arms.run_flags(Run(model, arm, seed), settings, Path("run"), Path("data"))
+
+
+def by_name(arm):
+    return next(one for one in all_arms() if one.name == arm)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_arms_differ_in_cargo_and_codec_alone(model):
+    cargo, *base = flags_of(model, by_name(NONE))
+    assert cargo == "tokens"
+    for arm in all_arms():
+        mine, *flags = flags_of(model, arm)
+        assert mine == {NONE: "tokens", CONTROL: "tokens-plus-input"}.get(arm.name, "codec")
+        assert flags[: len(base)] == base and all(
+            flag.startswith("--lsh-") for flag in flags[len(base) :] if "--" in flag
+        )
+
+
+def test_about_1024_tokens_reach_every_expert():
+    for model, batch in {"top-2": "8", "shared-expert": "16", "pos2": "16"}.items():
+        flags = flags_of(model, by_name(NONE))
+        assert flags[flags.index("--micro-batch-size") + 1] == flags[flags.index("--global-batch-size") + 1] == batch
+        topk = int(flags[flags.index("--moe-router-topk") + 1])
+        assert int(batch) * 256 * topk / 4 == 1024
+
+
+def test_seed_is_that_of_everything():
+    one, other = flags_of("top-2", by_name(PAPER)), flags_of("top-2", by_name(PAPER), seed=2)
+    differing = {
+        one[place - 1] for place, (a, b) in enumerate(zip(one, other, strict=True)) if a != b and "run" not in a
+    }
+    assert differing == {"--seed", "--lsh-seed"}
+
+
+def test_names_of_runs_are_those_of_folders_and_unique():
+    names = [Run(model, arm, 1).name for model in MODELS for arm in all_arms()]
+    assert len(set(names)) == len(names) and not any(re.search(r"[^\w.-]", name) for name in names)
+
+
+def test_lowrank_is_an_arm_where_the_package_has_it():
+    assert ("lsh q6 lowrank" in [arm.name for arm in all_arms()]) == ("lowrank" in list(Compensation))
+
+
+def control_and_input(kind):
+    """Outputs of one MoE layer with both cargoes, and each token times its gate weights; gradients too."""
+    from codec_study.train import Tokens, TokensPlusInput, replace_cargo
+
+    from megatron_scmoe.pipelined import PipelinedMoELayer
+
+    layer = next(module for module in build(kind, 1).modules() if isinstance(module, PipelinedMoELayer))
+    found = []
+    for cargo in (None, Tokens, TokensPlusInput):
+        if cargo is not None:
+            replace_cargo(cargo)
+        hidden = torch.randn(6, 4, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        output, _ = layer(hidden)
+        output.square().sum().backward()
+        found.append((output.detach(), hidden.grad))
+    with torch.no_grad():
+        probs, routing_map = layer.route(hidden)
+        own = (probs * routing_map).sum(dim=-1).view(6, 4, 1) * hidden
+    return found, own
+
+
+@pytest.mark.parametrize("kind", ["top-2", "shared expert, gated", "dropped"])
+def test_control_adds_the_token_times_its_gate_weights(kind):
+    (((package, package_grad), (tokens, tokens_grad), (control, control_grad)), own) = ranks.run(
+        control_and_input, 1, kind, layout=EP[1]
+    )[0]
+    assert torch.equal(package, tokens) and torch.equal(package_grad, tokens_grad)
+    torch.testing.assert_close(control, tokens + own)
+    assert own.abs().max() > 0.1 and not torch.allclose(control_grad, tokens_grad)
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "arm": (["--arms", "none,lsh q7"], "--arms has 'lsh q7', which is unknown; --list-arms prints them"),
+    "model": (["--models", "top-3"], "'top-3', which is unknown; give some of top-2"),
+    "zero": (["--seeds", "0"], "not a whole number from 1"),
+    "word": (["--iterations", "many"], "not a whole number from 1"),
+    "abbreviation": (["--iter", "3"], "unrecognized arguments"),
+    "evaluations": (["--iterations", "150"], "--iterations 150 is no multiple of --eval-every 100"),
+    "tokens": (
+        ["--tokens-per-expert", "1000"],
+        "no multiple of 128, what one sequence gives an expert of top-2",
+    ),
+    "sequences": (["--eval-sequences", "30"], "--eval-sequences 30 is no multiple of 8, the batch of top-2; use 24"),
+    "data": (["--data", "/nowhere"], "has no manifest.json; make it with tools/preprocess_data.py"),
+    "goals of nothing": (["--write-results", "x.md"], "needs --from"),
+    "from and output": (["--from", "x"], "leave --output out"),
+}
+
+
+def check_refusal(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(arguments)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert printed.err.count("\n") == 1 and said in printed.err and "Traceback" not in printed.err
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(("words_given", "said"), REFUSED.values(), ids=REFUSED.keys())
+def test_refusals_are_one_line_and_exit_2(words_given, said, tmp_path, capsys):
+    check_refusal(["--output", str(tmp_path / "new"), *words_given], said, capsys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_output_is_needed_and_must_be_a_folder(tmp_path, capsys):
+    check_refusal([], "--output is missing", capsys)
+    (tmp_path / "file").write_text("")
+    check_refusal(["--output", str(tmp_path / "file")], "is a file; name a folder", capsys)
+
+
+def test_a_refusal_imports_neither_torch_nor_matplotlib():
+    program = f"import sys; sys.path.insert(0, {str(TOOL.parent)!r})\n"
+    program += "import ablate_codec\ntry: ablate_codec.main(['--seeds', '0'])\nexcept SystemExit: pass\n"
+    program += "assert not {'torch', 'matplotlib', 'megatron'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_list_arms(capsys):
+    assert tool.main(["--list-arms"]) == 0
+    assert capsys.readouterr().out.splitlines() == [arm.name for arm in all_arms()]
+
+
+# --- many trainings --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path):
+    made = tmp_path / "data"
+    made.mkdir()
+    manifest = {
+        "totals": {"tokens": 4_000_000},
+        "vocabulary": {"size": 1024},
+        "outputs": {"text_document.bin": {"sha256": "0" * 64}},
+    }
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    return made
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Trainings that only note that they ran; which of them fail can be set."""
+    fake = type("Fake", (), {"failing": set(), "started": []})()
+
+    def command(run, folder):
+        fake.started.append(run.name)
+        program = "import os, sys; print('core', *os.sched_getaffinity(0)); print('some words')\n"
+        program += f"sys.exit({3 if run.name in fake.failing else 0})"
+        return [sys.executable, "-c", program]
+
+    def read_run(run, settings, folder):
+        made = make_run(run.model, run.arm, run.seed)
+        return {name: value for name, value in made.items() if name not in ("commit", "changed_files", "wall_s")}
+
+    fake.command = command
+    monkeypatch.setattr(jobs, "read_run", read_run)
+    monkeypatch.setattr(jobs, "POLL_S", 0.01)
+    return fake
+
+
+def call(fake, output_folder, data, *more):
+    parser = tool.make_parser()
+    arguments = ["--output", str(output_folder), "--data", str(data), "--models", "top-2", *more]
+    return tool.study(parser, parser.parse_args(arguments), fake.command)
+
+
+FEW = ("--arms", "none,control,lsh q6", "--seeds", "2")
+
+
+def test_second_call_trains_only_what_is_missing(fake, tmp_path, data, capsys):
+    study = tmp_path / "study"
+    assert call(fake, study, data, *FEW) == 0
+    # All arms of a seed before the next seed.
+    assert fake.started == [f"top-2-{arm}-{seed}" for seed in (1, 2) for arm in ("none", "control", "lsh_q6")]
+    first = json.loads((study / "result.json").read_text())
+    assert len(first["runs"]) == 6 and first["meta"]["seeds"] == 2 and len(first["meta"]["commit"]) >= 7
+    fake.started.clear()
+    assert call(fake, study, data, *FEW) == 0
+    assert fake.started == []
+    assert "6 of 6 runs were done before" in capsys.readouterr().out
+    assert json.loads((study / "result.json").read_text())["runs"] == first["runs"]
+    assert call(fake, study, data, "--arms", "none", "--seeds", "3") == 0
+    assert fake.started == ["top-2-none-3"]
+    assert len(json.loads((study / "result.json").read_text())["runs"]) == 7
+
+
+def test_a_run_that_was_killed_begins_anew(fake, tmp_path, data):
+    left = tmp_path / "study" / "runs" / "top-2-none-1"
+    left.mkdir(parents=True)
+    (left / "half").write_text("")
+    assert call(fake, tmp_path / "study", data, "--arms", "none", "--seeds", "1") == 0
+    assert not (left / "half").exists()
+    assert sorted(path.name for path in left.iterdir()) == ["log.txt", "result.json"]
+
+
+def test_every_run_has_one_core(fake, tmp_path, data):
+    call(fake, tmp_path / "study", data, *FEW)
+    logs = [path.read_text() for path in (tmp_path / "study" / "runs").glob("*/log.txt")]
+    assert len(logs) == 6 and all(re.match(r"core \d+\n", log) for log in logs)
+
+
+def test_a_failed_run_is_shown_and_the_others_go_on(fake, tmp_path, data, capsys):
+    fake.failing = {"top-2-control-1"}
+    assert call(fake, tmp_path / "study", data, *FEW) == 1
+    said = capsys.readouterr().out
+    assert "top-2-control-1 failed (exit code 3)" in said and "  | some words" in said
+    assert "1 of 6 trainings failed: top-2-control-1" in said
+    assert len(json.loads((tmp_path / "study" / "result.json").read_text())["runs"]) == 5
+    fake.failing, fake.started = set(), []
+    assert call(fake, tmp_path / "study", data, *FEW) == 0
+    assert fake.started == ["top-2-control-1"]
+
+
+def test_unreadable_records_are_a_failure(fake, tmp_path, data, monkeypatch, capsys):
+    def torn(*_):
+        raise ValueError("no validation loss")
+
+    monkeypatch.setattr(jobs, "read_run", torn)
+    assert call(fake, tmp_path / "study", data, "--arms", "none", "--seeds", "1") == 1
+    assert "what it recorded cannot be read: ValueError('no validation loss')" in capsys.readouterr().out
+    assert not (tmp_path / "study" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words_given", "said"),
+    [
+        (["--iterations", "2000"], "runs of another --iterations (1000, now 2000)"),
+        (["--tokens-per-expert", "512"], "runs of another --tokens-per-expert (1024, now 512)"),
+    ],
+)
+def test_other_settings_are_refused(fake, tmp_path, data, words_given, said, capsys):
+    assert call(fake, tmp_path / "study", data, "--arms", "none", "--seeds", "1") == 0
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        call(fake, tmp_path / "study", data, *words_given)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in printed and printed.count("\n") == 1
+    assert len(fake.started) == 1
+
+
+def test_other_data_are_refused(fake, tmp_path, data, capsys):
+    assert call(fake, tmp_path / "study", data, "--arms", "none", "--seeds", "1") == 0
+    text = (data / "manifest.json").read_text()
+    (data / "manifest.json").write_text(text.replace("4000000", "5000000"))
+    with pytest.raises(SystemExit):
+        call(fake, tmp_path / "study", data)
+    assert "runs of another --data" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_children(tmp_path, monkeypatch):
+    class Interrupted(Exception):
+        """Stands for KeyboardInterrupt, which pytest takes for its own."""
+
+    children = []
+
+    def command(run, _folder):
+        children.append(run)
+        return [sys.executable, "-c", "import time; time.sleep(60)"]
+
+    started = []
+    real = subprocess.Popen
+
+    def popen(*args, **kwargs):
+        started.append(real(*args, **kwargs))
+        return started[-1]
+
+    def interrupt(_seconds):
+        raise Interrupted
+
+    monkeypatch.setattr(jobs.subprocess, "Popen", popen)
+    monkeypatch.setattr(jobs.time, "sleep", interrupt)
+    pool = jobs.Jobs(tmp_path, Settings(10, 10, 8, 1024), command, commit={}, say=lambda _: None)
+    with pytest.raises(Interrupted):
+        pool.train([Run("top-2", by_name(NONE), seed) for seed in SEEDS], 2)
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+
+
+def test_progress_says_how_long_it_takes(tmp_path, monkeypatch):
+    said = []
+    pool = jobs.Jobs(tmp_path, Settings(100, 100, 16, 1024), lambda *_: [], commit={}, say=said.append)
+    now = pool._began_s + 60
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: now)
+    child = jobs._Child(Run("top-2", by_name(NONE), 1), tmp_path, 0, None, 0.0)
+    (tmp_path / "log.txt").write_text(" iteration        5/     100 | x\n iteration       50/     100 | x\n")
+    pool._children.append(child)
+    # Half of a run of batch 8 took a minute: its other half, and all of one of batch 16, take five.
+    pool._say_progress(0, 2, [Run("pos2", by_name(NONE), 1)])
+    assert said == ["0 of 2 runs done, 1 running (top-2-none-1 at step 50), about 0:05:00 left"]
+
+
+# --- what a run records ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_read_from_its_scalars_and_its_report(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(tmp_path / "tensorboard"))
+    for step in range(1, 21):
+        writer.add_scalar("lm loss", 5.0 - step / 10, step)
+    for step, loss in ((10, 4.5), (20, 3.5), (20, 3.75)):  # Megatron evaluates twice at the end
+        writer.add_scalar("lm loss validation", loss, step)
+    for step, seconds in ((10, 0.5), (20, 0.25)):
+        writer.add_scalar("iteration-time", seconds, step)
+    writer.close()
+    (tmp_path / "report").mkdir()
+    rows = [
+        {"iteration": step, "groups": [{"sent_rate": 0.1, "residual": 0.2}, {"sent_rate": 0.3, "residual": step / 10}]}
+        for step in range(2, 21)
+    ]
+    (tmp_path / "report" / "rank00000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = Settings(20, 10, 8, 1024)
+    found = record.read_run(Run("top-2", by_name(PAPER), 1), settings, tmp_path)
+    assert found["validation"] == [(10, 4.5), (20, 3.625)] and found["final_validation"] == 3.625
+    assert [step for step, _ in found["train"]] == [10, 20]
+    assert found["train"][0][1] == pytest.approx(4.45)  # the mean of ten steps
+    assert found["final_rate"] == pytest.approx(0.2)
+    assert found["final_residual"] == pytest.approx((0.2 + 1.95) / 2)  # of steps 19 and 20, a tenth
+    assert found["seconds_per_step"] == 0.375 and found["tokens_per_step"] == 2048
+    with pytest.raises(ValueError, match="no validation loss at step 30"):
+        record.read_run(Run("top-2", by_name(PAPER), 1), Settings(30, 10, 8, 1024), tmp_path)
+
+
+# --- reports ---------------------------------------------------------------------------------------------------------
+
+
+def test_tables_of_the_report_equal_the_file(result, page):
+    tables = Page(page).tables
+    runs = [cells for cells in tables["runs"] if cells]
+    assert len(runs) == len(result["runs"])
+    for cells, run in zip(runs, result["runs"], strict=True):
+        assert cells[:3] == [run["model"], run["arm"], str(run["seed"])]
+        figures = [run[name] for name in ("final_validation", "final_rate", "final_residual", "seconds_per_step")]
+        assert [float(cell) for cell in cells[3:]] == pytest.approx(figures, abs=5e-4)
+    shown = {(cells[0], cells[1]): cells for cells in tables["arms"] if cells}
+    for model in ("top-2", "pos2"):
+        for arm in all_arms():
+            losses, none, control = (
+                [run["final_validation"] for run in result["runs"] if (run["model"], run["arm"]) == (model, name)]
+                for name in (arm.name, NONE, CONTROL)
+            )
+            cells = shown[model, arm.name]
+            assert numbers(cells[3]) == pytest.approx([sorted(losses)[1], min(losses), max(losses)], abs=1e-4)
+            for cell, base in ((cells[4], none), (cells[5], control)):
+                paired = sorted(100 * (a / b - 1) for a, b in zip(losses, base, strict=True))
+                assert float(re.match(r"[+-][\d.]+", cell)[0]) == pytest.approx(paired[1], abs=0.006)
+
+
+def test_another_file_gives_another_table(result):
+    """Negative control of the test above."""
+    few = make_result(("top-2",), (NONE, CONTROL, PAPER))
+    before = Page(render.html(few)).tables["arms"]
+    after = Page(render.html(changed(few, PAPER, (0.5, 0.6, 0.7)))).tables["arms"]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, True, True, False]
+
+
+def test_report_loads_nothing_and_has_no_id_twice(page):
+    parsed = Page(page)
+    assert all(reference.startswith("#") for reference in parsed.references)
+    assert "http" not in page and "@import" not in page and "<script" not in page
+    names = re.findall(r'\bid="([^"]+)"', page)
+    assert len(set(names)) == len(names)
+    assert set(re.findall(r"url\(([^)]*)\)", page)) <= {f"#{name}" for name in names}
+
+
+def test_report_says_what_it_is(result, page):
+    parsed = Page(page)
+    assert parsed.drawings == 5
+    for said in (
+        "0123abc, with 1 changed files",
+        "A &lt;CPU&gt; &amp; more",
+        "Why there is a control",
+        "the claim holds",
+    ):
+        assert said in page
+    assert "What it does not prove" in page and "no loss against wall time here" in page
+    drawn = "".join(parsed.words)
+    for said in (
+        "million tokens",
+        "validation loss above none at the end",
+        "rows sent over rows routed",
+        "residual of a token",
+    ):
+        assert said in drawn
+    few = make_result(("pos2",), (NONE, PAPER))
+    assert render.html(few) == render.html(few)
+
+
+def test_a_single_run_has_a_report():
+    few = make_result(("top-2",), (NONE,))
+    few["runs"] = few["runs"][:1]
+    page = render.html(few)
+    assert "not enough was trained to say" in page
+    assert [cells[3] for cells in Page(page).tables["arms"] if cells] == ["3.0000"]
+
+
+@pytest.mark.parametrize("width", [60, 100, 140])
+def test_table_fits_the_terminal(result, width):
+    console = Console(file=io.StringIO(), width=width)
+    render.print_table(result, console)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    for row in analysis.rows(result["runs"]):
+        assert words.WRITE["loss"](row.loss.value) in text and words.WRITE["percent"](row.to_none.value) in text
+    assert "top-2: the claim holds here" in text
+
+
+def test_csv_has_a_row_for_each_run(result, tmp_path):
+    few = make_result(("top-2",), (NONE, CONTROL, PAPER))
+    output.write_results(tmp_path, few)
+    with (tmp_path / "result.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 9
+    assert float(rows[-1]["percent_above_none"]) == pytest.approx(-0.8) and rows[0]["percent_above_none"] == "0.0"
+    assert rows[0]["tokens"] == "2048000" and rows[-1]["arm"] == PAPER
+    assert json.loads((tmp_path / "result.json").read_text()) == few
+    assert output.csv_row(make_result(("top-2",), (PAPER,)), few["runs"][-1])["percent_above_control"] is None
+
+
+# --- Markdown --------------------------------------------------------------------------------------------------------
+
+
+def test_earlier_run_is_written_into_a_document(result, tmp_path, capsys):
+    few = make_result(("top-2",), (NONE, CONTROL, PAPER, UNCOMPENSATED))
+    (tmp_path / "result.json").write_text(json.dumps(few))
+    document = tmp_path / "results.md"
+    document.write_text(f"# Results\n\n{goals.BEGIN}\nold\n{goals.END}\n\nCauses, by hand.\n")
+    for _ in range(2):
+        assert tool.main(["--from", str(tmp_path), "--write-results", str(document)]) == 0
+        text = document.read_text()
+        assert text.startswith(f"# Results\n\n{goals.BEGIN}\n\nWritten by") and "\nold\n" not in text
+        assert text.endswith(f"{goals.END}\n\nCauses, by hand.\n")
+    assert re.search(r"\| top-2 \| lsh q6 \| -0\.80%[^|]*: met \| model quality is maintained \|", text)
+    assert "| top-2 | lsh q6 no compensation | 3 | 3.0180 [2.8168, 3.1186] | +0.60%" in text
+    assert "The goals are for at least" not in text
+    assert (tmp_path / "report.html").read_text() == render.html(few)
+    assert "lsh q6" in capsys.readouterr().out
+
+
+def test_a_short_run_says_that_it_is_one(result):
+    short = {**result, "meta": {**result["meta"], "seeds": 1, "iterations": 30}}
+    said = "The goals are for at least 3 seeds and 1000 iterations; here there are 1 seeds and 30 iterations."
+    assert said in goals.section(short) and said not in goals.section(result)
+    assert said in render.html({**short, "runs": short["runs"][:3]})
+
+
+def test_runs_of_another_commit_are_named(result):
+    mixed = {**result["meta"], "commits_of_runs": ["0123abc", "fedcba9"]}
+    assert words.machine(mixed)["commit"] == "0123abc, with 1 changed files; some runs are of fedcba9"
+
+
+@pytest.mark.parametrize("text", ["", f"{goals.END} {goals.BEGIN}"])
+def test_document_without_its_marks_is_refused_and_kept(result, text, tmp_path, capsys):
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    (tmp_path / "results.md").write_text(text)
+    arguments = ["--from", str(tmp_path), "--write-results", str(tmp_path / "results.md")]
+    check_refusal(arguments, "it lacks the two marks", capsys)
+    assert (tmp_path / "results.md").read_text() == text
+
+
+def test_the_document_of_this_repository_has_the_marks(result):
+    text = (ROOT / "docs" / "results-codec.md").read_text()
+    assert text.count(goals.BEGIN) == text.count(goals.END) == 1
+
+
+# --- from end to end -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+def test_tiny_study(tmp_path):
+    """Four steps of three arms: half a minute. The control and the codec change the loss, and the codec sends less."""
+    modules = sorted(Path(sysconfig.get_paths()["stdlib"], "asyncio").glob("*.py"))
+    made = [sys.executable, "tools/preprocess_data.py", "--input", *modules, "--output", tmp_path / "data"]
+    subprocess.run([*made, "--vocab-size", "512", "--document-kib", "4"], cwd=ROOT, check=True, capture_output=True)
+    command = [sys.executable, TOOL, "--output", tmp_path / "study", "--data", tmp_path / "data", "--models", "top-2"]
+    command += ["--arms", "none,control,lsh q2", "--seeds", "1", "--iterations", "4", "--eval-every", "4"]
+    command += ["--eval-sequences", "8"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=200, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    made = json.loads((tmp_path / "study" / "result.json").read_text())
+    none, control, lsh = made["runs"]
+    assert [run["arm"] for run in made["runs"]] == [NONE, CONTROL, "lsh q2"]
+    # The same parameters to begin with: what travels makes the difference.
+    assert len({run["final_validation"] for run in made["runs"]}) == 3
+    assert none["final_rate"] == control["final_rate"] == 1.0 and 0 < lsh["final_rate"] < 1
+    assert none["final_residual"] == 0.0 < lsh["final_residual"]
+    assert folder.settings_difference(tmp_path / "study", {"iterations": 4}) == ""
+    assert (tmp_path / "study" / "report.html").read_text() == render.html(made)
+
+
+def test_cost_of_encoding(monkeypatch):
+    for name, value in {"ROWS": 512, "HIDDEN": 64, "CENTRES": 10}.items():
+        monkeypatch.setattr(encoding, name, value)
+    cost = encoding.cost_of_encoding(repetitions=2)
+    assert all(len(values) == 2 and min(values) > 0 for values in cost.values())
+    assert 8 * 10 / 512 <= cost["rate"][0] < 0.5
+    cost = {"mlp": [1.0, 2.0, 4.0], "encode": [0.01, 0.02, 0.03], "restore": [0.02, 0.02, 0.01], "rate": [0.2] * 3}
+    assert encoding.described(cost).endswith(
+        "20.0% of them sent: encode 20 ms, restore 20 ms, expert MLP on all of them 2000 ms: 2.0% of it (1.0% to 3.0%), "
+        "without gradients"
+    )

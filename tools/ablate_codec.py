@@ -1,0 +1,235 @@
+#!/usr/bin/env python3
+"""Measure what LSH-MoE costs in quality: train the same small GPT with each codec, and with the control that is fair.
+
+Flow: check the request -> make the data, unless --data names some -> train what is not trained yet, a child process and
+a core for each run -> write JSON, CSV and an HTML report, print a table. The parts are in codec_study/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import atomic
+import provenance
+from codec_study.analysis import rows
+from codec_study.arms import MODELS, SIZES, Arm, Run, Settings, all_arms
+from codec_study.folder import MANIFEST, described_data, made_data, settings_difference
+from codec_study.jobs import Command, Jobs, training_command
+
+ABOUT = """\
+Train a small GPT (4 blocks, width 128, an MoE of 4 experts in every second block) on the Python standard library's
+source, once for each model, arm and seed, and compare validation losses at equal tokens. Arms differ in what the all-
+to-all carries and in nothing else: tokens (none), tokens with experts that compute E(x) + x (control), or the
+centroids of LSH-MoE. Differences are paired by seed; figures are medians over seeds with their range.
+"""
+EPILOG = """\
+examples:
+  # everything: 3 models x 10 arms x 3 seeds of 1000 steps; a call after ^C goes on where it was
+  .venv/bin/python tools/ablate_codec.py --output study
+
+  # a first look: one model, the three arms that the paper's claim is about, one seed
+  .venv/bin/python tools/ablate_codec.py --output look --models top-2 --arms 'none,control,lsh q6' --seeds 1
+
+  # more seeds, or more arms, in the folder of an earlier call: what is trained already is kept
+  .venv/bin/python tools/ablate_codec.py --output study --seeds 5
+
+  # train nothing: show what an earlier call found, and write it into a document
+  .venv/bin/python tools/ablate_codec.py --from study --write-results docs/results-codec.md
+
+models:
+  top-2 (the gate weights of both experts add up to 1), shared-expert (top-1 beside a gated shared expert), pos2 (ScMoE:
+  the same parameters, and the routed experts read an earlier tensor). All with one chunk, in layers of this package.
+
+what it does not prove:
+  The model is tiny and its training short; one rank holds every expert, on a CPU, in fp32. The part of rows sent
+  depends on model, text, length of training and tokens for each expert: a property of this setting. Seconds of a
+  step are those of one rank without a network; tools/ablate_overlap.py measures what sending less saves.
+
+exit codes: 0 done; 1 a training failed (the others went on); 2 bad request or something missing; 130 / 143 stopped.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say it in one line."""
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text[:9]) < 10**6):
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a whole number from 1")
+    return int(text)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("ablate_codec.py", None, ABOUT, EPILOG, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("--output", type=Path, metavar="DIR", help="folder for runs and results; a second call goes on in it")
+    data = "what tools/preprocess_data.py wrote (default: the standard library, made in OUTPUT/data)"
+    add("--data", type=Path, metavar="DIR", help=data)
+    add("--models", default=",".join(MODELS), metavar="NAME,...", help="of %(default)s (default all)")
+    add("--arms", default="", metavar="NAME,...", help="arms to train; --list-arms prints them (default all)")
+    add("--seeds", type=_positive, default=3, metavar="N", help="trainings of each arm (default %(default)s)")
+    add("--iterations", type=_positive, default=1000, metavar="N", help="steps of a training (default %(default)s)")
+    every = "steps between two evaluations; --iterations is a multiple of it (default %(default)s)"
+    add("--eval-every", type=_positive, default=100, metavar="N", help=every)
+    sequences = "held-back sequences of 256 tokens of each evaluation, a multiple of the batch (default %(default)s)"
+    add("--eval-sequences", type=_positive, default=320, metavar="N", help=sequences)
+    tokens = "mean tokens of an expert in a step, on which the rate depends; sets the batch (default %(default)s)"
+    add("--tokens-per-expert", type=_positive, default=1024, metavar="N", help=tokens)
+    cores = len(os.sched_getaffinity(0))
+    add("--jobs", type=_positive, default=cores, metavar="N", help="trainings at once (default %(default)s: the cores)")
+    again = "train nothing; print the tables of this folder of an earlier call and write its report.html anew"
+    add("--from", type=Path, dest="source", metavar="DIR", help=again)
+    section = "with --from: write the figures, and which goals they reach, between the marks in this Markdown file"
+    add("--write-results", type=Path, metavar="FILE", help=section)
+    add("--list-arms", action="store_true", help="print the names of all arms and end")
+    cost = "time hashing, centroids and residuals beside an expert MLP on the same 8192 x 1024 rows, and end"
+    add("--encoding-cost", action="store_true", help=cost)
+    return parser
+
+
+def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[list[str], list[Arm], Settings]:
+    """Refuse before anything starts; returns models, arms and settings."""
+    models = _chosen(parser, "--models", args.models, list(MODELS), "give some of " + ", ".join(MODELS))
+    arms = all_arms()
+    names = _chosen(parser, "--arms", args.arms, [arm.name for arm in arms], "--list-arms prints them")
+    if args.write_results:
+        parser.error("--write-results needs --from DIR, the folder of an earlier run")
+    if args.output is None:
+        parser.error("--output is missing; name a folder, such as --output study")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output {str(args.output)!a} is a file; name a folder")
+    if args.iterations % args.eval_every:
+        parser.error(f"--iterations {args.iterations} is no multiple of --eval-every {args.eval_every}; make it one")
+    settings = Settings(args.iterations, args.eval_every, args.eval_sequences, args.tokens_per_expert)
+    for model in models:
+        what = f"what one sequence gives an expert of {model}"
+        _check_multiple(parser, "--tokens-per-expert", args.tokens_per_expert, MODELS[model].tokens_per_expert, what)
+        _check_multiple(parser, "--eval-sequences", args.eval_sequences, settings.batch(model), f"the batch of {model}")
+    if args.data is not None and not (args.data / MANIFEST).is_file():
+        parser.error(f"--data {str(args.data)!a} has no {MANIFEST}; make it with tools/preprocess_data.py")
+    for package in ("jinja2", "matplotlib", "rich", "tensorboard", "torch", "megatron"):
+        if importlib.util.find_spec(package) is None:
+            parser.error(f"the Python package {package} is missing; pip install {package}")
+    return models, [arm for arm in arms if arm.name in names], settings
+
+
+def _chosen(parser: argparse.ArgumentParser, flag: str, text: str, known: list[str], fix: str) -> list[str]:
+    """The words of ``text``, each of which is known; all that are known for none."""
+    chosen = [word.strip() for word in text.split(",") if word.strip()]
+    for word in chosen:
+        if word not in known:
+            parser.error(f"{flag} has {word[:60]!a}, which is unknown; {fix}")
+    return chosen or known
+
+
+def _check_multiple(parser: argparse.ArgumentParser, flag: str, value: int, unit: int, what: str) -> None:
+    if value % unit:
+        parser.error(f"{flag} {value} is no multiple of {unit}, {what}; use {max(value // unit, 1) * unit}")
+
+
+def study(parser: argparse.ArgumentParser, args: argparse.Namespace, command: Command | None = None) -> int:
+    """Train what is not trained yet and write the results; ``command`` takes the place of the real training."""
+    models, arms, settings = check_request(parser, args)
+    meta = provenance.provenance()
+    args.output.mkdir(parents=True, exist_ok=True)
+    data = args.data.resolve() if args.data else made_data(args.output.resolve() / "data")
+    shared = {**asdict(settings), "data": described_data(data)}
+    if difference := settings_difference(args.output, shared):
+        parser.error(f"--output {str(args.output)!a} holds runs of {difference}; give the old value, or another folder")
+    # All arms of a seed before the next seed: what is there after a while can be compared.
+    seeds = range(1, args.seeds + 1)
+    runs = [Run(model, arm, seed) for seed in seeds for model in models for arm in arms]
+    commit = {name: meta[name] for name in ("commit", "changed_files")}
+    command = command or training_command(settings, data)
+    jobs = Jobs(args.output.resolve() / "runs", settings, command, commit=commit, say=_say)
+    try:
+        failed = jobs.train(runs, args.jobs)
+    finally:  # what there is, after ^C too
+        write(args.output, {**meta, **shared, "sizes": SIZES}, jobs.all_results())
+    if failed:
+        _say(f"ablate_codec.py: {len(failed)} of {len(runs)} trainings failed: {', '.join(run.name for run in failed)}")
+    return 1 if failed else 0
+
+
+def write(output: Path, meta: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Write what all calls have trained into ``output``, where anything is."""
+    from codec_study.output import write_results  # noqa: PLC0415 - draws pictures, for which a refusal need not wait
+
+    if results:
+        seeds = min(len(row.seeds) for row in rows(results))  # of the arm that has fewest
+        commits = sorted({result["commit"] for result in results})
+        write_results(output, {"meta": {**meta, "seeds": seeds, "commits_of_runs": commits}, "runs": results})
+
+
+def show_again(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Print the tables of an earlier call, write its report anew and, if asked for, its section of a document."""
+    from ablation.goals import with_section  # noqa: PLC0415 - as above
+    from codec_study import goals, render  # noqa: PLC0415 - as above
+
+    if args.output is not None:
+        parser.error("--from trains nothing; leave --output out")
+    try:
+        result = json.loads((args.source / "result.json").read_text(encoding="utf-8"))
+        document = args.write_results and args.write_results.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot read it: {str(error)[:200]}")
+    if document is not None:
+        try:
+            document = with_section(document, goals.section(result), goals.BEGIN, goals.END)
+        except ValueError as error:
+            parser.error(f"--write-results {str(args.write_results)!a}: {error}: {goals.BEGIN} and {goals.END}")
+        atomic.write_text(args.write_results, document)
+    atomic.write_text(args.source / "report.html", render.html(result))
+    render.print_table(result)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _stop(number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.list_arms:
+        print("\n".join(arm.name for arm in all_arms()))
+        return 0
+    if args.encoding_cost:
+        from codec_study import encoding  # noqa: PLC0415 - imports torch, which the others need not wait for
+
+        _say(encoding.described(encoding.cost_of_encoding(repetitions=7)))
+        return 0
+    if args.source is not None:
+        show_again(parser, args)
+        return 0
+    handlers = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        return study(parser, args)
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        _say(f"ablate_codec.py: stopped by {signal.Signals(number).name}; the same command goes on from here")
+        return 128 + number
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""From runs to medians over seeds and paired differences. Reports need no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from codec_study.arms import CONTROL, NONE
+
+type RunResult = Mapping[str, Any]
+"""What a run's result.json holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A median over seeds, and the smallest and largest value of a seed."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One arm of one model, over its seeds.
+
+    Attributes:
+        model, arm: which.
+        seeds: that were trained.
+        loss: validation loss at the end, nats per token.
+        to_none, to_control: how much higher it is than that arm's of the same seed, in percent; None where no seed has
+            both.
+        rate: rows sent over rows routed, in the last tenth of the steps.
+        residual: what did not travel, relative to a token, there.
+        seconds: of a step, on one rank without any network.
+    """
+
+    model: str
+    arm: str
+    seeds: tuple[int, ...]
+    loss: Spread
+    to_none: Spread | None
+    to_control: Spread | None
+    rate: Spread
+    residual: Spread
+    seconds: Spread
+
+
+def spread(values: Iterable[float]) -> Spread | None:
+    """Median and range; None of nothing."""
+    found = list(values)
+    return Spread(median(found), min(found), max(found)) if found else None
+
+
+def rows(runs: Sequence[RunResult]) -> list[Row]:
+    """A row for each arm of each model, in the order in which they first appear."""
+    keys = dict.fromkeys((run["model"], run["arm"]) for run in runs)
+    return [_row(runs, model, arm) for model, arm in keys]
+
+
+def models_of(runs: Sequence[RunResult]) -> list[str]:
+    """The models, in the order in which they first appear."""
+    return list(dict.fromkeys(run["model"] for run in runs))
+
+
+def arms_of(runs: Sequence[RunResult], model: str) -> list[str]:
+    """The arms of a model, in the order in which they first appear."""
+    return list(dict.fromkeys(run["arm"] for run in runs if run["model"] == model))
+
+
+def by_seed(runs: Sequence[RunResult], model: str, arm: str) -> dict[int, RunResult]:
+    """The runs of one arm."""
+    return {run["seed"]: run for run in runs if (run["model"], run["arm"]) == (model, arm)}
+
+
+def percent_above(runs: Sequence[RunResult], model: str, arm: str, against: str) -> list[float]:
+    """How much higher the final validation loss is than that of ``against``, in percent, for each seed of both."""
+    mine, others = by_seed(runs, model, arm), by_seed(runs, model, against)
+    return [
+        100 * (mine[seed]["final_validation"] / others[seed]["final_validation"] - 1)
+        for seed in sorted(mine.keys() & others.keys())
+    ]
+
+
+def over_steps(runs: Sequence[RunResult], model: str, arm: str, curve: str) -> dict[int, Spread]:
+    """A curve's spread over seeds at every step that all seeds have."""
+    curves = [dict(run[curve]) for run in by_seed(runs, model, arm).values()]
+    return _spreads(curves)
+
+
+def percent_above_over_steps(runs: Sequence[RunResult], model: str, arm: str, against: str) -> dict[int, Spread]:
+    """As ``percent_above``, at every evaluation."""
+    mine, others = by_seed(runs, model, arm), by_seed(runs, model, against)
+    curves = []
+    for seed in sorted(mine.keys() & others.keys()):
+        base = dict(others[seed]["validation"])
+        curves.append({step: 100 * (loss / base[step] - 1) for step, loss in mine[seed]["validation"] if step in base})
+    return _spreads(curves)
+
+
+def _spreads(curves: Sequence[Mapping[int, float]]) -> dict[int, Spread]:
+    if not curves:
+        return {}
+    common = sorted(set.intersection(*(set(curve) for curve in curves)))
+    found = {step: spread(curve[step] for curve in curves) for step in common}
+    return {step: one for step, one in found.items() if one is not None}
+
+
+def _row(runs: Sequence[RunResult], model: str, arm: str) -> Row:
+    mine = by_seed(runs, model, arm)
+
+    def of(name: str) -> Spread:
+        found = spread(run[name] for run in mine.values())
+        assert found is not None
+        return found
+
+    return Row(
+        model=model,
+        arm=arm,
+        seeds=tuple(sorted(mine)),
+        loss=of("final_validation"),
+        to_none=spread(percent_above(runs, model, arm, NONE)),
+        to_control=spread(percent_above(runs, model, arm, CONTROL)),
+        rate=of("final_rate"),
+        residual=of("final_residual"),
+        seconds=of("seconds_per_step"),
+    )

@@ -1,0 +1,194 @@
+"""What is compared: a model, what its all-to-all carries, and the command line that trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_scmoe.config import Compensation
+
+NUM_EXPERTS = 4
+NUM_LAYERS = 4
+SEQ_LENGTH = 256
+SIZES = {"layers": NUM_LAYERS, "hidden": 128, "heads": 4, "ffn": 344, "experts": NUM_EXPERTS, "sequence": SEQ_LENGTH}
+
+LOG_EVERY = 10
+"""Steps of which one figure of the training loss, the rate and the residual is kept: their mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One architecture.
+
+    Attributes:
+        topk: experts of each token.
+        flags: that differ from model to model.
+    """
+
+    topk: int
+    flags: tuple[str, ...]
+
+    @property
+    def tokens_per_expert(self) -> int:
+        """Mean tokens that one sequence gives an expert."""
+        return self.topk * SEQ_LENGTH // NUM_EXPERTS
+
+
+# The shared expert has the gate that ScMoE's cg1 sets, so that these two differ in what the routed experts read alone.
+_SHARED_EXPERT = ("--moe-shared-expert-intermediate-size", str(SIZES["ffn"]))
+_EVERY_SECOND = ("--moe-layer-freq", f"[0,1]*{NUM_LAYERS // 2}")
+MODELS = {
+    "top-2": Model(2, _EVERY_SECOND),
+    # Core wants the softmax before the choice where there is one expert: after it every gate weight would be 1.
+    "shared-expert": Model(
+        1, (*_EVERY_SECOND, *_SHARED_EXPERT, "--moe-shared-expert-gate", "--moe-router-pre-softmax")
+    ),
+    "pos2": Model(
+        1, ("--shortcut", "scmoe", "--shortcut-position", "pos2", *_SHARED_EXPERT, "--moe-router-pre-softmax")
+    ),
+}
+
+NONE, CONTROL, PAPER, UNCOMPENSATED = "none", "control", "lsh q6", "lsh q6 no compensation"
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """What the all-to-all of a model carries.
+
+    All arms of a model are our layers with one chunk and the same flags but for ``flags``; arms without a codec replace
+    the cargo alone (``train.py``). Megatron's own layer in the place of ``none`` would differ in rounding too.
+
+    Attributes:
+        name: unique; what people read.
+        cargo: key of ``train.CARGOES``.
+        flags: of the codec.
+    """
+
+    name: str
+    cargo: str
+    flags: tuple[str, ...] = ()
+
+    @property
+    def compresses(self) -> bool:
+        """Whether centroids travel."""
+        return self.cargo == "codec"
+
+
+def all_arms() -> list[Arm]:
+    """Every arm that this version of the package can train, the two without compression first."""
+    arms = [Arm(NONE, "tokens"), Arm(CONTROL, "tokens-plus-input")]
+    arms += [_lsh(f"lsh q{hashes}", "--lsh-hashes", str(hashes)) for hashes in (2, 4, 6, 8, 10)]
+    arms.append(_lsh(UNCOMPENSATED, "--lsh-hashes", "6", "--lsh-compensation", "none"))
+    if "lowrank" in list(Compensation):
+        arms.append(_lsh("lsh q6 lowrank", "--lsh-hashes", "6", "--lsh-compensation", "lowrank"))
+    arms.append(_lsh("spherical q12", "--lsh-kind", "spherical", "--lsh-hashes", "12"))
+    arms.append(_lsh("lsh q12 at 0.2", "--lsh-hashes", "12", "--lsh-target-rate", "0.2"))
+    return arms
+
+
+def _lsh(name: str, *flags: str) -> Arm:
+    return Arm(name, "codec", flags)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What all runs of a folder share.
+
+    Attributes:
+        iterations: steps of a run.
+        eval_every: steps between two evaluations.
+        eval_sequences: of each evaluation.
+        tokens_per_expert: that reach an expert in a step, on average; the batch follows from it.
+    """
+
+    iterations: int
+    eval_every: int
+    eval_sequences: int
+    tokens_per_expert: int
+
+    def batch(self, model: str) -> int:
+        """Sequences of a step."""
+        return self.tokens_per_expert // MODELS[model].tokens_per_expert
+
+    def tokens(self, model: str) -> int:
+        """Tokens of a step."""
+        return self.batch(model) * SEQ_LENGTH
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One training.
+
+    Attributes:
+        model: key of ``MODELS``.
+        arm: what travels.
+        seed: of parameters, order of the data and hash functions; the same for all arms.
+    """
+
+    model: str
+    arm: Arm
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.model}-{self.arm.name.replace(' ', '_')}-{self.seed}"
+
+
+def run_flags(run: Run, settings: Settings, folder: Path, data: Path) -> list[str]:
+    """The command line of the entry script that trains ``run`` into ``folder``; it begins with the cargo."""
+    batch = settings.batch(run.model)
+    values: Mapping[str, Any] = {
+        "num-layers": NUM_LAYERS,
+        "hidden-size": SIZES["hidden"],
+        "num-attention-heads": SIZES["heads"],
+        "ffn-hidden-size": SIZES["ffn"],
+        "moe-ffn-hidden-size": SIZES["ffn"],
+        "normalization": "RMSNorm",
+        "position-embedding-type": "rope",
+        "seq-length": SEQ_LENGTH,
+        "max-position-embeddings": SEQ_LENGTH,
+        "hidden-dropout": 0,
+        "attention-dropout": 0,
+        "init-method-std": 0.02,
+        "num-experts": NUM_EXPERTS,
+        "moe-router-topk": MODELS[run.model].topk,
+        "moe-token-dispatcher-type": "alltoall",
+        "moe-router-load-balancing-type": "aux_loss",
+        "moe-aux-loss-coeff": 0.01,
+        "micro-batch-size": batch,
+        "global-batch-size": batch,
+        "train-iters": settings.iterations,
+        "lr": 2e-3,
+        "min-lr": 2e-4,
+        "lr-decay-style": "cosine",
+        "lr-warmup-iters": settings.iterations // 50,
+        "weight-decay": 0.1,
+        "adam-beta2": 0.95,
+        "clip-grad": 1.0,
+        "seed": run.seed,
+        "data-path": data / "text_document",
+        "split": "95,5,0",
+        "num-workers": 0,
+        "tokenizer-type": "SentencePieceTokenizer",
+        "tokenizer-model": data / "tokenizer.model",
+        "data-cache-path": folder / "cache",  # its own: runs that build it side by side would read each other's halves
+        "transformer-impl": "local",
+        "distributed-backend": "gloo",
+        "log-interval": LOG_EVERY if settings.iterations > LOG_EVERY else 1,
+        "eval-interval": settings.eval_every,
+        "eval-iters": settings.eval_sequences // batch,
+        "tensorboard-dir": folder / "tensorboard",
+        "overlap-report": folder / "report",
+        "a2a-codec": "lsh",
+        "lsh-seed": run.seed,
+    }
+    switches = (
+        *("swiglu", "disable-bias-linear", "no-create-attention-mask-in-dataloader", "log-timers-to-tensorboard"),
+        *("no-persist-layer-norm", "no-gradient-accumulation-fusion", "no-masked-softmax-fusion"),
+        *("no-rope-fusion", "no-bias-swiglu-fusion", "no-bias-dropout-fusion"),
+    )
+    flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    return [run.arm.cargo, *flags, *(f"--{name}" for name in switches), *MODELS[run.model].flags, *run.arm.flags]

@@ -1,0 +1,188 @@
+"""The quality to reach, as data, and a section of Markdown that says which of it a result reaches.
+
+Every figure is the median of paired differences over seeds; beside it stand the smallest and the largest one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from codec_study import analysis, words
+from codec_study.analysis import RunResult, Spread
+from codec_study.arms import CONTROL, NONE, PAPER, UNCOMPENSATED
+
+BEGIN = "<!-- codec study: begin; tools/ablate_codec.py --write-results writes from here to the end mark -->"
+END = "<!-- codec study: end; what follows is written by hand -->"
+TOLERANCE_PERCENT = 0.5
+RATE = 0.20
+LEAST = {"seeds": 3, "iterations": 1000}
+"""A run that the goals are for has at least these."""
+
+type Figure = Callable[[Sequence[RunResult], str], tuple[str, Spread | None]]
+"""Of all runs and a model: which arm it is about, and its figure; None where it was not trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """One line of the goals, judged for each model.
+
+    Attributes:
+        text: what it is.
+        figure: of a model.
+        sign: how the figure must stand to its threshold: ``<=`` or ``>``.
+        threshold: in the figure's unit.
+        unit: ``percent`` (how much higher a loss is) or ``rate``.
+        published: what the paper says.
+    """
+
+    text: str
+    figure: Figure
+    sign: str
+    threshold: float
+    unit: str
+    published: str = "not given"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a result says of one goal for one model.
+
+    Attributes:
+        arm: that the figure is about.
+        met: None where nothing was judged.
+        words: figure, range and verdict, or why there is none.
+    """
+
+    arm: str
+    met: bool | None
+    words: str
+
+
+def _loss_above(arm: str, against: str) -> Figure:
+    return lambda runs, model: (arm, analysis.spread(analysis.percent_above(runs, model, arm, against)))
+
+
+def smallest_rate(runs: Sequence[RunResult], model: str) -> tuple[str, Spread | None]:
+    """Of the arms with a codec whose loss is within the tolerance of both none and the control: the smallest rate."""
+    good = [
+        row
+        for row in analysis.rows(runs)
+        if row.model == model
+        and row.arm not in (NONE, CONTROL)
+        and row.to_none is not None
+        and row.to_control is not None
+        and max(row.to_none.value, row.to_control.value) <= TOLERANCE_PERCENT
+    ]
+    best = min(good, key=lambda row: row.rate.value, default=None)
+    return (best.arm, best.rate) if best else ("no arm is within 0.5% of both", None)
+
+
+GOALS = (
+    Goal(
+        f"validation loss at equal tokens, {PAPER} above {NONE}",
+        _loss_above(PAPER, NONE),
+        "<=",
+        TOLERANCE_PERCENT,
+        "percent",
+        "model quality is maintained",
+    ),
+    Goal(
+        f"validation loss at equal tokens, {PAPER} above {CONTROL} (experts that compute E(x) + x)",
+        _loss_above(PAPER, CONTROL),
+        "<=",
+        TOLERANCE_PERCENT,
+        "percent",
+        "not compared",
+    ),
+    Goal(
+        f"negative control: {UNCOMPENSATED} above {PAPER}, with the same hash functions",
+        _loss_above(UNCOMPENSATED, PAPER),
+        ">",
+        0.0,
+        "percent",
+    ),
+    Goal(
+        "rows sent by the best arm whose loss is within 0.5% of both none and the control",
+        smallest_rate,
+        "<=",
+        RATE,
+        "rate",
+    ),
+)
+"""Issue 5, what is about quality."""
+
+
+def judge(goal: Goal, runs: Sequence[RunResult], model: str) -> Outcome:
+    """Whether the median reaches the threshold, and whether the seeds disagree about it."""
+    arm, figure = goal.figure(runs, model)
+    if figure is None:
+        compared = goal.figure is smallest_rate and all(
+            analysis.by_seed(runs, model, name) for name in (NONE, CONTROL, PAPER)
+        )
+        return Outcome(arm, False, "**missed**") if compared else Outcome("", None, "not measured in this run")
+    met = figure.value <= goal.threshold if goal.sign == "<=" else figure.value > goal.threshold
+    missing = abs(figure.value - goal.threshold)
+    verdict = "met" if met else f"**missed by {words.WRITE[goal.unit](missing).lstrip('+')}**"
+    if figure.low <= goal.threshold <= figure.high and figure.low < figure.high:
+        verdict += ", but the seeds disagree"
+    return Outcome(arm, met, f"{words.figure(figure, goal.unit)}: {verdict}")
+
+
+def claim(runs: Sequence[RunResult], model: str) -> str:
+    """Whether the paper's claim, no loss of quality at a fifth of the rows, holds for a model, with its figures."""
+    none, control, _, rate = (judge(goal, runs, model) for goal in GOALS)
+    if none.met is None or control.met is None:
+        return f"`{model}`: not enough was trained to say."
+    figures = f"{PAPER} against {NONE} {none.words}; against the control {control.words}"
+    best = rate.arm
+    if analysis.by_seed(runs, model, best):
+        best = f"of the arms within 0.5% of both, {rate.arm} sends least: {rate.words}"
+    if none.met and control.met and rate.met:
+        return f"`{model}`: the claim holds here ({figures}; {best})."
+    if none.met and control.met:
+        return f"`{model}`: no loss, but not at a fifth of the rows ({figures}; {best})."
+    why = ""
+    if none.met:
+        why = (
+            f" Against {NONE} it seems to, but the direct path around the experts explains that: without any "
+            "compression it gains more"
+        )
+    return f"`{model}`: **the claim does not hold here.**{why} ({figures}; {best})."
+
+
+def section(result: Mapping[str, Any]) -> str:
+    """The claim, the goals and all arms, as Markdown."""
+    runs = result["runs"]
+    models = analysis.models_of(runs)
+    claims = "\n".join(f"- {claim(runs, model)}" for model in models)
+    lines = ["| goal | model | arm | measured | published |", "|---|---|---|---|---|"]
+    for goal in GOALS:
+        for model in models:
+            outcome = judge(goal, runs, model)
+            threshold = words.WRITE[goal.unit](goal.threshold).lstrip("+")
+            head = f"{goal.text}: {goal.sign} {threshold}"
+            lines.append(f"| {head} | {model} | {outcome.arm} | {outcome.words} | {goal.published} |")
+    return "\n\n".join([_preface(result["meta"]), claims, "\n".join(lines), _table(runs), words.NOTES])
+
+
+def shortness(meta: Mapping[str, Any]) -> str:
+    """What makes a study smaller than the goals want it; '' for nothing."""
+    less = [f"{meta[name]} {name}" for name, least in LEAST.items() if meta[name] < least]
+    needed = " and ".join(f"{least} {name}" for name, least in LEAST.items())
+    return f"The goals are for at least {needed}; here there are {' and '.join(less)}." if less else ""
+
+
+def _preface(meta: Mapping[str, Any]) -> str:
+    facts = "\n".join(f"- {heading}: {text}" for heading, text in words.machine(meta).items())
+    preface = f"Written by `tools/ablate_codec.py --write-results`; do not edit.\n\n{facts}"
+    return "\n\n".join(text for text in (preface, shortness(meta)) if text)
+
+
+def _table(runs: Sequence[RunResult]) -> str:
+    headings = words.HEADINGS
+    lines = [f"| model | arm | seeds | {' | '.join(headings)} |", "|" + "---|" * (len(headings) + 3)]
+    for row in analysis.rows(runs):
+        lines.append(f"| {row.model} | {row.arm} | {len(row.seeds)} | {' | '.join(words.cells(row))} |")
+    return "\n".join(lines)

@@ -1,0 +1,74 @@
+"""What people read of a study: a table on the terminal, an HTML report, a section of Markdown.
+
+A result is what result.json holds. Every figure is one of it, or of ``analysis`` made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pages
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from codec_study import analysis, goals, plots, words
+
+WIDE, MIDDLE = 122, 84
+"""Columns that a terminal needs for each range beside its median, and for all figures."""
+
+
+def print_table(result: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the figures of all arms, as wide as the terminal is; on ``console`` if given."""
+    console = console or Console(highlight=False)
+    one_line = console.width >= WIDE
+    shown = slice(None) if console.width >= MIDDLE else slice(4)
+    rows = analysis.rows(result["runs"])
+    for model in analysis.models_of(result["runs"]):
+        title = f"{model}; medians over seeds, and their range"
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1, 0, 0))
+        table.add_column("arm", overflow="fold")
+        for heading in words.HEADINGS[shown]:
+            table.add_column(heading, justify="right", overflow="fold")
+        for row in rows:
+            if row.model == model:
+                figures = [cell.replace(", ", ",") for cell in words.cells(row)[shown]]
+                if not one_line:
+                    figures = [figure.replace(" [", "\n[").replace(",", ",\n ") for figure in figures]
+                table.add_row(row.arm, *figures)
+        console.print(table)
+    for text in _claims(result):
+        console.print(text, markup=False)
+
+
+def html(result: Mapping[str, Any]) -> str:
+    """The report: one page that loads nothing from anywhere."""
+    runs = result["runs"]
+    return pages.page(
+        Path(__file__).parent,
+        meta=words.machine(result["meta"]),
+        machine=result["meta"],
+        claims=_claims(result),
+        goals=[
+            (goal, model, goals.judge(goal, runs, model)) for goal in goals.GOALS for model in analysis.models_of(runs)
+        ],
+        rows=analysis.rows(runs),
+        runs=runs,
+        words=words,
+        figures={
+            "Validation loss against tokens": plots.losses(runs),
+            "Validation loss relative to none": plots.differences(runs),
+            "Loss against the rows that are sent": plots.differences_and_rates(runs),
+            "Rows sent": plots.rates(runs),
+            "Residual": plots.residuals(runs),
+        },
+    )
+
+
+def _claims(result: Mapping[str, Any]) -> list[str]:
+    """What can be said of the paper's claim, a text for each model, and what makes it say less; without Markdown."""
+    runs = result["runs"]
+    texts = [goals.claim(runs, model) for model in analysis.models_of(runs)]
+    return [text.replace("`", "").replace("**", "") for text in [*texts, goals.shortness(result["meta"])] if text]
