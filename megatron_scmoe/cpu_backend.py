@@ -5,8 +5,8 @@ why, and what a CPU run can therefore NOT show. ``install`` sets them all, ``uni
 this module does nothing. Only entry points and tests call ``install``, and where CUDA exists it refuses.
 
 No hook sees every operation. A step of one micro-batch through two blocks, one of them MoE with EP=2, makes 49
-intercepted calls (53 when it also logs); each further micro-batch adds 32. The thousands of other operations of a
-step run as they would without this module.
+intercepted calls beside its all-to-alls (53 when it also logs); each further micro-batch adds 32. The thousands of
+other operations of a step run as they would without this module.
 """
 
 from __future__ import annotations
@@ -403,7 +403,7 @@ REPLACEMENTS: tuple[Replacement, ...] = (
                 "collectives of one group that do not come in the same order on all ranks"),
     Replacement("torch.distributed", "all_to_all_single", _full_duplex,
                 "gloo's uses one direction of a link after the other where a rank comes late, NCCL's both at once",
-                "what gloo's own all-to-all takes"),
+                "what gloo's own all-to-all takes", counted=False),
     Replacement("torch.distributed", "all_gather", _all_gather_uneven,
                 "gloo wants equal shapes, expert tensor parallelism gathers unequal ones: broadcasts stand in",
                 "the cost of that collective"),

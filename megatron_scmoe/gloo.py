@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,14 +23,16 @@ class Work:
     """A launched all-to-all; has what callers of ``all_to_all_single(async_op=True)`` use."""
 
     def __init__(self) -> None:
-        self._future: torch.futures.Future[None] = torch.futures.Future()
+        self._future: torch.futures.Future[Any] = torch.futures.Future()
+        self._told = threading.Event()  # whoever waits goes on when what was hung on the future has run
 
     def wait(self) -> bool:
         """Wait for it; raises what went wrong."""
+        self._told.wait()
         self._future.wait()
         return True
 
-    def get_future(self) -> torch.futures.Future[None]:
+    def get_future(self) -> torch.futures.Future[Any]:
         """Done when it is."""
         return self._future
 
@@ -42,6 +45,7 @@ class Work:
             self._future.set_exception(error)
         else:
             self._future.set_result(None)
+        self._told.set()
 
 
 class _Lane:
@@ -69,8 +73,8 @@ _lanes: dict[dist.ProcessGroup, _Lane] = {}
 def all_to_all_single(  # noqa: PLR0917 - the signature is torch's
     output: Tensor,
     input: Tensor,
-    output_split_sizes: list[int] | None = None,
-    input_split_sizes: list[int] | None = None,
+    output_split_sizes: Sequence[int] | None = None,
+    input_split_sizes: Sequence[int] | None = None,
     group: dist.ProcessGroup | None = None,
     async_op: bool = False,
 ) -> Work | None:
@@ -78,8 +82,8 @@ def all_to_all_single(  # noqa: PLR0917 - the signature is torch's
     group = group or dist.group.WORLD
     assert group is not None
     rank, size = group.rank(), group.size()
-    received = output.split(output_split_sizes or [output.shape[0] // size] * size)
-    sent = input.split(input_split_sizes or [input.shape[0] // size] * size)
+    received = output.split(_rows(output_split_sizes, output, size))
+    sent = input.split(_rows(input_split_sizes, input, size))
     received[rank].copy_(sent[rank])
     ahead = [(rank + step) % size for step in range(1, size)]
     parts = [group.recv([received[peer]], peer, _TAG) for peer in ahead if received[peer].numel()]
@@ -91,3 +95,8 @@ def all_to_all_single(  # noqa: PLR0917 - the signature is torch's
     for part in parts:
         part.wait()
     return None
+
+
+def _rows(split_sizes: Sequence[int] | None, tensor: Tensor, size: int) -> list[int]:
+    """Rows for each rank; Core gives them as arrays, too."""
+    return [tensor.shape[0] // size] * size if split_sizes is None else [int(rows) for rows in split_sizes]

@@ -736,6 +736,6 @@ def test_cost_of_encoding(monkeypatch):
     assert 8 * 10 / 512 <= cost["rate"][0] < 0.5
     cost = {"mlp": [1.0, 2.0, 4.0], "encode": [0.01, 0.02, 0.03], "restore": [0.02, 0.02, 0.01], "rate": [0.2] * 3}
     assert encoding.described(cost).endswith(
-        "20.0% of them sent: encode 20 ms, restore 20 ms, expert MLP on all of them 2000 ms: 2.0% of it (1.0% to 3.0%), "
-        "without gradients"
+        "20.0% of them sent: encode 20 ms, restore 20 ms, expert MLP on all of them 2000 ms: 2.0% of it "
+        "(1.0% to 3.0%), without gradients"
     )

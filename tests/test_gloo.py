@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import ranks
 import torch
@@ -24,7 +25,7 @@ def exchanged(rows: list[list[int]], dtype: torch.dtype, own: bool) -> torch.Ten
     if own:
         dist.distributed_c10d.all_to_all_single(received, sent, *splits)  # the one that the CPU backend leaves alone
     else:
-        gloo.all_to_all_single(received, sent, *splits, async_op=True).wait()
+        gloo.all_to_all_single(received, sent, *map(numpy.array, splits), async_op=True).wait()  # as Core has them
     return received
 
 
