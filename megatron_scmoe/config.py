@@ -297,16 +297,13 @@ class ScMoEConfig:
 
     def _validate_codec(self) -> None:
         if self.a2a_codec is Codec.NONE:
-            for field in fields(self):
-                if (
-                    field.name in CODEC_FIELDS
-                    and field.name != "a2a_codec"
-                    and getattr(self, field.name) != field.default
-                ):
-                    flag = "--" + field.name.replace("_", "-")
+            for name in CODEC_FIELDS:
+                value = getattr(self, name)
+                if value != self._default(name):
+                    flag = "--" + name.replace("_", "-")
                     raise ConfigError(
-                        f"{flag} belongs to the codec lsh: it is set to {getattr(self, field.name)} and --a2a-codec is "
-                        f"none; add --a2a-codec lsh or drop {flag}"
+                        f"{flag} belongs to the codec lsh: it is set to {value} and --a2a-codec is none; "
+                        f"add --a2a-codec lsh or drop {flag}"
                     )
         if not 1 <= self.lsh_hashes <= MAX_HASHES:
             raise ConfigError(

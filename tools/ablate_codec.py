@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import atomic
 import provenance
 from codec_study.analysis import rows
 from codec_study.arms import MODELS, SIZES, Arm, Run, Settings, all_arms
 from codec_study.folder import MANIFEST, described_data, made_data, settings_difference
 from codec_study.jobs import Command, Jobs, training_command
+from command_line import Parser, positive, write_again
 
 ABOUT = """\
 Train a small GPT (4 blocks, width 128, an MoE of 4 experts in every second block) on the Python standard library's
@@ -58,38 +57,26 @@ exit codes: 0 done; 1 a training failed (the others went on); 2 bad request or s
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Say it in one line."""
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 0 < int(text[:9]) < 10**6):
-        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a whole number from 1")
-    return int(text)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("ablate_codec.py", None, ABOUT, EPILOG, formatter_class=raw, allow_abbrev=False)
+    parser = Parser("ablate_codec.py", None, ABOUT, EPILOG, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--output", type=Path, metavar="DIR", help="folder for runs and results; a second call goes on in it")
     data = "what tools/preprocess_data.py wrote (default: the standard library, made in OUTPUT/data)"
     add("--data", type=Path, metavar="DIR", help=data)
     add("--models", default=",".join(MODELS), metavar="NAME,...", help="of %(default)s (default all)")
     add("--arms", default="", metavar="NAME,...", help="arms to train; --list-arms prints them (default all)")
-    add("--seeds", type=_positive, default=3, metavar="N", help="trainings of each arm (default %(default)s)")
-    add("--iterations", type=_positive, default=1000, metavar="N", help="steps of a training (default %(default)s)")
+    add("--seeds", type=positive, default=3, metavar="N", help="trainings of each arm (default %(default)s)")
+    add("--iterations", type=positive, default=1000, metavar="N", help="steps of a training (default %(default)s)")
     every = "steps between two evaluations; --iterations is a multiple of it (default %(default)s)"
-    add("--eval-every", type=_positive, default=100, metavar="N", help=every)
+    add("--eval-every", type=positive, default=100, metavar="N", help=every)
     sequences = "held-back sequences of 256 tokens of each evaluation, a multiple of the batch (default %(default)s)"
-    add("--eval-sequences", type=_positive, default=320, metavar="N", help=sequences)
+    add("--eval-sequences", type=positive, default=320, metavar="N", help=sequences)
     tokens = "mean tokens of an expert in a step, on which the rate depends; sets the batch (default %(default)s)"
-    add("--tokens-per-expert", type=_positive, default=1024, metavar="N", help=tokens)
+    add("--tokens-per-expert", type=positive, default=1024, metavar="N", help=tokens)
     cores = len(os.sched_getaffinity(0))
-    add("--jobs", type=_positive, default=cores, metavar="N", help="trainings at once (default %(default)s: the cores)")
+    add("--jobs", type=positive, default=cores, metavar="N", help="trainings at once (default %(default)s: the cores)")
     again = "train nothing; print the tables of this folder of an earlier call and write its report.html anew"
     add("--from", type=Path, dest="source", metavar="DIR", help=again)
     section = "with --from: write the figures, and which goals they reach, between the marks in this Markdown file"
@@ -176,24 +163,12 @@ def write(output: Path, meta: dict[str, Any], results: list[dict[str, Any]]) -> 
 
 def show_again(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Print the tables of an earlier call, write its report anew and, if asked for, its section of a document."""
-    from ablation.goals import with_section  # noqa: PLC0415 - as above
     from codec_study import goals, render  # noqa: PLC0415 - as above
 
     if args.output is not None:
         parser.error("--from trains nothing; leave --output out")
-    try:
-        result = json.loads((args.source / "result.json").read_text(encoding="utf-8"))
-        document = args.write_results and args.write_results.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        parser.error(f"cannot read it: {str(error)[:200]}")
-    if document is not None:
-        try:
-            document = with_section(document, goals.section(result), goals.BEGIN, goals.END)
-        except ValueError as error:
-            parser.error(f"--write-results {str(args.write_results)!a}: {error}: {goals.BEGIN} and {goals.END}")
-        atomic.write_text(args.write_results, document)
-    atomic.write_text(args.source / "report.html", render.html(result))
-    render.print_table(result)
+    marks = goals.BEGIN, goals.END
+    render.print_table(write_again(parser, args, section=goals.section, marks=marks, html=render.html))
 
 
 def _say(text: str) -> None:

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-import atomic
 from ablation.arms import Arm, all_arms, chosen_arms
+from command_line import Parser, positive, write_again
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,12 +56,6 @@ exit codes: 0 done; 1 a share could not be reached, or a rank failed; 2 bad requ
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Say it in one line."""
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
-
-
 def _shares(text: str) -> list[float]:
     try:
         shares = [float(part) for part in text.split(",")]
@@ -74,16 +66,10 @@ def _shares(text: str) -> list[float]:
     return shares
 
 
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 0 < int(text[:9]) < 10**6):
-        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a whole number from 1")
-    return int(text)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("ablate_overlap.py", None, ABOUT, EPILOG, formatter_class=raw, allow_abbrev=False)
+    parser = Parser("ablate_overlap.py", None, ABOUT, EPILOG, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--output", type=Path, metavar="DIR", help="folder for result.json, result.csv and report.html; must be new")
     share = (
@@ -98,15 +84,15 @@ def make_parser() -> argparse.ArgumentParser:
     section = "with --from: write what reaches its goal, and what misses it, between the marks in this Markdown file"
     add("--write-results", type=Path, metavar="FILE", help=section)
     add("--list-arms", action="store_true", help="print the names of all arms and end")
-    add("--repetitions", type=_positive, default=9, metavar="N", help="timed steps of each arm (default %(default)s)")
-    add("--ranks", type=_positive, default=2, metavar="N", help="ranks on slow links (default %(default)s)")
-    add("--threads", type=_positive, default=1, metavar="N", help="threads of each rank (default %(default)s)")
+    add("--repetitions", type=positive, default=9, metavar="N", help="timed steps of each arm (default %(default)s)")
+    add("--ranks", type=positive, default=2, metavar="N", help="ranks on slow links (default %(default)s)")
+    add("--threads", type=positive, default=1, metavar="N", help="threads of each rank (default %(default)s)")
     add("--burst", default="16kb", metavar="SIZE", help="what an idle link saves up (default %(default)s)")
-    add("--hidden", type=_positive, default=512, metavar="N", help="width of the model (default %(default)s)")
-    add("--tokens", type=_positive, default=512, metavar="N", help="tokens of each rank (default %(default)s)")
-    add("--layers", type=_positive, default=4, metavar="N", help="blocks of the model (default %(default)s)")
-    add("--experts", type=_positive, default=8, metavar="N", help="of each MoE layer (default %(default)s)")
-    add("--seed", type=_positive, default=1234, metavar="N", help="of parameters and tokens (default %(default)s)")
+    add("--hidden", type=positive, default=512, metavar="N", help="width of the model (default %(default)s)")
+    add("--tokens", type=positive, default=512, metavar="N", help="tokens of each rank (default %(default)s)")
+    add("--layers", type=positive, default=4, metavar="N", help="blocks of the model (default %(default)s)")
+    add("--experts", type=positive, default=8, metavar="N", help="of each MoE layer (default %(default)s)")
+    add("--seed", type=positive, default=1234, metavar="N", help="of parameters and tokens (default %(default)s)")
     return parser
 
 
@@ -144,18 +130,7 @@ def show_again(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
     if args.output is not None:
         parser.error("--from measures nothing; leave --output out")
-    try:
-        result = json.loads((args.source / "result.json").read_text(encoding="utf-8"))
-        document = args.write_results and args.write_results.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        parser.error(f"cannot read it: {str(error)[:200]}")
-    if document is not None:
-        try:
-            document = goals.with_section(document, render.markdown(result))
-        except ValueError as error:
-            parser.error(f"--write-results {str(args.write_results)!a}: {error}: {goals.BEGIN} and {goals.END}")
-        atomic.write_text(args.write_results, document)
-    atomic.write_text(args.source / "report.html", render.html(result))
+    result = write_again(parser, args, section=render.markdown, marks=(goals.BEGIN, goals.END), html=render.html)
     for point in range(len(result["points"])):
         render.print_table(result, point)
 

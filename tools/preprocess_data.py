@@ -20,6 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from command_line import Parser
 from preprocessing import encoding, output, sources, workers
 from preprocessing.output import DATA, MANIFEST, MODEL
 from preprocessing.sources import SUFFIXES, Reading, Source, UserError, shown
@@ -47,12 +48,6 @@ Exit codes: 0 done (or done before), 1 unexpected failure, 2 bad input or reques
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        """Say it in one line: argparse would print the whole usage first."""
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
-
-
 def _number(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
@@ -66,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     about = "Turn text or JSONL files into a SentencePiece tokenizer and a Megatron-Core indexed dataset."
-    parser = _Parser("preprocess_data.py", description=about, epilog=EPILOG, formatter_class=raw, allow_abbrev=False)
+    parser = Parser("preprocess_data.py", description=about, epilog=EPILOG, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     words = (
         "text files (one document each), .jsonl or .json files (one object per line), folders (searched; hidden folders"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import atomic
+from command_line import Parser
 from slow_network.buckets import UserError
 from slow_network.control import Control, ControlError
 from slow_network.job import OUTPUTS, Job, Outcome, signals
@@ -68,12 +69,6 @@ what it does not prove:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        """Say it in one line: argparse would print the whole usage first."""
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
-
-
 def _whole_number(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_RANKS):
         raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a whole number from 1 to {MAX_RANKS}")
@@ -93,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the command line, without the command behind `--`."""
     raw = argparse.RawDescriptionHelpFormatter
     usage = "slow_link.py [options] -- COMMAND [ARGUMENT ...]"
-    parser = _Parser("slow_link.py", usage, ABOUT, EPILOG, formatter_class=raw, allow_abbrev=False)
+    parser = Parser("slow_link.py", usage, ABOUT, EPILOG, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--ranks", type=_whole_number, default=2, metavar="N", help="how many ranks (default %(default)s)")
     rate = "of every link, each direction: a number and kbit, mbit or gbit; or 'unlimited' (default %(default)s)"

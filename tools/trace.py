@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, so that an installed megatron_scmoe is preferred
 
 import atomic
+from command_line import Parser
 
 from megatron_scmoe.plan import CURRENT, DECODE, ENCODE, EXPERTS, ROUTE, TAIL
 from megatron_scmoe.spans import Lane
@@ -82,17 +83,11 @@ type Report = dict[int, dict[int, list[Piece]]]
 """Pieces by step and rank."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        """Say it in one line: argparse would print the whole usage first."""
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     about = "Draw the steps of an overlap report: computation and communication of every rank, as a Perfetto trace."
-    parser = _Parser("trace.py", description=about, epilog=EPILOG, formatter_class=raw, allow_abbrev=False)
+    parser = Parser("trace.py", description=about, epilog=EPILOG, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("folder", metavar="FOLDER", help="what --overlap-report was set to; it holds rank00000.jsonl")
     parser.add_argument(
         "--steps", nargs="+", type=int, metavar="N", help="iterations to draw (default: all that have spans)"

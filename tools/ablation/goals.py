@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -292,18 +291,6 @@ def section(result: Mapping[str, Any], goals: Sequence[Goal]) -> str:
                 cells = [outcome(points[index], rows[index], goal, arm, kind).words for kind in KINDS]
                 lines.append(f"| {_goal_words(goal)} | {where} | {arm} | {' | '.join(cells)} | {goal.published} |")
     return "\n\n".join([_preface(result["meta"]), "\n".join(lines), _notes()])
-
-
-def with_section(document: str, text: str, begin: str = BEGIN, end: str = END) -> str:
-    """``document`` with ``text`` between its marks ``begin`` and ``end``.
-
-    Raises:
-        ValueError: where it has not one mark of each kind, in this order.
-    """
-    between = re.compile(rf"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
-    if document.count(begin) != 1 or document.count(end) != 1 or not between.search(document):
-        raise ValueError("it lacks the two marks between which the tool writes")
-    return between.sub(lambda _: f"{begin}\n\n{text}\n\n{end}", document)
 
 
 def _is_at(point: Mapping[str, Any], share: float) -> bool:
