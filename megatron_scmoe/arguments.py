@@ -28,11 +28,19 @@ from megatron_scmoe.config import (
     Combine,
     ConfigError,
     Overlap,
+    Router,
     ScMoEConfig,
     Shortcut,
 )
 
 EXIT_REFUSED = 2
+
+CORE_FORGETS = (
+    *("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
+    *("rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim", "qk_layernorm"),
+    *("layernorm_epsilon", "moe_router_dtype", "moe_router_num_groups", "moe_router_group_topk"),
+)
+"""Flags that decide what parameters mean and that Core's --use-checkpoint-args leaves as they are (seen in 0.19.2)."""
 
 
 class _FlagFactory(ArgumentGroupFactory):
@@ -126,14 +134,14 @@ def refuse(message: str) -> NoReturn:
 
 
 def _restore_args(args: Namespace) -> None:
-    """--use-checkpoint-args: take Megatron's model settings, and ours, from the checkpoint."""
+    """--use-checkpoint-args: take Megatron's model settings, those that Core forgets, and ours from the checkpoint."""
     if args.load is None:
         raise ConfigError("--use-checkpoint-args reads the arguments of a checkpoint: --load is None; add --load DIR")
     load_args_from_checkpoint(args)
     saved = mcore.saved_args(args)
     if saved is None:
         return
-    for name in dict.fromkeys((*ARCHITECTURE_FIELDS, *CODEC_FIELDS)):
+    for name in dict.fromkeys((*CORE_FORGETS, *ARCHITECTURE_FIELDS, *CODEC_FIELDS)):
         if hasattr(saved, name):
             setattr(args, name, getattr(saved, name))
 
@@ -153,6 +161,8 @@ def _set_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
             f"{scmoe.moe_every}; drop --moe-layer-freq"
         )
     args.moe_layer_freq = pattern
+    if scmoe.router is Router.LONGCAT:
+        args.moe_router_pre_softmax = True  # what its scaling factor needs by Megatron's rules
     args.moe_shared_expert_gate = scmoe.shortcut is Shortcut.SCMOE and scmoe.shortcut_combine is Combine.CG1
 
 

@@ -63,10 +63,18 @@ class Tokens:
         probs: gate weights, [n, experts].
         routing_map: which expert gets which token, bool, [n, experts].
         chunks: that the tokens travel in.
+        travels_topk: whether every token goes to as many experts as the router chose, unless capacity drops some.
     """
 
     def __init__(
-        self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, routing_map: Tensor, *, chunks: int
+        self,
+        moe: MoELayer,
+        hidden_states: Tensor,
+        probs: Tensor,
+        routing_map: Tensor,
+        *,
+        chunks: int,
+        travels_topk: bool = True,
     ) -> None:
         self._shape = hidden_states.shape
         self._parts = [(hidden_states, routing_map, probs)]
@@ -77,7 +85,7 @@ class Tokens:
         for _, part_map, _ in self._parts:
             # Padding filled every expert's capacity before tokens were cut into chunks, of which none has that many.
             dispatcher = mcore.dispatcher_for_one_flight(moe, keeps_capacity=chunks == 1)
-            mcore.exchange_counts(dispatcher, part_map)
+            mcore.exchange_counts(dispatcher, part_map, travels_topk=travels_topk)
             self.dispatchers.append(dispatcher)
 
     def pack(self, chunk: int) -> tuple[Tensor, ...]:
@@ -121,6 +129,7 @@ class Centroids:
         routing_map: Tensor,
         *,
         chunks: int,
+        travels_topk: bool,
         hasher: Hasher,
         rate_control: RateControl | None,
         compensation: Compensation,
@@ -131,7 +140,9 @@ class Centroids:
         self._tag = tag
         self._compensation, self._residual_map = compensation, residual_map
         self._home = mcore.dispatcher_for_one_flight(moe, keeps_capacity=False)
-        self._rows, self._weights = mcore.rows_by_expert(self._home, hidden_states, routing_map, probs)
+        self._rows, self._weights = mcore.rows_by_expert(
+            self._home, hidden_states, routing_map, probs, travels_topk=travels_topk
+        )
         level = rate_control.level_on(hidden_states.device) if rate_control else None
         keys, finite = hasher.keys(self._rows, level)
         self._rows_per_expert = routing_map.sum(dim=0)
@@ -208,6 +219,7 @@ class CargoMaker:
         self, scmoe: ScMoEConfig, hidden_size: int, group: int, residual_map: ResidualMap | None = None
     ) -> None:
         self._compensation, self._residual_map = scmoe.lsh_compensation, residual_map
+        self._travels_topk = not scmoe.zero_experts
         self._hasher: Hasher | None = None
         self.rate_control: RateControl | None = None
         if scmoe.lsh_target_rate:
@@ -226,10 +238,11 @@ class CargoMaker:
         """The cargo of one routing, whose counts are exchanged here; see ``Centroids`` for the arguments."""
         routed = moe, hidden_states, probs, routing_map
         if self._hasher is None:
-            return Tokens(*routed, chunks=chunks)
+            return Tokens(*routed, chunks=chunks, travels_topk=self._travels_topk)
         return Centroids(
             *routed,
             chunks=chunks,
+            travels_topk=self._travels_topk,
             hasher=self._hasher,
             rate_control=self.rate_control,
             compensation=self._compensation,

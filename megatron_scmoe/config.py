@@ -38,6 +38,20 @@ class Combine(StrEnum):
     CG2 = "cg2"
 
 
+class Router(StrEnum):
+    """How experts are chosen and weighed."""
+
+    CORE = "core"
+    LONGCAT = "longcat"
+
+
+class LatentScaling(StrEnum):
+    """What multi-latent attention does to its latents behind their norms."""
+
+    NONE = "none"
+    LONGCAT = "longcat"
+
+
 class Overlap(StrEnum):
     """When the halves of the all-to-all run."""
 
@@ -87,6 +101,7 @@ MAX_HASHES = 64
 # shapes are the same, and is wrong: so they are compared on resume.
 ARCHITECTURE_FIELDS = (
     *("shortcut", "shortcut_position", "shortcut_combine", "moe_every", "moe_share_groups"),
+    *("router", "zero_experts", "latent_scaling"),
     *("a2a_codec", "lsh_compensation", "lsh_rank"),
 )
 
@@ -134,6 +149,21 @@ class ScMoEConfig:
     moe_share_groups: int = 1
     """Neighbouring groups that one MoE serves. 2 is DGMoE-Share: the second group of each pair uses the router and the
     experts of the first, which appear once in checkpoints, optimizer and gradient reduction. dgmoe only."""
+
+    router: Router = Router.CORE
+    """How experts are chosen. core: by Megatron's router. longcat: as LongCat-Flash does (arXiv 2509.01322, section
+    2.1): by the softmax over all experts plus a bias for each, which takes no part in the weights; they are the softmax
+    times --moe-router-topk-scaling-factor and do not sum to one. The bias moves by --moe-router-bias-update-rate
+    towards balance, as Megatron's does. scmoe only."""
+
+    zero_experts: int = 0
+    """Experts behind the --num-experts real ones that give a token back as it is (LongCat-Flash, section 2.1). They
+    count among what --router longcat chooses from, have no parameters, and their tokens never travel."""
+
+    latent_scaling: LatentScaling = LatentScaling.NONE
+    """What --multi-latent-attention does to its latents. longcat: the norms of the latents of queries and of keys and
+    values have an epsilon of 1e-6, whatever --norm-epsilon is, and their outputs are multiplied by
+    sqrt(hidden size / rank of the latent) (LongCat-Flash, section 2.2)."""
 
     overlap: Overlap = Overlap.FIXED
     """off: every all-to-all is waited for at once (the sequential reference; same numbers, bit for bit). fixed: it
@@ -197,9 +227,9 @@ class ScMoEConfig:
 
     shortcut_resume: Resume = Resume.SAME
     """Checkpoints to continue from. same: refuse one that was trained with other values of --shortcut,
-    --shortcut-position, --shortcut-combine, --moe-every, --a2a-codec or --lsh-compensation. changed: load it all the
-    same, optimizer included, and say so: this is how a stock shared-expert checkpoint becomes ScMoE, or the other way
-    round."""
+    --shortcut-position, --shortcut-combine, --moe-every, --router, --latent-scaling, --a2a-codec or
+    --lsh-compensation. changed: load it all the same, optimizer included, and say so: this is how a stock shared-expert
+    checkpoint becomes ScMoE, or the other way round."""
 
     @property
     def enabled(self) -> bool:
@@ -269,6 +299,7 @@ class ScMoEConfig:
                 f"dgmoe has no shared expert to weigh: --shortcut is dgmoe and --shortcut-combine is "
                 f"{self.shortcut_combine}; drop --shortcut-combine"
             )
+        self._validate_router()
         num_groups = num_layers // self.moe_every
         self._validate_sharing(num_groups)
         _check_length("--shortcut-position", self.shortcut_position, num_groups)
@@ -330,6 +361,20 @@ class ScMoEConfig:
             raise ConfigError(
                 f"a plane has two sides and no width: --lsh-kind is spherical and --lsh-width is {self.lsh_width}; "
                 "drop --lsh-width"
+            )
+
+    def _validate_router(self) -> None:
+        if self.router is Router.LONGCAT and self.shortcut is Shortcut.DGMOE:
+            raise ConfigError(
+                f"dgmoe's two gates choose by scores alone: --router is {self.router} and --shortcut is "
+                f"{self.shortcut}; use --router core or --shortcut scmoe"
+            )
+        if self.zero_experts < 0:
+            raise ConfigError(f"experts are counted from 0: --zero-experts is {self.zero_experts}; use 0 for none")
+        if self.zero_experts and self.router is not Router.LONGCAT:
+            raise ConfigError(
+                f"zero experts are chosen by LongCat-Flash's router: --zero-experts is {self.zero_experts} and "
+                f"--router is {self.router}; add --router longcat"
             )
 
     def _validate_sharing(self, num_groups: int) -> None:

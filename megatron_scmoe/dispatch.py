@@ -102,6 +102,7 @@ class Flights:
         cargo_maker: of the group.
         marker: of the group.
         prefix: whose flights they are, where a layer has several.
+        at_home: what zero experts made of the tokens, which did not travel, [s, b, h]; None where there are none.
     """
 
     def __init__(
@@ -115,8 +116,9 @@ class Flights:
         cargo_maker: CargoMaker,
         marker: Marker,
         prefix: str = "",
+        at_home: Tensor | None = None,
     ) -> None:
-        self._plan = plan
+        self._plan, self._at_home = plan, at_home
         tag = Tag(marker, "", prefix)
         # The counts of every chunk are exchanged before the first payload flies, behind which they would queue.
         self._cargo = cargo_maker.cargo(moe, hidden_states, probs, routing_map, chunks=plan.chunks, tag=tag)
@@ -131,4 +133,5 @@ class Flights:
 
     def finish_combine(self) -> Tensor:
         """Wait for the outputs of every chunk; [s, b, h]."""
-        return self._cargo.join([flight.finish_combine() for flight in self._flights])
+        routed = self._cargo.join([flight.finish_combine() for flight in self._flights])
+        return routed if self._at_home is None else routed + self._at_home

@@ -33,7 +33,7 @@ from megatron_scmoe.dispatch import Flights
 from megatron_scmoe.gating import CoefficientGate
 from megatron_scmoe.observe import BEGIN, END, Marker
 from megatron_scmoe.plan import ATTENTION, CURRENT, MLP, ROUTE, SHARED_EXPERT, TAIL, GroupShape, Plan
-from megatron_scmoe.router import Routing
+from megatron_scmoe.router import Routing, ZeroRouting
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,8 @@ class GroupBlock(TransformerLayer):
     def _take_off(self, source: Tensor, routing: tuple[Tensor, ...], plan: Plan, prefix: str = "") -> Flights:
         probs, routing_map = routing[:2]
         self._marker.in_backward(prefix + ROUTE, probs)
-        self._marker.load(probs, routing_map, self.moe.router.topk)
+        at_home = routing.at_home(source) if isinstance(routing, ZeroRouting) else None
+        self._marker.load(probs, routing_map, self.moe.router.topk if at_home is None else None)
         return Flights(
             self.moe,
             source,
@@ -175,6 +176,7 @@ class GroupBlock(TransformerLayer):
             cargo_maker=self.cargo_maker,
             marker=self._marker,
             prefix=prefix,
+            at_home=at_home,
         )
 
     def _run_second_gate(

@@ -172,17 +172,31 @@ def dispatcher_for_one_flight(moe: MoELayer, *, keeps_capacity: bool) -> MoEAllt
     return dispatcher
 
 
-def exchange_counts(dispatcher: MoEAlltoAllTokenDispatcher, routing_map: Tensor) -> None:
-    """Let ``dispatcher`` know what every rank sends, from which expert gets which token, bool, [n, experts].
+def exchange_counts(dispatcher: MoEAlltoAllTokenDispatcher, routing_map: Tensor, *, travels_topk: bool = True) -> None:
+    """Let ``dispatcher`` know what every rank sends.
 
     Core exchanges the counts where it permutes the tokens. Here that happens before, for all chunks.
+
+    Args:
+        dispatcher: of one flight.
+        routing_map: which expert gets which token, bool, [n, experts].
+        travels_topk: whether every token goes to as many experts as the router chose, unless capacity drops some.
     """
     tokens_per_expert = dispatcher.preprocess(routing_map)
+    if not travels_topk:
+        # What Core does where capacity drops tokens, with a host sync before it permutes.
+        dispatcher.num_out_tokens = routing_map.sum()
+        dispatcher._maybe_update_cuda_sync_point("before_permutation_1")
     dispatcher.preprocess = lambda _routing_map: tokens_per_expert
 
 
 def rows_by_expert(
-    dispatcher: MoEAlltoAllTokenDispatcher, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    dispatcher: MoEAlltoAllTokenDispatcher,
+    hidden_states: Tensor,
+    routing_map: Tensor,
+    probs: Tensor,
+    *,
+    travels_topk: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Tokens in the order of their experts, one row for each choice, and their gate weights; nothing is exchanged.
 
@@ -191,8 +205,9 @@ def rows_by_expert(
         hidden_states: [..., h], n tokens.
         routing_map: which expert gets which token, bool, [n, experts].
         probs: gate weights, [n, experts].
+        travels_topk: see ``exchange_counts``.
     """
-    if dispatcher.config.moe_expert_capacity_factor is None:
+    if travels_topk and dispatcher.config.moe_expert_capacity_factor is None:
         dispatcher.num_out_tokens = routing_map.shape[0] * dispatcher.config.moe_router_topk
     else:
         dispatcher.num_out_tokens = int(routing_map.sum())  # a host sync, which Core has here too
@@ -249,6 +264,19 @@ def _own_counts(dispatcher: MoEAlltoAllTokenDispatcher) -> list[int]:
     """Rows of every expert where there is one rank, for whom Core waits later than here: only before the experts."""
     dispatcher.d2h_event.synchronize()
     return dispatcher.tokens_per_expert.tolist()
+
+
+# --- routers -----------------------------------------------------------------------------------------------------
+
+
+def let_expert_biases_move(model: torch.nn.Module) -> None:
+    """Let Core update the bias of every router of ``model`` at the end of a step, at --moe-router-bias-update-rate.
+
+    Core's configuration refuses this flag beside a softmax, which its own router could not combine with a bias. Behind
+    the model's construction the flag means nothing but that biases are updated.
+    """
+    config: Any = model.config
+    config.moe_router_enable_expert_bias = True
 
 
 # --- pipeline stages ---------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe import mcore
+from megatron_scmoe.config import Router, ScMoEConfig
 from megatron_scmoe.layer import GroupBlock
 from megatron_scmoe.specs import pipelined_block_spec, shortcut_block_spec
 
@@ -42,7 +43,10 @@ class ScMoEGPTModelBuilder(GPTModelBuilder):
     ) -> GPTModel:
         """Build one (virtual) pipeline stage; the arguments are those of Core's builder."""
         model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
-        _link_groups(model, self._model_config.scmoe.moe_every)
+        scmoe = self._model_config.scmoe
+        _link_groups(model, scmoe.moe_every)
+        if scmoe.router is Router.LONGCAT:
+            mcore.let_expert_biases_move(model)
         return model
 
 

@@ -220,19 +220,21 @@ class Marker:
 
         work.get_future().then(landed)
 
-    def load(self, probs: Tensor, routing_map: Tensor, choices: int) -> None:
+    def load(self, probs: Tensor, routing_map: Tensor, choices: int | None) -> None:
         """A routing was made. Only what gradients will flow through counts: neither evaluation nor, under full
         recompute, the first of two equal forwards.
 
         Args:
             probs: gate weights after capacity, [n, e].
             routing_map: which expert gets which token, after capacity, bool, [n, e].
-            choices: experts that the router chose for each token, before capacity.
+            choices: experts that the router chose for each token, before capacity; None where it drops none.
         """
         if _listeners and torch.is_grad_enabled():
             # Rows that pad an expert to its capacity have no weight: they are not load.
             tokens_per_expert = (routing_map & (probs > 0)).sum(dim=0)
-            load = Load(self.group, tokens_per_expert, probs.shape[0] * choices - tokens_per_expert.sum())
+            kept = tokens_per_expert.sum()
+            dropped = torch.zeros_like(kept) if choices is None else probs.shape[0] * choices - kept
+            load = Load(self.group, tokens_per_expert, dropped)
             for recorded in _listeners:
                 recorded.loads.append(load)
 

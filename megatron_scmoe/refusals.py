@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe import mcore
-from megatron_scmoe.config import Codec, Combine, Compensation, ConfigError, ScMoEConfig, Shortcut
+from megatron_scmoe.config import (
+    Codec,
+    Combine,
+    Compensation,
+    ConfigError,
+    LatentScaling,
+    Router,
+    ScMoEConfig,
+    Shortcut,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +208,7 @@ def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
         )
     one_each = args.moe_router_topk == 1 or scmoe.shortcut is Shortcut.DGMOE
     softmax = args.moe_router_score_function == "softmax" and "sinkhorn" not in _balancing(args)
-    if one_each and softmax and not args.moe_router_pre_softmax:
+    if one_each and softmax and not args.moe_router_pre_softmax and scmoe.router is Router.CORE:
         raise ConfigError(
             "the softmax over one logit is always 1, so the router would get no gradient: --shortcut is "
             f"{scmoe.shortcut}, --moe-router-topk {args.moe_router_topk} and --moe-router-pre-softmax off; "
@@ -216,6 +225,10 @@ def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
             f"{scmoe.shortcut_combine}; use --shortcut-combine cg1 or drop --moe-shared-expert-gate"
         )
     _check_router(args)
+    if scmoe.router is Router.LONGCAT:
+        _check_longcat_router(args)
+    if scmoe.latent_scaling is LatentScaling.LONGCAT:
+        _check_latent_scaling(args)
     _check_parallelism(args, scmoe)
     _check_codec(args, scmoe)
 
@@ -261,6 +274,45 @@ def _listed(values: object) -> str:
     return " ".join(map(str, values)) if isinstance(values, list) else str(values)
 
 
+_LONGCAT_REFUSED = (
+    Refusal("--moe-router-score-function", "it is a softmax over all experts", "use softmax", ("softmax",)),
+    Refusal("--moe-expert-capacity-factor", "it would count the tokens of zero experts, which need no room"),
+    Refusal("--moe-router-padding-for-quantization", "it would pad the tokens of zero experts, which do not travel"),
+    Refusal("--moe-router-padding-for-fp8", "it would pad the tokens of zero experts, which do not travel"),
+    Refusal("--moe-router-num-groups", "zero experts belong to no group"),
+    Refusal("--moe-router-fusion", "the fused choice has no bias beside a softmax"),
+    Refusal("--moe-enable-routing-replay", "the choice with a bias stands where a replay would"),
+    Refusal("--moe-router-force-biased", "it is a benchmark of the stock router"),
+)
+
+
+def _check_longcat_router(args: Namespace) -> None:
+    for refusal in _LONGCAT_REFUSED:
+        value = getattr(args, refusal.flag.removeprefix("--").replace("-", "_"))
+        if value not in refusal.allowed:
+            raise ConfigError(f"{refusal.reason}: {refusal.flag} is {value} and --router is longcat; {refusal.fix}")
+    for kind in ("sinkhorn", "quantile_balancing"):
+        if kind in _balancing(args):
+            raise ConfigError(
+                f"{kind} routes in a way of its own: --router is longcat and --moe-router-load-balancing-type is "
+                f"{kind}; use none, aux_loss, seq_aux_loss or global_aux_loss"
+            )
+
+
+def _check_latent_scaling(args: Namespace) -> None:
+    if not args.multi_latent_attention or not args.qk_layernorm:
+        raise ConfigError(
+            "the norms of latents are scaled: --latent-scaling is longcat, --multi-latent-attention is "
+            f"{args.multi_latent_attention} and --qk-layernorm is {args.qk_layernorm}; add both, or drop "
+            "--latent-scaling"
+        )
+    if args.mla_down_proj_fusion:
+        raise ConfigError(
+            "the fused down projection has no norms of its own: --latent-scaling is longcat and "
+            "--mla-down-proj-fusion is set; drop it"
+        )
+
+
 _TWO_GATES_REFUSED = (
     Refusal("--moe-shared-expert-intermediate-size", "dgmoe has no shared expert"),
     Refusal("--moe-router-topk", "dgmoe's two gates take one expert each", "use --moe-router-topk 2", (2,)),
@@ -289,16 +341,11 @@ def _check_parallelism(args: Namespace, scmoe: ScMoEConfig) -> None:
             "context parallelism needs Transformer Engine's attention: --context-parallel-size is "
             f"{args.context_parallel_size} and --transformer-impl is local; use --transformer-impl transformer_engine"
         )
-    if args.transformer_impl == "local" and args.tensor_model_parallel_size > 1 and args.qk_layernorm:
+    per_head_norms = args.qk_layernorm and not args.multi_latent_attention
+    if args.transformer_impl == "local" and args.tensor_model_parallel_size > 1 and per_head_norms:
         raise ConfigError(
             "the local spec's norm of queries and keys does not know sequence parallelism: --qk-layernorm is set and "
             f"--tensor-model-parallel-size is {args.tensor_model_parallel_size}; drop --qk-layernorm"
-        )
-    if args.transformer_impl == "local" and args.tensor_model_parallel_size > 1 and args.multi_latent_attention:
-        raise ConfigError(
-            "the local spec's latent projections are not made for tensor parallelism: --multi-latent-attention is set "
-            f"and --tensor-model-parallel-size is {args.tensor_model_parallel_size}; "
-            "use --transformer-impl transformer_engine"
         )
     if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         raise ConfigError(

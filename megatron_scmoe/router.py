@@ -1,9 +1,10 @@
-"""DGMoE's two top-1 gates: one router, asked once for the preceding layer and once for the current one."""
+"""Routers beyond Core's: DGMoE's two top-1 gates, and LongCat-Flash's with a bias and zero experts."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.transformer.moe.moe_utils import (
@@ -13,6 +14,7 @@ from megatron.core.transformer.moe.moe_utils import (
     topk_routing_with_score_function,
 )
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
@@ -116,3 +118,73 @@ class DualGateRouter(TopKRouter):
         probs = self._apply_aux_loss(current.probs, scores, chosen, with_padding_mask=padded)
         probs = self._apply_seq_aux_loss(probs, scores, chosen, 2 * seq_length, batch_size, with_padding_mask=padded)
         return self._apply_global_aux_loss(probs, scores, chosen, with_padding_mask=padded)
+
+
+class ZeroRouting(NamedTuple):
+    """What LongCat-Flash's router decided for n tokens and e real experts.
+
+    Attributes:
+        probs: weight where a real expert was chosen, else 0, [n, e].
+        routing_map: which real expert gets which token, bool, [n, e].
+        zero_weights: sum of the weights of a token's zero experts, [n].
+    """
+
+    probs: Tensor
+    routing_map: Tensor
+    zero_weights: Tensor
+
+    def at_home(self, tokens: Tensor) -> Tensor:
+        """What the zero experts make of ``tokens`` [s, b, h], n of them: each token times its weight."""
+        return (tokens * self.zero_weights.view(*tokens.shape[:-1], 1)).to(tokens.dtype)
+
+
+class _Biased:
+    """Core's selection by score plus bias, where Core has none for softmax; the shape is that of its replay."""
+
+    def __init__(self, router: LongcatRouter) -> None:
+        self._router = (router,)  # in a tuple, so that the router is not a module of its own
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None,
+        group_topk: int | None,
+        select: Callable[..., tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        _, indices = select(scores + self._router[0].expert_bias, topk, num_groups, group_topk)
+        return scores.gather(1, indices), indices
+
+
+class LongcatRouter(TopKRouter):
+    """LongCat-Flash's router (arXiv 2509.01322, section 2.1): softmax, bias, zero experts.
+
+    ::
+
+        scores  = softmax(W x)              over real experts, then zero experts
+        chosen  = top-k of scores + bias    the bias takes no part in the weights, and has no gradient
+        weights = factor * scores[chosen]   which do not sum to one
+
+    Balance losses and the update of the bias are Core's, over real and zero experts alike.
+
+    Args:
+        config: Core's, whose experts are the real ones.
+        zero_experts: experts that give a token back as it is.
+        The other arguments are those of Core's router.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, zero_experts: int, **kwargs: Any) -> None:
+        num_real = config.num_moe_experts
+        config = copy.copy(config)
+        config.num_moe_experts += zero_experts
+        config.moe_router_pre_softmax = True
+        config.moe_router_enable_expert_bias = True
+        super().__init__(config, *args, **kwargs)
+        self._num_real = num_real
+        self.router_replay = _Biased(self)
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> ZeroRouting:
+        """Route ``input`` [s, b, h]; ``padding_mask`` [s, b] is True where a token is padding."""
+        probs, routing_map = super().forward(input, padding_mask)
+        real, zero = probs.tensor_split((self._num_real,), dim=1)
+        return ZeroRouting(real, routing_map[:, : self._num_real], zero.sum(dim=1))

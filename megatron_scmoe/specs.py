@@ -26,12 +26,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_scmoe import mcore
-from megatron_scmoe.attention import LatentCoreAttention
-from megatron_scmoe.config import ScMoEConfig, Shortcut
+from megatron_scmoe.attention import LatentCoreAttention, LatentSelfAttention, longcat_norm
+from megatron_scmoe.config import LatentScaling, Router, ScMoEConfig, Shortcut
 from megatron_scmoe.layer import GroupBlock, LeadingBlock
 from megatron_scmoe.norm import SequenceParallelNorm
 from megatron_scmoe.pipelined import PipelinedMoELayer
-from megatron_scmoe.router import DualGateRouter
+from megatron_scmoe.router import DualGateRouter, LongcatRouter
 
 
 def shortcut_block_spec(
@@ -52,9 +52,11 @@ def shortcut_block_spec(
         for layer_spec, block in zip(block_spec.layer_specs, blocks, strict=True)
     ]
     block_spec = dataclasses.replace(block_spec, layer_specs=layer_specs)
-    if model_config.transformer.multi_latent_attention and not fused:
-        block_spec = _with_latent_core_attention(block_spec)
-    return _with_sequence_parallel_norms(block_spec) if model_config.transformer.sequence_parallel else block_spec
+    if model_config.transformer.sequence_parallel:
+        block_spec = _with_sequence_parallel_norms(block_spec)
+    if model_config.transformer.multi_latent_attention:
+        block_spec = _with_latent_attention(block_spec, scmoe, fused=fused)
+    return block_spec
 
 
 def pipelined_block_spec(
@@ -92,6 +94,7 @@ def _with_sequence_parallel_norms(block_spec: TransformerBlockSubmodules) -> Tra
                 spec.submodules,
                 input_layernorm=norm(spec.submodules.input_layernorm),
                 pre_mlp_layernorm=norm(spec.submodules.pre_mlp_layernorm),
+                self_attention=_with_latent_norms(spec.submodules.self_attention, norm),
             ),
         )
         for spec in block_spec.layer_specs
@@ -99,16 +102,43 @@ def _with_sequence_parallel_norms(block_spec: TransformerBlockSubmodules) -> Tra
     return dataclasses.replace(block_spec, layer_specs=layer_specs, layer_norm=norm(block_spec.layer_norm))
 
 
-def _with_latent_core_attention(block_spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+def _with_latent_norms(attention: ModuleSpec, change: Callable[[LayerNormBuilder], LayerNormBuilder]) -> ModuleSpec:
+    """``attention`` with the norms of its latents changed; itself where it has none."""
+    parts = attention.submodules
+    if not hasattr(parts, "kv_layernorm"):
+        return attention
+    changed = dataclasses.replace(parts, q_layernorm=change(parts.q_layernorm), kv_layernorm=change(parts.kv_layernorm))
+    return dataclasses.replace(attention, submodules=changed)
+
+
+def _with_latent_attention(
+    block_spec: TransformerBlockSubmodules, scmoe: ScMoEConfig, *, fused: bool
+) -> TransformerBlockSubmodules:
     layer_specs = []
     for spec in block_spec.layer_specs:
         attention = spec.submodules.self_attention
-        parts = dataclasses.replace(attention.submodules, core_attention=LatentCoreAttention)
-        attention = dataclasses.replace(attention, submodules=parts)
-        layer_specs.append(
-            dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, self_attention=attention))
-        )
+        if not fused:
+            parts = dataclasses.replace(attention.submodules, core_attention=LatentCoreAttention)
+            attention = dataclasses.replace(attention, module=LatentSelfAttention, submodules=parts)
+        if scmoe.latent_scaling is LatentScaling.LONGCAT:
+            attention = _with_longcat_latents(attention, fused=fused)
+        submodules = dataclasses.replace(spec.submodules, self_attention=attention)
+        layer_specs.append(dataclasses.replace(spec, submodules=submodules))
     return dataclasses.replace(block_spec, layer_specs=layer_specs)
+
+
+def _with_longcat_latents(attention: ModuleSpec, *, fused: bool) -> ModuleSpec:
+    if not fused:
+        return _with_latent_norms(attention, longcat_norm)
+    # Transformer Engine fuses these norms into the linears behind them, which have no place for a scale.
+    parts = dataclasses.replace(
+        attention.submodules,
+        q_layernorm=longcat_norm(Norm),
+        kv_layernorm=longcat_norm(Norm),
+        linear_q_up_proj=TEColumnParallelLinear,
+        linear_kv_up_proj=TEColumnParallelLinear,
+    )
+    return dataclasses.replace(attention, submodules=parts)
 
 
 def _shortcut_layer_spec(spec: ModuleSpec, block: int, scmoe: ScMoEConfig, *, unfuse_tap: bool) -> ModuleSpec:
@@ -122,6 +152,8 @@ def _shortcut_layer_spec(spec: ModuleSpec, block: int, scmoe: ScMoEConfig, *, un
         submodules = dataclasses.replace(submodules, mlp=IdentityOp)
     elif is_last and scmoe.shortcut is Shortcut.DGMOE:
         submodules = dataclasses.replace(submodules, mlp=_with_two_gates(submodules.mlp))
+    elif is_last and scmoe.router is Router.LONGCAT:
+        submodules = dataclasses.replace(submodules, mlp=_with_longcat_router(submodules.mlp, scmoe.zero_experts))
     if is_last:
         return ModuleSpec(module=GroupBlock, params={"scmoe": scmoe}, submodules=submodules)
     return ModuleSpec(module=LeadingBlock, submodules=submodules)
@@ -130,6 +162,12 @@ def _shortcut_layer_spec(spec: ModuleSpec, block: int, scmoe: ScMoEConfig, *, un
 def _with_two_gates(moe: functools.partial) -> functools.partial:
     submodules = dataclasses.replace(moe.keywords["submodules"], router=DualGateRouter)
     return functools.partial(_build_top1, moe.func, submodules=submodules)
+
+
+def _with_longcat_router(moe: functools.partial, zero_experts: int) -> functools.partial:
+    router = functools.partial(LongcatRouter, zero_experts=zero_experts)
+    submodules = dataclasses.replace(moe.keywords["submodules"], router=router)
+    return functools.partial(moe.func, *moe.args, **{**moe.keywords, "submodules": submodules})
 
 
 def _build_top1(build: Callable[..., MoELayer], *, config: TransformerConfig, **kwargs: Any) -> MoELayer:

@@ -19,6 +19,7 @@ from torch import Tensor
 VOCAB_SIZE = 31
 SEQ_LENGTH = 6
 BATCH_SIZE = 4
+ROUTED_SCALING = 2.5  # of LongCat-Flash's router; its own is 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,8 @@ class Case:
     hashes: int = 1
     width: int = 2
     compensation: str = "paper"
+    router: str = "core"
+    zero_experts: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -64,7 +67,14 @@ class Case:
             swiglu=True,
             normalization="RMSNorm",
             rotary=True,
+            zero_experts=self.zero_experts,
+            router_biases=tuple(map(self.router_bias, range(self.num_groups))) if self.router == "longcat" else (),
+            routed_scaling=ROUTED_SCALING,
         )
+
+    def router_bias(self, group: int) -> Tensor:
+        """Of LongCat-Flash's router: about as large as the differences between scores."""
+        return 0.3 * parameter(f"bias of group {group}", (4 + self.zero_experts,))
 
     def replace(self, **changes: object) -> Case:
         return dataclasses.replace(self, **changes)
@@ -103,7 +113,7 @@ def build(case: Case):
     """The model of ``case`` on this rank, with the parameters of ``parameter``."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_scmoe.config import Codec, Combine, Overlap, Position, ScMoEConfig, Shortcut
+    from megatron_scmoe.config import Codec, Combine, Overlap, Position, Router, ScMoEConfig, Shortcut
     from megatron_scmoe.model import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_shortcut
 
     scmoe = ScMoEConfig(
@@ -116,6 +126,8 @@ def build(case: Case):
         expert_slot=tuple(map(str, case.expert_slot)),
         overlap_chunks=case.chunks,
         a2a_codec=Codec(case.codec),
+        router=Router(case.router),
+        zero_experts=case.zero_experts,
         **lsh_settings(case),
     )
     scmoe.validate(case.num_layers)
@@ -133,6 +145,9 @@ def build(case: Case):
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(parameter(global_name(name), tuple(value.shape)))
+        for name, value in model.named_buffers():
+            if name.endswith("expert_bias"):
+                value.copy_(case.router_bias(int(name.split(".")[2]) // case.moe_every))
     return model
 
 
@@ -165,6 +180,7 @@ def transformer_config(case: Case):
         num_moe_experts=sizes.num_experts,
         moe_router_topk=2 if case.shortcut == "dgmoe" else case.topk,  # one for each gate
         moe_router_pre_softmax=True,
+        moe_router_topk_scaling_factor=ROUTED_SCALING if case.router == "longcat" else None,
         moe_router_load_balancing_type="none",
         moe_token_dispatcher_type="alltoall",
         moe_layer_freq=([0] * (case.moe_every - 1) + [1]) * case.num_groups,

@@ -56,6 +56,10 @@ class ReferenceConfig:
     num_query_groups: int | None = None
     kv_channels: int | None = None
     untied_embeddings: bool = True
+    zero_experts: int = 0
+    router_biases: tuple[Tensor, ...] = ()
+    """LongCat-Flash's router: for each group, the bias [experts + zero experts] of a choice; none: Megatron's router."""
+    routed_scaling: float = 1.0
     lsh_columns: tuple[tuple[Tensor, ...], ...] = ()
     """LSH-MoE: for each group, the columns [h, width] that each of its hash functions keeps; none: no compression."""
     lsh_compensation: str = "paper"
@@ -69,7 +73,8 @@ class ReferenceConfig:
             "pos2 and pos3 need moe_every >= 2": self.moe_every >= 2 or not {"pos2", "pos3"} & set(self.positions),
             f"combine is of {COMBINES}": self.combine in COMBINES,
             "cg1 and cg2 weigh a shared expert": self.combine == "add" or self.shared_ffn_hidden_size is not None,
-            "1 <= topk <= num_experts": 1 <= self.topk <= self.num_experts,
+            "1 <= topk <= num_experts": 1 <= self.topk <= self.num_experts + self.zero_experts,
+            "zero experts need LongCat-Flash's router": not self.zero_experts or bool(self.router_biases),
             "top-1 needs pre_softmax, or its gate is the constant 1": self.topk > 1 or self.pre_softmax,
             "normalization is LayerNorm or RMSNorm": self.normalization in ("LayerNorm", "RMSNorm"),
             "arch is scmoe or dgmoe": self.arch in ("scmoe", "dgmoe"),
@@ -158,6 +163,17 @@ def route(logits: Tensor, topk: int, *, pre_softmax: bool) -> list[tuple[int, Te
     chosen = _ranking(logits)[:topk]
     weights = softmax(logits)[chosen] if pre_softmax else softmax(logits[chosen])
     return list(zip(chosen, weights.unbind(), strict=True))
+
+
+def route_longcat(logits: Tensor, bias: Tensor, topk: int, factor: float) -> list[tuple[int, Tensor]]:
+    """(expert, weight) of the `topk` choices of one token as LongCat-Flash makes them (arXiv 2509.01322, section 2.1).
+
+    The softmax runs over real and zero experts; the bias decides who is chosen and has no part in the weights, which do
+    not sum to one. Experts behind the real ones are zero experts.
+    """
+    scores = softmax(logits)
+    chosen = _ranking(scores + bias)[:topk]
+    return [(expert, factor * scores[expert]) for expert in chosen]
 
 
 def route_twice(previous_logits: Tensor, current_logits: Tensor) -> tuple[tuple[int, Tensor], tuple[int, Tensor]]:
@@ -262,10 +278,12 @@ Choices = list[tuple[int, Tensor]]
 
 
 def experts_output(params: Params, prefix: str, choices: Choices, token: Tensor, cfg: ReferenceConfig) -> Tensor:
-    """sum_i G_i E_i(token) of one token [h] over its chosen experts."""
+    """sum_i G_i E_i(token) of one token [h] over its chosen experts; a zero expert returns the token."""
     output = torch.zeros_like(token)
     for expert, weight in choices:
-        output = output + weight * feed_forward(params, f"{prefix}experts.local_experts.{expert}.", token, cfg)
+        zero = expert >= cfg.num_experts
+        result = token if zero else feed_forward(params, f"{prefix}experts.local_experts.{expert}.", token, cfg)
+        output = output + weight * result
     return output
 
 
@@ -298,6 +316,9 @@ def all_experts_output(
     for token, its_choices in zip(tokens, choices, strict=True):
         output = torch.zeros_like(token)
         for expert, weight in its_choices:
+            if expert >= cfg.num_experts:
+                output = output + weight * token
+                continue
             members = clusters[expert, bucket(token, columns)]
             centroid = sum(members[1:], members[0]) / len(members)
             result = feed_forward(params, f"{prefix}experts.local_experts.{expert}.", centroid, cfg)
@@ -323,7 +344,11 @@ def moe_output(params: Params, prefix: str, source: Tensor, current: Tensor, cfg
         routed = all_experts_output(params, prefix, [[other] for _, other in pairs], currents, cfg)
         routed = [one + other for one, other in zip(previous, routed, strict=True)]
     else:
-        choices = [route(token @ router, cfg.topk, pre_softmax=cfg.pre_softmax) for token in sources]
+        if cfg.router_biases:
+            bias = cfg.router_biases[int(prefix.split(".")[2]) // cfg.moe_every]
+            choices = [route_longcat(token @ router, bias, cfg.topk, cfg.routed_scaling) for token in sources]
+        else:
+            choices = [route(token @ router, cfg.topk, pre_softmax=cfg.pre_softmax) for token in sources]
         routed = all_experts_output(params, prefix, choices, sources, cfg)
     routed_output = torch.stack(routed).view_as(current)
     if cfg.shared_ffn_hidden_size is None:
@@ -425,7 +450,7 @@ def _block_shapes(cfg: ReferenceConfig, index: int) -> dict[str, tuple[int, ...]
     shapes |= _norm_shapes(name + "pre_mlp_layernorm.", cfg)
     if (index + 1) % cfg.moe_every != 0:
         return shapes | _feed_forward_shapes(mlp, cfg.ffn_hidden_size, cfg)
-    shapes[mlp + "router.weight"] = (cfg.num_experts, h)
+    shapes[mlp + "router.weight"] = (cfg.num_experts + cfg.zero_experts, h)
     for expert in range(cfg.num_experts):
         shapes |= _feed_forward_shapes(f"{mlp}experts.local_experts.{expert}.", cfg.moe_ffn_hidden_size, cfg)
     if cfg.shared_ffn_hidden_size is not None:

@@ -72,10 +72,15 @@ COMMON += ["--dist-ckpt-optim-fully-reshardable", "--hidden-dropout 0", "--atten
 COMMON += ["--override-opt-param-scheduler", "--make-vocab-size-divisible-by 8"]
 ARCHITECTURES = {"scmoe": with_flags(SCMOE, *COMMON), "dgmoe": with_flags(DGMOE, *COMMON)}
 STOCK = with_flags(STOCK_SHARED_EXPERT, *COMMON, "--moe-layer-freq [0,1]*4")
+LATENT = "--multi-latent-attention --qk-head-dim 8 --qk-pos-emb-head-dim 8 --v-head-dim 8 --kv-lora-rank 8"
+LONGCAT = f"{LATENT} --q-lora-rank 16 --qk-layernorm --rope-type rope --latent-scaling longcat --shortcut-combine add"
+LONGCAT += " --router longcat --zero-experts 2 --moe-router-topk 3 --moe-router-topk-scaling-factor 6.0"
+LONGCAT += " --moe-router-load-balancing-type none --moe-router-bias-update-rate 0.01"
 MODELS = {
     **ARCHITECTURES,
     "dgmoe-share": with_flags(ARCHITECTURES["dgmoe"], "--moe-share-groups 2"),
     "stock": STOCK,
+    "longcat": with_flags(ARCHITECTURES["scmoe"], *("--" + change for change in LONGCAT[2:].split(" --"))),
 }
 BALANCE_LOSSES = {
     # kind -> the name under which Core logs it
@@ -281,7 +286,56 @@ def test_bf16_layout_agrees_with_one_rank(start_of, model, layout):
     assert_agree(start.continued(layout).scalars, start.expected, BF16_TOLERANCE)
 
 
-LATENT = "--multi-latent-attention --qk-head-dim 8 --qk-pos-emb-head-dim 8 --v-head-dim 8 --kv-lora-rank 8"
+LONGCAT_LAYOUTS = ("ep2", "tp2 sp", "tp2 ep2", "pp2", "dp2 overlapped gather", "recompute full uniform", "tp2 pp2 ep2")
+QUICK_LONGCAT = {"ep2", "tp2 sp", "recompute full uniform"}
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(one, marks=() if one in QUICK_LONGCAT else pytest.mark.full) for one in LONGCAT_LAYOUTS]
+)
+def test_longcat_agrees_with_one_rank(start_of, layout):
+    """Latent attention under tensor parallelism, zero experts, and biases that move with all ranks' tokens."""
+    start = start_of("longcat")
+    assert_agree(start.continued(layout).scalars, start.expected)
+
+
+def train_with_cores_attention(flags: list[str]) -> Result:
+    """``train`` with Core's own latent attention in the local spec."""
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+    from megatron_scmoe import specs
+
+    specs.LatentSelfAttention = MLASelfAttention
+    return train(flags)
+
+
+def rotary_gradients(start: Start, layout: str, function, name: str) -> list[torch.Tensor]:
+    """Of the rows that make the key's rotary part, in every block: what a step of plain descent takes from them."""
+    folder = start.folder / name
+    flags = flags_of("longcat", layout, *start.more, "--train-iters 2", f"--save {folder}", "--save-interval 2")
+    flags = with_flags(flags, "--no-save-optim", "--optimizer sgd", "--lr 1", "--clip-grad 0")
+    flags = without_flag(without_flag(flags, "--use-distributed-optimizer"), "--dist-ckpt-optim-fully-reshardable")
+    results = ranks.run(function, LAYOUTS[layout][0], flags, timeout_s=180)
+    assert "exit code" not in results[0].printed, results[0].printed[-3000:]
+    before, after = (
+        ranks.run(training.checkpoint_tensors, 1, path, step)[0]
+        for path, step in ((start.folder / "start", 1), (folder, 2))
+    )
+    names = [key for key in after if key.endswith("linear_kv_down_proj.weight")]
+    assert len(names) == 8
+    return [(before[key] - after[key])[8:] for key in names]  # behind the rows of the latent
+
+
+def test_cores_latent_attention_loses_gradients_under_tensor_parallelism(start_of):
+    """Why there is a class of ours; Core's is the negative control."""
+    start = start_of("longcat")
+    expected = rotary_gradients(start, "one", train, "sgd-one")
+    ours = rotary_gradients(start, "tp2 sp", train, "sgd-ours")
+    cores = rotary_gradients(start, "tp2 sp", train_with_cores_attention, "sgd-cores")
+    for one, two, other in zip(expected, ours, cores, strict=True):
+        assert one.abs().max() > 1e-5
+        assert (two - one).norm() < 1e-5 * one.norm()
+        assert (other - one).norm() > 5e-4 * one.norm()  # up to 0.14, where attention is not even
 
 
 @pytest.mark.full

@@ -41,7 +41,7 @@ ARROWS: dict[str, set[str]] = {
     "layer": {"codec", "config", "dispatch", "gating", "mcore", "observe", "plan", "router"},
     "pipelined": {"codec", "config", "dispatch", "mcore", "observe", "plan"},
     "specs": {"config", "attention", "layer", "mcore", "norm", "pipelined", "router"},
-    "model": {"config", "layer", "specs"},
+    "model": {"config", "layer", "mcore", "specs"},
     "corpus": {"config"},
     "resume": {"config", "mcore"},
     "arguments": {"config", "corpus", "mcore", "refusals", "resume"},

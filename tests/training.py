@@ -99,9 +99,13 @@ def scalars(directory: Path, *names: str) -> dict[str, dict[int, float]]:
     return {name: {event.step: event.value for event in events.Scalars(name)} for name in names}
 
 
-def checkpoint_tensors(directory: Path, iteration: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a torch_dist checkpoint by its sharded key, as saved: parameters and optimizer moments."""
+def checkpoint_tensors(directory: Path, iteration: int | None = None) -> dict[str, torch.Tensor]:
+    """Every tensor of a torch_dist checkpoint by its sharded key, as saved: parameters and optimizer moments.
+
+    Without an iteration: of a release, which tools/convert_checkpoint.py writes.
+    """
     from megatron.core import dist_checkpointing
 
-    plain = dist_checkpointing.load_plain_tensors(str(directory / f"iter_{iteration:07d}"))
+    name = "release" if iteration is None else f"iter_{iteration:07d}"
+    plain = dist_checkpointing.load_plain_tensors(str(directory / name))
     return {key: value for key, value in plain.items() if isinstance(value, torch.Tensor)}
