@@ -58,7 +58,7 @@ class ReferenceConfig:
     untied_embeddings: bool = True
     zero_experts: int = 0
     router_biases: tuple[Tensor, ...] = ()
-    """LongCat-Flash's router: for each group, the bias [experts + zero experts] of a choice; none: Megatron's router."""
+    """LongCat-Flash's router: for each group, the bias of a choice, [experts + zero experts]; none: Megatron's."""
     routed_scaling: float = 1.0
     lsh_columns: tuple[tuple[Tensor, ...], ...] = ()
     """LSH-MoE: for each group, the columns [h, width] that each of its hash functions keeps; none: no compression."""

@@ -1,0 +1,5 @@
+"""Checkpoints in and out.
+
+``tensors`` says what every format looks like from here, ``plan`` what becomes of each tensor, and accounts for all of
+them. ``formats`` is the table of what can become what, ``engine`` does it, ``journal`` continues what was killed.
+"""

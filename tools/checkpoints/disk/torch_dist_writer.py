@@ -1,0 +1,174 @@
+"""Writes weights in Megatron's format torch_dist, as a release: what a training run starts from, at iteration 0."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # the name that is in every such file
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from checkpoints.disk.files import Sink
+from checkpoints.disk.torch_dist import COMMON, CONFIG, TRACKER
+from checkpoints.disk.torch_dist_metadata import METADATA
+from checkpoints.plan import Piece
+from checkpoints.tensors import CheckpointError, TensorInfo
+
+FOLDER = "release"
+"""Of a release Megatron loads no optimizer, no random numbers and no iteration, with --finetune and without."""
+_OBJECTS = "__0_objects.distcp"
+_MODULE_WITH_STATE = re.compile(r"(?:.*\.)?(?:linear_\w+|\w*norm)")
+_LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "data_parallel_size",
+    "world_size",
+    "rank",
+    "local_rank",
+)
+"""Of the run that saved the source; the weights alone fit any layout."""
+
+
+class MegatronWriter:
+    """Writes a torch_dist folder; see ``engine.Writer``."""
+
+    keeps_tensors_whole = False
+
+    def __init__(self, expected: Mapping[str, TensorInfo], args: Mapping[str, Any]) -> None:
+        """
+        Args:
+            expected: every tensor of the checkpoint.
+            args: the arguments to save, of builtin types and torch.dtype.
+
+        Raises:
+            CheckpointError: for arguments of other types.
+        """
+        self._expected = expected
+        self._common = _saved(_common_state(args))
+        try:
+            with torch.serialization.safe_globals([Namespace]):
+                torch.load(io.BytesIO(self._common), weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            raise CheckpointError(
+                f"saved arguments have builtin types, and one has {found[1] if found else 'another'}; no way known"
+            ) from None
+
+    def part_path(self, number: int, total: int) -> str:
+        """Where part ``number``, counted from 0, of ``total`` lies."""
+        return f"{FOLDER}/__0_{number:0{len(str(total))}d}.distcp"
+
+    def write_part(self, sink: Sink, pieces: Sequence[Piece], tensors: Iterator[Tensor]) -> list[dict[str, Any]]:
+        """Write one file, each piece as a chunk of its tensor."""
+        entries = []
+        for piece, tensor in zip(pieces, tensors, strict=True):
+            offset = sink.position
+            # torch.save would save all of the storage that a view belongs to
+            is_view = tensor.untyped_storage().nbytes() != tensor.nbytes
+            torch.save(tensor.clone() if is_view else tensor, cast(IO[bytes], sink))
+            extent = {"offset": offset, "length": sink.position - offset}
+            entries.append({"name": piece.name, "row": piece.row, "shape": piece.info.shape, **extent})
+        return entries
+
+    def finish(self, folder: Path, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Write everything but the weights.
+
+        Args:
+            folder: that of the checkpoint.
+            parts: what ``write_part`` returned for each, by its path.
+        """
+        chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in self._expected}
+        storage = {}
+        for path, entries in parts.items():
+            for entry in entries:
+                shape = torch.Size(entry["shape"])
+                offsets = torch.Size((entry["row"], *(0 for _ in shape[1:])) if shape else ())
+                chunks[entry["name"]].append(ChunkStorageMetadata(offsets=offsets, sizes=shape))
+                info = _StorageInfo(Path(path).name, entry["offset"], entry["length"])
+                storage[MetadataIndex(entry["name"], offsets)] = info
+        described: dict[str, Any] = {
+            name: TensorStorageMetadata(
+                properties=TensorProperties(dtype=info.dtype), size=torch.Size(info.shape), chunks=chunks[name]
+            )
+            for name, info in self._expected.items()
+        }
+        nothing = _saved([None])
+        (folder / FOLDER / _OBJECTS).write_bytes(self._common + nothing)
+        extents = {COMMON: (0, len(self._common))}
+        extents |= dict.fromkeys(_states(self._expected), (len(self._common), len(nothing)))
+        for key, (offset, length) in extents.items():
+            described[key] = BytesStorageMetadata()
+            storage[MetadataIndex(key)] = _StorageInfo(_OBJECTS, offset, length)
+        metadata = Metadata(
+            state_dict_metadata=described,
+            planner_data={},
+            storage_data=storage,
+            storage_meta=StorageMeta(),
+            version="1.0.0",
+        )
+        (folder / FOLDER / METADATA).write_bytes(pickle.dumps(metadata))
+        config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        (folder / FOLDER / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        (folder / TRACKER).write_text(FOLDER, encoding="utf-8")
+
+
+def _common_state(args: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What Megatron saves beside tensors, as the list of one object that it is saved in."""
+    kept = {name: value for name, value in args.items() if name not in _LAYOUT}
+    fresh = {
+        "ckpt_format": "torch_dist",
+        "no_save_optim": True,
+        "no_save_rng": True,
+        "consumed_train_samples": 0,
+        "skipped_train_samples": 0,
+        "consumed_valid_samples": 0,
+    }
+    return [
+        {
+            "args": Namespace(**{**kept, **fresh}),
+            "checkpoint_version": 3.0,
+            "iteration": 0,
+            # Core would otherwise expect models whose blocks are all alike as one tensor of all blocks.
+            "content_metadata": {"non_homogeneous_layers": True, "singleton_local_shards": False},
+        }
+    ]
+
+
+def _states(names: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """Keys under which Core looks for states of FP8 modules, of either spec: it loads nothing where one is missing."""
+    modules = {name.rpartition(".")[0]: info for name, info in names.items()}
+    for module, info in modules.items():
+        if not _MODULE_WITH_STATE.fullmatch(module):
+            continue
+        if ".experts.experts." in module:
+            yield from (f"{module}._extra_state/shard_{expert}_{info.shape[0]}" for expert in range(info.shape[0]))
+        else:
+            yield f"{module}._extra_state/shard_0_1"
+        if module.endswith(".self_attention.linear_proj"):
+            yield f"{module.removesuffix('linear_proj')}core_attention._extra_state/shard_0_1"
+
+
+def _saved(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()

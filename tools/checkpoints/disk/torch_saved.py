@@ -1,0 +1,169 @@
+"""What torch.save wrote into a range of a file: found, checked and loaded without running anything in it."""
+
+from __future__ import annotations
+
+import enum
+import io
+import pickle
+import re
+import signal
+import struct
+import types
+import warnings
+import zipfile
+from argparse import Namespace
+from pathlib import PosixPath, PurePath
+from typing import IO, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from checkpoints.disk.torch_dist_metadata import METADATA, Chunk, Extent
+from checkpoints.tensors import CheckpointError
+
+_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip file's member: the lengths of what stands before its bytes
+
+
+class Place(NamedTuple):
+    """Where the elements of a saved chunk lie.
+
+    Attributes:
+        offset: of the first one, from the begin of the file.
+        crc: of all of them; None where it is not known.
+    """
+
+    offset: int
+    crc: int | None
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, file: io.FileIO, extent: Extent) -> None:
+        self._file, self._begin, self._length = file, extent.offset, extent.length
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        if start + offset < 0:
+            raise OSError("negative seek position")
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        wanted = min(len(buffer), max(self._length - self._position, 0))
+        self._file.seek(self._begin + self._position)
+        count = self._file.readinto(memoryview(buffer)[:wanted])
+        self._position += count
+        return count
+
+
+def _loaded(window: _Window, device: str) -> Any:
+    """What torch.save wrote, unless it is more than plain data."""
+    with warnings.catch_warnings(action="ignore"):  # about damaged files, which are refused
+        return torch.load(cast(IO[bytes], window), map_location=device, weights_only=True)
+
+
+def find_elements(key: str, chunk: Chunk, dtype: torch.dtype) -> Place:
+    """Find a chunk's elements, and check that they are what .metadata says; none is read.
+
+    Raises:
+        CheckpointError: where they are not.
+    """
+    extent = chunk.extent
+    try:
+        with extent.path.open("rb", buffering=0) as file:
+            window = _Window(file, extent)
+            tensor = _loaded(window, "meta")
+            with zipfile.ZipFile(window) as archive:
+                members = archive.infolist()
+            (member,) = [member for member in members if re.fullmatch(r"[^/]*/data/\d+", member.filename)]
+            begin = _begin(window, member)
+            orders = [member for member in members if member.filename.endswith("/byteorder")]
+            is_little = all(_begin(window, order) and window.read(6) == b"little" for order in orders)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{extent.path}: {key} is damaged, or no plain tensor and could run code; get it from a source you trust"
+        ) from None
+    except Exception as error:  # torch and zipfile raise all kinds of errors for a damaged file
+        if isinstance(error, OSError) and error.errno:
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+        raise CheckpointError(f"{extent.path} is damaged at {key} ({reason}); get it anew") from None
+    is_plain = isinstance(tensor, Tensor) and tensor.is_contiguous() and is_little
+    if not is_plain or tuple(tensor.shape) != chunk.sizes or tensor.dtype != dtype:
+        raise CheckpointError(f"{extent.path} is damaged: {key} is not the tensor that {METADATA} says; get it anew")
+    skipped = tensor.storage_offset() * dtype.itemsize
+    begin += extent.offset + skipped
+    is_stored = member.compress_type == zipfile.ZIP_STORED and skipped + tensor.nbytes <= member.file_size
+    if not is_stored or begin + tensor.nbytes > extent.offset + extent.length:
+        raise CheckpointError(f"{extent.path} is damaged: {key} does not lie where it should; get it anew")
+    return Place(begin, member.CRC if tensor.nbytes == member.file_size and member.CRC else None)
+
+
+def _begin(window: _Window, member: zipfile.ZipInfo) -> int:
+    """Where the bytes of a member begin; the file is there afterwards."""
+    window.seek(member.header_offset)
+    window.seek(sum(_LOCAL_HEADER.unpack(window.read(_LOCAL_HEADER.size))), io.SEEK_CUR)
+    return window.tell()
+
+
+def _value(*values: Any) -> Any:
+    """Stands in for Core's enumerations: their value."""
+    return values[0] if values else None
+
+
+class _State:
+    """Stands in for Core's classes that only Core has a use for."""
+
+
+_CORE_ENUMS = ("AttnBackend", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope", "ModelType")
+_SAFE_NAMES: list[Any] = [
+    Namespace,
+    types.SimpleNamespace,
+    PosixPath,
+    signal.Signals,
+    *((_value, f"megatron.core.{module}.{name}") for module in ("transformer.enums", "enums") for name in _CORE_ENUMS),
+    *((_value, f"megatron.core.rerun_state_machine.{name}") for name in ("RerunMode", "RerunState", "RerunDiagnostic")),
+    (_State, "megatron.core.optimizer.optimizer_config.OptimizerConfig"),
+]
+
+
+def load_plain(extent: Extent) -> Any:
+    """Load an object that consists of builtin types, tensors and Core's enumerations."""
+    try:
+        with extent.path.open("rb", buffering=0) as file, torch.serialization.safe_globals(_SAFE_NAMES):
+            return _loaded(_Window(file, extent), "cpu")
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
+        what = f"asks for {found[1]}" if found else "is no plain data"
+        raise CheckpointError(
+            f"{extent.path}: the common state {what}, which could run code; get it from a source that you trust"
+        ) from None
+    except Exception as error:  # torch raises all kinds of errors for a damaged file
+        if isinstance(error, OSError) and error.errno:
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+        raise CheckpointError(f"{extent.path} is damaged: no common state ({reason}); get it anew") from None
+
+
+def as_builtin(value: Any) -> Any:
+    """Builtin types for enumerations and paths, wherever in ``value``."""
+    if isinstance(value, enum.Enum):
+        return as_builtin(value.value)
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, dict):
+        return {as_builtin(key): as_builtin(item) for key, item in value.items()}
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(map(as_builtin, value))
+    return value

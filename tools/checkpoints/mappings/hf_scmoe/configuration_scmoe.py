@@ -1,0 +1,231 @@
+"""Configuration of shortcut-connected mixture-of-experts models (ScMoE and DGMoE, arXiv 2404.05019)."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+from transformers import PretrainedConfig
+
+_CHOICES = {
+    "activation": ("swiglu", "gelu", "squared_relu"),
+    "normalization": ("RMSNorm", "LayerNorm"),
+    "position_embedding": ("rope", "learned_absolute", "none"),
+    "attention": ("grouped_query", "multi_latent"),
+    "latent_scaling": ("none", "longcat"),
+    "shortcut": ("none", "scmoe", "dgmoe"),
+    "shortcut_combine": ("add", "cg1", "cg2"),
+    "router": ("core", "longcat"),
+    "router_score_function": ("softmax", "sigmoid", "sqrtsoftplus"),
+    "router_dtype": (None, "float32", "float64"),
+}
+_POSITIONS = ("pos1", "pos2", "pos3")
+
+
+class ScMoEConfig(PretrainedConfig):
+    """What a model is made of. The docstring below a field says what it means.
+
+    A model is a row of blocks: attention, then an MLP or an MoE. ``moe_every`` consecutive blocks are a group, the last
+    of which carries the MoE; its routed experts may read an earlier tensor of the group than the rest of that block.
+    """
+
+    model_type = "scmoe"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the name and type are those of transformers)
+
+    vocab_size: int = 32000
+    """Rows of the embedding. Megatron pads them to a round number; padded rows are kept, and no token has their ids."""
+
+    hidden_size: int = 1024
+
+    num_hidden_layers: int = 24
+    """Blocks, each with one attention; a multiple of ``moe_every`` unless ``shortcut`` is none."""
+
+    intermediate_size: int = 2816
+    """Width of the MLP of a block without an MoE."""
+
+    activation: str = "swiglu"
+    """Of every MLP and expert. swiglu: silu(gate) * up; gelu (exact) and squared_relu have no gate projection."""
+
+    normalization: str = "RMSNorm"
+    """RMSNorm, or LayerNorm with a bias."""
+
+    norm_eps: float = 1e-5
+    """Epsilon of every norm, except those of latents where ``latent_scaling`` is longcat."""
+
+    max_position_embeddings: int = 4096
+    """Tokens of a sequence in training; with learned_absolute there is an embedding for each and no more."""
+
+    position_embedding: str = "rope"
+    """rope: queries and keys turn; learned_absolute: an embedding is added to that of the token; none. Multi-latent
+    attention turns its rotary parts whatever this is."""
+
+    rope_parameters: dict[str, Any] = field(default_factory=dict)
+    """Of transformers: rope_type (default or yarn), rope_theta, partial_rotary_factor, and yarn's own."""
+
+    tie_word_embeddings: bool = False
+    """Whether the output layer is the embedding."""
+
+    attention: str = "grouped_query"
+    """grouped_query: each key and value head serves several query heads; multi_latent: queries, and keys with values,
+    are projected from a latent each (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+    num_attention_heads: int = 16
+
+    num_key_value_heads: int = 16
+    """Heads of keys and values; grouped_query only."""
+
+    head_dim: int = 64
+    """Size of a head; multi_latent: of its part that turns, ``qk_rope_head_dim``."""
+
+    attention_bias: bool = False
+    """Whether the projections of queries, keys and values have biases; grouped_query only."""
+
+    qk_norm: bool = False
+    """grouped_query: a norm over each head's query and key, before they turn; multi_latent: norms of the latents."""
+
+    softmax_scale: float | None = None
+    """Factor of the attention scores; None: 1 / sqrt(size of a query)."""
+
+    q_lora_rank: int | None = None
+    """Size of the latent of queries; None: queries are projected from the hidden state."""
+
+    kv_lora_rank: int = 512
+    """Size of the latent of keys and values."""
+
+    qk_nope_head_dim: int = 128
+    """Size of a query's or key's part that does not turn; multi_latent only, as the next two."""
+
+    qk_rope_head_dim: int = 64
+
+    v_head_dim: int = 128
+
+    latent_scaling: str = "none"
+    """longcat: norms of latents have an epsilon of 1e-6 and are multiplied by sqrt(hidden size / rank)
+    (LongCat-Flash, arXiv 2509.01322)."""
+
+    shortcut: str = "scmoe"
+    """scmoe: the routed experts read the tensor at ``shortcut_position``, the shared expert the current one; dgmoe: no
+    shared expert, and two top-1 gates of one router that read one of them each and choose different experts; none: the
+    MoE reads the current tensor."""
+
+    shortcut_position: list[str] = field(default_factory=list)
+    """One position for all groups, or one for each. pos1: output of the preceding block; pos2: between attention and
+    MLP of the preceding block; pos3: input of the preceding block. Always behind the norm that follows there. Empty:
+    pos2, or pos1 where a group has one block."""
+
+    shortcut_combine: str = "cg1"
+    """How the shared expert is added to the routed ones. add: sum; cg1: times a sigmoid gate; cg2: a softmax over two
+    coefficients weighs them."""
+
+    moe_every: int = 2
+    """Blocks in a group."""
+
+    moe_share_groups: int = 1
+    """2: the second group of each pair uses router and experts of the first; dgmoe only."""
+
+    moe_layer_pattern: list[int] = field(default_factory=list)
+    """For shortcut none: 1 for a block with an MoE, 0 for one with an MLP. Empty: all have an MoE, or, without
+    ``num_experts``, an MLP."""
+
+    num_experts: int = 8
+    """Routed experts; 0 for a model without an MoE."""
+
+    num_experts_per_tok: int = 1
+    """Routed experts of a token. dgmoe: 2, one for each gate."""
+
+    moe_intermediate_size: int = 2816
+    """Width of a routed expert."""
+
+    shared_expert_intermediate_size: int | None = None
+    """Width of the shared expert; None: there is none."""
+
+    router: str = "core"
+    """core: Megatron's; longcat: chosen by softmax plus bias, weighed by the softmax alone (LongCat-Flash)."""
+
+    zero_experts: int = 0
+    """Experts behind the others that give a token back as it is; longcat only."""
+
+    router_score_function: str = "softmax"
+    """softmax, sigmoid or sqrtsoftplus of the router's logits. The last two are divided by their sum over the chosen
+    experts, where there is more than one."""
+
+    router_pre_softmax: bool = False
+    """Whether the softmax runs over all experts, and chosen ones keep their share of it, or over the chosen alone."""
+
+    router_expert_bias: bool = False
+    """Whether a bias takes part in the choice (and not in the weights)."""
+
+    router_num_groups: int | None = None
+    """Groups of experts, of which a token uses ``router_group_topk``."""
+
+    router_group_topk: int | None = None
+
+    routed_scaling_factor: float = 1.0
+    """Factor of the weights of routed experts."""
+
+    router_dtype: str | None = None
+    """float32 or float64: in which the router's logits are computed; None: as the hidden states."""
+
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    megatron: dict[str, Any] | None = None
+    """What the way back to a Megatron checkpoint needs beside all this; the model does not read it."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in what depends on other fields, and refuse what is no model."""
+        if not self.shortcut_position:
+            self.shortcut_position = ["pos1" if self.moe_every == 1 else "pos2"]
+        if not self.moe_layer_pattern:
+            self.moe_layer_pattern = [int(self.num_experts > 0)] * self.num_hidden_layers
+        if self.attention == "multi_latent":
+            self.head_dim = self.qk_rope_head_dim
+        self._check()
+        super().__post_init__(**kwargs)
+
+    def _check(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is one of {choices}: it is {getattr(self, name)!r}")
+        num_groups, rest = divmod(self.num_hidden_layers, self.moe_every)
+        rules = {
+            "every group is whole": self.shortcut == "none" or rest == 0,
+            "shortcut_position has one value or one for each group": self.shortcut == "none"
+            or len(self.shortcut_position) in (1, num_groups),
+            f"a position is one of {_POSITIONS}": set(self.shortcut_position) <= set(_POSITIONS),
+            "a group of one block has pos1 alone": self.moe_every > 1 or set(self.shortcut_position) == {"pos1"},
+            "moe_layer_pattern has one value for each block": len(self.moe_layer_pattern) == self.num_hidden_layers,
+            "scmoe has a shared expert": self.shortcut != "scmoe" or bool(self.shared_expert_intermediate_size),
+            "dgmoe has no shared expert": self.shortcut != "dgmoe" or not self.shared_expert_intermediate_size,
+            "dgmoe's gates take one expert each": self.shortcut != "dgmoe" or self.num_experts_per_tok == 2,
+            "groups share in pairs, in dgmoe": self.moe_share_groups == 1
+            or (self.moe_share_groups == 2 and self.shortcut == "dgmoe" and num_groups % 2 == 0),
+            "zero experts are chosen by the router longcat": not self.zero_experts or self.router == "longcat",
+            "that many experts can be chosen": not self.num_experts
+            or 1 <= self.num_experts_per_tok <= self.num_experts + self.zero_experts,
+        }
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if broken:
+            raise ValueError(f"{'; '.join(broken)}: {self.shortcut=}, {self.moe_every=}, {self.num_hidden_layers=}")
+
+    def groups(self) -> list[tuple[range, str | None]]:
+        """The blocks of every group, and the position that its routed experts read; None: the current tensor."""
+        if self.shortcut == "none":
+            return [(range(block, block + 1), None) for block in range(self.num_hidden_layers)]
+        size = self.moe_every
+        starts = range(0, self.num_hidden_layers, size)
+        positions = self.shortcut_position * (len(starts) if len(self.shortcut_position) == 1 else 1)
+        return [(range(start, start + size), positions[group]) for group, start in enumerate(starts)]
+
+    def carries_moe(self, block: int) -> bool:
+        """Whether an MoE stands in the place of the MLP of a block, its own or a borrowed one."""
+        if self.shortcut == "none":
+            return bool(self.moe_layer_pattern[block])
+        return (block + 1) % self.moe_every == 0
+
+    def borrows_moe(self, block: int) -> bool:
+        """Whether the MoE of a block is that of the group before it."""
+        return self.carries_moe(block) and (block // self.moe_every) % self.moe_share_groups > 0

@@ -1,0 +1,82 @@
+"""Where the two specs keep their norms: the same parameters under other names.
+
+Transformer Engine fuses a norm into the linear behind it and names it after that. Core's local spec keeps the same
+names, except where it does not: the norm before an MoE, and all norms of multi-latent attention.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+
+from checkpoints.disk.torch_dist import MegatronCheckpoint
+from checkpoints.formats import Target
+from checkpoints.plan import Conversion, Piece, Read
+from checkpoints.tensors import CheckpointError
+
+SPECS = ("local", "transformer_engine")
+
+
+def carries_moe(args: Namespace, block: int) -> bool:
+    """Whether block number ``block``, counted from 0 over the whole model, has an MoE in the place of its MLP."""
+    if not args.num_experts:
+        return False
+    pattern = args.moe_layer_freq
+    return block % pattern == 0 if isinstance(pattern, int) else bool(pattern[block])
+
+
+def norm_names(args: Namespace, spec: str, block: int) -> Mapping[str, str]:
+    """The prefix, inside block number ``block``, of each norm's parameters in a checkpoint of ``spec``, by its module.
+
+    A prefix and ``weight`` or ``bias`` make a name.
+    """
+    latent, fused = args.multi_latent_attention, spec == "transformer_engine"
+    names = {
+        "input_layernorm": "input_layernorm." if latent else "self_attention.linear_qkv.layer_norm_",
+        "pre_mlp_layernorm": "mlp.linear_fc1.layer_norm_",
+    }
+    if carries_moe(args, block) if fused else latent:
+        names["pre_mlp_layernorm"] = "pre_mlp_layernorm."
+    if latent and args.qk_layernorm:
+        fused_latents = fused and getattr(args, "latent_scaling", "none") == "none"
+        for latent_of in ("q", "kv") if args.q_lora_rank else ("kv",):
+            alone, in_linear = f"{latent_of}_layernorm.", f"linear_{latent_of}_up_proj.layer_norm_"
+            names[f"{latent_of}_layernorm"] = "self_attention." + (in_linear if fused_latents else alone)
+    return names
+
+
+def convert(source: MegatronCheckpoint, *, transformer_impl: str) -> Target:
+    """The same checkpoint for the other spec.
+
+    Args:
+        source: of either spec.
+        transformer_impl: the spec that is to load the result, one of ``SPECS``.
+
+    Raises:
+        CheckpointError: where it is of that spec already.
+    """
+    args = source.args
+    if args.transformer_impl == transformer_impl:
+        raise CheckpointError(
+            f"nothing to convert: {source.folder} is a checkpoint of the spec {transformer_impl} already; "
+            f"use --transformer-impl {SPECS[1 - SPECS.index(transformer_impl)]}"
+        )
+    renamed: dict[str, str] = {}
+    for block in range(args.num_layers):
+        then, now = (norm_names(args, spec, block) for spec in (args.transformer_impl, transformer_impl))
+        for module in then:
+            for part in ("weight", "bias"):
+                prefix = f"decoder.layers.{block}."
+                renamed[prefix + then[module] + part] = prefix + now[module] + part
+    names = {name: renamed.get(name, name) for name in source.infos}
+    return Target(
+        conversion=Conversion(
+            pieces=tuple(
+                Piece(name=names[name], info=info, reads=(Read(name),)) for name, info in source.infos.items()
+            ),
+            expected={names[name]: info for name, info in source.infos.items()},
+            dropped=source.others,
+        ),
+        args={**vars(args), "transformer_impl": transformer_impl},
+        files={},
+    )

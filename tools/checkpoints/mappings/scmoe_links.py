@@ -1,0 +1,199 @@
+"""Which tensors of this plugin's checkpoints and of a Hugging Face ScMoE folder hold the same numbers."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from checkpoints.mappings.norms import carries_moe, norm_names
+from checkpoints.plan import as_it_is
+
+Shape = tuple[int, ...]
+
+
+def _alone(rows: Tensor) -> Sequence[Tensor]:
+    return (rows,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """Rows of a tensor of ours, and the tensors of a Hugging Face folder that hold the same numbers.
+
+    Attributes:
+        ours: name of our tensor.
+        shape: of the whole of it.
+        theirs: names and shapes of their tensors.
+        row: the first row of ours; only that of joined projections and experts is not 0.
+        rows: how many; None for all.
+        split: makes their tensors of our rows.
+        join: makes our rows of their tensors.
+    """
+
+    ours: str
+    shape: Shape
+    theirs: tuple[tuple[str, Shape], ...]
+    row: int = 0
+    rows: int | None = None
+    split: Callable[[Tensor], Sequence[Tensor]] = _alone
+    join: Callable[..., Tensor] = as_it_is
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of ours."""
+        return self.shape[0] if self.rows is None else self.rows
+
+
+def links(args: Namespace) -> Iterator[Link]:
+    """Every tensor of the model that ``args`` describe, block by block.
+
+    Args:
+        args: of a Megatron checkpoint, ``scmoe_settings.complete``.
+    """
+    vocab = (args.padded_vocab_size, args.hidden_size)
+    yield _same("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab)
+    if args.position_embedding_type == "learned_absolute":
+        positions = (args.max_position_embeddings, args.hidden_size)
+        yield _same("embedding.position_embeddings.weight", "model.embed_positions.weight", positions)
+    for block in range(args.num_layers):
+        yield from _block(args, block)
+    yield from _norm(args, "decoder.final_layernorm.", "model.norm.", args.hidden_size)
+    if args.untie_embeddings_and_output_weights:
+        yield _same("output_layer.weight", "lm_head.weight", vocab)
+
+
+def _same(ours: str, theirs: str, shape: Shape) -> Link:
+    return Link(ours=ours, shape=shape, theirs=((theirs, shape),))
+
+
+def _norm(args: Namespace, ours: str, theirs: str, size: int) -> Iterator[Link]:
+    for part in ("weight", "bias") if args.normalization == "LayerNorm" else ("weight",):
+        yield _same(ours + part, theirs + part, (size,))
+
+
+def _block(args: Namespace, block: int) -> Iterator[Link]:
+    ours, theirs = f"decoder.layers.{block}.", f"model.layers.{block}."
+    norms = norm_names(args, args.transformer_impl, block)
+    yield from _norm(args, ours + norms["input_layernorm"], f"{theirs}input_layernorm.", args.hidden_size)
+    attention = _latent_attention if args.multi_latent_attention else _grouped_query_attention
+    yield from attention(args, ours, f"{theirs}self_attn.", norms)
+    yield from _norm(args, ours + norms["pre_mlp_layernorm"], f"{theirs}post_attention_layernorm.", args.hidden_size)
+    if not carries_moe(args, block):
+        yield from _mlp(args, f"{ours}mlp.", f"{theirs}mlp.", args.ffn_hidden_size)
+    elif args.shortcut == "none" or block // args.moe_every % args.moe_share_groups == 0:
+        yield from _moe(args, ours, f"{theirs}moe.")
+
+
+def _grouped_query_attention(args: Namespace, ours: str, theirs: str, _norms: Mapping[str, str]) -> Iterator[Link]:
+    hidden, heads = args.hidden_size, args.num_attention_heads
+    size = args.kv_channels or hidden // heads
+    groups = args.num_query_groups if args.group_query_attention else heads
+    counts = {"q": heads, "k": groups, "v": groups}
+    for part, rest in (("weight", (hidden,)), ("bias", ())) if args.add_qkv_bias else (("weight", (hidden,)),):
+        yield Link(
+            ours=f"{ours}self_attention.linear_qkv.{part}",
+            shape=(sum(counts.values()) * size, *rest),
+            theirs=tuple((f"{theirs}{x}_proj.{part}", (count * size, *rest)) for x, count in counts.items()),
+            split=partial(_split_by_group, groups=groups, size=size),
+            join=partial(_join_by_group, groups=groups),
+        )
+    yield _same(f"{ours}self_attention.linear_proj.weight", f"{theirs}o_proj.weight", (hidden, heads * size))
+    if args.qk_layernorm:
+        for x in "qk":
+            yield from _norm(args, f"{ours}self_attention.{x}_layernorm.", f"{theirs}{x}_norm.", size)
+
+
+def _latent_attention(args: Namespace, ours: str, theirs: str, norms: Mapping[str, str]) -> Iterator[Link]:
+    hidden, heads, kv_rank = args.hidden_size, args.num_attention_heads, args.kv_lora_rank
+    queries = heads * (args.qk_head_dim + args.qk_pos_emb_head_dim)
+    shapes = {
+        ("linear_kv_down_proj", "kv_a_proj_with_mqa"): (kv_rank + args.qk_pos_emb_head_dim, hidden),
+        ("linear_kv_up_proj", "kv_b_proj"): (heads * (args.qk_head_dim + args.v_head_dim), kv_rank),
+        ("linear_proj", "o_proj"): (hidden, heads * args.v_head_dim),
+    }
+    if args.q_lora_rank is None:
+        shapes["linear_q_proj", "q_proj"] = (queries, hidden)
+    else:
+        shapes["linear_q_down_proj", "q_a_proj"] = (args.q_lora_rank, hidden)
+        shapes["linear_q_up_proj", "q_b_proj"] = (queries, args.q_lora_rank)
+    for (our_name, their_name), shape in shapes.items():
+        yield _same(f"{ours}self_attention.{our_name}.weight", f"{theirs}{their_name}.weight", shape)
+    for x, rank in (("q", args.q_lora_rank), ("kv", kv_rank)):
+        if f"{x}_layernorm" in norms:
+            yield from _norm(args, ours + norms[f"{x}_layernorm"], f"{theirs}{x}_a_layernorm.", rank)
+
+
+def _mlp(args: Namespace, ours: str, theirs: str, size: int) -> Iterator[Link]:
+    hidden = args.hidden_size
+    names = ("gate_proj", "up_proj") if args.swiglu else ("up_proj",)
+    for index, name in enumerate(names):
+        yield Link(
+            ours=f"{ours}linear_fc1.weight",
+            shape=(len(names) * size, hidden),
+            theirs=((f"{theirs}{name}.weight", (size, hidden)),),
+            row=index * size,
+            rows=size,
+        )
+    yield _same(f"{ours}linear_fc2.weight", f"{theirs}down_proj.weight", (hidden, size))
+
+
+def _moe(args: Namespace, ours: str, theirs: str) -> Iterator[Link]:
+    hidden, choices = args.hidden_size, args.num_experts + args.zero_experts
+    yield _same(f"{ours}mlp.router.weight", f"{theirs}router.weight", (choices, hidden))
+    if args.moe_router_enable_expert_bias or args.router == "longcat":
+        yield _same(f"{ours}mlp.router.expert_bias", f"{theirs}router.expert_bias", (choices,))
+    for expert in range(args.num_experts):
+        yield from _expert(args, f"{ours}mlp.experts.experts.", f"{theirs}experts.{expert}.", expert)
+    if args.moe_shared_expert_intermediate_size:
+        shared = f"{ours}mlp.shared_experts."
+        yield from _mlp(args, shared, f"{theirs}shared_expert.", args.moe_shared_expert_intermediate_size)
+        if args.shortcut == "scmoe" and args.shortcut_combine == "cg2":
+            yield _same(f"{ours}combine_gate.weight", f"{theirs}combine_gate.weight", (2, hidden))
+        elif args.moe_shared_expert_gate:
+            yield _same(f"{shared}gate_weight", f"{theirs}shared_expert_gate.weight", (1, hidden))
+
+
+def _expert(args: Namespace, ours: str, theirs: str, expert: int) -> Iterator[Link]:
+    """One of the rows of tensors that count experts along their first dimension."""
+    hidden, size = args.hidden_size, args.moe_ffn_hidden_size or args.ffn_hidden_size
+    names = ("gate_proj", "up_proj") if args.swiglu else ("up_proj",)
+    yield Link(
+        ours=f"{ours}linear_fc1.weight",
+        shape=(args.num_experts, len(names) * size, hidden),
+        theirs=tuple((f"{theirs}{name}.weight", (size, hidden)) for name in names),
+        row=expert,
+        rows=1,
+        split=partial(_split_expert, parts=len(names)),
+        join=_join_expert,
+    )
+    yield Link(
+        ours=f"{ours}linear_fc2.weight",
+        shape=(args.num_experts, hidden, size),
+        theirs=((f"{theirs}down_proj.weight", (hidden, size)),),
+        row=expert,
+        rows=1,
+        split=partial(_split_expert, parts=1),
+        join=_join_expert,
+    )
+
+
+def _split_expert(rows: Tensor, *, parts: int) -> Sequence[Tensor]:
+    return rows.squeeze(0).chunk(parts)
+
+
+def _join_expert(*parts: Tensor) -> Tensor:
+    return torch.cat(parts).unsqueeze(0)
+
+
+def _split_by_group(rows: Tensor, *, groups: int, size: int) -> Sequence[Tensor]:
+    """Queries, keys and values of rows that lie by query group: its query heads, its key head, its value head."""
+    heads = rows.unflatten(0, (groups, -1, size))
+    return heads[:, :-2].flatten(0, 2), heads[:, -2].flatten(0, 1), heads[:, -1].flatten(0, 1)
+
+
+def _join_by_group(*parts: Tensor, groups: int) -> Tensor:
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)

@@ -1,0 +1,1 @@
+"""A checkpoint as a model that runs forward, on any layout; and two of them compared."""

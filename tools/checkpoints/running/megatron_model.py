@@ -1,0 +1,211 @@
+"""A Megatron checkpoint as a model that runs forward, on a rank of any layout."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    # Before any import of Megatron, which decides at import time what it finds.
+    from megatron_scmoe import cpu_backend
+
+    cpu_backend.install()
+
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    gather_from_tensor_model_parallel_region,
+    model_parallel_cuda_manual_seed,
+    vocab_parallel_cross_entropy,
+)
+from megatron.core.transformer.module import Float16Module
+from megatron.training.models.gpt import GPTModelBuilder
+
+from checkpoints.disk.torch_dist import MegatronCheckpoint
+from checkpoints.mappings.norms import norm_names
+from checkpoints.running.megatron_args import EMBEDDING, Layout, arguments
+from checkpoints.running.model import Scores
+from checkpoints.tensors import CheckpointError
+from megatron_scmoe.model import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, model_config_from_args
+
+logging.getLogger("megatron").setLevel(logging.ERROR)  # what else it says is for those who train
+
+
+class MegatronModel:
+    """This rank's part of a Megatron checkpoint; see ``checkpoints.running.model.Model``."""
+
+    def __init__(self, folder: Path, layout: Layout, dtype: torch.dtype | None, settings: Mapping[str, object]) -> None:
+        """
+        Args:
+            folder: with latest_checkpointed_iteration.txt, or of one iteration.
+            layout: of all ranks.
+            dtype: of parameters; None: that of the embedding in the checkpoint.
+            settings: in the place of those that were saved.
+
+        Raises:
+            CheckpointError: where it is damaged, or cannot run in this layout.
+        """
+        # Its reader refuses pickles that hold more than a checkpoint's index, which Core's, used below, would load.
+        source = MegatronCheckpoint(folder)
+        vars(source.args).update(settings)
+        if EMBEDDING not in source.infos:
+            raise CheckpointError(f"{source.folder} lacks {EMBEDDING}; get the whole checkpoint")
+        _start_process_group()
+        args, scmoe = arguments(source, layout, dtype or source.infos[EMBEDDING].dtype)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=layout.expert_tensor,
+        )
+        model_parallel_cuda_manual_seed(1234)  # nothing is drawn, but Megatron's layers ask for its generators
+        config = model_config_from_args(args, scmoe)
+        builder = ScMoEGPTModelBuilder if isinstance(config, ScMoEGPTModelConfig) else GPTModelBuilder
+        module = builder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+        module.cuda(torch.cuda.current_device())
+        if args.bf16 or args.fp16:
+            module = Float16Module(config.transformer, module)
+        _load_weights(module, source, args)
+        self._module = module.eval()
+        self.vocab_size = min(args.vocab_size or args.padded_vocab_size, args.padded_vocab_size)
+        self.max_length, self.usual_length = args.max_position_embeddings, args.seq_length
+        self.length_multiple = layout.tensor if args.sequence_parallel else 1
+        self.micro_batches = 1 if layout.pipeline == 1 else 2 * layout.pipeline
+        self.data_rank = parallel_state.get_data_parallel_rank()
+        self.data_size = parallel_state.get_data_parallel_world_size()
+        tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+        self.collects = parallel_state.is_pipeline_last_stage() and tensor_rank == 0
+        self.layout: Mapping[str, int] = {
+            "world_size": dist.get_world_size(),
+            "tensor_model_parallel_size": layout.tensor,
+            "pipeline_model_parallel_size": layout.pipeline,
+            "expert_model_parallel_size": layout.expert,
+            "expert_tensor_parallel_size": layout.expert_tensor,
+        }
+
+    @torch.no_grad()
+    def score(self, tokens: Tensor, labels: Tensor, *, with_logits: bool = False) -> list[Scores]:
+        """See ``Model``."""
+        device = torch.cuda.current_device()
+
+        def step(batches: Iterator[tuple[Tensor, Tensor]], module: torch.nn.Module) -> tuple[Tensor, Any]:
+            ids, targets = (part.to(device) for part in next(batches))
+            positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
+            return module(ids, positions, None), partial(self._scores, targets, with_logits)
+
+        num_micro_batches, size, length = tokens.shape
+        scores = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=zip(tokens, labels, strict=True),
+            model=[self._module],
+            num_microbatches=num_micro_batches,
+            seq_length=length,
+            micro_batch_size=size,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        return scores if self.collects else []
+
+    def _scores(self, labels: Tensor, with_logits: bool, logits: Tensor, *, non_loss_data: bool) -> Scores:
+        """Scores of one micro-batch, from this rank's columns of the logits, [b, s, columns]."""
+        assert non_loss_data
+        whole = None
+        if with_logits:
+            whole = gather_from_tensor_model_parallel_region(logits)[..., : self.vocab_size].float().cpu().clone()
+        # Core's loss as in training, over all rows that the model has; it overwrites the logits that it is given.
+        columns = logits.transpose(0, 1).float().clone(memory_format=torch.contiguous_format)
+        losses = vocab_parallel_cross_entropy(columns, labels.transpose(0, 1).contiguous())
+        return Scores(losses.transpose(0, 1).contiguous().cpu(), whole)
+
+    def summed(self, values: Tensor) -> Tensor:
+        """See ``Model``."""
+        result = values.to(torch.cuda.current_device(), copy=True)
+        dist.all_reduce(result)
+        return result.cpu()
+
+    def shared(self, value: Any) -> Any:
+        """See ``Model``."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def _start_process_group() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if dist.is_initialized():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _load_weights(module: Any, source: MegatronCheckpoint, args: Namespace) -> None:
+    """Fill the parameters of this rank.
+
+    Raises:
+        CheckpointError: on every rank alike, unless every tensor of the model is there, and no other is.
+    """
+    with warnings.catch_warnings(action="ignore"):
+        metadata = dist_checkpointing.load_content_metadata(str(source.folder)) or {}
+    metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    # Extra state is that of low-precision training. Checkpoints that were converted have none.
+    sharded = {
+        name: value
+        for name, value in module.sharded_state_dict(metadata=metadata).items()
+        if isinstance(value, ShardedTensor | ShardedTensorFactory)
+    }
+    then_by_now = _names_in_checkpoint(source.args, args)
+    for value in sharded.values():
+        value.key = then_by_now.get(value.key, value.key)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of torch, about what Core calls
+            state, unused, lacking = dist_checkpointing.load(
+                {"model": sharded}, str(source.folder), strict=StrictHandling.RETURN_ALL
+            )
+    except CheckpointingException as error:
+        raise CheckpointError(f"{source.folder} does not fit its own settings: {str(error)[:200]}") from error
+    of_ranks: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, lacking)
+    if names := sorted(set().union(*of_ranks)):
+        raise CheckpointError(
+            f"{source.folder} lacks {len(names)} tensors of its model, such as {names[0]}; get it whole"
+        )
+    keys = {*source.infos, *(re.sub(r"(decoder\.layers\.)\d+\.", r"\1", name) for name in source.infos)}
+    # Learned compensation of the codec: with every token on its way as it is, there is nothing to compensate.
+    if names := sorted(name for name in unused if name in keys and ".residual_map." not in name):
+        raise CheckpointError(
+            f"{source.folder} has {len(names)} tensors that its model has no place for, such as {names[0]}; its saved "
+            "settings are those of another model"
+        )
+    module.load_state_dict(state["model"], strict=False)
+
+
+def _names_in_checkpoint(then: Namespace, now: Namespace) -> dict[str, str]:
+    """Names of norms that the checkpoint's spec has otherwise than this machine's, by the latter."""
+    then_spec = getattr(then, "transformer_impl", "local")
+    renamed = {}
+    for block in range(now.num_layers):
+        old, new = (norm_names(now, spec, block) for spec in (then_spec, now.transformer_impl))
+        for name, prefix in new.items():
+            for part in ("weight", "bias"):
+                for layers in (f"decoder.layers.{block}.", "decoder.layers."):  # the latter: all blocks in one tensor
+                    renamed[layers + prefix + part] = layers + old[name] + part
+    return renamed

@@ -1,0 +1,288 @@
+#!/usr/bin/env python3
+"""Convert checkpoints: Hugging Face <-> this plugin, one spec to the other, dense models to ScMoE.
+
+Flow: open the source -> decide what becomes of every tensor -> account for all of them -> write part by part -> compare
+both sides if asked to -> rename. Nothing is written before the account is balanced. The result grows in a hidden folder
+beside --save and gets its name by one rename; the same call continues a killed one. Torch is imported late: --help and
+refused options take a tenth of a second.
+"""
+# ruff: noqa: PLC0415
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from command_line import Parser, positive
+
+if TYPE_CHECKING:
+    from checkpoints.engine import Job
+
+SOURCES = ("megatron", "hf-longcat", "hf-scmoe", "hf-dense")
+TARGETS = ("megatron", "hf-longcat", "hf-scmoe")
+SPECS = ("local", "transformer_engine")
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+
+EPILOG = """\
+formats:
+  megatron    a folder that --save of pretrain_gpt_scmoe.py or of Megatron has made (torch_dist); a release when written
+  hf-longcat  a LongcatFlash folder of Hugging Face
+  hf-scmoe    a Hugging Face folder with any model of this plugin and the code that runs it (trust_remote_code)
+  hf-dense    a Hugging Face folder with a Llama, Mistral or Qwen model; only to upcycle from
+
+examples:
+  # LongCat-Flash to train on, and back for everybody else; compare logits on the way
+  convert_checkpoint.py --from hf-longcat --to megatron --load LongCat-Flash-Chat --save longcat
+  convert_checkpoint.py --from megatron --to hf-longcat --load longcat-tuned --save LongCat-Flash-Mine --verify
+
+  # any checkpoint of this plugin for AutoModelForCausalLM, and back
+  convert_checkpoint.py --from megatron --to hf-scmoe --load run/checkpoints --save my-scmoe --verify
+  convert_checkpoint.py --from hf-scmoe --to megatron --load my-scmoe --save again
+
+  # a checkpoint of the local spec for Transformer Engine's
+  convert_checkpoint.py --from megatron --to megatron --load ckpt --save ckpt-te --transformer-impl transformer_engine
+
+  # a dense model as the begin of an ScMoE with 8 experts, half of each drawn anew
+  convert_checkpoint.py --from hf-dense --to megatron --load Llama-3 --save upcycled --experts 8 --drop-ratio 0.5
+
+  # what would happen, and nothing else
+  convert_checkpoint.py --from hf-longcat --to megatron --load LongCat-Flash-Chat --save longcat --dry-run
+
+then train with:
+  pretrain_gpt_scmoe.py --load SAVED --use-checkpoint-args ... (weights only, from iteration 0)
+
+The receipt, conversion.json in the new folder, says what became of every tensor, with hashes and versions. Exit codes:
+0 done, 1 failure, or --verify found a difference, 2 bad request or source, 130 / 143 stopped by a signal.
+"""
+
+
+def size(text: str) -> int:
+    """A number of bytes such as 5GB or 512MiB, as the type of an option."""
+    found = re.fullmatch(r"(\d{1,12})(|K|M|G|Ki|Mi|Gi)B?", text)
+    if not found or not int(found[1]):
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a size like 5GB or 512MiB")
+    return int(found[1]) * UNITS[found[2]]
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """A number from ``low`` to ``high``, as the type of an option."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a number from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    about = "Convert checkpoints: Hugging Face <-> this plugin, one spec to the other, dense models to ScMoE."
+    parser = Parser("convert_checkpoint.py", description=about, epilog=EPILOG, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("--from", dest="source", required=True, choices=SOURCES, help="format of --load")
+    add("--to", dest="target", required=True, choices=TARGETS, help="format of --save")
+    add("--load", required=True, type=Path, metavar="DIR", help="the checkpoint; for megatron also one iteration of it")
+    add("--save", required=True, type=Path, metavar="DIR", help="new folder; nothing is overwritten")
+    add("--shard-size", type=size, default=size("5GB"), metavar="SIZE", help="of a file at most (default 5GB)")
+    impl = "megatron to megatron: the spec that is to load the result"
+    add("--transformer-impl", choices=SPECS, help=impl)
+    add(
+        "--verify", action="store_true", help="compare the logits of both sides in fp32 before the result gets its name"
+    )
+    tolerance = "largest difference of two logits that passes (default %(default)s)"
+    add("--verify-tolerance", type=number(0, 1e9), default=1e-4, metavar="D", help=tolerance)
+    trust = "with --verify: run Python code that --load brings, if it is not this tool's own"
+    add("--trust-remote-code", action="store_true", help=trust)
+    add("--dry-run", action="store_true", help="account for every tensor and write nothing")
+    words = "a dense model, or one of Megatron's MoE, becomes ScMoE; any of these asks for it"
+    group = parser.add_argument_group("upcycling", words)
+    add = group.add_argument
+    add("--position", choices=("pos1", "pos2", "pos3"), help="what the routed experts read (default pos2)")
+    add("--shortcut-combine", dest="combine", choices=("add", "cg1", "cg2"), help="of both outputs (default cg1)")
+    add("--moe-every", type=positive, metavar="N", help="blocks in a group, whose last one gets the MoE (default 2)")
+    add("--experts", type=positive, metavar="N", help="of each MoE, copies of its dense MLP (default 8)")
+    add("--topk", type=positive, metavar="K", help="experts of a token (default 1)")
+    noise = "add noise to each expert, with this part of its weights' deviation (default 0)"
+    add("--expert-noise", dest="noise", type=number(0, 10), metavar="S", help=noise)
+    drop = "draw this part of each expert's inner dimension anew (drop-upcycling; default 0)"
+    add("--drop-ratio", type=number(0, 1), metavar="R", help=drop)
+    add("--seed", type=positive, metavar="N", help="of everything drawn (default 1234)")
+    skip = "do not measure how far the function moves, for which both models have to fit into memory in fp32"
+    add("--skip-change", action="store_true", help=skip)
+    return parser
+
+
+UPCYCLING = ("position", "combine", "moe_every", "experts", "topk", "noise", "drop_ratio", "seed")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line asks.
+
+    Raises:
+        CheckpointError: for a request or a source that cannot be.
+        MismatchError: where --verify finds a difference.
+    """
+    from checkpoints import engine, formats
+    from checkpoints.journal import check_target
+
+    given = {name: getattr(args, name) for name in UPCYCLING if getattr(args, name) is not None}
+    upcycling = None
+    if given:
+        from checkpoints.mappings.upcycle import Upcycling
+
+        upcycling = Upcycling(**given)
+    request = formats.Request(transformer_impl=args.transformer_impl, upcycling=upcycling)
+    formats.check_pair(args.source, args.target, request)
+    check_target(args.save)
+    source = formats.opened(args.source, args.load)
+    target = formats.mapped(args.source, args.target, source, request)
+    job = engine.Job(
+        source=source,
+        conversion=target.conversion,
+        writer=formats.writer(args.target, target),
+        target=args.save,
+        shard_bytes=args.shard_size,
+        options={
+            "from": args.source,
+            "to": args.target,
+            "transformer_impl": args.transformer_impl,
+            "upcycling": dataclasses.asdict(upcycling) if upcycling else None,
+        },
+        verify=partial(compared, args, upcycling),
+    )
+    if args.dry_run:
+        show_dry_run(job)
+    else:
+        show(engine.run(job), args.save)
+
+
+def compared(args: argparse.Namespace, upcycling: Any, folder: Path) -> Mapping[str, Any] | None:
+    """What is computed before and after, as far as it was asked for: figures for the receipt."""
+    if upcycling is None:
+        return verified(args, folder) if args.verify else None
+    if args.skip_change:
+        return None
+    from checkpoints.running.change import function_change
+
+    print("upcycled: both sides compute logits in fp32, at every position", file=sys.stderr, flush=True)
+    return function_change(
+        args.load, args.source, folder, moe_every=upcycling.moe_every, trust_remote_code=args.trust_remote_code
+    )
+
+
+def verified(args: argparse.Namespace, folder: Path) -> Mapping[str, Any]:
+    """Compare what was written with the source; raises MismatchError where they compute different things."""
+    from checkpoints.engine import MismatchError
+    from checkpoints.journal import beside
+    from checkpoints.running.verify import verify
+    from checkpoints.tensors import CheckpointError
+
+    print("verify: both sides compute logits in fp32", file=sys.stderr, flush=True)
+    kept = f"what was written stays in {beside(args.save)}; the same call without --verify gives it its name"
+    try:
+        options = {"tolerance": args.verify_tolerance, "trust_remote_code": args.trust_remote_code}
+        figures = verify(args.load, args.source, folder, args.target, **options)
+    except CheckpointError as error:
+        raise MismatchError(f"{error}; {kept}") from None
+    if not figures["passed"]:
+        raise MismatchError(
+            f"logits differ by {figures['largest_difference']}, --verify-tolerance is {args.verify_tolerance}; {kept}"
+        )
+    return figures
+
+
+def show_dry_run(job: Job) -> None:
+    """Print the account, and every name that keeps it from being balanced; raises CheckpointError if it is not."""
+    from checkpoints import engine
+    from checkpoints.plan import account
+
+    found = account(job.conversion, job.source.infos)
+    if not found.balanced:
+        for fault in ("unread", "absent", "missing", "unexpected"):
+            for name in getattr(found, fault):
+                print(f"{fault}: {name}")
+    job.account()
+    receipt = engine.make_receipt(job, found)
+    print("\n".join(table(receipt)))
+    print(f"dry run: {len(job.parts())} files would be written to {job.target}")
+
+
+def show(receipt: Mapping[str, Any], save: Path) -> None:
+    """Print what was done."""
+    print("\n".join(table(receipt)))
+    if receipt["not_finite"]:
+        name, count = next(iter(receipt["not_finite"].items()))
+        total = sum(receipt["not_finite"].values())
+        print(f"note: {total} numbers in {len(receipt['not_finite'])} tensors are not finite: {count} in {name}, ...")
+    figures = receipt["verified"] or {}
+    if "largest_difference" in figures:
+        print(f"verified: logits differ by {figures['largest_difference']} at most in fp32")
+    for position, change in figures.get("function_change_at_step_0", {}).items():
+        moved, same = change["relative_difference"], change["same_first_choice"]
+        print(f"at step 0 with {position}: logits move by {moved:.3f} of their norm, {same:.0%} of first choices stay")
+    written = sum(entry["bytes"] for entry in receipt["files"])
+    print(f"done: {save}: {len(receipt['files'])} files, {written} bytes, {receipt['seconds']} s; see conversion.json")
+
+
+def table(receipt: Mapping[str, Any]) -> list[str]:
+    """Both sides in numbers, and the notes."""
+    rows = [("", "tensors", "parameters", "")]
+    rows.append(("converted", *_numbers(receipt["converted"]), ""))
+    rows += [("dropped", *_numbers(dropped), dropped["reason"]) for dropped in receipt["dropped"]]
+    rows.append(("missing", "0", "0", ""))
+    rows.append(("written", *_numbers(receipt["target"]), f"{receipt['target']['bytes']} bytes"))
+    lines = [f"{what:<10}{tensors:>10}{parameters:>20}  {words}".rstrip() for what, tensors, parameters, words in rows]
+    return [*lines, *(f"note: {note}" for note in receipt["notes"])]
+
+
+def _numbers(counted: Mapping[str, int]) -> tuple[str, str]:
+    return f"{counted['tensors']:,}", f"{counted['parameters']:,}"
+
+
+def _stop(number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit code."""
+    args = make_parser().parse_args(argv)
+    from checkpoints.engine import MismatchError
+    from checkpoints.tensors import CheckpointError
+
+    handlers = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        run(args)
+    except CheckpointError as error:
+        code, message = 2, str(error)
+    except MismatchError as error:
+        code, message = 1, str(error)
+    except KeyboardInterrupt as error:
+        stopped_by = error.args[0] if error.args else signal.SIGINT
+        code = 128 + stopped_by
+        message = f"stopped by {signal.Signals(stopped_by).name}; the same call continues"
+    except OSError as error:
+        code, message = 1, f"{error}; the same call continues"
+    else:
+        return 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    print(f"convert_checkpoint.py: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+#!/usr/bin/env python3
+"""Say what is in a checkpoint, look for NaN, or compare two: Megatron's torch_dist folders and Hugging Face folders."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import atomic
+from checkpoints.contents import anatomy
+from checkpoints.contents.statistics import Difference, difference, figures
+from checkpoints.disk.hf_folder import HFFolder
+from checkpoints.disk.torch_dist import MegatronCheckpoint
+from checkpoints.progress import in_words, progress
+from checkpoints.running.model import kind, open_folder
+from checkpoints.tensors import CheckpointError
+from command_line import Parser
+
+ABOUT = """\
+Say what is in a checkpoint: format, architecture, layout, parameters by kind, bytes. Look for NaN and Inf, or compare
+two checkpoints tensor by tensor. Tensors are read piece by piece: it needs little memory, and no GPU.
+"""
+EPILOG = """\
+examples:
+  # what it is; headers alone are read
+  inspect_checkpoint.py run/stdlib/checkpoints
+
+  # norm, mean, standard deviation and largest element of every tensor, and NaN or Inf in any
+  inspect_checkpoint.py run/stdlib/checkpoints --norms --scan
+
+  # what training changed between two iterations
+  inspect_checkpoint.py checkpoints/iter_0000100 checkpoints/iter_0000200 --json change.json
+
+words:
+  active     parameters that one token meets: all but those of routed experts that it does not visit (where there are
+             zero experts: if all experts are chosen alike)
+  relative   norm of the difference of two tensors over the norm of the first one
+
+exit codes: 0 done; 1 --scan found NaN or Inf, or two checkpoints differ, or failed; 2 bad request or checkpoint
+"""
+MOST_ROWS = 20
+"""Tensors that differ, as printed; --json has them all."""
+
+Checkpoint = MegatronCheckpoint | HFFolder
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser("inspect_checkpoint.py", description=ABOUT, epilog=EPILOG, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="a checkpoint, or one iteration of it")
+    add("other", type=Path, nargs="?", metavar="DIR2", help="another one of the same format, to compare with")
+    add("--norms", action="store_true", help="print norm, mean, standard deviation and largest element of each tensor")
+    add("--scan", action="store_true", help="look for NaN and Inf; exit code 1 if there are any")
+    add("--json", type=Path, metavar="FILE", help="write everything into this file too")
+    return parser
+
+
+def measure(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Figures of every tensor, by its name."""
+    total = sum(info.nbytes for info in checkpoint.infos.values())
+    with progress("read", total) as advance:
+        return {
+            name: {"shape": list(info.shape), "dtype": str(info.dtype).removeprefix("torch.")}
+            | asdict(figures(checkpoint, name, advance))
+            for name, info in checkpoint.infos.items()
+        }
+
+
+def compare(one: Checkpoint, other: Checkpoint) -> dict[str, Any]:
+    """How two checkpoints differ, tensor by tensor; plain types."""
+    both = [name for name in one.infos if name in other.infos]
+    shapes = {
+        name: [list(checkpoint.infos[name].shape) for checkpoint in (one, other)]
+        for name in both
+        if one.infos[name].shape != other.infos[name].shape
+    }
+    alike = [name for name in both if name not in shapes]
+    with progress("compare", sum(one.infos[name].nbytes for name in alike)) as advance:
+        differences = {name: difference(one, other, name, advance) for name in alike}
+    return {
+        "only_in_first": [name for name in one.infos if name not in other.infos],
+        "only_in_second": [name for name in other.infos if name not in one.infos],
+        "other_shape": shapes,
+        "other_dtype": {
+            name: [str(checkpoint.infos[name].dtype).removeprefix("torch.") for checkpoint in (one, other)]
+            for name in both
+            if one.infos[name].dtype != other.infos[name].dtype
+        },
+        "equal": sum(not found.changed for found in differences.values()),
+        "changed": {name: asdict(found) for name, found in _largest_first(differences)},
+    }
+
+
+def _largest_first(differences: Mapping[str, Difference]) -> Iterable[tuple[str, Difference]]:
+    changed = [(name, found) for name, found in differences.items() if found.changed]
+    return sorted(changed, key=lambda entry: -entry[1].relative)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the command line asks; returns the exit code. Raises CheckpointError."""
+    if args.other is not None and kind(args.folder) != kind(args.other):
+        raise CheckpointError(
+            f"two checkpoints of one format can be compared: {args.folder} and {args.other} are of two; convert one "
+            "with tools/convert_checkpoint.py, whose --verify compares what they compute"
+        )
+    checkpoint = open_folder(args.folder)
+    result: dict[str, Any] = anatomy.describe(checkpoint)
+    print_description(result)
+    code = 0
+    if args.norms or args.scan:
+        result["figures"] = measure(checkpoint)
+        code |= print_figures(result["figures"], norms=args.norms, scan=args.scan)
+    if args.other is not None:
+        result["comparison"] = compare(checkpoint, open_folder(args.other))
+        result["comparison"]["with"] = str(args.other)
+        code |= print_comparison(result["comparison"])
+    if args.json is not None:
+        atomic.write_text(args.json, json.dumps(_plain(result), indent=1, allow_nan=False) + "\n")
+    return code
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with words for what JSON cannot say."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# --- printing ----------------------------------------------------------------------------------------------------
+
+
+def print_description(result: Mapping[str, Any]) -> None:
+    """Print what ``anatomy.describe`` found."""
+    iteration = f", iteration {result['iteration']}" if "iteration" in result else ""
+    print(f"{result['folder']}: {result['format']}{iteration}")
+    print(f"  {result['tensors']} tensors, {in_words(result['bytes'])}, {_pairs(result['dtypes'])}")
+    print(f"  {result['files']['count']} files, {in_words(result['files']['bytes'])}")
+    if "layout" in result:
+        print(f"  saved with: {_pairs(result['layout']) or 'unknown layout'}")
+        print(f"  optimizer state: {'yes' if result['optimizer'] else 'no'}")
+    print("architecture:")
+    for name, value in result["architecture"].items():
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        print(f"  {name:36} {text if len(text) < 100 else text[:97] + '...'}")
+    counts = result["parameters"]
+    print("parameters:")
+    for name, count in counts["by_kind"].items():
+        print(f"  {name:36} {count:>20,} {count / counts['total']:>7.1%}")
+    print(f"  {'total':36} {counts['total']:>20,}")
+    if counts["active"] is not None:
+        print(f"  {'active for a token':36} {counts['active']:>20,} {counts['active'] / counts['total']:>7.1%}")
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def print_figures(found: Mapping[str, Mapping[str, Any]], *, norms: bool, scan: bool) -> int:
+    """Print figures of tensors; returns 1 where a scan found anything."""
+    if norms:
+        print(f"{'norm':>12} {'mean':>12} {'std':>12} {'largest':>12}  tensor")
+        for name, entry in found.items():
+            numbers = " ".join(f"{entry[key]:12.5g}" for key in ("norm", "mean", "std", "max_abs"))
+            print(f"{numbers}  {name} {entry['shape']}")
+    if not scan:
+        return 0
+    bad = {name: entry for name, entry in found.items() if entry["num_nan"] or entry["num_inf"]}
+    print(f"scan: {len(bad)} of {len(found)} tensors have NaN or Inf")
+    for name, entry in bad.items():
+        print(f"  {name}: {entry['num_nan']} NaN, {entry['num_inf']} Inf of {math.prod(entry['shape'])}")
+    return int(bool(bad))
+
+
+def print_comparison(found: Mapping[str, Any]) -> int:
+    """Print how two checkpoints differ; returns 1 if they do."""
+    print(f"compared with {found['with']}: {found['equal']} tensors are equal, {len(found['changed'])} are not")
+    for words, names in (
+        ("only in the first", found["only_in_first"]),
+        ("only in the second", found["only_in_second"]),
+        ("of another shape", [f"{name} {one} {other}" for name, (one, other) in found["other_shape"].items()]),
+        ("of another dtype", [f"{name} {one} {other}" for name, (one, other) in found["other_dtype"].items()]),
+    ):
+        if names:
+            print(f"{words}: {len(names)}")
+            _print_some(names)
+    if found["changed"]:
+        print(f"{'largest':>12} {'relative':>12} {'elements':>12}  tensor, those that changed most first")
+        _print_some(
+            f"{entry['max_abs']:12.5g} {entry['relative']:12.5g} {entry['changed']:>12,}  {name}"
+            for name, entry in found["changed"].items()
+        )
+    different = ("only_in_first", "only_in_second", "other_shape", "other_dtype", "changed")
+    return int(any(found[key] for key in different))
+
+
+def _print_some(lines: Iterable[str]) -> None:
+    for number, line in enumerate(rows := list(lines)):
+        if number == MOST_ROWS:
+            print(f"  ... and {len(rows) - MOST_ROWS} more; --json FILE has them all")
+            break
+        print(f"  {line}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` and return the exit code."""
+    args = make_parser().parse_args(argv)
+    try:
+        return run(args)
+    except CheckpointError as error:
+        code, message = 2, str(error)
+    except OSError as error:
+        code, message = 1, str(error)
+    print(f"inspect_checkpoint.py: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
