@@ -200,3 +200,26 @@ def test_what_has_a_shortcut_already_is_refused(dense_folder, tmp_path):
     upcycle(dense_folder, tmp_path / "scmoe", "--experts", "2")
     done = convert("megatron", "megatron", tmp_path / "scmoe", tmp_path / "again", "--experts", "2")
     assert done.returncode == 2 and "has a shortcut already" in done.stderr
+
+
+@pytest.mark.parametrize("how", ["upcycled", "for the other spec"])
+def test_a_tensor_that_the_source_lacks_is_missed(dense_folder, how):
+    """What there should be comes from the settings, not from what there is."""
+    from checkpoints.disk.torch_dist import MegatronCheckpoint
+    from checkpoints.mappings import specs, upcycle
+    from checkpoints.plan import check
+    from checkpoints.tensors import CheckpointError
+
+    source = MegatronCheckpoint(dense_folder)
+
+    def conversion():
+        if how == "upcycled":
+            return upcycle.from_megatron(source, upcycle.Upcycling(experts=2)).conversion
+        return specs.convert(source, transformer_impl="transformer_engine").conversion
+
+    assert check(conversion(), source.infos).balanced
+    source.infos = {
+        name: info for name, info in source.infos.items() if name != "decoder.layers.1.mlp.linear_fc2.weight"
+    }
+    with pytest.raises(CheckpointError, match=r"the target would lack: 'decoder.layers.1.mlp"):
+        check(conversion(), source.infos)

@@ -53,7 +53,7 @@ PAIRS: dict[tuple[str, str], tuple[str, str]] = {
     ("hf-scmoe", MEGATRON): ("checkpoints.mappings.scmoe_names", "to_megatron"),
     (MEGATRON, "hf-scmoe"): ("checkpoints.mappings.scmoe_names", "from_megatron"),
     ("hf-dense", MEGATRON): ("checkpoints.mappings.upcycle", "from_hf_dense"),
-    (MEGATRON, MEGATRON): ("checkpoints.mappings.norms", "convert"),
+    (MEGATRON, MEGATRON): ("checkpoints.mappings.specs", "convert"),
 }
 _UPCYCLED = {"hf-dense": "from_hf_dense", MEGATRON: "from_megatron"}
 

@@ -9,11 +9,6 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping
 
-from checkpoints.disk.torch_dist import MegatronCheckpoint
-from checkpoints.formats import Target
-from checkpoints.plan import Conversion, Piece, Read
-from checkpoints.tensors import CheckpointError
-
 SPECS = ("local", "transformer_engine")
 
 
@@ -43,40 +38,3 @@ def norm_names(args: Namespace, spec: str, block: int) -> Mapping[str, str]:
             alone, in_linear = f"{latent_of}_layernorm.", f"linear_{latent_of}_up_proj.layer_norm_"
             names[f"{latent_of}_layernorm"] = "self_attention." + (in_linear if fused_latents else alone)
     return names
-
-
-def convert(source: MegatronCheckpoint, *, transformer_impl: str) -> Target:
-    """The same checkpoint for the other spec.
-
-    Args:
-        source: of either spec.
-        transformer_impl: the spec that is to load the result, one of ``SPECS``.
-
-    Raises:
-        CheckpointError: where it is of that spec already.
-    """
-    args = source.args
-    if args.transformer_impl == transformer_impl:
-        raise CheckpointError(
-            f"nothing to convert: {source.folder} is a checkpoint of the spec {transformer_impl} already; "
-            f"use --transformer-impl {SPECS[1 - SPECS.index(transformer_impl)]}"
-        )
-    renamed: dict[str, str] = {}
-    for block in range(args.num_layers):
-        then, now = (norm_names(args, spec, block) for spec in (args.transformer_impl, transformer_impl))
-        for module in then:
-            for part in ("weight", "bias"):
-                prefix = f"decoder.layers.{block}."
-                renamed[prefix + then[module] + part] = prefix + now[module] + part
-    names = {name: renamed.get(name, name) for name in source.infos}
-    return Target(
-        conversion=Conversion(
-            pieces=tuple(
-                Piece(name=names[name], info=info, reads=(Read(name),)) for name, info in source.infos.items()
-            ),
-            expected={names[name]: info for name, info in source.infos.items()},
-            dropped=source.others,
-        ),
-        args={**vars(args), "transformer_impl": transformer_impl},
-        files={},
-    )

@@ -10,8 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from checkpoints.mappings import scmoe_settings
 from checkpoints.mappings.norms import carries_moe, norm_names
 from checkpoints.plan import as_it_is
+from checkpoints.tensors import TensorInfo
 
 Shape = tuple[int, ...]
 
@@ -64,6 +66,23 @@ def links(args: Namespace) -> Iterator[Link]:
     yield from _norm(args, "decoder.final_layernorm.", "model.norm.", args.hidden_size)
     if args.untie_embeddings_and_output_weights:
         yield _same("output_layer.weight", "lm_head.weight", vocab)
+
+
+def expected_tensors(args: Namespace, found: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Every tensor that a checkpoint with these arguments has.
+
+    Args:
+        args: of a Megatron checkpoint.
+        found: tensors that there are; dtypes are theirs, and so are names and shapes of what a codec has learned.
+    """
+    args = scmoe_settings.complete(args)
+    expected = {
+        link.ours: TensorInfo(link.shape, found[link.ours].dtype if link.ours in found else torch.float32)
+        for link in links(args)
+    }
+    if scmoe_settings.has_residual_maps(args):
+        expected |= {name: info for name, info in found.items() if ".residual_map." in name}
+    return expected
 
 
 def _same(ours: str, theirs: str, shape: Shape) -> Link:

@@ -22,6 +22,7 @@ from checkpoints.disk.torch_dist import MegatronCheckpoint
 from checkpoints.formats import Target
 from checkpoints.mappings.dense import dense_args, dense_recipes
 from checkpoints.mappings.norms import carries_moe, norm_names
+from checkpoints.mappings.scmoe_links import expected_tensors
 from checkpoints.plan import Conversion, Piece, Read, as_it_is
 from checkpoints.tensors import CheckpointError, TensorInfo
 
@@ -108,6 +109,8 @@ def _upcycled(
     recipes: Mapping[str, Recipe], args: Namespace, options: Upcycling, *, dropped: Mapping[str, str]
 ) -> Target:
     options.check(args.num_layers)
+    if args.add_bias_linear:
+        raise CheckpointError("experts have no biases, and the linears of this checkpoint have; no way known")
     moe_blocks = range(options.moe_every - 1, args.num_layers, options.moe_every)
     then_moe = [block for block in range(args.num_layers) if carries_moe(args, block)]
     if then_moe and then_moe != list(moe_blocks):
@@ -120,22 +123,17 @@ def _upcycled(
     new_args = _args(args, options, stock_moe=bool(then_moe))
     made = dict(_renamed_norms(recipes, args, Namespace(**new_args)))
     pieces: list[Piece] = []
-    expected: dict[str, TensorInfo] = {}
     for name, recipe in made.items():
         if then_moe or _mlp_block(name) not in moe_blocks:
             pieces.append(Piece(name=name, info=recipe.info, reads=recipe.reads, make=recipe.make))
-            expected[name] = recipe.info
-            continue
-        shared, *experts = _experts(name, recipe, options, gated=args.swiglu)
-        pieces += [shared, *experts]
-        expected[shared.name] = recipe.info
-        expected[experts[0].name] = TensorInfo((options.experts, *recipe.info.shape), recipe.info.dtype)
+        else:
+            pieces.extend(_experts(name, recipe, options, gated=args.swiglu))
     for block in moe_blocks:
         for name, shape in _fresh(block, new_args, options).items():
             if name not in made:
                 make = partial(_drawn, name=name, shape=shape, std=new_args["init_method_std"], seed=options.seed)
-                expected[name] = TensorInfo(shape, torch.float32)
-                pieces.append(Piece(name=name, info=expected[name], reads=(), make=make))
+                pieces.append(Piece(name=name, info=TensorInfo(shape, torch.float32), reads=(), make=make))
+    expected = expected_tensors(Namespace(**new_args), {piece.name: piece.info for piece in pieces})
     return Target(
         conversion=Conversion(pieces=tuple(pieces), expected=expected, dropped=dropped), args=new_args, files={}
     )
