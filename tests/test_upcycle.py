@@ -223,3 +223,38 @@ def test_a_tensor_that_the_source_lacks_is_missed(dense_folder, how):
     }
     with pytest.raises(CheckpointError, match=r"the target would lack: 'decoder.layers.1.mlp"):
         check(conversion(), source.infos)
+
+
+@pytest.fixture(scope="module")
+def stock_moe_folder(tmp_path_factory):
+    """Megatron's shared-expert MoE in every second block."""
+    folder = tmp_path_factory.mktemp("stock") / "save"
+    flags = with_flags(training.STOCK_SHARED_EXPERT, "--train-iters 2", f"--save {folder}", "--save-interval 2")
+    (printed,) = ranks.run(training.train, 1, with_flags(flags, "--no-save-optim"))
+    assert "exit code" not in printed, printed[-3000:]
+    return folder
+
+
+def test_a_stock_moe_keeps_its_experts(stock_moe_folder, tmp_path):
+    """Every tensor as it was: the wiring alone is another, which the saved settings say."""
+    upcycle(stock_moe_folder, tmp_path / "scmoe", "--position", "pos1")
+    (before,) = ranks.run(training.checkpoint_tensors, 1, stock_moe_folder, 2)
+    (after,) = ranks.run(training.checkpoint_tensors, 1, tmp_path / "scmoe")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    old, new = (ranks.run(our_logits, 1, folder)[0] for folder in (stock_moe_folder, tmp_path / "scmoe"))
+    assert (old - new).abs().max() > 1e-4
+
+
+STOCK_WRONG = {
+    "--experts 16": "the checkpoint has experts already",
+    "--drop-ratio 0.5": "the checkpoint has experts already",
+    "--moe-every 4": "an MoE stays where it is",
+    "--shortcut-combine add": "has no place for",
+}
+
+
+@pytest.mark.parametrize("flags", STOCK_WRONG)
+def test_wrong_ways_with_a_stock_moe(stock_moe_folder, tmp_path, flags):
+    done = convert("megatron", "megatron", stock_moe_folder, tmp_path / "scmoe", *flags.split())
+    assert done.returncode == 2 and STOCK_WRONG[flags] in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -26,6 +26,8 @@ from checkpoints.mappings.scmoe_links import expected_tensors
 from checkpoints.plan import Conversion, Piece, Read, as_it_is
 from checkpoints.tensors import CheckpointError, TensorInfo
 
+EXPERTS, TOPK = 8, 1  # unless something else is asked for
+
 
 class Recipe(NamedTuple):
     """How a tensor of a Megatron model comes from a source.
@@ -49,7 +51,7 @@ class Upcycling:
         position: pos1, pos2 or pos3.
         combine: add, cg1 or cg2; fresh gates weigh shared and routed experts alike.
         moe_every: blocks in a group.
-        experts: of each MoE.
+        experts: of each MoE; one that is there already keeps its own, and its router.
         topk: experts of a token.
         noise: standard deviation of what is added to each expert's weights, as a part of that of the weights.
         drop_ratio: part of each expert's inner dimension that is drawn anew, with the weights' mean and deviation.
@@ -59,8 +61,8 @@ class Upcycling:
     position: str = "pos2"
     combine: str = "cg1"
     moe_every: int = 2
-    experts: int = 8
-    topk: int = 1
+    experts: int = EXPERTS
+    topk: int = TOPK
     noise: float = 0.0
     drop_ratio: float = 0.0
     seed: int = 1234
@@ -118,6 +120,8 @@ def _upcycled(
             f"an MoE stays where it is: the checkpoint has one in the blocks {then_moe}, and --moe-every "
             f"{options.moe_every} wants them in {list(moe_blocks)}; change --moe-every"
         )
+    if then_moe:
+        _check_experts_stay(args, options)
     if then_moe and not args.moe_shared_expert_intermediate_size:
         raise CheckpointError("scmoe always runs a shared expert, and the checkpoint's MoE has none; no way known")
     new_args = _args(args, options, stock_moe=bool(then_moe))
@@ -137,6 +141,21 @@ def _upcycled(
     return Target(
         conversion=Conversion(pieces=tuple(pieces), expected=expected, dropped=dropped), args=new_args, files={}
     )
+
+
+def _check_experts_stay(args: Namespace, options: Upcycling) -> None:
+    """Refuse what is asked of experts that are there already, and are taken as they are."""
+    for flag, asked, there in (
+        ("--experts", options.experts, (EXPERTS, args.num_experts)),
+        ("--topk", options.topk, (TOPK, args.moe_router_topk)),
+        ("--expert-noise", options.noise, (0,)),
+        ("--drop-ratio", options.drop_ratio, (0,)),
+    ):
+        if asked not in there:
+            raise CheckpointError(
+                f"the checkpoint has experts already, {args.num_experts} of them and {args.moe_router_topk} for each "
+                f"token, which stay as they are: {flag} is {asked}; drop it"
+            )
 
 
 def _args(args: Namespace, options: Upcycling, *, stock_moe: bool) -> dict[str, Any]:
