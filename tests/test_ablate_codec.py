@@ -24,7 +24,7 @@ from training import ROOT
 TOOL = ROOT / "tools" / "ablate_codec.py"
 sys.path.insert(0, str(TOOL.parent))
 import ablate_codec as tool  # noqa: E402
-from codec_study import analysis, arms, encoding, folder, goals, jobs, output, record, render, words  # noqa: E402
+from codec_study import analysis, arms, encoding, folder, goals, jobs, output, record, render, wall_time, words  # noqa: E402  # noqa: E402
 from codec_study.analysis import Spread  # noqa: E402
 from codec_study.arms import CONTROL, MODELS, NONE, PAPER, UNCOMPENSATED, Run, Settings, all_arms  # noqa: E402
 
@@ -610,7 +610,7 @@ def test_report_says_what_it_is(result, page):
         "the claim holds",
     ):
         assert said in page
-    assert "What it does not prove" in page and "no loss against wall time here" in page
+    assert "What it does not prove" in page and "they do not say what compression saves" in page
     drawn = "".join(parsed.words)
     for said in (
         "million tokens",
@@ -652,6 +652,75 @@ def test_csv_has_a_row_for_each_run(result, tmp_path):
     assert rows[0]["tokens"] == "2048000" and rows[-1]["arm"] == PAPER
     assert json.loads((tmp_path / "result.json").read_text()) == few
     assert output.csv_row(make_result(("top-2",), (PAPER,)), few["runs"][-1])["percent_above_control"] is None
+
+
+# --- wall time -------------------------------------------------------------------------------------------------------
+
+TIMES = wall_time.StepTimes(
+    0.42, "128 Mbit/s", {"top-2": 1.0, "top-2 lsh off": 0.5}, {"top-2": 1.0, "top-2 lsh off": 0.2}
+)
+
+
+@pytest.mark.parametrize(("arm", "rate", "step"), [(NONE, 1.0, 1.0), (PAPER, 0.2, 0.5), (PAPER, 0.6, 0.75)])
+def test_steps_between_two_timed_rates_lie_on_a_line(arm, rate, step):
+    assert TIMES.step({"model": "top-2", "arm": arm, "final_rate": rate}) == pytest.approx(step)
+    assert TIMES.step({"model": "shared-expert", "arm": arm, "final_rate": rate}) is None
+
+
+def test_loss_after_the_same_time_by_hand():
+    runs = [
+        {"model": "top-2", "arm": NONE, "seed": 1, "final_rate": 1.0, "validation": [[100, 4.0], [200, 3.0]]},
+        {"model": "top-2", "arm": PAPER, "seed": 1, "final_rate": 0.6, "validation": [[100, 4.1], [200, 3.3]]},
+    ]
+    # 200 steps of three quarters of the time: none is at step 150, between 4 and 3.
+    (above,) = {wall_time.percent_above_none(runs, TIMES, "top-2", PAPER)}
+    assert above.value == pytest.approx(100 * (3.3 / 3.5 - 1))
+    assert list(wall_time.curve(runs, TIMES, "top-2", PAPER)) == pytest.approx([75, 150])
+    runs[1]["final_rate"] = 0.01  # so early that none was not evaluated yet
+    runs[0]["validation"] = [[200, 3.0]]
+    assert wall_time.percent_above_none(runs, TIMES, "top-2", PAPER) is None
+
+
+def ablation_of(folder, share=0.42):
+    point = {
+        "step_share": share,
+        "rate": "128072kbit",
+        "arms": [
+            {"arm": {"name": "top-2"}, "sent_rate": 1.0, "seconds": {"training": [1.0, 2.0, 4.0]}},
+            {"arm": {"name": "top-2 lsh off"}, "sent_rate": 0.2, "seconds": {"training": [0.6, 1.4, 2.4]}},
+        ],
+    }
+    folder.mkdir()
+    others = [{**point, "step_share": 0.7, "arms": []}, {**point, "step_share": None}]
+    (folder / "result.json").write_text(json.dumps({"points": [*others, point]}))
+    return folder
+
+
+def test_the_link_nearest_to_the_wanted_share_is_taken(tmp_path):
+    times = wall_time.read(ablation_of(tmp_path / "ablation"))
+    assert times.step_share == 0.42 and times.steps == {"top-2": 1.0, "top-2 lsh off": 0.6}
+
+
+def test_wall_time_is_in_report_and_document(result, tmp_path, capsys):
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    document = tmp_path / "results.md"
+    document.write_text(f"{goals.BEGIN}\n{goals.END}\n")
+    request = ["--from", str(tmp_path), "--write-results", str(document)]
+    assert tool.main(request) == 0
+    assert "wall time" not in document.read_text() + (tmp_path / "report.html").read_text()
+    assert tool.main([*request, "--step-times", str(ablation_of(tmp_path / "ablation"))]) == 0
+    said = "top-2, lsh q6: final loss "
+    assert said in document.read_text() and said in capsys.readouterr().out.replace("\n", " ")
+    page = (tmp_path / "report.html").read_text()
+    assert said in page and "Validation loss against wall time" in page
+    assert "step_times" not in (tmp_path / "result.json").read_text()
+
+
+def test_step_times_are_refused_in_one_line(result, tmp_path, capsys):
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    check_refusal(["--output", "x", "--step-times", "y"], "--step-times needs --from DIR", capsys)
+    check_refusal(["--from", str(tmp_path), "--step-times", str(tmp_path / "none")], "cannot be read", capsys)
+    check_refusal(["--from", str(tmp_path), "--step-times", str(tmp_path)], "no link whose share", capsys)
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------------

@@ -44,6 +44,9 @@ examples:
   # train nothing: show what an earlier call found, and write it into a document
   .venv/bin/python tools/ablate_codec.py --from study --write-results docs/results-codec.md
 
+  # the same, against wall time on the slow link that an ablation of step times has measured
+  .venv/bin/python tools/ablate_codec.py --from study --step-times ablation
+
 models:
   top-2 (the gate weights of both experts add up to 1), shared-expert (top-1 beside a gated shared expert), pos2 (ScMoE:
   the same parameters, and the routed experts read an earlier tensor). All with one chunk, in layers of this package.
@@ -81,6 +84,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--from", type=Path, dest="source", metavar="DIR", help=again)
     section = "with --from: write the figures, and which goals they reach, between the marks in this Markdown file"
     add("--write-results", type=Path, metavar="FILE", help=section)
+    times = "with --from: a result of tools/ablate_overlap.py, whose step times make wall time of steps"
+    add("--step-times", type=Path, metavar="DIR", help=times)
     add("--list-arms", action="store_true", help="print the names of all arms and end")
     cost = "time hashing, centroids and residuals beside an expert MLP on the same 8192 x 1024 rows, and end"
     add("--encoding-cost", action="store_true", help=cost)
@@ -92,8 +97,9 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     models = _chosen(parser, "--models", args.models, list(MODELS), "give some of " + ", ".join(MODELS))
     arms = all_arms()
     names = _chosen(parser, "--arms", args.arms, [arm.name for arm in arms], "--list-arms prints them")
-    if args.write_results:
-        parser.error("--write-results needs --from DIR, the folder of an earlier run")
+    for flag in ("write_results", "step_times"):
+        if getattr(args, flag):
+            parser.error(f"--{flag.replace('_', '-')} needs --from DIR, the folder of an earlier run")
     if args.output is None:
         parser.error("--output is missing; name a folder, such as --output study")
     if args.output.exists() and not args.output.is_dir():
@@ -163,12 +169,24 @@ def write(output: Path, meta: dict[str, Any], results: list[dict[str, Any]]) -> 
 
 def show_again(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Print the tables of an earlier call, write its report anew and, if asked for, its section of a document."""
-    from codec_study import goals, render  # noqa: PLC0415 - as above
+    from codec_study import goals, render, wall_time  # noqa: PLC0415 - as above
 
     if args.output is not None:
         parser.error("--from trains nothing; leave --output out")
-    marks = goals.BEGIN, goals.END
-    render.print_table(write_again(parser, args, section=goals.section, marks=marks, html=render.html))
+    timed: dict[str, Any] = {}
+    if args.step_times is not None:
+        try:
+            timed["step_times"] = wall_time.read(args.step_times)
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"--step-times {str(args.step_times)!a} cannot be read: {str(error)[:200]}")
+    result = write_again(
+        parser,
+        args,
+        section=lambda result: goals.section({**result, **timed}),
+        marks=(goals.BEGIN, goals.END),
+        html=lambda result: render.html({**result, **timed}),
+    )
+    render.print_table({**result, **timed})
 
 
 def _say(text: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from codec_study import analysis, words
+from codec_study import analysis, wall_time, words
 from codec_study.analysis import RunResult, Spread
 from codec_study.arms import CONTROL, NONE, PAPER, UNCOMPENSATED
 
@@ -164,7 +164,9 @@ def section(result: Mapping[str, Any]) -> str:
             threshold = words.WRITE[goal.unit](goal.threshold).lstrip("+")
             head = f"{goal.text}: {goal.sign} {threshold}"
             lines.append(f"| {head} | {model} | {outcome.arm} | {outcome.words} | {goal.published} |")
-    return "\n\n".join([_preface(result["meta"]), claims, "\n".join(lines), _table(runs), words.NOTES])
+    over_time = "\n".join(f"- {line}" for line in wall_time.lines(result))
+    parts = [_preface(result["meta"]), claims, "\n".join(lines), _table(runs), over_time, words.NOTES]
+    return "\n\n".join(part for part in parts if part)
 
 
 def shortness(meta: Mapping[str, Any]) -> str:

@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from codec_study import analysis
+from codec_study import analysis, wall_time
 from codec_study.analysis import RunResult, Spread
 from codec_study.arms import NONE
+from codec_study.wall_time import StepTimes
 
 COLOURS = {
     NONE: "#111111",
@@ -29,7 +30,7 @@ COLOURS = {
 """Of the arms."""
 OTHER = "#8c8c8c"
 
-type Curves = Callable[[str, str], Mapping[int, Spread]]
+type Curves = Callable[[str, str], Mapping[int, Spread] | Mapping[float, Spread]]
 """Of a model and an arm: figures by step."""
 
 
@@ -40,6 +41,15 @@ def losses(runs: Sequence[RunResult]) -> str:
         lambda model, arm: analysis.over_steps(runs, model, arm, "validation"),
         ("million tokens", "validation loss", "losses"),
         tokens=True,
+    )
+
+
+def over_time(runs: Sequence[RunResult], times: StepTimes) -> str:
+    """Validation loss against wall time on a slow link; arms of which no time is known are not there."""
+    return _lines(
+        runs,
+        lambda model, arm: wall_time.curve(runs, times, model, arm),
+        (f"steps of top-2, all-to-all {times.step_share:.2f} of each", "validation loss", "over time"),
     )
 
 

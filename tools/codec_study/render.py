@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from codec_study import analysis, goals, plots, words
+from codec_study import analysis, goals, plots, wall_time, words
 
 WIDE, MIDDLE = 122, 84
 """Columns that a terminal needs for each range beside its median, and for all figures."""
@@ -45,7 +45,7 @@ def print_table(result: Mapping[str, Any], console: Console | None = None) -> No
 
 def html(result: Mapping[str, Any]) -> str:
     """The report: one page that loads nothing from anywhere."""
-    runs = result["runs"]
+    runs, times = result["runs"], result.get("step_times")
     return pages.page(
         Path(__file__).parent,
         meta=words.machine(result["meta"]),
@@ -63,6 +63,7 @@ def html(result: Mapping[str, Any]) -> str:
             "Loss against the rows that are sent": plots.differences_and_rates(runs),
             "Rows sent": plots.rates(runs),
             "Residual": plots.residuals(runs),
+            **({"Validation loss against wall time": plots.over_time(runs, times)} if times else {}),
         },
     )
 
@@ -71,4 +72,5 @@ def _claims(result: Mapping[str, Any]) -> list[str]:
     """What can be said of the paper's claim, a text for each model, and what makes it say less; without Markdown."""
     runs = result["runs"]
     texts = [goals.claim(runs, model) for model in analysis.models_of(runs)]
-    return [text.replace("`", "").replace("**", "") for text in [*texts, goals.shortness(result["meta"])] if text]
+    texts += [goals.shortness(result["meta"]), *wall_time.lines(result)]
+    return [text.replace("`", "").replace("**", "") for text in texts if text]

@@ -1,0 +1,140 @@
+"""Validation loss against wall time on a slow link: a study's losses, and step times of ``tools/ablate_overlap.py``.
+
+The two were measured on models of other sizes, so a time here is that of as many steps of another model with the same
+layers. It was timed sending all rows and about a fifth of them; what sends another part lies on the line between the
+two, since transfers and experts take as long as there are rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from codec_study import analysis, words
+from codec_study.analysis import RunResult, Spread
+from codec_study.arms import CONTROL, NONE
+
+SHARE = 0.45
+"""The all-to-all's part of the whole step of top-2, at which training is compared."""
+
+TIMED = {
+    "top-2": ("top-2", "top-2 lsh off"),
+    "pos2": ("pos2 adaptive chunks", "pos2 lsh adaptive chunks"),
+}
+"""Arms of the other tool that send all rows and a part of them, by model."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """How long steps take on one link.
+
+    Attributes:
+        step_share: the all-to-all's part of the whole step of top-2.
+        link: in words.
+        steps: a step of each timed arm, in steps of top-2: medians of paired ratios.
+        rates: part of the rows that each of them sends.
+    """
+
+    step_share: float
+    link: str
+    steps: Mapping[str, float]
+    rates: Mapping[str, float]
+
+    def step(self, run: RunResult) -> float | None:
+        """A step of this run, in steps of top-2; None where nothing alike was timed."""
+        names = TIMED.get(run["model"])
+        if names is None or not all(name in self.steps for name in names):
+            return None
+        all_rows, part = (self.steps[name] for name in names)
+        if run["arm"] in (NONE, CONTROL):
+            return all_rows
+        return part + (all_rows - part) * (run["final_rate"] - self.rates[names[1]]) / (1 - self.rates[names[1]])
+
+
+def read(folder: Path) -> StepTimes:
+    """The link of an ablation at which the all-to-all's part of the step is nearest to ``SHARE``.
+
+    Raises:
+        ValueError: where it has no such link, or timed no top-2.
+        OSError: where there is no result.
+    """
+    points = json.loads((folder / "result.json").read_text(encoding="utf-8")).get("points", [])
+    shares = [point for point in points if point.get("step_share") is not None]
+    if not shares:
+        raise ValueError("it has no link whose share of the step is known")
+    point = min(shares, key=lambda point: abs(point["step_share"] - SHARE))
+    arms = {arm["arm"]["name"]: arm for arm in point["arms"]}
+    if "top-2" not in arms:
+        raise ValueError("it did not time top-2")
+    base = arms["top-2"]["seconds"]["training"]
+    return StepTimes(
+        step_share=point["step_share"],
+        link=str(point["rate"]),
+        steps={
+            name: median(mine / its for mine, its in zip(arm["seconds"]["training"], base, strict=True))
+            for name, arm in arms.items()
+        },
+        rates={name: arm["sent_rate"] for name, arm in arms.items()},
+    )
+
+
+def curve(runs: Sequence[RunResult], times: StepTimes, model: str, arm: str) -> dict[float, Spread]:
+    """Validation loss over the time that it took, in steps of top-2; empty where no time is known.
+
+    Seeds send other parts of the rows; the time is that of their median.
+    """
+    steps = [step for run in analysis.by_seed(runs, model, arm).values() if (step := times.step(run)) is not None]
+    if not steps:
+        return {}
+    step = median(steps)
+    return {number * step: one for number, one in analysis.over_steps(runs, model, arm, "validation").items()}
+
+
+def percent_above_none(runs: Sequence[RunResult], times: StepTimes, model: str, arm: str) -> Spread | None:
+    """How much higher an arm's final loss is than that of none after the same time, in percent, over the seeds.
+
+    Between two evaluations the loss of none is a straight line. None where the arm is not the faster one, where no time
+    is known, or where none was not evaluated so early.
+    """
+    mine, others = (analysis.by_seed(runs, model, name) for name in (arm, NONE))
+    found = []
+    for seed in sorted(mine.keys() & others.keys()):
+        step, its_step = times.step(mine[seed]), times.step(others[seed])
+        last, loss = mine[seed]["validation"][-1]
+        if step is None or its_step is None or step > its_step:
+            return None
+        as_late = last * step / its_step
+        if as_late < others[seed]["validation"][0][0]:
+            return None
+        found.append(100 * (loss / _loss_at(others[seed]["validation"], as_late) - 1))
+    return analysis.spread(found)
+
+
+def _loss_at(curve: Sequence[Sequence[float]], step: float) -> float:
+    before = max((point for point in curve if point[0] <= step), key=lambda point: point[0])
+    behind = min((point for point in curve if point[0] >= step), key=lambda point: point[0])
+    if before[0] == behind[0]:
+        return before[1]
+    return before[1] + (behind[1] - before[1]) * (step - before[0]) / (behind[0] - before[0])
+
+
+def lines(result: Mapping[str, Any]) -> list[str]:
+    """What there is to say of a result that has step times: a text for each arm that was faster than none."""
+    times: StepTimes | None = result.get("step_times")
+    if times is None:
+        return []
+    runs = result["runs"]
+    texts = []
+    for model in analysis.models_of(runs):
+        for arm in analysis.arms_of(runs, model):
+            above = percent_above_none(runs, times, model, arm) if arm not in (NONE, CONTROL) else None
+            if above is not None:
+                texts.append(
+                    f"{model}, {arm}: final loss {words.figure(above, 'percent')} above that of none after the same "
+                    f"wall time, where the all-to-all takes {times.step_share:.2f} of a step of top-2 ({times.link})"
+                )
+    return texts
