@@ -63,11 +63,6 @@ REFUSED = {
     "--mtp-num-layers 1": ["--mtp-num-layers is 1", "drop it"],
     "--moe-latent-size 8": ["--moe-latent-size is 8", "drop it"],
     "--mlp-chunks-for-training 2": ["--mlp-chunks-for-training is 2", "use 1"],
-    "--multi-latent-attention --tensor-model-parallel-size 2 --sequence-parallel": [
-        "--multi-latent-attention is set",
-        "--tensor-model-parallel-size is 2",
-        "use --transformer-impl transformer_engine",
-    ],
     "--recompute-granularity selective --recompute-modules moe": ["--recompute-modules has moe", "drop moe"],
     "--recompute-granularity selective --recompute-modules core_attn layernorm": ["has layernorm", "drop layernorm"],
     "--moe-layer-freq [1,1,0,0]": ["--moe-layer-freq is [1, 1, 0, 0]", "--moe-every is 2", "drop --moe-layer-freq"],
