@@ -39,6 +39,9 @@ CORE_FORGETS = (
     *("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
     *("rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim", "qk_layernorm"),
     *("layernorm_epsilon", "moe_router_dtype", "moe_router_num_groups", "moe_router_group_topk"),
+    *("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor", "no_rope_freq"),
+    *("window_size", "softmax_type", "qk_l2_norm", "quick_geglu", "glu_linear_offset", "attention_output_gate"),
+    *("apply_residual_connection_post_layernorm", "moe_apply_probs_on_input"),
 )
 """Flags that decide what parameters mean and that Core's --use-checkpoint-args leaves as they are (seen in 0.19.2)."""
 

@@ -260,6 +260,8 @@ CHANGES = {
     "head_dim": (16, "make them equal"),
     "num_layers": (3, "tensors that the source lacks"),
     "hidden_size": (128, "has another shape than config.json says"),
+    "rope_scaling": ({"type": "yarn", "factor": 4.0}, "rotary positions are not stretched"),
+    "rope_theta": (10.5, "the rotary base is a whole number"),
     "rope_parameters": ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}, "rotary positions are not stretched"),
 }
 
@@ -272,6 +274,8 @@ def test_other_models_are_refused(hf_folder, tmp_path, name):
     for path in hf_folder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     config = json.loads((hf_folder / "config.json").read_text()) | {name: value}
+    if name == "rope_theta":
+        config["rope_parameters"] = None  # where older ones have it
     (folder / "config.json").write_text(json.dumps(config))
     done = convert("hf-longcat", "megatron", folder, tmp_path / "megatron")
     assert done.returncode == 2, done.stderr
@@ -286,3 +290,18 @@ def test_a_model_of_another_form_is_refused(tmp_path):
     done = convert("megatron", "hf-longcat", tmp_path / "save", tmp_path / "hf")
     assert done.returncode == 2 and "a LongcatFlash model has" in done.stderr, done.stderr
     assert "use --to hf-scmoe" in done.stderr
+
+
+@pytest.mark.parametrize("setting", [{"rotary_percent": 0.5}, {"mscale_all_dim": 1.0}, {"moe_router_num_groups": 2}])
+def test_settings_that_would_be_lost_are_refused(megatron_folder, setting):
+    from checkpoints.disk.torch_dist import MegatronCheckpoint
+    from checkpoints.mappings import longcat
+    from checkpoints.tensors import CheckpointError
+
+    source = MegatronCheckpoint(megatron_folder)
+    vars(source.args)["moe_router_topk_scaling_factor"] = None  # Megatron's default
+    config = json.loads(longcat.from_megatron(source).files["config.json"])
+    assert config["routed_scaling_factor"] == 1.0 and "auto_map" not in config
+    vars(source.args).update(setting)
+    with pytest.raises(CheckpointError, match=next(iter(setting))):
+        longcat.from_megatron(source)

@@ -137,6 +137,7 @@ def run(args: argparse.Namespace) -> None:
     """
     from checkpoints import engine, formats
     from checkpoints.journal import check_target
+    from checkpoints.tensors import CheckpointError
 
     given = {name: getattr(args, name) for name in UPCYCLING if getattr(args, name) is not None}
     upcycling = None
@@ -144,6 +145,10 @@ def run(args: argparse.Namespace) -> None:
         from checkpoints.mappings.upcycle import Upcycling
 
         upcycling = Upcycling(**given)
+    if upcycling and args.verify:
+        raise CheckpointError(
+            "an upcycled model computes something else: --verify is set; drop it, the change is measured"
+        )
     request = formats.Request(transformer_impl=args.transformer_impl, upcycling=upcycling)
     formats.check_pair(args.source, args.target, request)
     check_target(args.save)
@@ -175,12 +180,19 @@ def compared(args: argparse.Namespace, upcycling: Any, folder: Path) -> Mapping[
         return verified(args, folder) if args.verify else None
     if args.skip_change:
         return None
+    from checkpoints.engine import MismatchError
+    from checkpoints.journal import beside
     from checkpoints.running.change import function_change
+    from checkpoints.tensors import CheckpointError
 
     print("upcycled: both sides compute logits in fp32, at every position", file=sys.stderr, flush=True)
-    return function_change(
-        args.load, args.source, folder, moe_every=upcycling.moe_every, trust_remote_code=args.trust_remote_code
-    )
+    try:
+        return function_change(
+            args.load, args.source, folder, moe_every=upcycling.moe_every, trust_remote_code=args.trust_remote_code
+        )
+    except CheckpointError as error:
+        kept = f"what was written stays in {beside(args.save)}; the same call with --skip-change gives it its name"
+        raise MismatchError(f"{error}; {kept}") from None
 
 
 def verified(args: argparse.Namespace, folder: Path) -> Mapping[str, Any]:

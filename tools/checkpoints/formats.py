@@ -111,7 +111,15 @@ def mapped(source_format: str, target_format: str, source: MegatronCheckpoint | 
             call = partial(call, transformer_impl=request.transformer_impl)
     try:
         return call()
-    except (AttributeError, KeyError, TypeError) as error:  # a setting that every model of this kind has
+    except CheckpointError:
+        raise
+    except (
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ValueError,
+    ) as error:  # a setting that is not sound
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         raise CheckpointError(
             f"{source.folder} has not the settings of a {source_format} model ({reason}); use another --from"

@@ -36,8 +36,11 @@ def dense_args(config: Mapping[str, Any]) -> dict[str, Any]:
             f"dense models of the types {', '.join(MODEL_TYPES)} can be read: config.json has model_type {kind!r}; "
             "use --from hf-longcat or hf-scmoe for theirs"
         )
-    rope = config.get("rope_parameters") or {}
-    stretched = config.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    stretched = rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
+    theta = rope.get("rope_theta") or config.get("rope_theta") or 10000
+    if theta != int(theta):
+        raise CheckpointError(f"the rotary base is a whole number in Megatron: config.json has {theta!r}; no way known")
     refused = {
         "rotary positions are not stretched here": ("rope_scaling", stretched),
         "attention reaches over the whole sequence": (
@@ -69,7 +72,7 @@ def dense_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "padded_vocab_size": config["vocab_size"],
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
         "position_embedding_type": "rope",
-        "rotary_base": int(rope.get("rope_theta") or config.get("rope_theta") or 10000),
+        "rotary_base": int(theta),
         "normalization": "RMSNorm",
         "layernorm_epsilon": config["rms_norm_eps"],
         "swiglu": True,

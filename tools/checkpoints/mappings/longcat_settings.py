@@ -64,9 +64,11 @@ def checked_config(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config.get("rope_parameters") or {
-        "rope_type": (config.get("rope_scaling") or {}).get("rope_type", "default"),
-        "rope_theta": config.get("rope_theta"),
+    """Rotary positions under one set of names; transformers takes the older ones first."""
+    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return {
+        "rope_type": found.get("rope_type", found.get("type", "default")),
+        "rope_theta": found.get("rope_theta", config.get("rope_theta")),
     }
 
 
@@ -155,9 +157,22 @@ def check_form(args: Namespace) -> None:
         "add_bias_linear": False,
         "untie_embeddings_and_output_weights": True,
         "rope_type": "rope",
+        "rotary_percent": 1.0,
+        "mscale_all_dim": 0.0,
+        "squared_relu": False,
+        "moe_router_score_function": "softmax",
+        "moe_router_num_groups": None,
+        "moe_router_group_topk": None,
         "a2a_codec": "none",
     }
-    defaults = {"router": "core", "latent_scaling": "none", "shortcut": "none", "a2a_codec": "none"}
+    defaults = {
+        **dict.fromkeys(("shortcut", "latent_scaling", "a2a_codec"), "none"),
+        "router": "core",
+        "rotary_percent": 1.0,
+        "mscale_all_dim": 0.0,
+        "squared_relu": False,
+        "moe_router_score_function": "softmax",
+    }
     for name, value in rules.items():
         found = getattr(args, name, defaults.get(name))
         if found != value:
@@ -180,6 +195,8 @@ def check_form(args: Namespace) -> None:
 def hf_config(args: Namespace) -> dict[str, Any]:
     """config.json of a checkpoint: the one it was made from, if any, with the sizes and settings that it has now."""
     config = json.loads(getattr(args, "hf_config", "{}"))
+    config.pop("auto_map", None)  # names Python files, which are not here
+    config.pop("rope_scaling", None)
     theta = {"rope_type": "default", "rope_theta": float(args.rotary_base)}
     return {
         "pad_token_id": None,
@@ -202,7 +219,7 @@ def hf_config(args: Namespace) -> dict[str, Any]:
         "n_routed_experts": args.num_experts,
         "zero_expert_num": args.zero_experts,
         "moe_topk": args.moe_router_topk,
-        "routed_scaling_factor": args.moe_router_topk_scaling_factor,
+        "routed_scaling_factor": args.moe_router_topk_scaling_factor or 1.0,
         "rms_norm_eps": args.layernorm_epsilon,
         "rope_parameters": {**_rope(config), **theta} if config else theta,
         "tie_word_embeddings": False,

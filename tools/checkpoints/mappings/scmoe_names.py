@@ -74,6 +74,7 @@ def to_megatron(source: HFFolder) -> Target:
     config = _loaded_config(source.config)
     saved = scmoe_settings.args_of(config, _dtype(source, ["model.embed_tokens.weight"]))
     args = scmoe_settings.complete(Namespace(**saved))
+    _check_kept(config, scmoe_settings.config_of(args))
     pieces: list[Piece] = []
     expected: dict[str, TensorInfo] = {}
     for link in links(args):
@@ -94,6 +95,18 @@ def to_megatron(source: HFFolder) -> Target:
     tied = config.tie_word_embeddings and "lm_head.weight" in source.infos
     dropped = {"lm_head.weight": _TIED} if tied else {}
     return Target(conversion=Conversion(pieces=tuple(pieces), expected=expected, dropped=dropped), args=saved, files={})
+
+
+def _check_kept(config: Any, again: Mapping[str, Any]) -> None:
+    """Refuse a configuration that would come back from Megatron's arguments as another one."""
+    here, there = config.rope_parameters or {}, again.get("rope_parameters") or {}
+    kind = here.get("rope_type", "default")
+    names = ("rope_type",) if kind == "default" else tuple(here)
+    lost = [f"rope_parameters {name} {here.get(name)!r}" for name in names if here.get(name) != there.get(name)]
+    if config.softmax_scale != again.get("softmax_scale"):
+        lost.append(f"softmax_scale {config.softmax_scale!r}")
+    if lost:
+        raise CheckpointError(f"Megatron has no setting for what config.json says: {', '.join(lost)}; no way known")
 
 
 def _part(rows: Tensor, *, split: Callable[[Tensor], Sequence[Tensor]], index: int) -> Tensor:

@@ -28,6 +28,9 @@ from checkpoints.tensors import CheckpointError, TensorInfo
 
 EXPERTS, TOPK = 8, 1  # unless something else is asked for
 
+_COMPUTED = "frequencies of rotary positions are computed"
+_TIED = "the output layer is the embedding"
+
 
 class Recipe(NamedTuple):
     """How a tensor of a Megatron model comes from a source.
@@ -89,7 +92,10 @@ def from_hf_dense(source: HFFolder, options: Upcycling) -> Target:
     """A dense Hugging Face model (Llama and its relatives) as an ScMoE checkpoint of the local spec."""
     args = Namespace(**dense_args(source.config))
     recipes = {name: Recipe(*parts) for name, parts in dense_recipes(source, args).items()}
-    return _upcycled(recipes, args, options, dropped={})
+    dropped = {name: _COMPUTED for name in source.infos if name.endswith(".rotary_emb.inv_freq")}
+    if not args.untie_embeddings_and_output_weights and "lm_head.weight" in source.infos:
+        dropped["lm_head.weight"] = _TIED
+    return _upcycled(recipes, args, options, dropped=dropped)
 
 
 def from_megatron(source: MegatronCheckpoint, options: Upcycling) -> Target:
