@@ -257,6 +257,10 @@ CHANGES = {
     "model_type": ("llama", "config.json is that of another model"),
     "ngram_vocab_size_ratio": (2, "no n-gram embeddings"),
     "moe_topk": (None, "config.json gives no number for moe_topk"),
+    "moe_topk ": (13, "a token has 12 experts to choose from"),
+    "rms_norm_eps": (float("inf"), "config.json gives no number for rms_norm_eps"),
+    "vocab_size": (96.0, "config.json gives no number for vocab_size"),
+    "num_layers ": (10**9, "too few for num_layers 1000000000"),
     "head_dim": (16, "make them equal"),
     "num_layers": (3, "tensors that the source lacks"),
     "hidden_size": (128, "has another shape than config.json says"),
@@ -273,7 +277,7 @@ def test_other_models_are_refused(hf_folder, tmp_path, name):
     folder.mkdir()
     for path in hf_folder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    config = json.loads((hf_folder / "config.json").read_text()) | {name: value}
+    config = json.loads((hf_folder / "config.json").read_text()) | {name.strip(): value}
     if name == "rope_theta":
         config["rope_parameters"] = None  # where older ones have it
     (folder / "config.json").write_text(json.dumps(config))

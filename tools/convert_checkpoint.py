@@ -145,6 +145,8 @@ def run(args: argparse.Namespace) -> None:
         from checkpoints.mappings.upcycle import Upcycling
 
         upcycling = Upcycling(**given)
+    if not args.save.name:
+        raise CheckpointError(f"--save {str(args.save)!a} has no name for a new folder; give one")
     if upcycling and args.verify:
         raise CheckpointError(
             "an upcycled model computes something else: --verify is set; drop it, the change is measured"

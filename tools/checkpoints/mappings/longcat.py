@@ -170,6 +170,11 @@ def to_megatron(source: HFFolder) -> Target:
         CheckpointError: for a configuration that LongCat-Flash as published does not have.
     """
     config = checked_config(source.config)
+    if max(config["num_layers"], config["n_routed_experts"]) > len(source.infos):
+        raise CheckpointError(
+            f"{source.folder} has {len(source.infos)} tensors, too few for num_layers {config['num_layers']} and "
+            f"n_routed_experts {config['n_routed_experts']} of its config.json; get the whole folder"
+        )
     args = megatron_args(config)
     rename = _spec_names(Namespace(**args))
     pieces, expected = [], {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
@@ -56,9 +57,16 @@ def checked_config(source: Mapping[str, Any]) -> dict[str, Any]:
         if "ngram" in name or "n_gram" in name:
             raise CheckpointError(f"LongCat-Flash has no n-gram embeddings, and config.json has {name}; no way known")
     for name in _NEEDED:
-        if isinstance(config.get(name), bool) or not isinstance(config.get(name), int | float):
-            raise CheckpointError(f"config.json gives no number for {name}: it has {config.get(name)!r}; add it")
-    config.setdefault("zero_expert_num", 0)
+        value = config.get(name)
+        is_number = type(value) is int or (type(value) is float and name in ("routed_scaling_factor", "rms_norm_eps"))
+        if not is_number or not 0 < float(value or 0) < math.inf:
+            raise CheckpointError(f"config.json gives no number for {name}: it has {value!r}; add it")
+    config["zero_expert_num"] = config.get("zero_expert_num") or 0
+    choices = config["n_routed_experts"] + config["zero_expert_num"]
+    if config["moe_topk"] > choices:
+        raise CheckpointError(
+            f"a token has {choices} experts to choose from: config.json has moe_topk {config['moe_topk']}"
+        )
     _check_rope(config)
     return config
 
