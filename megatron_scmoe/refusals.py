@@ -39,11 +39,12 @@ class Refusal:
     fix: str = "drop it"
     allowed: tuple[object, ...] = (None, False, 0)
 
-    def check(self, args: Namespace) -> None:
-        """Raise ConfigError where ``args`` has a value that is not allowed."""
+    def check(self, args: Namespace, beside: str = "shortcut") -> None:
+        """Raise ConfigError where ``args`` has a value that is not allowed beside our flag ``beside``."""
         value = getattr(args, self.flag.removeprefix("--").replace("-", "_"))
         if value not in self.allowed:
-            raise ConfigError(f"{self.reason}: {self.flag} is {value} and --shortcut is {args.shortcut}; {self.fix}")
+            other = f"--{beside} is {getattr(args, beside)}"
+            raise ConfigError(f"{self.reason}: {self.flag} is {value} and {other}; {self.fix}")
 
 
 _BYPASS = "it calls inner methods of a block, so that the group would never run"
@@ -288,9 +289,7 @@ _LONGCAT_REFUSED = (
 
 def _check_longcat_router(args: Namespace) -> None:
     for refusal in _LONGCAT_REFUSED:
-        value = getattr(args, refusal.flag.removeprefix("--").replace("-", "_"))
-        if value not in refusal.allowed:
-            raise ConfigError(f"{refusal.reason}: {refusal.flag} is {value} and --router is longcat; {refusal.fix}")
+        refusal.check(args, "router")
     for kind in ("sinkhorn", "quantile_balancing"):
         if kind in _balancing(args):
             raise ConfigError(

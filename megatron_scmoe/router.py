@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,14 +35,17 @@ class Routing(NamedTuple):
     logits: Tensor
 
 
-class _Without:
-    """Core's selection with some experts left out: has the shape of Core's replay, which stands in for a selection.
+class _Choice:
+    """Core's selection by something else than scores: has the shape of Core's replay, which stands in for a selection.
 
-    Scores are masked for the choice alone. Masked logits would change the softmax, and so the weight of what is chosen.
+    What is chosen keeps its score. Changed logits would change the softmax, and so the weight of what is chosen.
+
+    Args:
+        preference: of scores, [n, e]: what the largest ones are chosen of.
     """
 
-    def __init__(self, taken: Tensor) -> None:
-        self._taken = taken
+    def __init__(self, preference: Callable[[Tensor], Tensor]) -> None:
+        self._preference = preference
 
     def get_replay_topk(
         self,
@@ -51,8 +55,12 @@ class _Without:
         group_topk: int | None,
         select: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
-        _, indices = select(scores.masked_fill(self._taken, -torch.inf), topk, num_groups, group_topk)
+        _, indices = select(self._preference(scores), topk, num_groups, group_topk)
         return scores.gather(1, indices), indices
+
+
+def _without(taken: Tensor, scores: Tensor) -> Tensor:
+    return scores.masked_fill(taken, -torch.inf)
 
 
 class DualGateRouter(TopKRouter):
@@ -85,7 +93,7 @@ class DualGateRouter(TopKRouter):
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             score_function=self.score_function,
             expert_bias=self.expert_bias,
-            router_replay=None if preceding is None else _Without(preceding.chosen),
+            router_replay=None if preceding is None else _Choice(partial(_without, preceding.chosen)),
         )
         routing_map = chosen
         if self.config.moe_expert_capacity_factor is not None:
@@ -138,24 +146,6 @@ class ZeroRouting(NamedTuple):
         return (tokens * self.zero_weights.view(*tokens.shape[:-1], 1)).to(tokens.dtype)
 
 
-class _Biased:
-    """Core's selection by score plus bias, where Core has none for softmax; the shape is that of its replay."""
-
-    def __init__(self, router: LongcatRouter) -> None:
-        self._router = (router,)  # in a tuple, so that the router is not a module of its own
-
-    def get_replay_topk(
-        self,
-        scores: Tensor,
-        topk: int,
-        num_groups: int | None,
-        group_topk: int | None,
-        select: Callable[..., tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, Tensor]:
-        _, indices = select(scores + self._router[0].expert_bias, topk, num_groups, group_topk)
-        return scores.gather(1, indices), indices
-
-
 class LongcatRouter(TopKRouter):
     """LongCat-Flash's router (arXiv 2509.01322, section 2.1): softmax, bias, zero experts.
 
@@ -181,10 +171,13 @@ class LongcatRouter(TopKRouter):
         config.moe_router_enable_expert_bias = True
         super().__init__(config, *args, **kwargs)
         self._num_real = num_real
-        self.router_replay = _Biased(self)
+        self.router_replay = _Choice(self._biased)
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> ZeroRouting:
         """Route ``input`` [s, b, h]; ``padding_mask`` [s, b] is True where a token is padding."""
         probs, routing_map = super().forward(input, padding_mask)
         real, zero = probs.tensor_split((self._num_real,), dim=1)
         return ZeroRouting(real, routing_map[:, : self._num_real], zero.sum(dim=1))
+
+    def _biased(self, scores: Tensor) -> Tensor:
+        return scores + self.expert_bias

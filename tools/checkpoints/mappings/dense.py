@@ -1,24 +1,14 @@
-"""Dense Hugging Face models, Llama and its relatives, in Megatron's names and layouts: what upcycling starts from."""
+"""Settings of dense Hugging Face models, Llama and its relatives, as Megatron's: what upcycling starts from."""
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from checkpoints.disk.hf_folder import HFFolder
-from checkpoints.mappings.norms import norm_names
-from checkpoints.plan import Read, as_it_is
-from checkpoints.tensors import CheckpointError, TensorInfo
+from checkpoints.tensors import CheckpointError
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Models of one shape: pre-norm blocks with RMSNorm, grouped-query attention with rotary positions, gated MLPs."""
-
-_Parts = tuple[TensorInfo, tuple[Read, ...], Callable[..., Tensor]]
 
 
 def dense_args(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,59 +77,3 @@ def dense_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "moe_layer_freq": 1,
         "transformer_impl": "local",
     }
-
-
-def dense_recipes(source: HFFolder, args: Namespace) -> dict[str, _Parts]:
-    """Every tensor of the Megatron model, by its name there: what it is, what it is made of, and how."""
-    return dict(_recipes(source, args))
-
-
-def _recipes(source: HFFolder, args: Namespace) -> Iterator[tuple[str, _Parts]]:
-    def one(ours: str, theirs: str) -> tuple[str, _Parts]:
-        return ours, (_info(source, theirs), (Read(theirs),), as_it_is)
-
-    yield one("embedding.word_embeddings.weight", "model.embed_tokens.weight")
-    for block in range(args.num_layers):
-        yield from _block(source, args, block)
-    yield one("decoder.final_layernorm.weight", "model.norm.weight")
-    if args.untie_embeddings_and_output_weights:
-        yield one("output_layer.weight", "lm_head.weight")
-
-
-def _block(source: HFFolder, args: Namespace, block: int) -> Iterator[tuple[str, _Parts]]:
-    ours, theirs = f"decoder.layers.{block}.", f"model.layers.{block}."
-    norms = norm_names(args, args.transformer_impl, block)
-
-    def made(name: str, parts: tuple[str, ...], make: Callable[..., Tensor]) -> tuple[str, _Parts]:
-        infos = [_info(source, theirs + part) for part in parts]
-        rows = sum(info.shape[0] for info in infos)
-        info = TensorInfo((rows, *infos[0].shape[1:]), infos[0].dtype)
-        return ours + name, (info, tuple(Read(theirs + part) for part in parts), make)
-
-    yield made(norms["input_layernorm"] + "weight", ("input_layernorm.weight",), as_it_is)
-    yield made(norms["pre_mlp_layernorm"] + "weight", ("post_attention_layernorm.weight",), as_it_is)
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    for part in ("weight", "bias") if args.add_qkv_bias else ("weight",):
-        names = tuple(f"self_attn.{kind}_proj.{part}" for kind in "qkv")
-        yield made(f"self_attention.linear_qkv.{part}", names, partial(_by_group, groups=groups))
-    yield made("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), as_it_is)
-    if args.qk_layernorm:
-        for kind in "qk":
-            yield made(f"self_attention.{kind}_layernorm.weight", (f"self_attn.{kind}_norm.weight",), as_it_is)
-    yield made("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), _behind_one_another)
-    yield made("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), as_it_is)
-
-
-def _info(source: HFFolder, name: str) -> TensorInfo:
-    # A tensor that the source lacks is named by the account of the conversion; any shape will do until then.
-    return source.infos.get(name, TensorInfo((0,), torch.float32))
-
-
-def _behind_one_another(*parts: Tensor) -> Tensor:
-    return torch.cat(parts)
-
-
-def _by_group(query: Tensor, key: Tensor, value: Tensor, *, groups: int) -> Tensor:
-    """Rows by query group: its query heads, its key head, its value head; as Megatron lays them out."""
-    rows = [tensor.reshape(groups, -1, *tensor.shape[1:]) for tensor in (query, key, value)]
-    return torch.cat(rows, dim=1).flatten(0, 1).contiguous()

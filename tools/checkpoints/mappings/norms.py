@@ -38,3 +38,20 @@ def norm_names(args: Namespace, spec: str, block: int) -> Mapping[str, str]:
             alone, in_linear = f"{latent_of}_layernorm.", f"linear_{latent_of}_up_proj.layer_norm_"
             names[f"{latent_of}_layernorm"] = "self_attention." + (in_linear if fused_latents else alone)
     return names
+
+
+def renamed_norms(then: Namespace, now: Namespace) -> dict[str, str]:
+    """Names of all norms' parameters with the arguments ``now``, by those with the arguments ``then``.
+
+    The two have the same blocks, whose MLPs and specs may differ.
+    """
+    names: dict[str, str] = {}
+    for block in range(then.num_layers):
+        old, new = (norm_names(args, args.transformer_impl, block) for args in (then, now))
+        prefix = f"decoder.layers.{block}."
+        names |= {
+            f"{prefix}{old[module]}{part}": f"{prefix}{new[module]}{part}"
+            for module in old
+            for part in ("weight", "bias")
+        }
+    return names

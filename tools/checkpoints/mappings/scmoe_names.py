@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from checkpoints.disk.hf_folder import HFFolder
 from checkpoints.disk.torch_dist import MegatronCheckpoint
 from checkpoints.formats import Target
 from checkpoints.mappings import scmoe_settings
-from checkpoints.mappings.scmoe_links import Shape, links
+from checkpoints.mappings.links import dtype_of, hf_pieces, links, megatron_pieces
 from checkpoints.mappings.scmoe_tokenizer import Tokenizer, tokenizer_of
-from checkpoints.plan import Conversion, Piece, Read
-from checkpoints.tensors import CheckpointError, TensorInfo
+from checkpoints.plan import Conversion
+from checkpoints.tensors import CheckpointError
 
 CODE = Path(__file__).with_name("hf_scmoe")
 CODE_FILES = ("configuration_scmoe.py", "modeling_scmoe.py")
@@ -42,16 +40,7 @@ def from_megatron(source: MegatronCheckpoint) -> Target:
     args = scmoe_settings.complete(source.args)
     config = scmoe_settings.config_of(args)
     tokenizer = tokenizer_of(args)
-    pieces: list[Piece] = []
-    expected: dict[str, TensorInfo] = {}
-    for link in links(args):
-        _check_shape(source, link.ours, link.shape, "the saved settings say: the checkpoint is damaged")
-        dtype = _dtype(source, [link.ours])
-        for index, (name, shape) in enumerate(link.theirs):
-            expected[name] = TensorInfo(shape, dtype)
-            read = Read(link.ours, link.row, link.row + link.num_rows)
-            make = partial(_part, split=link.split, index=index)
-            pieces.append(Piece(name=name, info=expected[name], reads=(read,), make=make))
+    pieces, expected = hf_pieces(source.infos, links(args))
     maps = _residual_maps(source, args)
     return Target(
         conversion=Conversion(
@@ -61,7 +50,7 @@ def from_megatron(source: MegatronCheckpoint) -> Target:
             notes=(*_notes(args), *tokenizer.notes),
         ),
         args=None,
-        files=_files(config, tokenizer, _dtype(source, ["embedding.word_embeddings.weight"])),
+        files=_files(config, tokenizer, dtype_of(source.infos, ["embedding.word_embeddings.weight"])),
     )
 
 
@@ -72,26 +61,10 @@ def to_megatron(source: HFFolder) -> Target:
         CheckpointError: for another model, and for a tensor of another shape than config.json says.
     """
     config = _loaded_config(source.config)
-    saved = scmoe_settings.args_of(config, _dtype(source, ["model.embed_tokens.weight"]))
+    saved = scmoe_settings.args_of(config, dtype_of(source.infos, ["model.embed_tokens.weight"]))
     args = scmoe_settings.complete(Namespace(**saved))
     _check_kept(config, scmoe_settings.config_of(args))
-    pieces: list[Piece] = []
-    expected: dict[str, TensorInfo] = {}
-    for link in links(args):
-        names = [name for name, _ in link.theirs]
-        for name, shape in link.theirs:
-            _check_shape(source, name, shape, "config.json says: the folder is damaged, or of another model")
-        dtype = _dtype(source, names)
-        expected[link.ours] = TensorInfo(link.shape, dtype)
-        pieces.append(
-            Piece(
-                name=link.ours,
-                info=TensorInfo((link.num_rows, *link.shape[1:]), dtype),
-                reads=tuple(Read(name) for name in names),
-                make=link.join,
-                row=link.row,
-            )
-        )
+    pieces, expected = megatron_pieces(source.infos, links(args))
     tied = config.tie_word_embeddings and "lm_head.weight" in source.infos
     dropped = {"lm_head.weight": _TIED} if tied else {}
     return Target(conversion=Conversion(pieces=tuple(pieces), expected=expected, dropped=dropped), args=saved, files={})
@@ -107,21 +80,6 @@ def _check_kept(config: Any, again: Mapping[str, Any]) -> None:
         lost.append(f"softmax_scale {config.softmax_scale!r}")
     if lost:
         raise CheckpointError(f"Megatron has no setting for what config.json says: {', '.join(lost)}; no way known")
-
-
-def _part(rows: Tensor, *, split: Callable[[Tensor], Sequence[Tensor]], index: int) -> Tensor:
-    return split(rows)[index].contiguous()
-
-
-def _dtype(source: HFFolder | MegatronCheckpoint, names: Iterable[str]) -> torch.dtype:
-    """That of the first of ``names``, which tensors keep. What is missing is named by the account of the conversion."""
-    return next((source.infos[name].dtype for name in names if name in source.infos), torch.float32)
-
-
-def _check_shape(source: HFFolder | MegatronCheckpoint, name: str, shape: Shape, says: str) -> None:
-    info = source.infos.get(name)
-    if info is not None and tuple(info.shape) != shape:
-        raise CheckpointError(f"{name} has another shape, {tuple(info.shape)}, than the {shape} that {says}")
 
 
 def _residual_maps(source: MegatronCheckpoint, args: Namespace) -> list[str]:

@@ -6,8 +6,8 @@ from argparse import Namespace
 
 from checkpoints.disk.torch_dist import MegatronCheckpoint
 from checkpoints.formats import Target
-from checkpoints.mappings.norms import SPECS, norm_names
-from checkpoints.mappings.scmoe_links import expected_tensors
+from checkpoints.mappings.links import expected_tensors
+from checkpoints.mappings.norms import SPECS, renamed_norms
 from checkpoints.plan import Conversion, Piece, Read
 from checkpoints.tensors import CheckpointError
 
@@ -28,16 +28,10 @@ def convert(source: MegatronCheckpoint, *, transformer_impl: str) -> Target:
             f"nothing to convert: {source.folder} is a checkpoint of the spec {transformer_impl} already; "
             f"use --transformer-impl {SPECS[1 - SPECS.index(transformer_impl)]}"
         )
-    renamed: dict[str, str] = {}
-    for block in range(args.num_layers):
-        then, now = (norm_names(args, spec, block) for spec in (args.transformer_impl, transformer_impl))
-        for module in then:
-            for part in ("weight", "bias"):
-                prefix = f"decoder.layers.{block}."
-                renamed[prefix + then[module] + part] = prefix + now[module] + part
+    new_args = {**vars(args), "transformer_impl": transformer_impl}
+    renamed = renamed_norms(args, Namespace(**new_args))
     names = {name: renamed.get(name, name) for name in source.infos}
     written = {names[name]: info for name, info in source.infos.items()}
-    new_args = {**vars(args), "transformer_impl": transformer_impl}
     return Target(
         conversion=Conversion(
             pieces=tuple(

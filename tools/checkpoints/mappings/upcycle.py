@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor
 from checkpoints.disk.hf_folder import HFFolder
 from checkpoints.disk.torch_dist import MegatronCheckpoint
 from checkpoints.formats import Target
-from checkpoints.mappings.dense import dense_args, dense_recipes
-from checkpoints.mappings.norms import carries_moe, norm_names
-from checkpoints.mappings.scmoe_links import expected_tensors
+from checkpoints.mappings import scmoe_settings
+from checkpoints.mappings.dense import dense_args
+from checkpoints.mappings.links import expected_tensors, links, megatron_pieces
+from checkpoints.mappings.norms import carries_moe, renamed_norms
 from checkpoints.plan import Conversion, Piece, Read, as_it_is
 from checkpoints.tensors import CheckpointError, TensorInfo
 
@@ -91,7 +93,7 @@ class Upcycling:
 def from_hf_dense(source: HFFolder, options: Upcycling) -> Target:
     """A dense Hugging Face model (Llama and its relatives) as an ScMoE checkpoint of the local spec."""
     args = Namespace(**dense_args(source.config))
-    recipes = {name: Recipe(*parts) for name, parts in dense_recipes(source, args).items()}
+    recipes = _recipes(*megatron_pieces(source.infos, links(scmoe_settings.complete(args))))
     dropped = {name: _COMPUTED for name in source.infos if name.endswith(".rotary_emb.inv_freq")}
     if not args.untie_embeddings_and_output_weights and "lm_head.weight" in source.infos:
         dropped["lm_head.weight"] = _TIED
@@ -113,6 +115,22 @@ def from_megatron(source: MegatronCheckpoint, options: Upcycling) -> Target:
     return _upcycled(recipes, args, options, dropped=source.others)
 
 
+def _recipes(pieces: list[Piece], whole: Mapping[str, TensorInfo]) -> dict[str, Recipe]:
+    """Whole tensors from the pieces that make them up."""
+    by_name: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        by_name.setdefault(piece.name, []).append(piece)
+    return {
+        name: Recipe(whole[name], tuple(read for piece in its for read in piece.reads), partial(_joined, pieces=its))
+        for name, its in by_name.items()
+    }
+
+
+def _joined(*read: Tensor, pieces: list[Piece]) -> Tensor:
+    tensors = iter(read)
+    return torch.cat([piece.make(*islice(tensors, len(piece.reads))) for piece in pieces])
+
+
 def _upcycled(
     recipes: Mapping[str, Recipe], args: Namespace, options: Upcycling, *, dropped: Mapping[str, str]
 ) -> Target:
@@ -131,7 +149,8 @@ def _upcycled(
     if then_moe and not args.moe_shared_expert_intermediate_size:
         raise CheckpointError("scmoe always runs a shared expert, and the checkpoint's MoE has none; no way known")
     new_args = _args(args, options, stock_moe=bool(then_moe))
-    made = dict(_renamed_norms(recipes, args, Namespace(**new_args)))
+    renamed = renamed_norms(args, Namespace(**new_args))
+    made = {renamed.get(name, name): recipe for name, recipe in recipes.items()}
     pieces: list[Piece] = []
     for name, recipe in made.items():
         if then_moe or _mlp_block(name) not in moe_blocks:
@@ -185,17 +204,6 @@ def _args(args: Namespace, options: Upcycling, *, stock_moe: bool) -> dict[str, 
         "shortcut_combine": options.combine,
         "moe_every": options.moe_every,
     }
-
-
-def _renamed_norms(recipes: Mapping[str, Recipe], args: Namespace, new_args: Namespace) -> Iterator[tuple[str, Recipe]]:
-    """Recipes under the names that the norms of the new blocks have in the same spec."""
-    names: dict[str, str] = {}
-    for block in range(args.num_layers):
-        then, now = (norm_names(a, a.transformer_impl, block) for a in (args, new_args))
-        prefix = f"decoder.layers.{block}."
-        names |= {f"{prefix}{then[m]}{part}": f"{prefix}{now[m]}{part}" for m in then for part in ("weight", "bias")}
-    for name, recipe in recipes.items():
-        yield names.get(name, name), recipe
 
 
 def _mlp_block(name: str) -> int | None:

@@ -37,7 +37,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.training.models.gpt import GPTModelBuilder
 
 from checkpoints.disk.torch_dist import MegatronCheckpoint
-from checkpoints.mappings.norms import norm_names
+from checkpoints.mappings.norms import renamed_norms
 from checkpoints.running.megatron_args import EMBEDDING, Layout, arguments
 from checkpoints.running.model import Scores
 from checkpoints.tensors import CheckpointError
@@ -188,7 +188,7 @@ def _load_weights(module: Any, source: MegatronCheckpoint, args: Namespace) -> N
         raise CheckpointError(
             f"{source.folder} lacks {len(names)} tensors of its model, such as {names[0]}; get it whole"
         )
-    keys = {*source.infos, *(re.sub(r"(decoder\.layers\.)\d+\.", r"\1", name) for name in source.infos)}
+    keys = {*source.infos, *map(_all_blocks, source.infos)}
     # Learned compensation of the codec: with every token on its way as it is, there is nothing to compensate.
     if names := sorted(name for name in unused if name in keys and ".residual_map." not in name):
         raise CheckpointError(
@@ -200,12 +200,11 @@ def _load_weights(module: Any, source: MegatronCheckpoint, args: Namespace) -> N
 
 def _names_in_checkpoint(then: Namespace, now: Namespace) -> dict[str, str]:
     """Names of norms that the checkpoint's spec has otherwise than this machine's, by the latter."""
-    then_spec = getattr(then, "transformer_impl", "local")
-    renamed = {}
-    for block in range(now.num_layers):
-        old, new = (norm_names(now, spec, block) for spec in (then_spec, now.transformer_impl))
-        for name, prefix in new.items():
-            for part in ("weight", "bias"):
-                for layers in (f"decoder.layers.{block}.", "decoder.layers."):  # the latter: all blocks in one tensor
-                    renamed[layers + prefix + part] = layers + old[name] + part
-    return renamed
+    in_checkpoint = Namespace(**{**vars(now), "transformer_impl": getattr(then, "transformer_impl", "local")})
+    renamed = renamed_norms(now, in_checkpoint)
+    return renamed | {_all_blocks(new): _all_blocks(old) for new, old in renamed.items()}
+
+
+def _all_blocks(name: str) -> str:
+    """The name of one block's tensor without the block, as where all blocks are in one tensor."""
+    return re.sub(r"(decoder\.layers\.)\d+\.", r"\1", name)

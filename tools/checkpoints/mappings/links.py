@@ -1,9 +1,13 @@
-"""Which tensors of this plugin's checkpoints and of a Hugging Face ScMoE folder hold the same numbers."""
+"""Which tensors of this plugin's checkpoints and of a Hugging Face folder hold the same numbers.
+
+``links`` is for folders of ``hf_scmoe``, whose dense models have the names of Llama's; what it is made of serves other
+folders, too. The same links make pieces in both directions.
+"""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,8 +16,8 @@ from torch import Tensor
 
 from checkpoints.mappings import scmoe_settings
 from checkpoints.mappings.norms import carries_moe, norm_names
-from checkpoints.plan import as_it_is
-from checkpoints.tensors import TensorInfo
+from checkpoints.plan import Piece, Read, as_it_is
+from checkpoints.tensors import CheckpointError, TensorInfo
 
 Shape = tuple[int, ...]
 
@@ -57,18 +61,90 @@ def links(args: Namespace) -> Iterator[Link]:
         args: of a Megatron checkpoint, ``scmoe_settings.complete``.
     """
     vocab = (args.padded_vocab_size, args.hidden_size)
-    yield _same("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab)
+    yield same("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab)
     if args.position_embedding_type == "learned_absolute":
         positions = (args.max_position_embeddings, args.hidden_size)
-        yield _same("embedding.position_embeddings.weight", "model.embed_positions.weight", positions)
+        yield same("embedding.position_embeddings.weight", "model.embed_positions.weight", positions)
     for block in range(args.num_layers):
         yield from _block(args, block)
-    yield from _norm(args, "decoder.final_layernorm.", "model.norm.", args.hidden_size)
+    yield from norm(args, "decoder.final_layernorm.", "model.norm.", args.hidden_size)
     if args.untie_embeddings_and_output_weights:
-        yield _same("output_layer.weight", "lm_head.weight", vocab)
+        yield same("output_layer.weight", "lm_head.weight", vocab)
 
 
-def expected_tensors(args: Namespace, found: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+type Infos = Mapping[str, TensorInfo]
+
+
+def megatron_pieces(found: Infos, all_links: Iterable[Link]) -> tuple[list[Piece], dict[str, TensorInfo]]:
+    """Pieces of a Megatron checkpoint, and all tensors that it should have.
+
+    Args:
+        found: tensors of a Hugging Face folder.
+        all_links: of its model.
+
+    Raises:
+        CheckpointError: for a tensor of another shape than the folder's configuration says.
+    """
+    pieces: list[Piece] = []
+    expected: dict[str, TensorInfo] = {}
+    for link in all_links:
+        names = [name for name, _ in link.theirs]
+        for name, shape in link.theirs:
+            says = "config.json says", "the folder is damaged, or of another model"
+            _check_shape(found, name, shape, *says)
+        dtype = dtype_of(found, names)
+        expected[link.ours] = TensorInfo(link.shape, dtype)
+        pieces.append(
+            Piece(
+                name=link.ours,
+                info=TensorInfo((link.num_rows, *link.shape[1:]), dtype),
+                reads=tuple(Read(name) for name in names),
+                make=link.join,
+                row=link.row,
+            )
+        )
+    return pieces, expected
+
+
+def hf_pieces(found: Infos, all_links: Iterable[Link]) -> tuple[list[Piece], dict[str, TensorInfo]]:
+    """Pieces of a Hugging Face folder, and all tensors that it should have.
+
+    Args:
+        found: tensors of a Megatron checkpoint.
+        all_links: of its model.
+
+    Raises:
+        CheckpointError: for a tensor of another shape than the saved settings say.
+    """
+    pieces: list[Piece] = []
+    expected: dict[str, TensorInfo] = {}
+    for link in all_links:
+        _check_shape(found, link.ours, link.shape, "the saved settings say", "the checkpoint is damaged")
+        dtype = dtype_of(found, [link.ours])
+        for index, (name, shape) in enumerate(link.theirs):
+            expected[name] = TensorInfo(shape, dtype)
+            read = Read(link.ours, link.row, link.row + link.num_rows)
+            make = partial(_part, split=link.split, index=index)
+            pieces.append(Piece(name=name, info=expected[name], reads=(read,), make=make))
+    return pieces, expected
+
+
+def dtype_of(found: Infos, names: Iterable[str]) -> torch.dtype:
+    """That of the first of ``names``, which tensors keep. What is missing is named by the account of the conversion."""
+    return next((found[name].dtype for name in names if name in found), torch.float32)
+
+
+def _part(rows: Tensor, *, split: Callable[[Tensor], Sequence[Tensor]], index: int) -> Tensor:
+    return split(rows)[index].contiguous()
+
+
+def _check_shape(found: Infos, name: str, shape: Shape, says: str, reason: str) -> None:
+    info = found.get(name)
+    if info is not None and tuple(info.shape) != shape:
+        raise CheckpointError(f"{name} has another shape than {says}: {tuple(info.shape)} and {shape}; {reason}")
+
+
+def expected_tensors(args: Namespace, found: Infos) -> dict[str, TensorInfo]:
     """Every tensor that a checkpoint with these arguments has.
 
     Args:
@@ -85,24 +161,26 @@ def expected_tensors(args: Namespace, found: Mapping[str, TensorInfo]) -> dict[s
     return expected
 
 
-def _same(ours: str, theirs: str, shape: Shape) -> Link:
+def same(ours: str, theirs: str, shape: Shape) -> Link:
+    """A tensor under another name."""
     return Link(ours=ours, shape=shape, theirs=((theirs, shape),))
 
 
-def _norm(args: Namespace, ours: str, theirs: str, size: int) -> Iterator[Link]:
+def norm(args: Namespace, ours: str, theirs: str, size: int) -> Iterator[Link]:
+    """A norm over ``size`` channels; names are prefixes, here and below."""
     for part in ("weight", "bias") if args.normalization == "LayerNorm" else ("weight",):
-        yield _same(ours + part, theirs + part, (size,))
+        yield same(ours + part, theirs + part, (size,))
 
 
 def _block(args: Namespace, block: int) -> Iterator[Link]:
     ours, theirs = f"decoder.layers.{block}.", f"model.layers.{block}."
     norms = norm_names(args, args.transformer_impl, block)
-    yield from _norm(args, ours + norms["input_layernorm"], f"{theirs}input_layernorm.", args.hidden_size)
-    attention = _latent_attention if args.multi_latent_attention else _grouped_query_attention
+    yield from norm(args, ours + norms["input_layernorm"], f"{theirs}input_layernorm.", args.hidden_size)
+    attention = latent_attention if args.multi_latent_attention else _grouped_query_attention
     yield from attention(args, ours, f"{theirs}self_attn.", norms)
-    yield from _norm(args, ours + norms["pre_mlp_layernorm"], f"{theirs}post_attention_layernorm.", args.hidden_size)
+    yield from norm(args, ours + norms["pre_mlp_layernorm"], f"{theirs}post_attention_layernorm.", args.hidden_size)
     if not carries_moe(args, block):
-        yield from _mlp(args, f"{ours}mlp.", f"{theirs}mlp.", args.ffn_hidden_size)
+        yield from mlp(args, f"{ours}mlp.", f"{theirs}mlp.", args.ffn_hidden_size)
     elif args.shortcut == "none" or block // args.moe_every % args.moe_share_groups == 0:
         yield from _moe(args, ours, f"{theirs}moe.")
 
@@ -120,13 +198,14 @@ def _grouped_query_attention(args: Namespace, ours: str, theirs: str, _norms: Ma
             split=partial(_split_by_group, groups=groups, size=size),
             join=partial(_join_by_group, groups=groups),
         )
-    yield _same(f"{ours}self_attention.linear_proj.weight", f"{theirs}o_proj.weight", (hidden, heads * size))
+    yield same(f"{ours}self_attention.linear_proj.weight", f"{theirs}o_proj.weight", (hidden, heads * size))
     if args.qk_layernorm:
         for x in "qk":
-            yield from _norm(args, f"{ours}self_attention.{x}_layernorm.", f"{theirs}{x}_norm.", size)
+            yield from norm(args, f"{ours}self_attention.{x}_layernorm.", f"{theirs}{x}_norm.", size)
 
 
-def _latent_attention(args: Namespace, ours: str, theirs: str, norms: Mapping[str, str]) -> Iterator[Link]:
+def latent_attention(args: Namespace, ours: str, theirs: str, norms: Mapping[str, str]) -> Iterator[Link]:
+    """Multi-latent attention; ``norms`` has the names of its block's (``norm_names``)."""
     hidden, heads, kv_rank = args.hidden_size, args.num_attention_heads, args.kv_lora_rank
     queries = heads * (args.qk_head_dim + args.qk_pos_emb_head_dim)
     shapes = {
@@ -140,13 +219,14 @@ def _latent_attention(args: Namespace, ours: str, theirs: str, norms: Mapping[st
         shapes["linear_q_down_proj", "q_a_proj"] = (args.q_lora_rank, hidden)
         shapes["linear_q_up_proj", "q_b_proj"] = (queries, args.q_lora_rank)
     for (our_name, their_name), shape in shapes.items():
-        yield _same(f"{ours}self_attention.{our_name}.weight", f"{theirs}{their_name}.weight", shape)
+        yield same(f"{ours}self_attention.{our_name}.weight", f"{theirs}{their_name}.weight", shape)
     for x, rank in (("q", args.q_lora_rank), ("kv", kv_rank)):
         if f"{x}_layernorm" in norms:
-            yield from _norm(args, ours + norms[f"{x}_layernorm"], f"{theirs}{x}_a_layernorm.", rank)
+            yield from norm(args, ours + norms[f"{x}_layernorm"], f"{theirs}{x}_a_layernorm.", rank)
 
 
-def _mlp(args: Namespace, ours: str, theirs: str, size: int) -> Iterator[Link]:
+def mlp(args: Namespace, ours: str, theirs: str, size: int) -> Iterator[Link]:
+    """An MLP of inner dimension ``size``."""
     hidden = args.hidden_size
     names = ("gate_proj", "up_proj") if args.swiglu else ("up_proj",)
     for index, name in enumerate(names):
@@ -157,26 +237,26 @@ def _mlp(args: Namespace, ours: str, theirs: str, size: int) -> Iterator[Link]:
             row=index * size,
             rows=size,
         )
-    yield _same(f"{ours}linear_fc2.weight", f"{theirs}down_proj.weight", (hidden, size))
+    yield same(f"{ours}linear_fc2.weight", f"{theirs}down_proj.weight", (hidden, size))
 
 
 def _moe(args: Namespace, ours: str, theirs: str) -> Iterator[Link]:
     hidden, choices = args.hidden_size, args.num_experts + args.zero_experts
-    yield _same(f"{ours}mlp.router.weight", f"{theirs}router.weight", (choices, hidden))
+    yield same(f"{ours}mlp.router.weight", f"{theirs}router.weight", (choices, hidden))
     if args.moe_router_enable_expert_bias or args.router == "longcat":
-        yield _same(f"{ours}mlp.router.expert_bias", f"{theirs}router.expert_bias", (choices,))
-    for expert in range(args.num_experts):
-        yield from _expert(args, f"{ours}mlp.experts.experts.", f"{theirs}experts.{expert}.", expert)
+        yield same(f"{ours}mlp.router.expert_bias", f"{theirs}router.expert_bias", (choices,))
+    for index in range(args.num_experts):
+        yield from expert(args, f"{ours}mlp.experts.experts.", f"{theirs}experts.{index}.", index)
     if args.moe_shared_expert_intermediate_size:
         shared = f"{ours}mlp.shared_experts."
-        yield from _mlp(args, shared, f"{theirs}shared_expert.", args.moe_shared_expert_intermediate_size)
+        yield from mlp(args, shared, f"{theirs}shared_expert.", args.moe_shared_expert_intermediate_size)
         if args.shortcut == "scmoe" and args.shortcut_combine == "cg2":
-            yield _same(f"{ours}combine_gate.weight", f"{theirs}combine_gate.weight", (2, hidden))
+            yield same(f"{ours}combine_gate.weight", f"{theirs}combine_gate.weight", (2, hidden))
         elif args.moe_shared_expert_gate:
-            yield _same(f"{shared}gate_weight", f"{theirs}shared_expert_gate.weight", (1, hidden))
+            yield same(f"{shared}gate_weight", f"{theirs}shared_expert_gate.weight", (1, hidden))
 
 
-def _expert(args: Namespace, ours: str, theirs: str, expert: int) -> Iterator[Link]:
+def expert(args: Namespace, ours: str, theirs: str, index: int) -> Iterator[Link]:
     """One of the rows of tensors that count experts along their first dimension."""
     hidden, size = args.hidden_size, args.moe_ffn_hidden_size or args.ffn_hidden_size
     names = ("gate_proj", "up_proj") if args.swiglu else ("up_proj",)
@@ -184,7 +264,7 @@ def _expert(args: Namespace, ours: str, theirs: str, expert: int) -> Iterator[Li
         ours=f"{ours}linear_fc1.weight",
         shape=(args.num_experts, len(names) * size, hidden),
         theirs=tuple((f"{theirs}{name}.weight", (size, hidden)) for name in names),
-        row=expert,
+        row=index,
         rows=1,
         split=partial(_split_expert, parts=len(names)),
         join=_join_expert,
@@ -193,7 +273,7 @@ def _expert(args: Namespace, ours: str, theirs: str, expert: int) -> Iterator[Li
         ours=f"{ours}linear_fc2.weight",
         shape=(args.num_experts, hidden, size),
         theirs=((f"{theirs}down_proj.weight", (hidden, size)),),
-        row=expert,
+        row=index,
         rows=1,
         split=partial(_split_expert, parts=1),
         join=_join_expert,
