@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from checkpoints.running.verify import verify
+import numpy
+
+from checkpoints.running.verify import compare, logits_of, random_tokens
 
 POSITIONS = ("pos1", "pos2", "pos3")
 
@@ -30,14 +33,12 @@ def function_change(
         CheckpointError: where one of them does not run.
     """
     result = {}
-    for position in POSITIONS if moe_every > 1 else POSITIONS[:1]:
-        found = verify(
-            source,
-            source_format,
-            target,
-            "megatron",
-            trust_remote_code=trust_remote_code,
-            settings={"shortcut_position": [position]},
-        )
-        result[position] = {name: found[name] for name in ("relative_difference", "same_first_choice")}
+    with tempfile.TemporaryDirectory(prefix="change-") as scratch:
+        tokens = Path(scratch, "tokens.npy")
+        numpy.save(tokens, random_tokens(source, target))
+        before = logits_of(f"the source ({source_format})", source, tokens, trust_remote_code=trust_remote_code)
+        for position in POSITIONS if moe_every > 1 else POSITIONS[:1]:
+            settings = {"shortcut_position": [position]}
+            found = compare(before, logits_of("the target (megatron)", target, tokens, settings=settings))
+            result[position] = {name: found[name] for name in ("relative_difference", "same_first_choice")}
     return {"function_change_at_step_0": result}

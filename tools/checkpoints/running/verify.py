@@ -34,7 +34,6 @@ def verify(
     tokens: numpy.ndarray | None = None,
     tolerance: float = TOLERANCE,
     trust_remote_code: bool = False,
-    settings: Mapping[str, object] | None = None,
 ) -> dict[str, Any]:
     """Compare the logits of two checkpoints in fp32.
 
@@ -46,7 +45,6 @@ def verify(
         tokens: ids, [b, s]; None: random ones that both have, always the same.
         tolerance: the largest difference of two logits that passes.
         trust_remote_code: whether Python files of a Hugging Face folder may run, which are not those of this tool.
-        settings: of the target, a Megatron checkpoint, in the place of those that it has saved.
 
     Returns:
         The largest difference and where it is, its size beside the logits', and whether it passes; plain types.
@@ -59,19 +57,10 @@ def verify(
     if tokens is None:
         tokens = random_tokens(*sides.values())
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
-        numpy.save(Path(scratch, "tokens.npy"), tokens)
-        paths = []
-        for number, (name, folder) in enumerate(sides.items()):
-            paths.append(Path(scratch, f"{number}.npy"))
-            request = {
-                "folder": str(folder),
-                "tokens": str(Path(scratch, "tokens.npy")),
-                "logits": str(paths[-1]),
-                "trust_remote_code": trust_remote_code,
-                "settings": settings if number == 1 else None,
-            }
-            _run(name, request)
-        found = compare(*(numpy.load(path, mmap_mode="r") for path in paths))
+        path = Path(scratch, "tokens.npy")
+        numpy.save(path, tokens)
+        logits = [logits_of(name, folder, path, trust_remote_code=trust_remote_code) for name, folder in sides.items()]
+        found = compare(*logits)
     found["tolerance"] = tolerance
     found["passed"] = found["largest_difference"] is not None and found["largest_difference"] <= tolerance
     return {"dtype": "float32", "rows": tokens.shape[0], "tokens": int(tokens.size), "seed": seed, **found}
@@ -120,12 +109,40 @@ def _limits(folder: Path) -> tuple[int, int]:
     return min(known), settings.get("max_position_embeddings") or LENGTH
 
 
-def _run(name: str, request: Mapping[str, Any]) -> None:
-    """Let a process of its own write the logits of ``tokens``.
+def logits_of(
+    name: str,
+    folder: Path,
+    tokens: Path,
+    *,
+    trust_remote_code: bool = False,
+    settings: Mapping[str, object] | None = None,
+) -> numpy.ndarray:
+    """Logits in fp32, [b, s, vocabulary], by a process of its own; they lie beside ``tokens`` on disk.
+
+    Args:
+        name: what to call the checkpoint where it does not run.
+        folder: of either kind.
+        tokens: file with ids, [b, s].
+        trust_remote_code: whether Python files of a Hugging Face folder may run, which are not those of this tool.
+        settings: of a Megatron checkpoint, in the place of those that it has saved.
 
     Raises:
-        CheckpointError: where it fails.
+        CheckpointError: where it does not run.
     """
+    with tempfile.NamedTemporaryFile(dir=tokens.parent, suffix=".npy", delete=False) as file:
+        path = Path(file.name)
+    request = {
+        "folder": str(folder),
+        "tokens": str(tokens),
+        "logits": str(path),
+        "trust_remote_code": trust_remote_code,
+        "settings": settings,
+    }
+    _run(name, request)
+    return numpy.load(path, mmap_mode="r")
+
+
+def _run(name: str, request: Mapping[str, Any]) -> None:
     inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     paths = [str(TOOLS), str(TOOLS.parent), *filter(None, [inherited.get("PYTHONPATH")])]
     done = subprocess.run(
@@ -144,7 +161,7 @@ def _run(name: str, request: Mapping[str, Any]) -> None:
 
 
 def _write_logits(request: Mapping[str, Any]) -> None:
-    """What the process of ``_run`` does."""
+    """What the process of ``logits_of`` does."""
     loaded = model.load(
         Path(request["folder"]),
         dtype=torch.float32,
