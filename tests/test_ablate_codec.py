@@ -24,11 +24,21 @@ from training import ROOT
 TOOL = ROOT / "tools" / "ablate_codec.py"
 sys.path.insert(0, str(TOOL.parent))
 import ablate_codec as tool  # noqa: E402
-from codec_study import analysis, arms, encoding, folder, goals, jobs, output, record, render, wall_time, words  # noqa: E402  # noqa: E402
+from codec_study import analysis, arms, encoding, folder, goals, jobs, output, record, render, wall_time, words  # noqa: E402
 from codec_study.analysis import Spread  # noqa: E402
-from codec_study.arms import CONTROL, MODELS, NONE, PAPER, UNCOMPENSATED, Run, Settings, all_arms  # noqa: E402
+from codec_study.arms import (  # noqa: E402
+    COMPRESSED_CONTROL,
+    CONTROL,
+    MODELS,
+    NONE,
+    PAPER,
+    UNCOMPENSATED,
+    Run,
+    Settings,
+    all_arms,
+)
 
-from megatron_scmoe.config import Compensation  # noqa: E402
+from megatron_scmoe.config import Codec, Compensation  # noqa: E402
 
 SEEDS = (1, 2, 3)
 NOISE = {1: 0.0, 2: 0.1, 3: -0.2}
@@ -238,13 +248,16 @@ def by_name(arm):
     return next(one for one in all_arms() if one.name == arm)
 
 
+CARGO_OF = {NONE: "tokens", CONTROL: "tokens-plus-input", COMPRESSED_CONTROL: "codec-plus-input"}
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_arms_differ_in_cargo_and_codec_alone(model):
     cargo, *base = flags_of(model, by_name(NONE))
     assert cargo == "tokens"
     for arm in all_arms():
         mine, *flags = flags_of(model, arm)
-        assert mine == {NONE: "tokens", CONTROL: "tokens-plus-input"}.get(arm.name, "codec")
+        assert mine == CARGO_OF.get(arm.name, "codec")
         assert flags[: len(base)] == base and all(
             flag.startswith("--lsh-") for flag in flags[len(base) :] if "--" in flag
         )
@@ -275,21 +288,26 @@ def test_lowrank_is_an_arm_where_the_package_has_it():
     assert ("lsh q6 lowrank" in [arm.name for arm in all_arms()]) == ("lowrank" in list(Compensation))
 
 
-def control_and_input(kind):
-    """Outputs of one MoE layer with both cargoes, and each token times its gate weights; gradients too."""
-    from codec_study.train import Tokens, TokensPlusInput, replace_cargo
+CODEC_AND_CARGO = {"none": "tokens", "lsh": "codec"}
 
+
+def controls_and_input(kind):
+    """What one MoE layer gives for every cargo, by its name, with gradients; and each token times its gate weights."""
+    from codec_study.train import CARGOES
+
+    from megatron_scmoe.codec import CargoMaker
     from megatron_scmoe.pipelined import PipelinedMoELayer
 
-    layer = next(module for module in build(kind, 1).modules() if isinstance(module, PipelinedMoELayer))
-    found = []
-    for cargo in (None, Tokens, TokensPlusInput):
-        if cargo is not None:
-            replace_cargo(cargo)
-        hidden = torch.randn(6, 4, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        output, _ = layer(hidden)
-        output.square().sum().backward()
-        found.append((output.detach(), hidden.grad))
+    found, package = {}, CargoMaker.cargo
+    for codec, named in CODEC_AND_CARGO.items():
+        settings = {"a2a_codec": Codec(codec), "lsh_compensation": Compensation.NONE, "lsh_hashes": 2}
+        layer = next(one for one in build(kind, 1, **settings).modules() if isinstance(one, PipelinedMoELayer))
+        for cargo in (f"package {codec}", named, f"{named}-plus-input"):
+            CargoMaker.cargo = CARGOES.get(cargo, package)
+            hidden = torch.randn(6, 4, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            output, _ = layer(hidden)
+            output.square().sum().backward()
+            found[cargo] = (output.detach(), hidden.grad)
     with torch.no_grad():
         probs, routing_map = layer.route(hidden)
         own = (probs * routing_map).sum(dim=-1).view(6, 4, 1) * hidden
@@ -297,13 +315,14 @@ def control_and_input(kind):
 
 
 @pytest.mark.parametrize("kind", ["top-2", "shared expert, gated", "dropped"])
-def test_control_adds_the_token_times_its_gate_weights(kind):
-    (((package, package_grad), (tokens, tokens_grad), (control, control_grad)), own) = ranks.run(
-        control_and_input, 1, kind, layout=EP[1]
-    )[0]
-    assert torch.equal(package, tokens) and torch.equal(package_grad, tokens_grad)
-    torch.testing.assert_close(control, tokens + own)
-    assert own.abs().max() > 0.1 and not torch.allclose(control_grad, tokens_grad)
+def test_controls_add_the_token_times_its_gate_weights(kind):
+    found, own = ranks.run(controls_and_input, 1, kind, layout=EP[1])[0]
+    for codec, named in CODEC_AND_CARGO.items():
+        package, plain, control = (found[name] for name in (f"package {codec}", named, f"{named}-plus-input"))
+        assert all(torch.equal(*pair) for pair in zip(package, plain, strict=True))
+        torch.testing.assert_close(control[0], plain[0] + own)
+        assert own.abs().max() > 0.1 and not torch.allclose(control[1], plain[1])
+    assert not torch.allclose(found["tokens"][0], found["codec"][0])
 
 
 # --- requests --------------------------------------------------------------------------------------------------------

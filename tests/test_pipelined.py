@@ -52,8 +52,11 @@ KINDS = {
 }
 
 
-def build(kind: str, chunks: int):
-    """The stock model of a kind, with an MoE in every second block; in chunks for a number of them, as it is for 0."""
+def build(kind: str, chunks: int, **settings):
+    """The stock model of a kind, with an MoE in every second block; in chunks for a number of them, as it is for 0.
+
+    ``settings`` are others of ``ScMoEConfig``.
+    """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
@@ -73,7 +76,7 @@ def build(kind: str, chunks: int):
         share_embeddings_and_output_weights=False,
     )
     if chunks:
-        scmoe = ScMoEConfig(overlap_chunks=chunks)
+        scmoe = ScMoEConfig(overlap_chunks=chunks, **settings)
         config.transformer_layer_spec = partial(pipelined_block_spec, scmoe=scmoe)
     model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     with torch.no_grad():

@@ -51,6 +51,7 @@ MODELS = {
 }
 
 NONE, CONTROL, PAPER, UNCOMPENSATED = "none", "control", "lsh q6", "lsh q6 no compensation"
+COMPRESSED_CONTROL = "control lsh q6"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +74,21 @@ class Arm:
     @property
     def compresses(self) -> bool:
         """Whether centroids travel."""
-        return self.cargo == "codec"
+        return self.cargo.startswith("codec")
 
 
 def all_arms() -> list[Arm]:
-    """Every arm that this version of the package can train, the two without compression first."""
+    """Every arm that this version of the package can train, the two without compression first.
+
+    The compressed control is E(c) + x: the path that compensation adds, for the token and not for its residual alone.
+    """
     arms = [Arm(NONE, "tokens"), Arm(CONTROL, "tokens-plus-input")]
     arms += [_lsh(f"lsh q{hashes}", "--lsh-hashes", str(hashes)) for hashes in (2, 4, 6, 8, 10)]
     arms.append(_lsh(UNCOMPENSATED, "--lsh-hashes", "6", "--lsh-compensation", "none"))
     if "lowrank" in list(Compensation):
         arms.append(_lsh("lsh q6 lowrank", "--lsh-hashes", "6", "--lsh-compensation", "lowrank"))
+    no_residual = ("--lsh-hashes", "6", "--lsh-compensation", "none")
+    arms.append(Arm(COMPRESSED_CONTROL, "codec-plus-input", no_residual))
     arms.append(_lsh("spherical q12", "--lsh-kind", "spherical", "--lsh-hashes", "12"))
     arms.append(_lsh("lsh q12 at 0.2", "--lsh-hashes", "12", "--lsh-target-rate", "0.2"))
     return arms

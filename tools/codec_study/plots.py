@@ -24,6 +24,7 @@ COLOURS = {
     "lsh q10": "#0b2545",
     "lsh q6 no compensation": "#d0582e",
     "lsh q6 lowrank": "#b8860b",
+    "control lsh q6": "#7fc97f",
     "spherical q12": "#8b5aa8",
     "lsh q12 at 0.2": "#c2185b",
 }

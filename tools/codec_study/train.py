@@ -1,63 +1,81 @@
-"""One training of the study: the real entry script, in which an arm without a codec replaces what travels.
+"""One training of the study: the real entry script, in which arms without a codec, and controls, replace what travels.
 
     python -m codec_study.train CARGO <flags of pretrain_gpt_scmoe.py>
 
-The control is here, and no flag of the package, because nobody trains it for its own sake: experts that compute
-E(x) + x are the path that compensation adds, E(c) + (x - c), without any compression.
+The controls are here, and no flag of the package, because nobody trains them for their own sake: experts that compute
+E(x) + x are the path that the paper's compensation adds, E(c) + (x - c), without any compression.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 import pretrain_gpt_scmoe  # before anything that imports Megatron
-from megatron_scmoe.codec import CargoMaker, Tokens
+from megatron_scmoe.codec import Cargo, CargoMaker, Tokens
 
 if TYPE_CHECKING:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
+type MakeCargo = Callable[..., Cargo]
+"""Takes what ``CargoMaker.cargo`` takes, the maker first."""
 
-class TokensPlusInput(Tokens):
-    """Tokens as they are; to each expert's output for one, the token is added at home before the gate weight.
 
-    Args: those of ``Tokens``.
+class PlusInput:
+    """A cargo, and to each expert's output for a token the token itself, added at home before the gate weight.
+
+    Args:
+        cargo: what travels.
+        hidden_states: what the experts read, [..., h], n tokens.
+        weights: each token's gate weights, summed over its experts, [n].
     """
 
-    def __init__(
-        self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, routing_map: Tensor, *, chunks: int
-    ) -> None:
-        super().__init__(moe, hidden_states, probs, routing_map, chunks=chunks)
-        weights = (probs * routing_map).sum(dim=-1)
+    def __init__(self, cargo: Cargo, hidden_states: Tensor, weights: Tensor) -> None:
+        self.dispatchers = cargo.dispatchers
+        self.pack, self.unpack, self.deliver = cargo.pack, cargo.unpack, cargo.deliver
+        self._cargo = cargo
         self._inputs = (hidden_states * weights.view(*hidden_states.shape[:-1], 1)).to(hidden_states.dtype)
 
     def join(self, delivered: list[Tensor]) -> Tensor:
-        """See ``Cargo``: sum over the token's experts of p (E(x) + x)."""
-        return super().join(delivered) + self._inputs
+        """See ``Cargo``: sum over the token's experts of p (E(x) + x), with E(c) where centroids travel."""
+        return self._cargo.join(delivered) + self._inputs
 
 
-CARGOES: dict[str, type[Tokens] | None] = {"codec": None, "tokens": Tokens, "tokens-plus-input": TokensPlusInput}
-"""By name: what travels in the place of what the flags say; None leaves it to them."""
+def tokens(
+    _maker: CargoMaker, moe: MoELayer, hidden_states: Tensor, probs: Tensor, routing_map: Tensor, **settings: Any
+) -> Cargo:
+    """Tokens as they are, whatever the codec of the flags is."""
+    return Tokens(moe, hidden_states, probs, routing_map, chunks=settings["chunks"])
 
 
-def replace_cargo(kind: type[Tokens]) -> None:
-    """Let every group of this process carry ``kind``, whatever its codec is."""
+def plus_input(make: MakeCargo) -> MakeCargo:
+    """What ``make`` makes, and the tokens added to what it brings back."""
 
     def cargo(
-        _maker: CargoMaker, moe: MoELayer, hidden_states: Tensor, probs: Tensor, routing_map: Tensor, **settings: Any
-    ) -> Tokens:
-        return kind(moe, hidden_states, probs, routing_map, chunks=settings["chunks"])
+        maker: CargoMaker, moe: MoELayer, hidden_states: Tensor, probs: Tensor, routing_map: Tensor, **settings: Any
+    ) -> Cargo:
+        weights = (probs * routing_map).sum(dim=-1)
+        return PlusInput(make(maker, moe, hidden_states, probs, routing_map, **settings), hidden_states, weights)
 
-    CargoMaker.cargo = cargo  # type: ignore[assignment, method-assign]
+    return cargo
+
+
+CODEC, TOKENS = "codec", "tokens"
+CARGOES: dict[str, MakeCargo] = {
+    CODEC: CargoMaker.cargo,
+    TOKENS: tokens,
+    f"{CODEC}-plus-input": plus_input(CargoMaker.cargo),
+    f"{TOKENS}-plus-input": plus_input(tokens),
+}
+"""By name: what every group of this process carries."""
 
 
 def main() -> None:
     """Take the cargo from the command line, and train by the rest of it."""
-    kind = CARGOES[sys.argv.pop(1)]
-    if kind is not None:
-        replace_cargo(kind)
+    CargoMaker.cargo = CARGOES[sys.argv.pop(1)]  # type: ignore[assignment, method-assign]
     pretrain_gpt_scmoe.main()
     from megatron.training import get_tensorboard_writer  # noqa: PLC0415 - only now: the entry script decides first
 
