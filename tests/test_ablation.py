@@ -553,6 +553,30 @@ def test_goals_of_rates_that_were_not_measured(result):
     assert ": met" not in lines_of(text, "honest baseline", "top-2 4 chunks")[0]
 
 
+def test_every_arm_of_every_link_is_in_a_table(result):
+    """Slots are named where the solver chose them; Megatron's own layers have no limit."""
+    text = render.markdown(result, goals.GOALS)
+    tables = text.split("<details><summary>All arms: ")[1:]
+    assert [table.partition("<")[0] for table in tables] == [words.link(point) for point in result["points"]]
+    for table in tables:
+        rows = [line for line in table.splitlines() if line.startswith("| ") and "| arm" not in line]
+        assert len(rows) == len(all_arms()) and {line.count(" | ") for line in rows} == {6}
+        assert "| top-2 | 1.000 [1.000, 1.000] | - | - | 1.000 [1.000, 1.000] | - | - |" in rows
+        part = "2.000 [2.000, 2.000] | 0.794 [0.794, 0.794] | 96.0%*"
+        assert any(line.startswith(f"| pos2 adaptive chunks (1+1, 1+1) | {part} |") for line in rows)
+        assert any(line.startswith("| pos2 slot 2 | 1.250 [1.250, 1.250]") for line in rows)
+
+
+def test_goal_of_recording(result):
+    lines = lines_of(render.markdown(result, goals.GOALS), "what recording marks costs", "pos2 adaptive (recorded)")
+    assert len(lines) == 3 and all(line.count("1.000 [1.000, 1.000]: met") == 2 for line in lines)
+    slow = copy.deepcopy(result)
+    recorded = find(slow, 0, "pos2 adaptive (recorded)")["seconds"]
+    recorded["training"] = [1.03 * value for value in recorded["training"]]
+    lines = lines_of(render.markdown(slow, goals.GOALS), "what recording marks costs", "pos2 adaptive (recorded)")
+    assert "1.030 [1.030, 1.030]: **missed by 0.020** (2.0%)" in lines[0]
+
+
 def test_hidden_share_counts_only_where_communication_fits(result):
     """At share 0.6 there are 2 x 1.5 seconds for a window of 4, elsewhere 2 x 4."""
     assert goals.window_filled(result["points"][0], "pos2 off", "training") == pytest.approx(0.75)

@@ -133,6 +133,15 @@ GOALS = (
         published="faster",
     ),
     Goal(
+        text="what recording marks costs: time of recorded over not recorded",
+        measure=Measure.TIME_RATIO,
+        arms=("pos2 adaptive (recorded)",),
+        against="pos2 adaptive",
+        sign="<=",
+        training=1.01,
+        forward=1.01,
+    ),
+    Goal(
         text="LSH-MoE at a rate of 0.2: speed-up of top-2 lsh over top-2, all-to-all 0.45 of the step",
         measure=Measure.SPEEDUP,
         arms=("top-2 lsh off",),

@@ -83,8 +83,28 @@ def html(result: Mapping[str, Any]) -> str:
 
 
 def markdown(result: Mapping[str, Any], wanted: Sequence[goals.Goal] = goals.GOALS) -> str:
-    """The goals, what was measured, and by how much a goal is missed."""
-    return goals.section(result, wanted)
+    """The goals, what was measured, and by how much a goal is missed; then all arms of each link rate."""
+    tables = [_arms(*of) for of in zip(result["points"], _by_point(result), strict=True)]
+    return "\n\n".join([goals.section(result, wanted), *tables])
+
+
+def _arms(point: Mapping[str, Any], rows: Rows) -> str:
+    figures = "speed-up | of limit | hidden"
+    lines = [
+        f"<details><summary>All arms: {words.link(point)}</summary>\n",
+        f"| arm (slots in training, forward) | training: {figures} | forward: {figures} |",
+        "|---|" + "---|" * 6,
+    ]
+    for one in point["arms"]:
+        name, cells = one["arm"]["name"], []
+        for kind in KINDS:
+            row = rows[name, kind]
+            hidden = words.recorded(row.hidden_share, words.percent)
+            cells += [words.times(row.speedup), words.times(row.part_of_limit), hidden]
+        if str(one["arm"]["mode"]).startswith("adaptive"):  # the slots of others are in their names
+            name += f" ({', '.join(words.plan(one, kind).replace('|', '/') for kind in KINDS)})"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "\n</details>"])
 
 
 def _by_point(result: Mapping[str, Any]) -> list[dict[tuple[str, str], Row]]:
