@@ -21,9 +21,9 @@ HEADINGS = ("validation loss", "above none", "above the control", "rows sent", "
 NOTES = (
     "Figures are medians over seeds, in brackets the smallest and the largest one; differences are paired by seed. The"
     " control has experts that compute E(x) + x and sends every row: the path that the paper's compensation adds,"
-    " without the compression; control lsh q6 adds it where centroids travel, E(c) + x. Rows sent and residual are means"
-    " of the last tenth of the steps. Seconds are those of one rank without a network: they do not say what compression"
-    " saves."
+    " without the compression; control lsh q6 adds it where centroids travel, E(c) + x. Rows sent and residual are"
+    " means of the last tenth of the steps. Seconds are those of one rank without a network: they do not say what"
+    " compression saves."
 )
 
 
