@@ -10,7 +10,8 @@ gate weight p, which stays home too::
 
     y = sum over the token's experts of  p (E(c) + (x - c))
 
-``compensation.py`` has what else may stand in the place of x - c.
+``compensation.py`` has what else may stand in the place of x - c. With --lsh-refinement lloyd, tokens join the
+nearest mean before they are packed, which the paper does not do.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from torch import Tensor
 
 from megatron_scmoe import mcore
 from megatron_scmoe.compensation import ResidualMap
-from megatron_scmoe.config import Codec, Compensation, HashKind, ScMoEConfig
+from megatron_scmoe.config import Codec, Compensation, HashKind, Refinement, ScMoEConfig
 from megatron_scmoe.exchange import Tag
+from megatron_scmoe.lloyd import refined
 from megatron_scmoe.lsh import Hasher, cluster, means, restore
 from megatron_scmoe.plan import DECODE, ENCODE
 from megatron_scmoe.rate import RateControl
@@ -115,6 +117,7 @@ class Centroids:
     Args:
         hasher: decides which tokens are alike.
         rate_control: decides how many of its functions count; None for all.
+        refinement: what becomes of the clusters that it finds.
         compensation: what is added for the residuals.
         residual_map: of the group, where compensation is lowrank.
         tag: whose flights they are.
@@ -132,6 +135,7 @@ class Centroids:
         travels_topk: bool,
         hasher: Hasher,
         rate_control: RateControl | None,
+        refinement: Refinement,
         compensation: Compensation,
         residual_map: ResidualMap | None,
         tag: Tag,
@@ -139,6 +143,7 @@ class Centroids:
         tag.marker.now(tag.prefix + ENCODE)
         self._tag = tag
         self._compensation, self._residual_map = compensation, residual_map
+        self._hasher, self._refinement = hasher, refinement
         self._home = mcore.dispatcher_for_one_flight(moe, keeps_capacity=False)
         self._rows, self._weights = mcore.rows_by_expert(
             self._home, hidden_states, routing_map, probs, travels_topk=travels_topk
@@ -171,6 +176,9 @@ class Centroids:
             )
         if self._centroids is None:
             rows_of_chunks = [mcore.num_rows_to_send(dispatcher) for dispatcher in self.dispatchers]
+            if self._refinement is Refinement.LLOYD:
+                sketches = self._hasher.sketches(self._rows)
+                self._clusters = refined(self._clusters, sketches, self._rows_per_expert, sum(rows_of_chunks))
             self._centroids = means(self._rows, self._clusters, sum(rows_of_chunks))
             self._parts = self._centroids.split(rows_of_chunks)
             self._tag.marker.compression(self._rows, self._centroids, self._clusters.ids, self._clusters.sizes)
@@ -219,6 +227,7 @@ class CargoMaker:
         self, scmoe: ScMoEConfig, hidden_size: int, group: int, residual_map: ResidualMap | None = None
     ) -> None:
         self._compensation, self._residual_map = scmoe.lsh_compensation, residual_map
+        self._refinement = scmoe.lsh_refinement
         self._travels_topk = not scmoe.zero_experts
         self._hasher: Hasher | None = None
         self.rate_control: RateControl | None = None
@@ -245,6 +254,7 @@ class CargoMaker:
             travels_topk=self._travels_topk,
             hasher=self._hasher,
             rate_control=self.rate_control,
+            refinement=self._refinement,
             compensation=self._compensation,
             residual_map=self._residual_map,
             tag=tag,

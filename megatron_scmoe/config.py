@@ -74,6 +74,13 @@ class HashKind(StrEnum):
     SPHERICAL = "spherical"
 
 
+class Refinement(StrEnum):
+    """What is done to the clusters that hashing found."""
+
+    NONE = "none"
+    LLOYD = "lloyd"
+
+
 class Compensation(StrEnum):
     """What is added to an expert's output for the residual that did not travel (LSH-MoE, section 3.3)."""
 
@@ -110,6 +117,7 @@ CODEC_FIELDS = (
     "lsh_kind",
     "lsh_hashes",
     "lsh_width",
+    "lsh_refinement",
     "lsh_compensation",
     "lsh_rank",
     "lsh_target_rate",
@@ -208,6 +216,11 @@ class ScMoEConfig:
     lsh_width: int = 2
     """Coordinates of a cross-polytope hash function: more of them send more rows and change less. Try 4 for 4096 or
     more tokens for each expert on each rank."""
+
+    lsh_refinement: Refinement = Refinement.NONE
+    """What becomes of the clusters that hashing found. none: they stay; lloyd: each token then joins the nearest mean
+    of its expert, as in one step of k-means (not in the paper): means are nearer to their tokens for the same rows
+    sent."""
 
     lsh_compensation: Compensation = Compensation.PAPER
     """What a token gets beside the expert's output for the mean. paper: its difference from the mean; none: nothing;

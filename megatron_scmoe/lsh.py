@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 _KEY_BITS = 62
 _SCRAMBLER = 0x1E3779B97F4A7C15  # odd, with bits all over: 2^64 over the golden ratio
 _CHANCES = 1 << 20
+_SKETCH_WIDTH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,15 @@ class Hasher:
             self._digits = torch.tensor(digits)
         else:  # a sum of odd multiples, modulo 2^64: two keys out of 2^32 rows collide, and share a cluster, by chance
             self._digits = torch.randint(2**62, (hashes,), generator=generator) * 2 + 1
+        width = min(_SKETCH_WIDTH, hidden_size)
+        self._sketch = torch.linalg.qr(torch.randn(hidden_size, width, generator=generator)).Q
+
+    @torch.no_grad()
+    def sketches(self, rows: Tensor) -> Tensor:
+        """``rows``, [n, h], on a random subspace, in fp32, [n, w]: distances in it are nearly those of the rows."""
+        if self._sketch.device != rows.device:
+            self._sketch = self._sketch.to(rows.device)
+        return rows.float() @ self._sketch
 
     @torch.no_grad()
     def keys(self, rows: Tensor, level: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -140,10 +150,10 @@ def cluster(keys: Tensor, rows_per_expert: Tensor, chunks: int = 1) -> Clusters:
 
 
 def means(rows: Tensor, clusters: Clusters, num_clusters: int) -> Tensor:
-    """The mean of each cluster's rows, [m, h], from rows [n, h]; summed in fp32 or wider."""
+    """The mean of each cluster, [m, h], from rows [n, h]; summed in fp32 or wider; zeros where there are no rows."""
     wide = torch.promote_types(rows.dtype, torch.float32)
     sums = rows.new_zeros(num_clusters, rows.shape[1], dtype=wide).index_add_(0, clusters.ids, rows.to(wide))
-    return sums.div_(clusters.sizes[:num_clusters, None]).to(rows.dtype)
+    return sums.div_(clusters.sizes[:num_clusters, None].clamp(min=1)).to(rows.dtype)
 
 
 def restore(

@@ -42,6 +42,7 @@ class Case:
     hashes: int = 1
     width: int = 2
     compensation: str = "paper"
+    refinement: str = "none"
     router: str = "core"
     zero_experts: int = 0
 
@@ -152,7 +153,7 @@ def build(case: Case):
 
 
 def lsh_settings(case: Case) -> dict[str, object]:
-    from megatron_scmoe.config import Compensation
+    from megatron_scmoe.config import Compensation, Refinement
 
     if case.codec == "none":
         return {}
@@ -160,6 +161,7 @@ def lsh_settings(case: Case) -> dict[str, object]:
         "lsh_hashes": case.hashes,
         "lsh_width": case.width,
         "lsh_compensation": Compensation(case.compensation),
+        "lsh_refinement": Refinement(case.refinement),
     }
 
 

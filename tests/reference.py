@@ -63,6 +63,8 @@ class ReferenceConfig:
     lsh_columns: tuple[tuple[Tensor, ...], ...] = ()
     """LSH-MoE: for each group, the columns [h, width] that each of its hash functions keeps; none: no compression."""
     lsh_compensation: str = "paper"
+    lsh_sketches: tuple[Tensor, ...] = ()
+    """For each group, the subspace [h, w] in which a token joins the nearest mean of its expert; none: it does not."""
 
     def __post_init__(self) -> None:
         """Refuse what the formulas do not define."""
@@ -307,19 +309,24 @@ def all_experts_output(
     """
     if not cfg.lsh_columns:
         return [experts_output(params, prefix, *routed, cfg) for routed in zip(choices, tokens, strict=True)]
-    columns = cfg.lsh_columns[int(prefix.split(".")[2]) // cfg.moe_every]
-    clusters: dict[tuple, list[Tensor]] = {}
-    for token, its_choices in zip(tokens, choices, strict=True):
-        for expert, _ in its_choices:
-            clusters.setdefault((expert, bucket(token, columns)), []).append(token)
+    group = int(prefix.split(".")[2]) // cfg.moe_every
+    columns = cfg.lsh_columns[group]
+    homes = {
+        (number, expert): (expert, bucket(token, columns))
+        for number, (token, its_choices) in enumerate(zip(tokens, choices, strict=True))
+        for expert, _ in its_choices
+    }
+    if cfg.lsh_sketches:
+        homes = with_nearest_means(homes, [token.detach() @ cfg.lsh_sketches[group] for token in tokens])
+    clusters = members_of(homes, tokens)
     outputs = []
-    for token, its_choices in zip(tokens, choices, strict=True):
+    for number, (token, its_choices) in enumerate(zip(tokens, choices, strict=True)):
         output = torch.zeros_like(token)
         for expert, weight in its_choices:
             if expert >= cfg.num_experts:
                 output = output + weight * token
                 continue
-            members = clusters[expert, bucket(token, columns)]
+            members = clusters[homes[number, expert]]
             centroid = sum(members[1:], members[0]) / len(members)
             result = feed_forward(params, f"{prefix}experts.local_experts.{expert}.", centroid, cfg)
             residual = token - centroid
@@ -329,6 +336,31 @@ def all_experts_output(
             output = output + weight * (result if cfg.lsh_compensation == "none" else result + residual)
         outputs.append(output)
     return outputs
+
+
+type Homes = dict[tuple[int, int], tuple]
+"""Cluster, whose name begins with its expert, of each token (by number) and each of its experts."""
+
+
+def members_of(homes: Homes, tokens: list[Tensor]) -> dict[tuple, list[Tensor]]:
+    """The tokens of each cluster."""
+    clusters: dict[tuple, list[Tensor]] = {}
+    for (number, _), home in homes.items():
+        clusters.setdefault(home, []).append(tokens[number])
+    return clusters
+
+
+def with_nearest_means(homes: Homes, tokens: list[Tensor]) -> Homes:
+    """One step of Lloyd's algorithm among the clusters of an expert, for those who gain a thousandth by it."""
+    means = {home: sum(members[1:], members[0]) / len(members) for home, members in members_of(homes, tokens).items()}
+    found = {}
+    for (number, expert), home in homes.items():
+        token = tokens[number]
+        distances = {other: (token - mean).square().sum() for other, mean in means.items() if other[0] == expert}
+        nearest = min(distances, key=distances.__getitem__)
+        gain = distances[home] - distances[nearest]
+        found[number, expert] = nearest if gain > 1e-3 * token.square().sum() else home
+    return found
 
 
 def moe_output(params: Params, prefix: str, source: Tensor, current: Tensor, cfg: ReferenceConfig) -> Tensor:

@@ -19,6 +19,9 @@ from training import SCMOE, STOCK, with_flags, without_flag
 LSH = Case(codec="lsh")
 """Few tokens that are not alike: one function of four answers makes them share centroids all the same."""
 
+LLOYD = LSH.replace(refinement="lloyd", topk=2, hashes=2)
+"""Of so few tokens, some that join another mean."""
+
 CASES = {
     "pos2": LSH,
     "pos1": LSH.replace(position=("pos1",)),
@@ -28,25 +31,27 @@ CASES = {
     "low rank": LSH.replace(compensation="lowrank"),
     "low rank, dgmoe": LSH.replace(compensation="lowrank", shortcut="dgmoe"),
     "three functions": LSH.replace(hashes=3, width=1),
+    "lloyd": LLOYD,
+    "lloyd, low rank": LLOYD.replace(compensation="lowrank"),
+    "lloyd, dgmoe": LSH.replace(refinement="lloyd", shortcut="dgmoe"),
 }
 
 
-def columns_of_groups(case: Case, num_groups: int) -> tuple[tuple[torch.Tensor, ...], ...]:
-    """What the hash functions of every group keep, from where the layers have it."""
+def hashers_of_groups(case: Case) -> list:
     from megatron_scmoe.lsh import Hasher
 
-    hashers = [
-        Hasher(16, hashes=case.hashes, width=case.width, seed=1234 * 100_003 + group) for group in range(num_groups)
-    ]
-    return tuple(hasher._columns.split(case.width, dim=1) for hasher in hashers)
+    seeds = (1234 * 100_003 + group for group in range(case.num_groups))
+    return [Hasher(16, hashes=case.hashes, width=case.width, seed=seed) for seed in seeds]
 
 
 def reference_of_ranks(case: Case, num_ranks: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Losses and gradients by the slow reference, whose tokens are clustered rank by rank."""
+    hashers = hashers_of_groups(case)
     config = dataclasses.replace(
         case.reference_config(),
-        lsh_columns=columns_of_groups(case, case.num_groups),
+        lsh_columns=tuple(hasher._columns.split(case.width, dim=1) for hasher in hashers),
         lsh_compensation=case.compensation,
+        lsh_sketches=tuple(hasher._sketch for hasher in hashers) if case.refinement == "lloyd" else (),
     )
     parameters = models.reference_parameters(config)
     parts = zip(*(ids.chunk(num_ranks) for ids in models.batch()), strict=True)
@@ -103,10 +108,17 @@ def test_every_slot_equals_off_bit_for_bit(slot):
     assert_bit_equal(run(LSH.replace(expert_slot=(slot,)), 2), run(LSH.replace(overlap="off"), 2))
 
 
-@pytest.mark.parametrize(("shortcut", "chunks"), [("scmoe", 2), ("scmoe", 4), ("dgmoe", 3)])
-def test_chunks_change_rounding_only(shortcut, chunks):
+def test_refinement_changes_what_is_computed():
+    """Negative control: of the comparisons with a reference that refines too."""
+    with pytest.raises(AssertionError):
+        assert_close(run(LLOYD, 2), run(LLOYD.replace(refinement="none"), 2))
+
+
+@pytest.mark.parametrize(
+    ("case", "chunks"), [(LSH, 2), (LSH, 4), (LSH.replace(shortcut="dgmoe"), 3), (LLOYD, 2), (LLOYD, 3)]
+)
+def test_chunks_change_rounding_only(case, chunks):
     """The clusters are those of all tokens, whatever they travel in."""
-    case = LSH.replace(shortcut=shortcut)
     assert_close(run(case.replace(chunks=chunks), 2), run(case.replace(overlap="off"), 2))
 
 
@@ -147,9 +159,10 @@ def test_saved_maps_need_their_flag(tmp_path):
         assert (exit_code, words in message) == (2, True) if words else (exit_code, message) == (None, ""), message
 
 
+@pytest.mark.parametrize("case", [LSH, LLOYD], ids=["hashed", "refined"])
 @pytest.mark.parametrize("recompute", ["full", "core_attn", "shared_experts"])
-def test_recompute_finds_the_same_clusters(recompute):
-    assert_bit_equal(run(LSH.replace(recompute=recompute), 2), run(LSH, 2))
+def test_recompute_finds_the_same_clusters(recompute, case):
+    assert_bit_equal(run(case.replace(recompute=recompute), 2), run(case, 2))
 
 
 def test_several_micro_batches_in_flight():
@@ -175,9 +188,10 @@ def ones_for_gates(case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return models.losses_and_gradients(case)
 
 
+@pytest.mark.parametrize("refinement", ["none", "lloyd"])
 @pytest.mark.parametrize("compensation", ["paper", "none"])
-def test_one_token_in_each_cluster_equals_no_codec_bit_for_bit(compensation):
-    many = LSH.replace(hashes=16, width=4, compensation=compensation)
+def test_one_token_in_each_cluster_equals_no_codec_bit_for_bit(compensation, refinement):
+    many = LSH.replace(hashes=16, width=4, compensation=compensation, refinement=refinement)
     one, other = (ranks.run(ones_for_gates, 2, case, layout=EP[2]) for case in (many, Case()))
     for (loss, gradients), (other_loss, other_gradients) in zip(one, other, strict=True):
         assert torch.equal(loss, other_loss)
@@ -272,6 +286,7 @@ TRAINED = {
     "tensor parallel": with_flags(SCMOE, "--tensor-model-parallel-size 2", "--sequence-parallel"),
     "pipeline": with_flags(SCMOE, "--pipeline-model-parallel-size 2"),
     "low rank": with_flags(TOP2, EP2, "--lsh-compensation lowrank"),
+    "lloyd": with_flags(TOP2, EP2, "--lsh-refinement lloyd", "--overlap-chunks 2"),
     "low rank, tensor parallel": with_flags(
         SCMOE, "--tensor-model-parallel-size 2", "--sequence-parallel", "--lsh-compensation lowrank"
     ),
@@ -301,10 +316,10 @@ def test_it_trains_and_reports(name, tmp_path):
     assert all(0 < residual < 2 for residual in values["overlap/residual"].values())
 
 
-@pytest.mark.parametrize("compensation", ["paper", "lowrank"])
-def test_resume_is_exact(tmp_path, compensation):
+@pytest.mark.parametrize("setting", ["compensation paper", "compensation lowrank", "refinement lloyd"])
+def test_resume_is_exact(tmp_path, setting):
     """Iterations 6 to 10 after a resume at 5 equal those of a run that was not interrupted, bit for bit."""
-    codec = ["--a2a-codec lsh", "--lsh-hashes 2", f"--lsh-compensation {compensation}"]
+    codec = ["--a2a-codec lsh", "--lsh-hashes 2", f"--lsh-{setting}"]
     flags = with_flags(SCMOE, EP2, *codec, f"--save {tmp_path}/save", "--save-interval 5")
     scalars = {}
     for name, more in (("through", []), ("resumed", [f"--load {tmp_path}/save"])):

@@ -89,6 +89,8 @@ def all_arms() -> list[Arm]:
         arms.append(_lsh("lsh q6 lowrank", "--lsh-hashes", "6", "--lsh-compensation", "lowrank"))
     no_residual = ("--lsh-hashes", "6", "--lsh-compensation", "none")
     arms.append(Arm(COMPRESSED_CONTROL, "codec-plus-input", no_residual))
+    arms.append(_lsh("lsh q6 lloyd", "--lsh-hashes", "6", "--lsh-refinement", "lloyd"))
+    arms.append(_lsh("lsh q6 lloyd no compensation", *no_residual, "--lsh-refinement", "lloyd"))
     arms.append(_lsh("spherical q12", "--lsh-kind", "spherical", "--lsh-hashes", "12"))
     arms.append(_lsh("lsh q12 at 0.2", "--lsh-hashes", "12", "--lsh-target-rate", "0.2"))
     return arms

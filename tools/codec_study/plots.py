@@ -25,6 +25,8 @@ COLOURS = {
     "lsh q6 no compensation": "#d0582e",
     "lsh q6 lowrank": "#b8860b",
     "control lsh q6": "#7fc97f",
+    "lsh q6 lloyd": "#17becf",
+    "lsh q6 lloyd no compensation": "#e377c2",
     "spherical q12": "#8b5aa8",
     "lsh q12 at 0.2": "#c2185b",
 }
