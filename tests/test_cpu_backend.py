@@ -127,6 +127,30 @@ def test_stock_trainer_resumes_exactly_with_few_interceptions(tmp_path: Path) ->
         assert 0 < whole["calls_per_step"][-1] < 50
 
 
+# ---- memory -----------------------------------------------------------------------------------
+
+_FAULTS = """
+import resource, sys, torch
+from megatron_scmoe import cpu_backend
+if sys.argv[1] == "kept":
+    cpu_backend.keep_freed_memory()
+faults = []
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults[1:]))
+"""
+
+
+def test_large_tensors_take_the_memory_of_freed_ones():
+    def faults(memory: str) -> int:
+        done = subprocess.run([sys.executable, "-c", _FAULTS, memory], cwd=_ROOT, capture_output=True, check=True)
+        return int(done.stdout)
+
+    assert faults("kept") < 100 < 1000 < faults("given back")
+
+
 # ---- putting in and taking out -----------------------------------------------------------------
 
 

@@ -9,6 +9,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from megatron_scmoe import cpu_backend
+from megatron_scmoe.lloyd import refined
 from megatron_scmoe.lsh import Clusters, Hasher, cluster, means, restore
 
 ROWS, HIDDEN, EXPERTS = 8192, 1024, 8
@@ -20,15 +22,18 @@ NOISE = 0.01
 def cost_of_encoding(repetitions: int) -> dict[str, list[float]]:
     """Seconds of an expert MLP's forward on all rows and of everything that the codec does to them, by turns.
 
-    Rows lie around centres, so that about a fifth of them is left: random ones would not compress. One thread, fp32.
+    Rows lie around centres, so that about a fifth of them is left: random ones would not compress. One thread, fp32,
+    freed memory kept, as in a training.
 
     Args:
         repetitions: of each, behind one to warm up.
 
     Returns:
-        ``mlp``, ``encode`` (hash, cluster, means), ``restore`` (residuals, outputs, weights) and ``rate``.
+        ``mlp``, ``encode`` (hash, cluster, means), ``refine`` (one step of Lloyd's algorithm), ``restore`` (residuals,
+        outputs, weights) and ``rate``.
     """
     torch.set_num_threads(1)
+    cpu_backend.keep_freed_memory()
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(CENTRES, HIDDEN, generator=generator)
     which = torch.randint(CENTRES, (ROWS,), generator=generator)
@@ -38,7 +43,7 @@ def cost_of_encoding(repetitions: int) -> dict[str, list[float]]:
     up = torch.randn(HIDDEN, 4 * HIDDEN, generator=generator) * HIDDEN**-0.5
     down = torch.randn(4 * HIDDEN, HIDDEN, generator=generator) * HIDDEN**-0.5
     hasher = Hasher(HIDDEN, hashes=HASHES, width=WIDTH, seed=1)
-    result: dict[str, list[float]] = {"mlp": [], "encode": [], "restore": [], "rate": []}
+    result: dict[str, list[float]] = {"mlp": [], "encode": [], "refine": [], "restore": [], "rate": []}
 
     def encode() -> tuple[Tensor, Clusters]:
         keys, finite = hasher.keys(rows)
@@ -50,11 +55,13 @@ def cost_of_encoding(repetitions: int) -> dict[str, list[float]]:
         for repetition in range(-1, repetitions):
             mlp_s, _ = _timed(lambda: torch.nn.functional.gelu(rows @ up) @ down)
             encode_s, (centroids, clusters) = _timed(encode)
+            refine_s, _ = _timed(lambda: refined(clusters, hasher.sketches(rows), rows_per_expert, len(centroids)))  # noqa: B023
             outputs = centroids * 2
             restore_s, _ = _timed(lambda: restore(outputs, clusters, weights, (rows, centroids)))  # noqa: B023
             if repetition >= 0:
                 rate = centroids.shape[0] / ROWS
-                for name, value in (("mlp", mlp_s), ("encode", encode_s), ("restore", restore_s), ("rate", rate)):
+                values = {"mlp": mlp_s, "encode": encode_s, "refine": refine_s, "restore": restore_s, "rate": rate}
+                for name, value in values.items():
                     result[name].append(value)
     return result
 
@@ -62,12 +69,14 @@ def cost_of_encoding(repetitions: int) -> dict[str, list[float]]:
 def described(cost: dict[str, list[float]]) -> str:
     """Medians, and the median and range of the paired ratios of the codec's seconds to the MLP's."""
     ratios = [(e + r) / m for e, r, m in zip(cost["encode"], cost["restore"], cost["mlp"], strict=True)]
+    refining = [r / m for r, m in zip(cost["refine"], cost["mlp"], strict=True)]
     middle = {name: median(values) for name, values in cost.items()}
     return (
         f"{ROWS} x {HIDDEN} rows in fp32, one thread, {middle['rate']:.1%} of them sent: encode "
         f"{middle['encode'] * 1e3:.0f} ms, restore {middle['restore'] * 1e3:.0f} ms, expert MLP on all of them "
-        f"{middle['mlp'] * 1e3:.0f} ms: {median(ratios):.1%} of it ({min(ratios):.1%} to {max(ratios):.1%}), without "
-        "gradients"
+        f"{middle['mlp'] * 1e3:.0f} ms: {median(ratios):.1%} of it ({min(ratios):.1%} to {max(ratios):.1%}), and "
+        f"{median(refining):.1%} ({min(refining):.1%} to {max(refining):.1%}) for --lsh-refinement lloyd; "
+        "without gradients"
     )
 
 
