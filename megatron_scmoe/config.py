@@ -210,8 +210,9 @@ class ScMoEConfig:
 
     lsh_hashes: int = 6
     """Hash functions that must agree for tokens to travel together: more of them send more rows and change less.
-    About 1024 tokens for each expert on each rank, 6 functions and a width of 2 send 0.15 to 0.3 of the rows, once a
-    model has trained for some hundred steps. spherical needs about twice as many."""
+    With about 1024 tokens for each expert on each rank, 6 functions and a width of 2 sent 0.18 of the rows of a small
+    model after 200 steps and 0.42 after 1000: more as it learns (docs/results-codec.md), which --lsh-target-rate
+    prevents. spherical needs about twice as many."""
 
     lsh_width: int = 2
     """Coordinates of a cross-polytope hash function: more of them send more rows and change less. Try 4 for 4096 or

@@ -75,7 +75,7 @@ CARGOES: dict[str, MakeCargo] = {
 
 def main() -> None:
     """Take the cargo from the command line, and train by the rest of it."""
-    CargoMaker.cargo = CARGOES[sys.argv.pop(1)]  # type: ignore[assignment, method-assign]
+    CargoMaker.cargo = CARGOES[sys.argv.pop(1)]  # type: ignore[method-assign]
     pretrain_gpt_scmoe.main()
     from megatron.training import get_tensorboard_writer  # noqa: PLC0415 - only now: the entry script decides first
 
