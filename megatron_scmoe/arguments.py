@@ -36,12 +36,28 @@ from megatron_scmoe.config import (
 EXIT_REFUSED = 2
 
 CORE_FORGETS = (
+    # latent attention, and how positions turn queries and keys
     *("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
-    *("rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim", "qk_layernorm"),
-    *("layernorm_epsilon", "moe_router_dtype", "moe_router_num_groups", "moe_router_group_topk"),
-    *("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor", "no_rope_freq"),
-    *("window_size", "softmax_type", "qk_l2_norm", "quick_geglu", "glu_linear_offset", "attention_output_gate"),
-    *("apply_residual_connection_post_layernorm", "moe_apply_probs_on_input"),
+    *("rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim", "use_rope_scaling", "rope_scaling_factor"),
+    *("rotary_seq_len_interpolation_factor", "no_rope_freq", "mrope_section"),
+    *("yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow"),
+    "yarn_correction_range_round_to_int",
+    # attention
+    *("window_size", "window_attn_skip_freq", "softmax_type", "qk_layernorm", "qk_l2_norm", "attention_output_gate"),
+    *("experimental_attention_variant", "dsa_indexer_n_heads", "dsa_indexer_head_dim", "dsa_indexer_topk"),
+    *("dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset", "dsa_indexer_rope_interleaved"),
+    *("dsa_indexer_rotate_activation", "dsa_indexer_scoring_relu", "dsa_indexer_k_norm_epsilon"),
+    *("dsa_indexer_k_norm_fp32", "linear_attention_freq", "linear_conv_kernel_dim", "linear_key_head_dim"),
+    *("linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads"),
+    # norms, residuals and MLPs
+    *("layernorm_epsilon", "layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm"),
+    *("quick_geglu", "glu_linear_offset", "activation_func_clamp_value"),
+    # experts and their router
+    *("moe_shared_expert_gate", "moe_router_dtype", "moe_router_num_groups", "moe_router_group_topk"),
+    *("moe_apply_probs_on_input", "moe_mlp_glu_interleave_size", "moe_shared_expert_glu_interleave_size"),
+    # factors of embedding, attention and logits
+    *("use_mup", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult", "mup_base_head_dim"),
+    "mup_attn_scale_power",
 )
 """Flags that decide what parameters mean and that Core's --use-checkpoint-args leaves as they are (seen in 0.19.2)."""
 

@@ -86,6 +86,7 @@ REFUSALS = (
     Refusal("--moe-use-upcycling", "it writes stock MoE layers"),
     Refusal("--moe-layer-recompute", _RECOMPUTE_REFUSED["moe"]),
     Refusal("--mlp-chunks-for-training", "a group does not cut its MLPs into chunks", "use 1", (1,)),
+    Refusal("--rope-scaling-factor", "Core 0.19.2 leaves it out and stretches rotary positions by 8", "use 8", (8,)),
     Refusal(
         "--transformer-impl",
         "inference layers do not train",

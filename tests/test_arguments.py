@@ -63,6 +63,7 @@ REFUSED = {
     "--mtp-num-layers 1": ["--mtp-num-layers is 1", "drop it"],
     "--moe-latent-size 8": ["--moe-latent-size is 8", "drop it"],
     "--mlp-chunks-for-training 2": ["--mlp-chunks-for-training is 2", "use 1"],
+    "--use-rope-scaling --rope-scaling-factor 32": ["stretches rotary positions by 8", "is 32.0", "use 8"],
     "--recompute-granularity selective --recompute-modules moe": ["--recompute-modules has moe", "drop moe"],
     "--recompute-granularity selective --recompute-modules core_attn layernorm": ["has layernorm", "drop layernorm"],
     "--moe-layer-freq [1,1,0,0]": ["--moe-layer-freq is [1, 1, 0, 0]", "--moe-every is 2", "drop --moe-layer-freq"],
