@@ -23,8 +23,11 @@ from checkpoints.disk.torch_dist import MegatronCheckpoint  # noqa: E402
 from checkpoints.plan import Conversion, Piece, Read  # noqa: E402
 from checkpoints.tensors import TensorInfo  # noqa: E402
 
-ARGS = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "params_dtype": torch.float32, "moe_every": 2}
-CONFIG = {"model_type": "test", "hidden_size": 8}
+ARGS = {
+    **{"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "params_dtype": torch.float32, "moe_every": 2},
+    **{"ffn_hidden_size": 6, "padded_vocab_size": 32, "max_position_embeddings": 16},
+}
+CONFIG = {"model_type": "scmoe", "hidden_size": 8}
 
 
 def made_tensors() -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ import os
 import pickle
 import shutil
 import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,10 @@ from checkpoint_files import (
     write_hf,
     write_megatron,
 )
+from checkpoints.disk import torch_dist
+from checkpoints.disk.torch_dist_metadata import Extent
 from checkpoints.disk.torch_dist_writer import MegatronWriter
+from checkpoints.disk.torch_saved import crc_of
 from checkpoints.tensors import CheckpointError
 from training import SCMOE, STOCK, with_flags
 
@@ -43,7 +48,7 @@ def test_hf_reads_what_the_library_saved(tmp_path, num_shards):
     }
     source = HFFolder(write_hf(tmp_path / "hf", tensors, num_shards=num_shards))
     assert_same(read_all(source), tensors)
-    assert source.config["model_type"] == "test"
+    assert source.config["model_type"] == "scmoe"
     embedding = "embedding.word_embeddings.weight"
     assert torch.equal(source.read(embedding, 3, 7), tensors[embedding][3:7])
     assert source.infos[embedding] == TensorInfo((32, 8), torch.float32)
@@ -141,6 +146,10 @@ HF_DAMAGE = {
     "absolute path": (lambda d: rewrite_index(d, lambda m: m.update(whole="/etc/passwd")), "not in its folder"),
     "path of two lines": (lambda d: rewrite_index(d, lambda m: m.update(whole="a\nb")), "not in its folder"),
     "no names": (lambda d: rewrite_index(d, lambda m: m.update(whole=["x"])), "has no weight_map of names"),
+    "a name with a line break": (
+        lambda d: rewrite_header(d / FIRST, lambda h: h.update({"a\nb": h.pop("whole")})),
+        r"a.nb. is no name of a tensor",
+    ),
     "no JSON": (lambda d: (d / "model.safetensors.index.json").write_text("{"), "is not JSON"),
     "a list": (lambda d: (d / "config.json").write_text("[]"), "holds no JSON object but list"),
     "no config": (lambda d: (d / "config.json").unlink(), "is no Hugging Face folder"),
@@ -456,6 +465,10 @@ MEGATRON_DAMAGE = {
         lambda d: rewrite_metadata(d, lambda m: setattr(storage(m, "whole"), "offset", -4)),
         "-4 is no size",
     ),
+    "a name with a line break": (
+        lambda d: rewrite_metadata(d, lambda m: m.state_dict_metadata.update({"a\nb": m.state_dict_metadata["whole"]})),
+        "a.nb. is no name",
+    ),
     "compressed": (
         lambda d: rewrite_metadata(d, lambda m: setattr(storage(m, "whole"), "transform_descriptors", ["zstd"])),
         "is compressed or encrypted",
@@ -497,6 +510,87 @@ def test_megatron_damage_is_refused(tmp_path, damage):
         read_all(MegatronCheckpoint(folder))
     assert "\n" not in str(refused.value)
     assert not (folder / "marker").exists()
+
+
+# --- a flipped byte --------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, data: bytes, at: int = 0) -> None:
+    """Flip a bit of the byte ``at`` behind the begin of ``data`` in a file."""
+    contents = bytearray(path.read_bytes())
+    assert contents.count(data) == 1
+    contents[contents.index(data) + at] ^= 1
+    path.write_bytes(contents)
+
+
+QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
+EXPERTS = "decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
+
+
+@pytest.mark.parametrize("name", [QKV, EXPERTS, "embedding.word_embeddings.weight"])
+@pytest.mark.parametrize("rows", [(0, 1), (1, 2), (0, None)])
+def test_a_flipped_byte_is_noticed_with_any_part_of_its_chunk(tmp_path, name, rows):
+    """Whichever rows are read first, and in the chunk that was damaged alone."""
+    folder = write_megatron(tmp_path / "megatron", made_tensors())
+    tensor = made_tensors()[name]
+    half = tensor.shape[0] // 2
+    flip(part(folder / "release"), tensor[:half].numpy().tobytes(), at=tensor[:half].nbytes - 1)
+    source = MegatronCheckpoint(folder)
+    assert torch.equal(source.read(name, half), tensor[half:])  # the other chunk is as it was
+    with pytest.raises(CheckpointError, match=f"is damaged: {name} is not what its checksum says; get it anew"):
+        source.read(name, *rows)
+
+
+def test_a_chunk_is_checked_once(tmp_path, monkeypatch):
+    """Not again for each part, and what is read as a whole not by reading it twice."""
+    checked = []
+    monkeypatch.setattr(torch_dist, "crc_of", lambda file, storage: checked.append(storage) or crc_of(file, storage))
+    source = MegatronCheckpoint(write_megatron(tmp_path / "megatron", made_tensors()))
+    for row in range(4):
+        source.read(EXPERTS, row, row + 1)
+    assert len(checked) == 2 == len(set(checked))  # of two rows each
+    source.read(QKV)
+    assert len(checked) == 2
+
+
+def test_checksums_need_little_memory(tmp_path):
+    path = tmp_path / "zeros"
+    with path.open("wb") as file:
+        file.truncate(1 << 26)
+    expected = zlib.crc32(bytes(1 << 26))
+    tracemalloc.start()
+    with path.open("rb", buffering=0) as file:
+        assert crc_of(file, Extent(path, 0, 1 << 26)) == expected
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
+
+
+def test_a_flipped_byte_of_a_view_is_noticed(tmp_path):
+    """Where torch.save wrote more than the elements, its checksum is that of all of it."""
+    folder = write_megatron(tmp_path / "megatron", made_tensors())
+    replace_tensor(folder / "release", torch.arange(9)[:2])
+    assert torch.equal(MegatronCheckpoint(folder).read("whole", 0, 2), torch.arange(2))
+    flip(part(folder / "release"), torch.arange(9).numpy().tobytes())
+    with pytest.raises(CheckpointError, match="not what its checksum says"):
+        MegatronCheckpoint(folder).read("whole", 0, 2)
+
+
+def test_a_flipped_byte_of_the_saved_arguments_is_noticed(tmp_path):
+    """Which torch.load would take for what was saved: it compares nothing with checksums."""
+    folder = write_megatron(tmp_path / "megatron", made_tensors())
+    flip(folder / "release" / "__0_objects.distcp", b"num_layersq", at=len(b"num_layersq") + 2)
+    with pytest.raises(CheckpointError, match=r"is damaged: no common state \(BadZipFile: Bad CRC-32"):
+        MegatronCheckpoint(folder)
+
+
+def test_a_flipped_byte_beside_a_tensor_is_noticed(tmp_path):
+    """Of what says which shape it has."""
+    folder = write_megatron(tmp_path / "megatron", {"whole": torch.arange(5)})
+    contents = bytearray(part(folder / "release").read_bytes())
+    contents[contents.index(b"LongStorage")] ^= 1
+    part(folder / "release").write_bytes(contents)
+    with pytest.raises(CheckpointError, match="is damaged at whole .BadZipFile: Bad CRC-32"):
+        read_all(MegatronCheckpoint(folder))
 
 
 def test_the_code_would_run(tmp_path):

@@ -239,6 +239,34 @@ def test_a_damaged_part_is_written_again(tmp_path, source, capsys):
     assert "continued: " in capsys.readouterr().out
 
 
+def test_a_damaged_note_costs_its_part_and_no_more(tmp_path, source, capsys):
+    """As a power cut leaves files whose bytes were on their way."""
+    killed(source, tmp_path / "new", "hf", 8)
+    partial = tmp_path / ".new.partial"
+    os.truncate(partial / "part-00000.json", 0)
+    others = {path: path.stat().st_mtime_ns for path in (partial / "checkpoint").iterdir() if "00001" not in path.name}
+    assert others
+    written = []
+    write_part = journal.Journal.write_part
+
+    def counted(self, number, *args):
+        written.append(number)
+        return write_part(self, number, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal.Journal, "write_part", counted)
+        convert(source, tmp_path / "new", "hf", shard_bytes=300, args=files.ARGS)
+    assert written[0] == 0 and written[1] == 1 + len(others)
+    assert_same(read_all(HFFolder(tmp_path / "new")), made_tensors())
+
+
+def test_a_damaged_plan_does_not_continue(tmp_path, source):
+    killed(source, tmp_path / "new", "hf", 8)
+    os.truncate(tmp_path / ".new.partial" / "plan.json", 0)
+    with pytest.raises(CheckpointError, match=r"or remove it and begin anew: rm -r .*\.new\.partial"):
+        convert(source, tmp_path / "new", "hf", shard_bytes=300)
+
+
 def test_another_request_does_not_continue(tmp_path, source):
     killed(source, tmp_path / "new", "hf", 8)
     partial = tmp_path / ".new.partial"
@@ -401,7 +429,7 @@ def test_dry_run_writes_nothing_and_names_all(tmp_path, source, mapped, monkeypa
 
 
 DAMAGE = {
-    "no such folder": (lambda folder: (folder / "config.json").unlink(), "no Hugging Face folder"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "no Hugging Face folder"),
     "cut short": (lambda folder: os.truncate(folder / "model.safetensors", 900), "cut short"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
 }
@@ -428,7 +456,7 @@ REFUSED = {
         ("--from", "megatron", "--to", "megatron", "--experts", "4", "--transformer-impl", "local"),
         "in a step of its own",
     ),
-    "not its format": (("--from", "megatron", "--to", "hf-scmoe"), "is a Hugging Face folder; use --from hf-longcat"),
+    "not its format": (("--from", "megatron", "--to", "hf-scmoe"), "seems to be hf-scmoe, and --from is megatron; use"),
     "size": ((*TO, "--shard-size", "5XB"), "'5XB' is not a size like 5GB or 512MiB"),
     "no size": ((*TO, "--shard-size", "0"), "'0' is not a size"),
     "share": ((*TO, "--drop-ratio", "1.5"), "'1.5' is not a number from 0 to 1"),
@@ -440,7 +468,9 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_command_refuses_bad_requests_in_one_line(tmp_path, source, mapped, capsys, case):
     words, message = REFUSED[case]
-    code, out, err = call(capsys, *words, "--load", source, "--save", tmp_path / "new")
+    (source / "empty").mkdir()  # of no format: a wrong one would be named first
+    load = source if case == "not its format" else source / "empty"
+    code, out, err = call(capsys, *words, "--load", load, "--save", tmp_path / "new")
     assert code == 2 and not out and message in err and err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
@@ -448,7 +478,7 @@ def test_command_refuses_bad_requests_in_one_line(tmp_path, source, mapped, caps
 def test_other_format_is_named(tmp_path, mapped, capsys):
     source = write_megatron(tmp_path / "megatron", made_tensors())
     code, _, err = call(capsys, *TO, "--load", source, "--save", tmp_path / "new")
-    assert code == 2 and "is a checkpoint of Megatron's; use --from megatron" in err
+    assert code == 2 and "seems to be megatron, and --from is hf-scmoe; use --from megatron" in err
 
 
 def test_settings_of_another_model_are_refused_in_one_line(tmp_path, source, monkeypatch, capsys):
@@ -458,7 +488,7 @@ def test_settings_of_another_model_are_refused_in_one_line(tmp_path, source, mon
     monkeypatch.setitem(formats.PAIRS, ("hf-scmoe", "megatron"), (__name__, "to_megatron"))
     monkeypatch.setattr(sys.modules[__name__], "to_megatron", hungry)
     code, _, err = call(capsys, *TO, "--load", source, "--save", tmp_path / "new")
-    assert code == 2 and "has not the settings of a hf-scmoe model (KeyError: 'num_layers')" in err
+    assert code == 2 and "of which no hf-scmoe model can be made (KeyError: 'num_layers')" in err
     assert err.count("\n") == 1
 
 

@@ -73,6 +73,7 @@ CASES = {
         *("--squared-relu", "--num-attention-heads 4", "--group-query-attention", "--num-query-groups 2"),
         *("--kv-channels 16", "--add-qkv-bias", "--qk-layernorm", "--rotary-percent 0.5", "--rotary-base 500"),
     ),
+    "llama3 rope": with_flags(SCMOE, *("--use-rope-scaling", "--rotary-base 50000", "--shortcut-position pos1")),
     "layer norm": with_flags(
         PLAIN_MLP,
         *("--normalization LayerNorm", "--position-embedding-type learned_absolute", "--norm-epsilon 1e-3"),
@@ -229,6 +230,7 @@ CONTROLS = [
     ("grouped queries", {"qk_norm": False}),
     ("grouped queries", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     ("grouped queries", {"activation": "gelu"}),
+    ("llama3 rope", {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}}),
     ("layer norm", {"norm_eps": 1e-5}),
     ("stock", {"router_pre_softmax": True}),
 ]
@@ -349,7 +351,7 @@ class InMemory:
     def __init__(self, target, source) -> None:
         self._tensors = assembled(target, source)
         self.infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}
-        self.args, self.others = Namespace(**target.args), {}
+        self.folder, self.args, self.others = source.folder, Namespace(**target.args), {}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         return self._tensors[name][start:stop]
@@ -391,7 +393,7 @@ class Renamed:
         renamed = {old: new for new, old in names.items()}
         self._source, self._names = source, names
         self.infos = {renamed.get(name, name): info for name, info in source.infos.items()}
-        self.others = source.others
+        self.folder, self.others = source.folder, source.others
         self.args = copy.copy(source.args)
         self.args.transformer_impl = spec
 
@@ -584,6 +586,24 @@ def test_sentencepiece_models_travel(exported, tokenizer_model, tmp_path):
     assert result["eos"] == model.eos_id() == json.loads(target.files["config.json"])["eos_token_id"]
 
 
+def test_sentencepiece_models_come_back(exported, tokenizer_model, tmp_path):
+    """What an export wrote, and what was changed there since, goes through a checkpoint of Megatron's and out again."""
+    source = with_tokenizer(exported("pos2")[0], "SentencePieceTokenizer", tokenizer_model)
+    write(from_megatron(source), source, tmp_path / "hf")
+    changed = json.loads((tmp_path / "hf/tokenizer_config.json").read_text()) | {"chat_template": "mine"}
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps(changed))
+    for one, other, load, save in (("hf-scmoe", "megatron", "hf", "back"), ("megatron", "hf-scmoe", "back", "again")):
+        printed = io.StringIO()
+        command = ["--from", one, "--to", other, "--load", str(tmp_path / load), "--save", str(tmp_path / save)]
+        with contextlib.redirect_stdout(printed):
+            assert convert_checkpoint.main(command) == 0
+        if other == "megatron":
+            flags = "--tokenizer-type SentencePieceTokenizer --tokenizer-model SAVED/tokenizer/tokenizer.model"
+            assert flags in printed.getvalue()
+    for name in ("tokenizer.model", "tokenizer_config.json", "tokenization_scmoe.py", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes(), name
+
+
 def test_a_tokenizer_that_is_gone_is_a_note(exported, tmp_path):
     source, _, _ = exported("pos2")
     secret = tmp_path / "secret"
@@ -633,6 +653,7 @@ REFUSED = [
     ("moe_router_load_balancing_type", ["quantile_balancing"], "quantile_balancing"),
     ("transformer_impl", "inference_optimized", "inference_optimized"),
     ("use_mup", True, "--use-mup"),
+    ("rope_scaling_factor", 32.0, "--rope-scaling-factor"),
 ]
 
 
@@ -663,7 +684,6 @@ def test_capacity_is_a_note(exported):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "llama"}, "'llama'"),
         ({"shortcut": "other"}, "shortcut is one of"),
         ({"num_hidden_layers": 5}, "every group is whole"),
         ({"hidden_size": 24}, "another shape"),

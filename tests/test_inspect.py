@@ -250,8 +250,10 @@ def test_bad_requests(trained, tmp_path, capsys):
         ([tmp_path / "empty"], "is no checkpoint"),
         ([folder, trained], "of one format"),
         ([folder, tmp_path / "gone"], "is no folder"),
+        ([folder, "--json", tmp_path / "gone" / "a.json"], "is no folder; name another file"),
+        ([folder, "--json", tmp_path / "empty"], "it is a folder; name another file"),
     ):
-        assert tool.main([*map(str, argv), "--json", str(tmp_path / "result.json")]) == 2
+        assert tool.main(["--json", str(tmp_path / "result.json"), *map(str, argv)]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
         assert not (tmp_path / "result.json").exists()

@@ -154,26 +154,77 @@ def assert_same_tensors(found: Path, expected: Path) -> None:
         assert is_unused(name) or torch.equal(value, theirs[name]), name
 
 
+PREDICTION = "model.mtp.layers.0.weight"  # of a layer that predicts further tokens
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
 def is_unused(name: str) -> bool:
     return any(f".mlp.experts.{expert}." in name for expert in range(8, 12))
 
 
-def test_published_checkpoints_have_no_tensors_of_zero_experts(hf_folder, tmp_path):
-    """And then the way back writes none."""
+@pytest.fixture(scope="module")
+def published_folder(hf_folder, tmp_path_factory):
+    """As LongCat-Flash is published: no tensors of zero experts, a layer that predicts, and code of its own."""
     from safetensors.torch import load_file, save_file
 
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf/config.json").write_bytes((hf_folder / "config.json").read_bytes())
+    folder = tmp_path_factory.mktemp("longcat") / "published"
+    folder.mkdir()
+    config = json.loads((hf_folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_longcat_flash.LongcatFlashForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in COMPANIONS:
+        (folder / name).write_text(f'{{"of": "{name}"}}')
+    (folder / "modeling_longcat_flash.py").write_text("raise SystemExit('code of the folder has run')\n")
     tensors = {name: value for name, value in load_file(hf_folder / "model.safetensors").items() if not is_unused(name)}
-    tensors["model.mtp.layers.0.weight"] = torch.ones(3)
-    save_file(tensors, tmp_path / "hf/model.safetensors")
-    assert convert("hf-longcat", "megatron", tmp_path / "hf", tmp_path / "megatron").returncode == 0
-    receipt = (tmp_path / "megatron/conversion.json").read_text()
-    assert "layers that predict further tokens" in receipt and "model.mtp.layers.0.weight" in receipt
-    assert convert("megatron", "hf-longcat", tmp_path / "megatron", tmp_path / "again").returncode == 0
-    again = tensors_of(tmp_path / "again")
-    assert again.keys() == tensors.keys() - {"model.mtp.layers.0.weight"}
+    tensors[PREDICTION] = torch.ones(3)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_published_checkpoints_have_no_tensors_of_zero_experts(published_folder, tmp_path):
+    """They come in and go out, compared on both ways, and the way back writes none either."""
+    done = convert("hf-longcat", "megatron", published_folder, tmp_path / "megatron", "--verify")
+    assert done.returncode == 0, done.stderr[-2000:]
+    receipt = json.loads((tmp_path / "megatron/conversion.json").read_text())
+    assert receipt["verified"]["passed"] and receipt["verified"]["largest_difference"] < TOLERANCE
+    assert [entry["names"] for entry in receipt["dropped"] if "predict further tokens" in entry["reason"]] == [
+        [PREDICTION]
+    ]
+    done = convert("megatron", "hf-longcat", tmp_path / "megatron", tmp_path / "again", "--verify")
+    assert done.returncode == 0, done.stderr[-2000:]
+    again, tensors = tensors_of(tmp_path / "again"), tensors_of(published_folder)
+    assert again.keys() == tensors.keys() - {PREDICTION}
     assert all(torch.equal(value, tensors[name]) for name, value in again.items())
+    for name in COMPANIONS:
+        assert (tmp_path / "again" / name).read_bytes() == (published_folder / name).read_bytes()
+
+
+def scored(folder: Path, output: Path) -> dict:
+    numpy.save(output.with_suffix(".npy"), tokens().numpy())
+    command = [sys.executable, str(ROOT / "tools/score.py"), "--load", str(folder), "--output", str(output)]
+    command += ["--input", str(output.with_suffix(".npy"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((output / "summary.json").read_text())["total"]
+
+
+def test_both_layouts_have_the_same_score(hf_folder, published_folder, tmp_path):
+    assert scored(published_folder, tmp_path / "published") == scored(hf_folder, tmp_path / "saved")
+
+
+def test_no_forward_pass_reads_what_published_checkpoints_lack(hf_model):
+    """NaN in these rows of transformers' class, and not a bit of the logits changes."""
+    import copy
+
+    model = copy.deepcopy(hf_model)
+    filled = 0
+    for module in model.modules():
+        if hasattr(module, "zero_expert_num"):
+            module.gate_up_proj.data[module.num_routed_experts :] = torch.nan
+            filled += 1
+    assert filled == SIZES["num_layers"] and torch.equal(hf_logits(model), hf_logits(hf_model))
+    next(module for module in model.modules() if hasattr(module, "zero_expert_num")).gate_up_proj.data[:] = torch.nan
+    assert hf_logits(model).isnan().any()  # negative control
 
 
 def test_back_again_bit_for_bit(hf_model, hf_folder, megatron_folder, tmp_path):
@@ -254,13 +305,13 @@ CHANGES = {
     "norm_topk_prob": (True, "weights are not made to sum to one"),
     "zero_expert_type": ("drop", "zero experts give a token back as it is"),
     "n_group": (4, "all experts are one group"),
-    "model_type": ("llama", "config.json is that of another model"),
+    "model_type": ("llama", "seems to be hf-dense, and --from is hf-longcat; use --from hf-dense"),
     "ngram_vocab_size_ratio": (2, "no n-gram embeddings"),
-    "moe_topk": (None, "config.json gives no number for moe_topk"),
+    "moe_topk": (None, "moe_topk is None in"),
     "moe_topk ": (13, "a token has 12 experts to choose from"),
-    "rms_norm_eps": (float("inf"), "config.json gives no number for rms_norm_eps"),
-    "vocab_size": (96.0, "config.json gives no number for vocab_size"),
-    "num_layers ": (10**9, "too few for num_layers 1000000000"),
+    "rms_norm_eps": (float("inf"), "rms_norm_eps is inf in"),
+    "vocab_size": (96.0, "vocab_size is 96.0 in"),
+    "num_layers ": (10**9, "num_layers is 1000000000 in"),
     "head_dim": (16, "make them equal"),
     "num_layers": (3, "tensors that the source lacks"),
     "hidden_size": (128, "has another shape than config.json says"),

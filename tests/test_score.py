@@ -564,6 +564,7 @@ def test_bad_requests(tmp_path, checkpoints):
     assert "is no folder" in refused(tmp_path, *argv(load=tmp_path / "gone"))
     assert "is no checkpoint" in refused(tmp_path, *argv(load=tmp_path / "old"))
     assert "exists" in refused(tmp_path, *argv(output=tmp_path / "old"))
+    assert "a.txt is no folder" in refused(tmp_path, *argv(output=tmp_path / "a.txt" / "out"))
     assert "cannot be read" in refused(tmp_path, *argv(input=tmp_path / "gone.npy"))
     assert "NullTokenizer" in refused(tmp_path, *argv(input=tmp_path / "a.txt"))
     assert "is no tokenizer" in refused(tmp_path, *argv(input=tmp_path / "a.txt", tokenizer=tmp_path / "a.txt"))

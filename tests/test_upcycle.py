@@ -153,32 +153,104 @@ def test_training_beats_a_start_from_scratch(dense_folder, tmp_path):
     assert sum(found[i] for i in last) < sum(from_scratch[i] for i in last)
 
 
-def test_a_llama_becomes_scmoe(tmp_path):
-    """Names, grouped queries and gate halves: with experts that give nothing it computes what the Llama does."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
+LLAMA3["original_max_position_embeddings"] = 8192
+DENSE_MODELS = {
+    # what transformers has: class, and what is special about it
+    "llama 3.0": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    "llama 3.1": ("Llama", {"rope_parameters": {**LLAMA3, "factor": 8.0}}),
+    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 12}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 12}),
+}
 
+
+def dense_model(kind: str):
+    """Random, with norms and biases that matter, and nothing but zeros from every MLP that becomes an MoE."""
+    import transformers
+
+    family, changes = DENSE_MODELS[kind]
+    config = {
+        **{"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4},
+        **{"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 1024},
+        **{"initializer_range": 0.2, **changes},
+    }
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    model = LlamaForCausalLM(config).eval()
+    config = getattr(transformers, f"{family}Config")(**config)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                value.add_(0.2 * torch.randn_like(value))
         for block in model.model.layers[1::2]:
             block.mlp.down_proj.weight.zero_()
+    return model
+
+
+def long_ids() -> torch.Tensor:
+    """So many that stretched positions differ from others."""
+    return torch.randint(96, (1, 700), generator=torch.Generator().manual_seed(5))
+
+
+def long_logits(folder: Path) -> torch.Tensor:
+    from checkpoints.running import model
+
+    loaded = model.load(folder, dtype=torch.float32)
+    return loaded.score(long_ids().unsqueeze(1), long_ids().unsqueeze(1), with_logits=True)[0].logits
+
+
+@pytest.mark.parametrize("kind", DENSE_MODELS)
+def test_a_dense_model_becomes_scmoe(tmp_path, kind):
+    """Names, settings, grouped queries and gate halves: with experts that give nothing it computes what it did."""
+    model = dense_model(kind)
     model.save_pretrained(tmp_path / "hf")
     receipt = upcycle(tmp_path / "hf", tmp_path / "scmoe", "--experts", "4", source="hf-dense", measured=True)
     assert receipt["verified"]["function_change_at_step_0"]["pos2"]["relative_difference"] < 1e-5
-    (found,) = ranks.run(our_logits, 1, tmp_path / "scmoe")
+    (found,) = ranks.run(long_logits, 1, tmp_path / "scmoe")
     with torch.no_grad():
-        expected = model(tokens()).logits
-    assert (found - expected).abs().max() < 1e-4
+        expected = model(long_ids()).logits
+    assert expected.abs().max() > 1 and (found - expected).abs().max() < 1e-4
+
+
+def test_stretched_positions_are_another_function():
+    """Negative control of the test above: without them, logits differ."""
+    logits = []
+    for kind in ("llama 3.0", "llama 3.1"):
+        with torch.no_grad():
+            logits.append(dense_model(kind)(long_ids()).logits)
+    assert (logits[0] - logits[1]).abs().max() > 1e-2
+
+
+OTHER_DENSE = {
+    "other constants": ("llama 3.1", {"rope_parameters": {**LLAMA3, "factor": 8.0, "low_freq_factor": 2.0}}),
+    "another length": (
+        "llama 3.1",
+        {"rope_parameters": {**LLAMA3, "factor": 8.0, "original_max_position_embeddings": 4096}},
+    ),
+    "no factor": ("llama 3.1", {"rope_parameters": LLAMA3}),
+    "llama 3.2": ("llama 3.1", {"rope_parameters": {**LLAMA3, "factor": 32.0}}),
+    "yarn": ("qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+    "part of a head": ("llama 3.0", {"partial_rotary_factor": 0.5}),
+    "a window": ("mistral", {"sliding_window": 64}),
+    "the window that Mistral has where nothing is said": ("mistral", {"sliding_window": ...}),
+    "a window of Qwen's": ("qwen3", {"use_sliding_window": True, "sliding_window": 64}),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_DENSE)
+def test_other_dense_models_are_refused(tmp_path, case):
+    kind, changes = OTHER_DENSE[case]
+    dense_model(kind).save_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text()) | changes
+    config = {name: value for name, value in config.items() if value is not ...}
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    done = convert("hf-dense", "megatron", tmp_path / "hf", tmp_path / "scmoe", "--experts", "4", "--skip-change")
+    name = next(iter(changes))
+    words = {"rope_parameters": "Megatron-Core stretches", "rope_scaling": "stretched"}.get(name, name)
+    words = "sliding_window" if name == "use_sliding_window" else words
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert words in done.stderr and "Error" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 WRONG = {

@@ -25,3 +25,11 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` in the place of what ``path`` held."""
     with written(path) as file:
         file.write(text)
+
+
+def obstacle(path: Path) -> str | None:
+    """What keeps ``path`` from being made, in words, as far as it shows before it is tried; None: nothing."""
+    place = next(parent for parent in path.absolute().parents if os.path.exists(parent))  # noqa: PTH110 (never raises)
+    if not place.is_dir():
+        return f"{place} is no folder"
+    return None if os.access(place, os.W_OK | os.X_OK) else f"{place} is not writable"

@@ -29,13 +29,15 @@ SOURCES = ("megatron", "hf-longcat", "hf-scmoe", "hf-dense")
 TARGETS = ("megatron", "hf-longcat", "hf-scmoe")
 SPECS = ("local", "transformer_engine")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 EPILOG = """\
 formats:
   megatron    a folder that --save of pretrain_gpt_scmoe.py or of Megatron has made (torch_dist); a release when written
   hf-longcat  a LongcatFlash folder of Hugging Face
   hf-scmoe    a Hugging Face folder with any model of this plugin and the code that runs it (trust_remote_code)
-  hf-dense    a Hugging Face folder with a Llama, Mistral or Qwen model; only to upcycle from
+  hf-dense    a Hugging Face folder with a dense Llama (2 to 3.1, 3.3), Mistral without a window, Qwen2, Qwen2.5 or
+              Qwen3; only to upcycle from
 
 examples:
   # LongCat-Flash to train on, and back for everybody else; compare logits on the way
@@ -50,13 +52,14 @@ examples:
   convert_checkpoint.py --from megatron --to megatron --load ckpt --save ckpt-te --transformer-impl transformer_engine
 
   # a dense model as the begin of an ScMoE with 8 experts, half of each drawn anew
-  convert_checkpoint.py --from hf-dense --to megatron --load Llama-3 --save upcycled --experts 8 --drop-ratio 0.5
+  convert_checkpoint.py --from hf-dense --to megatron --load Llama-3.1-8B --save upcycled --experts 8 --drop-ratio 0.5
 
   # what would happen, and nothing else
   convert_checkpoint.py --from hf-longcat --to megatron --load LongCat-Flash-Chat --save longcat --dry-run
 
 then train with:
   pretrain_gpt_scmoe.py --load SAVED --use-checkpoint-args ... (weights only, from iteration 0)
+  with the tokenizer that came along, in SAVED/tokenizer; the notes say by which flags
 
 The receipt, conversion.json in the new folder, says what became of every tensor, with hashes and versions. Exit codes:
 0 done, 1 failure, or --verify found a difference, 2 bad request or source, 130 / 143 stopped by a signal.
@@ -152,6 +155,7 @@ def run(args: argparse.Namespace) -> None:
             "an upcycled model computes something else: --verify is set; drop it, the change is measured"
         )
     request = formats.Request(transformer_impl=args.transformer_impl, upcycling=upcycling)
+    formats.check_format(args.source, args.load)
     formats.check_pair(args.source, args.target, request)
     check_target(args.save)
     source = formats.opened(args.source, args.load)
@@ -267,35 +271,50 @@ def _numbers(counted: Mapping[str, int]) -> tuple[str, str]:
 
 
 def _stop(number: int, _frame: Any) -> None:
+    for other in STOPPING:
+        signal.signal(other, signal.SIG_IGN)  # what is left to do is short, and a second one would cut it off
     raise KeyboardInterrupt(number)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit code."""
     args = make_parser().parse_args(argv)
-    from checkpoints.engine import MismatchError
-    from checkpoints.tensors import CheckpointError
-
-    handlers = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, _stop) for number in STOPPING}
     try:
-        run(args)
-    except CheckpointError as error:
-        code, message = 2, str(error)
-    except MismatchError as error:
-        code, message = 1, str(error)
-    except KeyboardInterrupt as error:
-        stopped_by = error.args[0] if error.args else signal.SIGINT
-        code = 128 + stopped_by
-        message = f"stopped by {signal.Signals(stopped_by).name}; the same call continues"
-    except OSError as error:
-        code, message = 1, f"{error}; the same call continues"
-    else:
-        return 0
+        try:
+            code, message = outcome(args)
+        except KeyboardInterrupt as error:
+            stopped_by = error.args[0] if error.args else signal.SIGINT
+            code, message = 128 + stopped_by, f"stopped by {signal.Signals(stopped_by).name}; {_what_now(args.save)}"
+        if message:
+            print(f"convert_checkpoint.py: error: {' '.join(message.split())}", file=sys.stderr)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    print(f"convert_checkpoint.py: error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def outcome(args: argparse.Namespace) -> tuple[int, str]:
+    """Do what the command line asks; returns the exit code, and what went wrong."""
+    from checkpoints.engine import MismatchError
+    from checkpoints.tensors import CheckpointError
+
+    try:
+        run(args)
+    except CheckpointError as error:
+        return 2, str(error)
+    except MismatchError as error:
+        return 1, str(error)
+    except OSError as error:
+        return 1, f"{error}; {_what_now(args.save)}"
+    return 0, ""
+
+
+def _what_now(save: Path) -> str:
+    journal = sys.modules.get("checkpoints.journal")  # imported late: without it nothing has begun
+    if journal and journal.has_begun(save):
+        return "the same call continues"
+    return f"{save} is there" if save.exists() else "nothing was written"
 
 
 if __name__ == "__main__":

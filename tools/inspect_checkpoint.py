@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -42,7 +43,8 @@ words:
              zero experts: if all experts are chosen alike)
   relative   norm of the difference of two tensors over the norm of the first one
 
-exit codes: 0 done; 1 --scan found NaN or Inf, or two checkpoints differ, or failed; 2 bad request or checkpoint
+exit codes: 0 done; 1 --scan found NaN or Inf, or two checkpoints differ, or failed; 2 bad request or checkpoint; 130
+stopped
 """
 MOST_ROWS = 20
 """Tensors that differ, as printed; --json has them all."""
@@ -111,20 +113,32 @@ def run(args: argparse.Namespace) -> int:
             f"two checkpoints of one format can be compared: {args.folder} and {args.other} are of two; convert one "
             "with tools/convert_checkpoint.py, whose --verify compares what they compute"
         )
+    if args.json is not None:
+        check_json(args.json)
     checkpoint = open_folder(args.folder)
+    other = None if args.other is None else open_folder(args.other)
     result: dict[str, Any] = anatomy.describe(checkpoint)
     print_description(result)
     code = 0
     if args.norms or args.scan:
         result["figures"] = measure(checkpoint)
         code |= print_figures(result["figures"], norms=args.norms, scan=args.scan)
-    if args.other is not None:
-        result["comparison"] = compare(checkpoint, open_folder(args.other))
+    if other is not None:
+        result["comparison"] = compare(checkpoint, other)
         result["comparison"]["with"] = str(args.other)
         code |= print_comparison(result["comparison"])
     if args.json is not None:
         atomic.write_text(args.json, json.dumps(_plain(result), indent=1, allow_nan=False) + "\n")
     return code
+
+
+def check_json(path: Path) -> None:
+    """Raise CheckpointError where ``path`` cannot be written, before anything is read for it."""
+    reason = "it is a folder" if path.is_dir() else atomic.obstacle(path)
+    if not path.parent.is_dir():
+        reason = f"{path.parent} is no folder"
+    if reason:
+        raise CheckpointError(f"--json {path} cannot be written: {reason}; name another file")
 
 
 def _plain(value: Any) -> Any:
@@ -157,7 +171,7 @@ def print_description(result: Mapping[str, Any]) -> None:
     for name, count in counts["by_kind"].items():
         print(f"  {name:36} {count:>20,} {count / counts['total']:>7.1%}")
     print(f"  {'total':36} {counts['total']:>20,}")
-    if counts["active"] is not None:
+    if counts["active"]:
         print(f"  {'active for a token':36} {counts['active']:>20,} {counts['active'] / counts['total']:>7.1%}")
 
 
@@ -218,6 +232,8 @@ def main(argv: list[str] | None = None) -> int:
         return run(args)
     except CheckpointError as error:
         code, message = 2, str(error)
+    except KeyboardInterrupt:
+        code, message = 130, "stopped by SIGINT"
     except OSError as error:
         code, message = 1, str(error)
     print(f"inspect_checkpoint.py: error: {message}", file=sys.stderr)
@@ -225,4 +241,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # what reads us may end first: head, less
     sys.exit(main())

@@ -17,11 +17,14 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, so that an installed megatron_scmoe is preferred
 
+import atomic
 import provenance
 import torch
-from checkpoints.disk.hf_folder import HFFolder
+from checkpoints.disk.hf_folder import CONFIG, HFFolder
 from checkpoints.disk.torch_dist import MegatronCheckpoint
+from checkpoints.mappings.megatron_settings import check_saved
 from checkpoints.running import model as models
+from checkpoints.settings import SIZE, check, optional
 from checkpoints.tensors import CheckpointError
 from command_line import Parser, positive
 from preprocessing.output import partial_folder, publish, remove_stale
@@ -102,6 +105,10 @@ def read_input(
     Raises:
         CheckpointError, UserError: for a request that cannot work.
     """
+    if isinstance(opened, MegatronCheckpoint):
+        check_saved(opened)
+    else:
+        check(str(args.load / CONFIG), opened.config, {"vocab_size": optional(SIZE)})
     saved = opened.args if isinstance(opened, MegatronCheckpoint) else None
     settings: Any = vars(opened.args) if isinstance(opened, MegatronCheckpoint) else opened.config
     sizes = [size for size in (settings.get("vocab_size"), settings.get("padded_vocab_size")) if size]
@@ -139,6 +146,8 @@ def run(args: argparse.Namespace) -> int:
     begun_s = time.monotonic()
     if args.output.exists():
         raise UserError(f"--output {shown(args.output)} exists; name a new folder")
+    if reason := atomic.obstacle(args.output):
+        raise UserError(f"--output {shown(args.output)} cannot be made: {reason}; name another folder")
     opened = models.open_folder(args.load)
     files, tokenizer, columns = read_input(args, opened)
     if args.logits:
@@ -221,6 +230,8 @@ def say(text: str) -> None:
 
 
 def _stop(number: int, _frame: Any) -> None:
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)  # what is left to do is short, and a second one would cut it off
     raise KeyboardInterrupt(number)
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from checkpoints.disk.files import read_json
 from checkpoints.disk.hf_folder import CONFIG, HFFolder, HFWriter
-from checkpoints.disk.torch_dist import MegatronCheckpoint
+from checkpoints.disk.torch_dist import TRACKER, MegatronCheckpoint
+from checkpoints.disk.torch_dist_metadata import METADATA
 from checkpoints.disk.torch_dist_writer import MegatronWriter
+from checkpoints.mappings import dense
+from checkpoints.mappings.megatron_settings import check_saved
+from checkpoints.mappings.tokenizer import Tokenizer, carried
 from checkpoints.plan import Conversion
 from checkpoints.tensors import CheckpointError
 
@@ -26,11 +31,13 @@ class Target:
         conversion: of its tensors.
         args: where the target is Megatron's: the saved arguments, as far as they differ from Megatron's defaults.
         files: where the target is a Hugging Face folder: config.json and others, by plain file name.
+        tokenizer: where the target is Megatron's: files of its folder of that name, by plain file name.
     """
 
     conversion: Conversion
     args: Mapping[str, object] | None
     files: Mapping[str, bytes]
+    tokenizer: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +63,8 @@ PAIRS: dict[tuple[str, str], tuple[str, str]] = {
     (MEGATRON, MEGATRON): ("checkpoints.mappings.specs", "convert"),
 }
 _UPCYCLED = {"hf-dense": "from_hf_dense", MEGATRON: "from_megatron"}
+# What config.json calls the models of each format of Hugging Face folders.
+_MODEL_TYPES = {"hf-longcat": ("longcat_flash",), "hf-scmoe": ("scmoe",), "hf-dense": dense.MODEL_TYPES}
 
 
 def check_pair(source: str, target: str, request: Request) -> None:
@@ -80,19 +89,38 @@ def check_pair(source: str, target: str, request: Request) -> None:
         raise CheckpointError(f"from {source} to {target} something has to change: add --experts N to upcycle{other}")
 
 
+def check_format(source: str, path: Path) -> None:
+    """Raise CheckpointError unless ``path`` is a folder that may be a checkpoint of format ``source``."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder; name that of a checkpoint")
+    found = _seeming_format(path)
+    if found not in (None, source):
+        raise CheckpointError(f"{path} seems to be {found}, and --from is {source}; use --from {found}")
+
+
 def opened(source: str, path: Path) -> MegatronCheckpoint | HFFolder:
     """A checkpoint of format ``source`` to read from.
 
     Raises:
-        CheckpointError: where it is another format, or damaged.
+        CheckpointError: where it is none, or damaged.
     """
-    if source == MEGATRON:
-        if (path / CONFIG).is_file():
-            raise CheckpointError(f"{path} is a Hugging Face folder; use --from hf-longcat, hf-scmoe or hf-dense")
-        return MegatronCheckpoint(path)
-    if not (path / CONFIG).is_file() and any(path.glob("latest_checkpointed_iteration.txt")):
-        raise CheckpointError(f"{path} is a checkpoint of Megatron's; use --from {MEGATRON}")
-    return HFFolder(path)
+    return MegatronCheckpoint(path) if source == MEGATRON else HFFolder(path)
+
+
+def _seeming_format(path: Path) -> str | None:
+    """The format that a folder seems to have, by its files and by what config.json calls the model; None: none."""
+    if any((path / name).is_file() for name in (TRACKER, METADATA)):
+        return MEGATRON
+    if not (path / CONFIG).is_file():
+        return None
+    model_type = read_json(path / CONFIG).get("model_type")
+    for name, known in _MODEL_TYPES.items():
+        if model_type in known:
+            return name
+    types = ", ".join(kind for known in _MODEL_TYPES.values() for kind in known)
+    raise CheckpointError(
+        f"{path / CONFIG} has the model_type {model_type!r:.60}; models of these can be read: {types}"
+    )
 
 
 def mapped(source_format: str, target_format: str, source: MegatronCheckpoint | HFFolder, request: Request) -> Target:
@@ -101,6 +129,8 @@ def mapped(source_format: str, target_format: str, source: MegatronCheckpoint | 
     Raises:
         CheckpointError: where its settings have no counterpart.
     """
+    if isinstance(source, MegatronCheckpoint):
+        check_saved(source)
     if request.upcycling:
         function = getattr(importlib.import_module("checkpoints.mappings.upcycle"), _UPCYCLED[source_format])
         call = partial(function, source, request.upcycling)
@@ -110,7 +140,7 @@ def mapped(source_format: str, target_format: str, source: MegatronCheckpoint | 
         if request.transformer_impl:
             call = partial(call, transformer_impl=request.transformer_impl)
     try:
-        return call()
+        target = call()
     except CheckpointError:
         raise
     except (
@@ -119,11 +149,18 @@ def mapped(source_format: str, target_format: str, source: MegatronCheckpoint | 
         AttributeError,
         TypeError,
         ValueError,
+        RuntimeError,
     ) as error:  # a setting that is not sound
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         raise CheckpointError(
-            f"{source.folder} has not the settings of a {source_format} model ({reason}); use another --from"
+            f"{source.folder} has settings of which no {source_format} model can be made ({reason}); get it anew"
         ) from error
+    return _with_tokenizer(target, carried(source)) if target_format == MEGATRON else target
+
+
+def _with_tokenizer(target: Target, found: Tokenizer) -> Target:
+    conversion = replace(target.conversion, notes=(*target.conversion.notes, *found.notes))
+    return replace(target, conversion=conversion, tokenizer=found.files)
 
 
 def writer(target_format: str, target: Target) -> MegatronWriter | HFWriter:
@@ -133,5 +170,5 @@ def writer(target_format: str, target: Target) -> MegatronWriter | HFWriter:
         CheckpointError: for settings or file names that cannot be saved.
     """
     if target_format == MEGATRON:
-        return MegatronWriter(target.conversion.expected, target.args or {})
+        return MegatronWriter(target.conversion.expected, target.args or {}, target.tokenizer)
     return HFWriter(target.files)

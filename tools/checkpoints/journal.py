@@ -47,18 +47,28 @@ class Journal:
         self.folder, self._target = beside(target), target
         self.payload = self.folder / _PAYLOAD
         check_target(target)
-        self.payload.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / _LOCK).open("w")
+        try:
+            self.payload.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / _LOCK).open("w")
+        except OSError as error:
+            raise CheckpointError(f"{target} cannot be made: {error}; name another folder") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
             raise CheckpointError(f"another process is writing {target}; wait for it") from None
         plan = json.loads(json.dumps({**plan, "version": _VERSION}))
-        if (self.folder / _PLAN).exists():
-            self._check_plan(read_json(self.folder / _PLAN), plan)
+        if has_begun(target):
+            self._check_plan(_noted(self.folder / _PLAN), plan)
         else:
+            self._begin(plan)
+
+    def _begin(self, plan: Mapping[str, Any]) -> None:
+        try:
             atomic.write_text(self.folder / _PLAN, json.dumps(plan, indent=1) + "\n")
+        except OSError:
+            self.remove()
+            raise
 
     def _check_plan(self, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         for name in now:
@@ -73,7 +83,7 @@ class Journal:
         note = self.folder / f"part-{number:05d}.json"
         if not note.exists():
             return None
-        entry = read_json(note)
+        entry = _noted(note)
         file = self.payload / path
         return entry if file.is_file() and file.stat().st_size == entry.get("bytes") else None
 
@@ -134,6 +144,14 @@ def opened(target: Path, plan: Mapping[str, Any]) -> Iterator[Journal]:
         journal.close()
 
 
+def _noted(path: Path) -> dict[str, Any]:
+    """What a file of the journal holds; nothing where a power cut has damaged it."""
+    try:
+        return read_json(path)
+    except CheckpointError:
+        return {}
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
@@ -145,12 +163,20 @@ def beside(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
+def has_begun(target: Path) -> bool:
+    """Whether there is a conversion on its way to ``target``, which the same call would continue."""
+    return os.path.isfile(beside(target) / _PLAN)  # noqa: PTH113 (Path.is_file raises for names that are too long)
+
+
 def check_target(target: Path) -> None:
-    """Raise CheckpointError where ``target`` is there already."""
-    if target.exists() or target.is_symlink():
+    """Raise CheckpointError where ``target`` is there already, or cannot be made."""
+    if os.path.lexists(target):
         if not (beside(target) / _PAYLOAD).exists():
             shutil.rmtree(beside(target), ignore_errors=True)  # of a call that was killed when all was done
         raise CheckpointError(f"{target} exists, and nothing is overwritten; name another folder or remove it")
+    reason = atomic.obstacle(target)
+    if reason:
+        raise CheckpointError(f"{target} cannot be made: {reason}; name another folder")
 
 
 def missing_bytes(folder: Path, needed: int) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+from checkpoints.disk import companions
 from numpy.typing import NDArray
 from preprocessing.encoding import load_tokenizer
 from preprocessing.sources import Reading, Source, UserError, describe_lines, iter_documents, list_sources, shown
@@ -171,6 +172,8 @@ def find_tokenizer(named: str | None, folder: Path, saved: Namespace | None) -> 
     if saved is None:
         return _open_tokenizer(folder)
     kind, path = getattr(saved, "tokenizer_type", None), getattr(saved, "tokenizer_model", None)
+    if path is None and (folder / companions.FOLDER).is_dir():  # of a checkpoint that was converted
+        return _open_tokenizer(folder / companions.FOLDER)
     if kind not in _TOKENIZERS or not path:
         raise UserError(
             f"text needs a tokenizer, and the checkpoint was trained with {kind} {path or ''}; add --tokenizer "

@@ -11,6 +11,7 @@ from typing import Any
 
 from checkpoints.disk.hf_folder import HFFolder
 from checkpoints.disk.torch_dist import MegatronCheckpoint
+from checkpoints.settings import COUNT
 from checkpoints.tensors import TensorInfo
 
 ROUTED = "routed experts"
@@ -104,7 +105,7 @@ def parameters(infos: Mapping[str, TensorInfo], settings: Mapping[str, Any]) -> 
 
 
 def _first(settings: Mapping[str, Any], *names: str) -> int | None:
-    return next((settings[name] for name in names if isinstance(settings.get(name), int)), None)
+    return next((settings[name] for name in names if COUNT.holds(settings.get(name))), None)
 
 
 def _architecture(args: Namespace) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def inside(folder: Path, name: object, origin: Path) -> Path:
         )
     path = folder / str(name)
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing, and {origin} names it; get the whole checkpoint")
+        found = "is no file" if path.exists() else "is missing"
+        raise CheckpointError(f"{path} {found}, and {origin} names it; get the whole checkpoint")
     home = folder.resolve()
     homes = [home]
     if home.parent.name == "snapshots":  # Hugging Face's cache: folders of links to files named by their hash

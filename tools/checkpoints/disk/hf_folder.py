@@ -26,6 +26,7 @@ class HFFolder:
         config: what config.json holds.
         infos: every tensor by its name.
         others: what is no tensor of a model, and why: nothing, here.
+        shards: files with tensors.
         files: all that decides what is read.
     """
 
@@ -43,12 +44,12 @@ class HFFolder:
         index = self.folder / INDEX
         self._places: dict[str, tuple[Path, Place]] = {}
         if (self.folder / WEIGHTS).exists():
-            shards = [inside(self.folder, WEIGHTS, self.folder)]
-            self._add(shards[0])
-            self.files: tuple[Path, ...] = (config, *shards)
+            self.shards: tuple[Path, ...] = (inside(self.folder, WEIGHTS, self.folder),)
+            self._add(self.shards[0])
+            self.files: tuple[Path, ...] = (config, *self.shards)
         elif index.exists():
-            shards = self._add_shards(inside(self.folder, INDEX, self.folder))
-            self.files = (config, index, *shards)
+            self.shards = self._add_shards(inside(self.folder, INDEX, self.folder))
+            self.files = (config, index, *self.shards)
         else:
             raise CheckpointError(_no_weights(self.folder))
         self.infos: Mapping[str, TensorInfo] = {name: place.info for name, (_, place) in self._places.items()}
@@ -72,7 +73,7 @@ class HFFolder:
     def _add(self, shard: Path) -> None:
         self._places |= {name: (shard, place) for name, place in read_header(shard).items()}
 
-    def _add_shards(self, index: Path) -> list[Path]:
+    def _add_shards(self, index: Path) -> tuple[Path, ...]:
         """Every shard that the index names, and nothing that it does not."""
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
@@ -87,7 +88,7 @@ class HFFolder:
         for name, shard_name in names.items():
             if name not in self._places:
                 raise CheckpointError(f"{shards[shard_name]} lacks {name!a}, which {index.name} has there; get it anew")
-        return list(shards.values())
+        return tuple(shards.values())
 
 
 def _no_weights(folder: Path) -> str:

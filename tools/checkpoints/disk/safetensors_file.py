@@ -64,7 +64,7 @@ def read_header(path: Path) -> dict[str, Place]:
     begin = _LENGTH_BYTES + length
     try:
         header = json.loads(text, object_pairs_hook=_unique)
-        places = {name: _place(entry, begin) for name, entry in header.items() if name != "__metadata__"}
+        places = {_printable(name): _place(entry, begin) for name, entry in header.items() if name != "__metadata__"}
         end = _end(places, begin)
     except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
@@ -79,6 +79,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a name occurs twice")
     return result
+
+
+def _printable(name: str) -> str:
+    """``name``, which is shown to people: control characters would reach their terminals."""
+    if not name.isprintable():
+        raise ValueError(f"{name[:60]!a} is no name of a tensor")
+    return name
 
 
 def _place(entry: Mapping[str, Any], begin: int) -> Place:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from checkpoints.disk.files import bytes_of, inside, read_into, read_json
 from checkpoints.disk.torch_dist_metadata import METADATA, Chunk, Extent, SavedTensor, read_metadata
-from checkpoints.disk.torch_saved import Place, as_builtin, find_elements, load_plain
+from checkpoints.disk.torch_saved import Place, as_builtin, crc_of, find_elements, load_plain
 from checkpoints.tensors import CheckpointError, TensorInfo, row_range
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -59,6 +59,7 @@ class MegatronCheckpoint:
         self._tensors = contents.tensors
         self._keys = dict(_names(contents.tensors))
         self._places: dict[Extent, Place] = {}
+        self._checked: set[Extent] = set()
         self.infos: Mapping[str, TensorInfo] = {
             name: self._tensors[key].info if block is None else _of_one_block(self._tensors[key].info)
             for name, (key, block) in self._keys.items()
@@ -71,12 +72,15 @@ class MegatronCheckpoint:
         common = self._common_state(contents.objects.get(COMMON))
         if not isinstance(common.get("args"), Namespace):
             raise CheckpointError(f"{self.folder} has no saved arguments; save it with Megatron's training script")
-        self.args = Namespace(**{name: as_builtin(value) for name, value in vars(common["args"]).items()})
+        try:
+            self.args = Namespace(**as_builtin(vars(common["args"])))
+        except (RecursionError, TypeError):
+            raise CheckpointError(f"{self.folder}: its saved arguments are no table of settings; get it anew") from None
         iteration = common.get("iteration")
         self.iteration = iteration if isinstance(iteration, int) else 0
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows of a tensor; see ``Tensors``. Chunks that are read as a whole are compared with their checksums."""
+        """Rows of a tensor; see ``Tensors``. Each chunk is compared with its checksum once, when any of it is read."""
         if name not in self._keys:
             raise CheckpointError(f"{self.folder} has no tensor {name}; get the whole checkpoint")
         key, block = self._keys[name]
@@ -117,16 +121,28 @@ class MegatronCheckpoint:
         is_direct = result.is_contiguous() and list(result.shape) == sizes
         read = result if is_direct else torch.empty(sizes, dtype=result.dtype)
         row_bytes = read.nbytes // (rows.stop - rows.start)
+        is_whole = read.nbytes == place.storage.length
         try:
             with extent.path.open("rb", buffering=0) as file:
+                if not is_whole:
+                    self._check_once(key, extent, lambda: crc_of(file, place.storage))
                 read_into(file, place.offset + rows.start * row_bytes, read)
         except EOFError:
             raise CheckpointError(f"{extent.path} is cut short: {key} is not all there; get it anew") from None
-        if place.crc is not None and sizes == list(chunk.sizes) and zlib.crc32(bytes_of(read)) != place.crc:
-            raise CheckpointError(f"{extent.path} is damaged: {key} is not what its checksum says; get it anew")
+        if is_whole:
+            self._check_once(key, extent, lambda: zlib.crc32(bytes_of(read)))
         if not is_direct:
             inner = [slice(None) if number == axis else one for number, one in enumerate(part)]
             result.copy_(read[tuple(inner)])
+
+    def _check_once(self, key: str, extent: Extent, crc: Callable[[], int]) -> None:
+        """Compare a chunk with its checksum when the first part of it is read, and never again."""
+        if extent in self._checked:
+            return
+        expected = self._places[extent].crc
+        if expected is not None and crc() != expected:
+            raise CheckpointError(f"{extent.path} is damaged: {key} is not what its checksum says; get it anew")
+        self._checked.add(extent)
 
     def _common_state(self, extent: Extent | None) -> Mapping[str, Any]:
         if extent is None:

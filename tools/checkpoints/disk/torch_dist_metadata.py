@@ -158,6 +158,8 @@ def read_metadata(folder: Path, *, is_model: Callable[[str], bool]) -> Contents:
         }
         tensors, objects = {}, {}
         for key, entry in root.state_dict_metadata.items():
+            if not key.isprintable():
+                raise TypeError(f"{key[:60]!a} is no name")
             if isinstance(entry, _Tensor) and is_model(key):
                 tensors[key] = _saved_tensor(key, entry, extents)
             elif isinstance(entry, _Bytes):

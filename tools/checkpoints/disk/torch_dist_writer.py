@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from checkpoints.disk import companions
 from checkpoints.disk.files import Sink
 from checkpoints.disk.torch_dist import COMMON, CONFIG, TRACKER
 from checkpoints.disk.torch_dist_metadata import METADATA
@@ -54,16 +55,20 @@ class MegatronWriter:
 
     keeps_tensors_whole = False
 
-    def __init__(self, expected: Mapping[str, TensorInfo], args: Mapping[str, Any]) -> None:
+    def __init__(
+        self, expected: Mapping[str, TensorInfo], args: Mapping[str, Any], tokenizer: Mapping[str, bytes] | None = None
+    ) -> None:
         """
         Args:
             expected: every tensor of the checkpoint.
             args: the arguments to save, of builtin types and torch.dtype.
+            tokenizer: files of the folder of that name, by plain file name.
 
         Raises:
             CheckpointError: for arguments of other types.
         """
         self._expected = expected
+        self._tokenizer = tokenizer or {}
         self._common = _saved(_common_state(args))
         try:
             with torch.serialization.safe_globals([Namespace]):
@@ -85,7 +90,7 @@ class MegatronWriter:
             offset = sink.position
             # torch.save would save all of the storage that a view belongs to
             is_view = tensor.untyped_storage().nbytes() != tensor.nbytes
-            torch.save(tensor.clone() if is_view else tensor, cast(IO[bytes], sink))
+            _save(tensor.clone() if is_view else tensor, sink)
             extent = {"offset": offset, "length": sink.position - offset}
             entries.append({"name": piece.name, "row": piece.row, "shape": piece.info.shape, **extent})
         return entries
@@ -129,6 +134,9 @@ class MegatronWriter:
         (folder / FOLDER / METADATA).write_bytes(pickle.dumps(metadata))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (folder / FOLDER / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        for name, data in self._tokenizer.items():
+            (folder / companions.FOLDER).mkdir(exist_ok=True)
+            (folder / companions.FOLDER / name).write_bytes(data)
         (folder / TRACKER).write_text(FOLDER, encoding="utf-8")
 
 
@@ -166,6 +174,14 @@ def _states(names: Mapping[str, TensorInfo]) -> Iterator[str]:
             yield f"{module}._extra_state/shard_0_1"
         if module.endswith(".self_attention.linear_proj"):
             yield f"{module.removesuffix('linear_proj')}core_attention._extra_state/shard_0_1"
+
+
+def _save(tensor: Tensor, sink: Sink) -> None:
+    try:
+        torch.save(tensor, cast(IO[bytes], sink))
+    except RuntimeError as error:
+        # Whatever ends a write, a full disk or a signal, torch buries under a complaint about the file's position.
+        raise (error.__context__ or error) from None
 
 
 def _saved(value: object) -> bytes:

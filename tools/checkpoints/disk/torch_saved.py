@@ -11,7 +11,9 @@ import struct
 import types
 import warnings
 import zipfile
+import zlib
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import PosixPath, PurePath
 from typing import IO, Any, NamedTuple, cast
 
@@ -22,6 +24,8 @@ from checkpoints.disk.torch_dist_metadata import METADATA, Chunk, Extent
 from checkpoints.tensors import CheckpointError
 
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip file's member: the lengths of what stands before its bytes
+_STORAGE = re.compile(r"[^/]*/data/\d+")  # the member with the elements of a tensor
+_STEP_BYTES = 1 << 22  # of one read of what is only compared with a checksum
 
 
 class Place(NamedTuple):
@@ -29,10 +33,12 @@ class Place(NamedTuple):
 
     Attributes:
         offset: of the first one, from the begin of the file.
-        crc: of all of them; None where it is not known.
+        storage: all bytes that were saved with them; more than those of the elements where these were a view.
+        crc: the checksum of ``storage``; None where torch was told to save none.
     """
 
     offset: int
+    storage: Extent
     crc: int | None
 
 
@@ -69,6 +75,7 @@ class _Window(io.RawIOBase):
 
 def _loaded(window: _Window, device: str) -> Any:
     """What torch.save wrote, unless it is more than plain data."""
+    window.seek(0)
     with warnings.catch_warnings(action="ignore"):  # about damaged files, which are refused
         return torch.load(cast(IO[bytes], window), map_location=device, weights_only=True)
 
@@ -83,11 +90,12 @@ def find_elements(key: str, chunk: Chunk, dtype: torch.dtype) -> Place:
     try:
         with extent.path.open("rb", buffering=0) as file:
             window = _Window(file, extent)
-            tensor = _loaded(window, "meta")
             with zipfile.ZipFile(window) as archive:
                 members = archive.infolist()
-            (member,) = [member for member in members if re.fullmatch(r"[^/]*/data/\d+", member.filename)]
-            begin = _begin(window, member)
+                _check_records(archive, (member for member in members if not _STORAGE.fullmatch(member.filename)))
+            tensor = _loaded(window, "meta")
+            (member,) = [member for member in members if _STORAGE.fullmatch(member.filename)]
+            storage = Extent(extent.path, extent.offset + _begin(window, member), member.file_size)
             orders = [member for member in members if member.filename.endswith("/byteorder")]
             is_little = all(_begin(window, order) and window.read(6) == b"little" for order in orders)
     except pickle.UnpicklingError:
@@ -103,11 +111,10 @@ def find_elements(key: str, chunk: Chunk, dtype: torch.dtype) -> Place:
     if not is_plain or tuple(tensor.shape) != chunk.sizes or tensor.dtype != dtype:
         raise CheckpointError(f"{extent.path} is damaged: {key} is not the tensor that {METADATA} says; get it anew")
     skipped = tensor.storage_offset() * dtype.itemsize
-    begin += extent.offset + skipped
-    is_stored = member.compress_type == zipfile.ZIP_STORED and skipped + tensor.nbytes <= member.file_size
-    if not is_stored or begin + tensor.nbytes > extent.offset + extent.length:
+    is_stored = member.compress_type == zipfile.ZIP_STORED and skipped + tensor.nbytes <= storage.length
+    if not is_stored or storage.offset + storage.length > extent.offset + extent.length:
         raise CheckpointError(f"{extent.path} is damaged: {key} does not lie where it should; get it anew")
-    return Place(begin, member.CRC if tensor.nbytes == member.file_size and member.CRC else None)
+    return Place(storage.offset + skipped, storage, member.CRC or None)
 
 
 def _begin(window: _Window, member: zipfile.ZipInfo) -> int:
@@ -115,6 +122,23 @@ def _begin(window: _Window, member: zipfile.ZipInfo) -> int:
     window.seek(member.header_offset)
     window.seek(sum(_LOCAL_HEADER.unpack(window.read(_LOCAL_HEADER.size))), io.SEEK_CUR)
     return window.tell()
+
+
+def _check_records(archive: zipfile.ZipFile, members: Iterable[zipfile.ZipInfo]) -> None:
+    """Compare members with their checksums, which torch.load does not look at; raises zipfile.BadZipFile."""
+    for member in members:
+        if member.CRC:  # else torch was told to save none
+            with archive.open(member) as record:
+                while record.read(_STEP_BYTES):
+                    pass
+
+
+def crc_of(file: io.FileIO, storage: Extent) -> int:
+    """The checksum of what lies there, read in steps: memory does not depend on its size."""
+    window, buffer, crc = _Window(file, storage), bytearray(_STEP_BYTES), 0
+    while count := window.readinto(buffer):
+        crc = zlib.crc32(memoryview(buffer)[:count], crc)
+    return crc
 
 
 def _value(*values: Any) -> Any:
@@ -142,7 +166,10 @@ def load_plain(extent: Extent) -> Any:
     """Load an object that consists of builtin types, tensors and Core's enumerations."""
     try:
         with extent.path.open("rb", buffering=0) as file, torch.serialization.safe_globals(_SAFE_NAMES):
-            return _loaded(_Window(file, extent), "cpu")
+            window = _Window(file, extent)
+            with zipfile.ZipFile(window) as archive:
+                _check_records(archive, archive.infolist())
+            return _loaded(window, "cpu")
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
         what = f"asks for {found[1]}" if found else "is no plain data"

@@ -5,50 +5,61 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from checkpoints.mappings.scmoe_settings import LLAMA3_ROPE
+from checkpoints.settings import FLAG, POSITIVE, ROPE, SIZE, check, check_multiple, optional, rotary_base
 from checkpoints.tensors import CheckpointError
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Models of one shape: pre-norm blocks with RMSNorm, grouped-query attention with rotary positions, gated MLPs."""
 
+_SIZES = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"),
+    "max_position_embeddings",
+)
+_RULES = {
+    **dict.fromkeys(_SIZES, SIZE),
+    **dict.fromkeys(("num_key_value_heads", "head_dim"), optional(SIZE)),
+    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window"), optional(FLAG)),
+    "rms_norm_eps": POSITIVE,
+    **ROPE,
+}
 
-def dense_args(config: Mapping[str, Any]) -> dict[str, Any]:
+
+def dense_args(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """The saved arguments of a dense Megatron checkpoint of this model, as builtin types.
 
     Args:
-        config: config.json.
+        config: a config.json of one of ``MODEL_TYPES``.
+        origin: where it is, for a message.
 
     Raises:
         CheckpointError: for a model that has another shape.
     """
-    kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise CheckpointError(
-            f"dense models of the types {', '.join(MODEL_TYPES)} can be read: config.json has model_type {kind!r}; "
-            "use --from hf-longcat or hf-scmoe for theirs"
-        )
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    stretched = rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
-    theta = rope.get("rope_theta") or config.get("rope_theta") or 10000
-    if theta != int(theta):
-        raise CheckpointError(f"the rotary base is a whole number in Megatron: config.json has {theta!r}; no way known")
+    check(origin, config, _RULES, needed=(*_SIZES, "rms_norm_eps"))
+    kind, stretched = config["model_type"], _is_stretched(origin, config)
+    base = rotary_base(origin, config, default=10000, kinds=("default", "llama3"))
+    has_window = kind == "mistral" or config.get("use_sliding_window", False)
     refused = {
-        "rotary positions are not stretched here": ("rope_scaling", stretched),
         "attention reaches over the whole sequence": (
             "sliding_window",
-            config.get("sliding_window") if config.get("use_sliding_window", kind == "mistral") else None,
+            config.get("sliding_window", 4096) if has_window else None,  # as transformers takes nothing said
         ),
+        "all channels of a head turn": ("partial_rotary_factor", _partial(config)),
         "MLPs have no biases": ("mlp_bias", config.get("mlp_bias") or None),
         "attention's output has no bias": ("attention_bias", config.get("attention_bias") or None),
     }
     for rule, (name, value) in refused.items():
         if value is not None:
-            raise CheckpointError(f"{rule}: config.json has {name} {value!r}; no way known")
+            raise CheckpointError(f"{rule}: {name} is {value!r:.60} in {origin}; no way known")
     if config.get("hidden_act", "silu") != "silu":
         raise CheckpointError(
-            f"MLPs are gated by silu: config.json has hidden_act {config['hidden_act']!r}; no way known"
+            f"MLPs are gated by silu: hidden_act is {config['hidden_act']!r:.60} in {origin}; no way known"
         )
     heads = config["num_attention_heads"]
     groups = config.get("num_key_value_heads") or heads
+    check_multiple(origin, {**config, "num_key_value_heads": groups}, "num_attention_heads", "num_key_value_heads")
+    if not config.get("head_dim"):
+        check_multiple(origin, config, "hidden_size", "num_attention_heads")
     return {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
@@ -62,7 +73,8 @@ def dense_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "padded_vocab_size": config["vocab_size"],
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
         "position_embedding_type": "rope",
-        "rotary_base": int(theta),
+        "rotary_base": base,
+        "use_rope_scaling": stretched,
         "normalization": "RMSNorm",
         "layernorm_epsilon": config["rms_norm_eps"],
         "swiglu": True,
@@ -77,3 +89,29 @@ def dense_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "moe_layer_freq": 1,
         "transformer_impl": "local",
     }
+
+
+def _is_stretched(origin: str, config: Mapping[str, Any]) -> bool:
+    """Whether rotary positions are stretched, which they may be as those of Llama 3.1 are.
+
+    Raises:
+        CheckpointError: where they are stretched by other constants than Core has.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if rope.get("rope_type", rope.get("type")) != "llama3":
+        return False
+    found = {"rope_type": "llama3", **rope}  # older ones call it type
+    for name, value in LLAMA3_ROPE.items():
+        if found.get(name) != value:
+            raise CheckpointError(
+                f"Megatron-Core stretches rotary positions with {name} {value}: it is {found.get(name)!r:.60} in "
+                f"{origin}; no way known"
+            )
+    return True
+
+
+def _partial(config: Mapping[str, Any]) -> Any:
+    """The part of a head's channels that turn, where it is not all of them."""
+    rope = config.get("rope_parameters") or {}
+    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    return None if part == 1 else part

@@ -16,15 +16,18 @@ from typing import Any
 
 import torch
 
-from checkpoints.disk.hf_folder import HFFolder
+from checkpoints.disk.hf_folder import CONFIG, HFFolder
 from checkpoints.disk.torch_dist import MegatronCheckpoint
 from checkpoints.formats import Target
 from checkpoints.mappings import scmoe_settings
 from checkpoints.mappings.links import Link, expert, hf_pieces, latent_attention, megatron_pieces, mlp, norm, same
 from checkpoints.mappings.longcat_settings import check_form, checked_config, hf_config, megatron_args
+from checkpoints.mappings.megatron_settings import check_args
 from checkpoints.mappings.norms import norm_names
+from checkpoints.mappings.tokenizer import tokenizer_of
 from checkpoints.plan import Conversion, Piece
-from checkpoints.tensors import CheckpointError, TensorInfo
+from checkpoints.settings import check_experts, check_layers
+from checkpoints.tensors import TensorInfo
 
 _PREDICTION = "layers that predict further tokens are not part of the model"
 _UNUSED = "zero experts have no parameters: transformers saves these and never reads them"
@@ -69,13 +72,12 @@ def to_megatron(source: HFFolder) -> Target:
     Raises:
         CheckpointError: for a configuration that LongCat-Flash as published does not have.
     """
-    config = checked_config(source.config)
-    if max(config["num_layers"], config["n_routed_experts"]) > len(source.infos):
-        raise CheckpointError(
-            f"{source.folder} has {len(source.infos)} tensors, too few for num_layers {config['num_layers']} and "
-            f"n_routed_experts {config['n_routed_experts']} of its config.json; get the whole folder"
-        )
+    origin = str(source.folder / CONFIG)
+    config = checked_config(source.config, origin)
+    check_layers(origin, config, "num_layers", source.infos)
+    check_experts(origin, config, "n_routed_experts", source.infos, num_moes=config["num_layers"])
     args = megatron_args(config)
+    check_args(origin, Namespace(**args), source.infos)
     pieces, expected = megatron_pieces(source.infos, longcat_links(scmoe_settings.complete(Namespace(**args))))
     dropped = {name: reason for name in source.infos if (reason := _reason_to_drop(name, config))}
     args[_HAS_UNUSED] = _UNUSED in dropped.values()
@@ -94,33 +96,43 @@ def from_megatron(source: MegatronCheckpoint) -> Target:
     """
     check_form(source.args)
     args = scmoe_settings.complete(source.args)
-    config = hf_config(args)
+    tokenizer = tokenizer_of(source)
+    config = {**hf_config(args), **tokenizer.ids}
     pieces, expected = hf_pieces(source.infos, longcat_links(args))
     # transformers wants them, and whoever reads published checkpoints does not: so they are there if they were.
-    unused = _unused_tensors(args) if getattr(args, _HAS_UNUSED, True) else {}
+    unused = unused_tensors(config) if getattr(args, _HAS_UNUSED, True) else {}
     for name, shape in unused.items():
         info = TensorInfo(shape, next(iter(expected.values())).dtype)
         pieces.append(Piece(name=name, info=info, reads=(), make=partial(torch.zeros, info.shape, dtype=info.dtype)))
         expected[name] = info
+    zeros = [f"{len(unused)} tensors of zero experts are zeros: {_UNUSED}"] if unused else []
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return Target(
         conversion=Conversion(
             pieces=tuple(pieces),
             expected=expected,
             dropped=source.others,
-            notes=(f"{len(unused)} tensors of zero experts are zeros: {_UNUSED}",) if unused else (),
+            notes=(*zeros, *tokenizer.notes),
         ),
         args=None,
-        files={"config.json": text.encode()},
+        files={"config.json": text.encode(), **tokenizer.files},
     )
 
 
-def _unused_tensors(args: Namespace) -> dict[str, tuple[int, ...]]:
-    """What transformers 5.23 saves for zero experts, and misses where it is not there."""
+def unused_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what transformers 5.23 saves for zero experts, and misses where it is not there.
+
+    Args:
+        config: a LongcatFlash config.json.
+    """
+    first, behind = config["n_routed_experts"], config["n_routed_experts"] + (config["zero_expert_num"] or 0)
     return {
-        f"model.layers.{layer}.mlp.experts.{index}.{part}_proj.weight": (args.moe_ffn_hidden_size, args.hidden_size)
-        for layer in range(args.num_layers // 2)
-        for index in range(args.num_experts, args.num_experts + args.zero_experts)
+        f"model.layers.{layer}.mlp.experts.{index}.{part}_proj.weight": (
+            config["expert_ffn_hidden_size"],
+            config["hidden_size"],
+        )
+        for layer in range(config["num_layers"])
+        for index in range(first, behind)
         for part in ("gate", "up")
     }
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+from checkpoints.settings import COUNT, POSITIVE, ROPE, SIZE, check, optional, rotary_base
 from checkpoints.tensors import CheckpointError
 
 _OLDER_NAMES = {
@@ -16,11 +16,18 @@ _OLDER_NAMES = {
     "num_experts_per_tok": "moe_topk",
     "moe_intermediate_size": "expert_ffn_hidden_size",
 }
-_NEEDED = (
+_SIZES = (
     *("num_layers", "vocab_size", "hidden_size", "ffn_hidden_size", "expert_ffn_hidden_size", "n_routed_experts"),
     *("num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
-    *("moe_topk", "routed_scaling_factor", "rms_norm_eps", "max_position_embeddings"),
+    *("moe_topk", "max_position_embeddings"),
 )
+_NUMBERS = ("routed_scaling_factor", "rms_norm_eps")
+_RULES = {
+    **dict.fromkeys(_SIZES, SIZE),
+    **dict.fromkeys(_NUMBERS, POSITIVE),
+    "zero_expert_num": optional(COUNT),
+    **ROPE,
+}
 _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "zero_expert_type": ((None, "identity"), "zero experts give a token back as it is"),
     "norm_topk_prob": ((None, False), "weights are not made to sum to one"),
@@ -35,8 +42,12 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
 }
 
 
-def checked_config(source: Mapping[str, Any]) -> dict[str, Any]:
+def checked_config(source: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """config.json under one set of names.
+
+    Args:
+        source: what it holds.
+        origin: where it is, for a message.
 
     Raises:
         CheckpointError: for what LongCat-Flash as published does not have.
@@ -45,55 +56,28 @@ def checked_config(source: Mapping[str, Any]) -> dict[str, Any]:
     for older, name in _OLDER_NAMES.items():
         if older in config:
             config.setdefault(name, config[older])
-    if config.get("model_type") != "longcat_flash":
-        raise CheckpointError(
-            f"config.json is that of another model: model_type is {config.get('model_type')!r}, not 'longcat_flash'; "
-            "use --from hf-dense or --from hf-scmoe"
-        )
     for name, (allowed, rule) in _REFUSED.items():
         if config.get(name) not in allowed:
-            raise CheckpointError(f"LongCat-Flash: {rule}, and config.json has {name} {config[name]!r}; no way known")
+            raise CheckpointError(
+                f"LongCat-Flash: {rule}, and config.json has {name} {config[name]!r:.60}; no way known"
+            )
     for name in config:
         if "ngram" in name or "n_gram" in name:
             raise CheckpointError(f"LongCat-Flash has no n-gram embeddings, and config.json has {name}; no way known")
-    for name in _NEEDED:
-        value = config.get(name)
-        is_number = type(value) is int or (type(value) is float and name in ("routed_scaling_factor", "rms_norm_eps"))
-        if not is_number or not 0 < float(value or 0) < math.inf:
-            raise CheckpointError(f"config.json gives no number for {name}: it has {value!r}; add it")
+    check(origin, config, _RULES, needed=(*_SIZES, *_NUMBERS))
     config["zero_expert_num"] = config.get("zero_expert_num") or 0
     choices = config["n_routed_experts"] + config["zero_expert_num"]
     if config["moe_topk"] > choices:
         raise CheckpointError(
-            f"a token has {choices} experts to choose from: config.json has moe_topk {config['moe_topk']}"
+            f"a token has {choices} experts to choose from: moe_topk is {config['moe_topk']} in {origin}; correct it"
         )
-    _check_rope(config)
-    return config
-
-
-def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rotary positions under one set of names; transformers takes the older ones first."""
-    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    return {
-        "rope_type": found.get("rope_type", found.get("type", "default")),
-        "rope_theta": found.get("rope_theta", config.get("rope_theta")),
-    }
-
-
-def _check_rope(config: Mapping[str, Any]) -> None:
-    rope = _rope(config)
-    if rope.get("rope_type", "default") != "default":
-        raise CheckpointError(
-            f"rotary positions are not stretched here: config.json has rope_type {rope['rope_type']!r}; no way known"
-        )
-    theta = rope.get("rope_theta")
-    if not isinstance(theta, int | float) or theta != int(theta):
-        raise CheckpointError(f"the rotary base is a whole number in Megatron: config.json has {theta!r}; no way known")
+    rotary_base(origin, config)
     if config.get("head_dim", config["qk_rope_head_dim"]) != config["qk_rope_head_dim"]:
         raise CheckpointError(
-            f"rotary positions turn all of a key's rotary part: config.json has head_dim {config['head_dim']} and "
-            f"qk_rope_head_dim {config['qk_rope_head_dim']}; make them equal"
+            f"rotary positions turn all of a key's rotary part: head_dim is {config['head_dim']!r:.60} in {origin} and "
+            f"qk_rope_head_dim is {config['qk_rope_head_dim']}; make them equal"
         )
+    return config
 
 
 def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +98,7 @@ def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "padded_vocab_size": config["vocab_size"],
         "untie_embeddings_and_output_weights": True,
         "position_embedding_type": "rope",
-        "rotary_base": int(_rope(config)["rope_theta"]),
+        "rotary_base": rotary_base("config.json", config),
         "rope_type": "rope",
         "normalization": "RMSNorm",
         "layernorm_epsilon": config["rms_norm_eps"],
@@ -229,6 +213,6 @@ def hf_config(args: Namespace) -> dict[str, Any]:
         "moe_topk": args.moe_router_topk,
         "routed_scaling_factor": args.moe_router_topk_scaling_factor or 1.0,
         "rms_norm_eps": args.layernorm_epsilon,
-        "rope_parameters": {**_rope(config), **theta} if config else theta,
+        "rope_parameters": theta,
         "tie_word_embeddings": False,
     }

@@ -14,13 +14,29 @@ from typing import Any
 
 import torch
 
-from checkpoints.disk.hf_folder import HFFolder
+from checkpoints.disk.hf_folder import CONFIG, HFFolder
 from checkpoints.disk.torch_dist import MegatronCheckpoint
 from checkpoints.formats import Target
 from checkpoints.mappings import scmoe_settings
 from checkpoints.mappings.links import dtype_of, hf_pieces, links, megatron_pieces
-from checkpoints.mappings.scmoe_tokenizer import Tokenizer, tokenizer_of
+from checkpoints.mappings.megatron_settings import RULES, check_args
+from checkpoints.mappings.tokenizer import Tokenizer, tokenizer_of
 from checkpoints.plan import Conversion
+from checkpoints.settings import (
+    COUNT,
+    FLAG,
+    POSITIVE,
+    SHARE,
+    SIZE,
+    TABLE,
+    WORD,
+    check,
+    check_layers,
+    each,
+    one_of,
+    optional,
+    whole,
+)
 from checkpoints.tensors import CheckpointError
 
 CODE = Path(__file__).with_name("hf_scmoe")
@@ -28,6 +44,35 @@ CODE_FILES = ("configuration_scmoe.py", "modeling_scmoe.py")
 
 _COMPENSATION = "a learned compensation of the codec lsh: the Hugging Face model sends nothing, and so has no residuals"
 _TIED = "the output layer is the embedding"
+_RULES = {
+    **dict.fromkeys(
+        (
+            *("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"),
+            *("num_attention_heads", "num_key_value_heads", "head_dim", "kv_lora_rank", "qk_nope_head_dim"),
+            *("qk_rope_head_dim", "v_head_dim", "moe_every", "num_experts_per_tok", "moe_intermediate_size"),
+        ),
+        SIZE,
+    ),
+    **dict.fromkeys(("q_lora_rank", "router_num_groups", "router_group_topk"), optional(SIZE)),
+    **dict.fromkeys(("num_experts", "zero_experts"), COUNT),
+    "shared_expert_intermediate_size": optional(COUNT),
+    **dict.fromkeys(("tie_word_embeddings", "qk_norm", "attention_bias"), FLAG),
+    **dict.fromkeys(("router_pre_softmax", "router_expert_bias"), FLAG),
+    **dict.fromkeys(("norm_eps", "routed_scaling_factor"), POSITIVE),
+    "softmax_scale": optional(POSITIVE),
+    "moe_share_groups": whole(1, 2),
+    "shortcut_position": each(WORD),
+    "moe_layer_pattern": each(one_of(0, 1)),
+    "rope_parameters": optional(TABLE),
+    "megatron": optional(TABLE),
+}
+_ROPE_RULES = {
+    **dict.fromkeys(("rope_theta", "factor", "beta_fast", "beta_slow"), POSITIVE),
+    "original_max_position_embeddings": SIZE,
+    "attention_factor": optional(POSITIVE),
+    "partial_rotary_factor": SHARE,
+    "rope_type": WORD,
+}
 
 
 def from_megatron(source: MegatronCheckpoint) -> Target:
@@ -39,7 +84,7 @@ def from_megatron(source: MegatronCheckpoint) -> Target:
     """
     args = scmoe_settings.complete(source.args)
     config = scmoe_settings.config_of(args)
-    tokenizer = tokenizer_of(args)
+    tokenizer = tokenizer_of(source)
     pieces, expected = hf_pieces(source.infos, links(args))
     maps = _residual_maps(source, args)
     return Target(
@@ -60,8 +105,10 @@ def to_megatron(source: HFFolder) -> Target:
     Raises:
         CheckpointError: for another model, and for a tensor of another shape than config.json says.
     """
-    config = _loaded_config(source.config)
+    origin = str(source.folder / CONFIG)
+    config = _loaded_config(source, origin)
     saved = scmoe_settings.args_of(config, dtype_of(source.infos, ["model.embed_tokens.weight"]))
+    check_args(origin, Namespace(**saved), source.infos)
     args = scmoe_settings.complete(Namespace(**saved))
     _check_kept(config, scmoe_settings.config_of(args))
     pieces, expected = megatron_pieces(source.infos, links(args))
@@ -118,19 +165,19 @@ def _files(config: dict[str, Any], tokenizer: Tokenizer, dtype: torch.dtype) -> 
     return {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **code, **tokenizer.files}
 
 
-def _loaded_config(config: Mapping[str, Any]) -> Any:
+def _loaded_config(source: HFFolder, origin: str) -> Any:
     """config.json as a ``ScMoEConfig``: what is missing gets its default, and what is there is checked."""
-    if config.get("model_type") != "scmoe":
-        raise CheckpointError(
-            f"config.json is that of another model: model_type is {config.get('model_type')!r}, not 'scmoe'; "
-            "use --from hf-longcat or --from hf-dense"
-        )
+    check(origin, source.config, _RULES)
+    check(origin, source.config.get("rope_parameters") or {}, _ROPE_RULES)
+    check(f"{origin}, megatron", source.config.get("megatron") or {}, RULES)
+    if "num_hidden_layers" in source.config:
+        check_layers(origin, source.config, "num_hidden_layers", source.infos)
     try:
         from checkpoints.mappings.hf_scmoe.configuration_scmoe import ScMoEConfig  # noqa: PLC0415 (slow, and needed here alone)
     except ImportError as error:
         raise CheckpointError("transformers reads config.json, and is missing; pip install transformers") from error
     try:
-        return ScMoEConfig(**config)
+        return ScMoEConfig(**source.config)
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"config.json describes no ScMoE model: {reason}; correct it") from error
+        raise CheckpointError(f"{origin} describes no ScMoE model: {reason}; correct it, or get it anew") from error

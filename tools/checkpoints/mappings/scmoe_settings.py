@@ -26,6 +26,7 @@ _DEFAULTS: dict[str, Any] = {
     "rotary_base": 10000,
     "rotary_percent": 1.0,
     "rope_type": None,
+    "use_rope_scaling": False,
     "rotary_scaling_factor": 1.0,
     "original_max_position_embeddings": 4096,
     "beta_fast": 32,
@@ -63,6 +64,13 @@ _DEFAULTS: dict[str, Any] = {
     "lsh_compensation": "paper",
 }
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 8192,
+}
+"""What Core's --use-rope-scaling does, that of Llama 3.1 and 3.3. Core 0.19.2 never reads --rope-scaling-factor."""
+
 _OFF = (None, False, 0)
 
 # Settings that change what the model computes and that the Hugging Face model does not know: the values that it can do
@@ -77,7 +85,7 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str, str]] = {
     "window_size": (_OFF, "", "its attention reaches over the whole sequence"),
     "no_rope_freq": (_OFF, "", "all its blocks turn queries and keys, or none"),
     "rotary_interleaved": (_OFF, "", "its channels turn in halves"),
-    "use_rope_scaling": (_OFF, "", "its rotary positions are not stretched"),
+    "rope_scaling_factor": ((8, None), "", "its rotary positions stretch by 8, as those of Core 0.19.2"),
     "rotary_seq_len_interpolation_factor": (_OFF, "", "its rotary positions are not stretched"),
     "position_embedding_type": (("rope", "learned_absolute", "none"), "", "it has no other positions"),
     "mla_down_proj_fusion": (_OFF, "", "its down projections are two"),
@@ -115,8 +123,8 @@ _KEPT = (
     *("expert_slot", "hf_config"),
 )
 _CODEC = (
-    *("a2a_codec", "lsh_kind", "lsh_hashes", "lsh_width", "lsh_compensation", "lsh_rank", "lsh_target_rate"),
-    "lsh_seed",
+    *("a2a_codec", "lsh_kind", "lsh_hashes", "lsh_width", "lsh_refinement", "lsh_compensation", "lsh_rank"),
+    *("lsh_target_rate", "lsh_seed"),
 )
 
 
@@ -193,7 +201,7 @@ def _grouped_query_attention(args: Namespace) -> dict[str, Any]:
         "num_key_value_heads": args.num_query_groups if args.group_query_attention else heads,
         "head_dim": args.kv_channels or args.hidden_size // heads,
         "attention_bias": args.add_qkv_bias,
-        "rope_parameters": _plain_rope(args),
+        "rope_parameters": {**_plain_rope(args), **(LLAMA3_ROPE if args.use_rope_scaling else {})},
     }
 
 
@@ -326,6 +334,7 @@ def _args_of_grouped(config: Any) -> dict[str, Any]:
         "kv_channels": config.head_dim,
         "add_qkv_bias": config.attention_bias,
         "q_lora_rank": None,
+        "use_rope_scaling": config.rope_parameters["rope_type"] == "llama3",
     }
 
 

@@ -18,14 +18,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoints.disk.hf_folder import HFFolder
+from checkpoints.disk.hf_folder import CONFIG, HFFolder
 from checkpoints.disk.torch_dist import MegatronCheckpoint
 from checkpoints.formats import Target
 from checkpoints.mappings import scmoe_settings
 from checkpoints.mappings.dense import dense_args
 from checkpoints.mappings.links import expected_tensors, links, megatron_pieces
+from checkpoints.mappings.megatron_settings import check_args
 from checkpoints.mappings.norms import carries_moe, renamed_norms
 from checkpoints.plan import Conversion, Piece, Read, as_it_is
+from checkpoints.settings import check_layers
 from checkpoints.tensors import CheckpointError, TensorInfo
 
 EXPERTS, TOPK = 8, 1  # unless something else is asked for
@@ -92,7 +94,10 @@ class Upcycling:
 
 def from_hf_dense(source: HFFolder, options: Upcycling) -> Target:
     """A dense Hugging Face model (Llama and its relatives) as an ScMoE checkpoint of the local spec."""
-    args = Namespace(**dense_args(source.config))
+    origin = str(source.folder / CONFIG)
+    args = Namespace(**dense_args(source.config, origin))
+    check_layers(origin, source.config, "num_hidden_layers", source.infos)
+    check_args(origin, args, source.infos)
     recipes = _recipes(*megatron_pieces(source.infos, links(scmoe_settings.complete(args))))
     dropped = {name: _COMPUTED for name in source.infos if name.endswith(".rotary_emb.inv_freq")}
     if not args.untie_embeddings_and_output_weights and "lm_head.weight" in source.infos:

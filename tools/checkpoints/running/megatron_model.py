@@ -37,6 +37,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.training.models.gpt import GPTModelBuilder
 
 from checkpoints.disk.torch_dist import MegatronCheckpoint
+from checkpoints.mappings.megatron_settings import check_saved
 from checkpoints.mappings.norms import renamed_norms
 from checkpoints.running.megatron_args import EMBEDDING, Layout, arguments
 from checkpoints.running.model import Scores
@@ -62,6 +63,7 @@ class MegatronModel:
         """
         # Its reader refuses pickles that hold more than a checkpoint's index, which Core's, used below, would load.
         source = MegatronCheckpoint(folder)
+        check_saved(source)
         vars(source.args).update(settings)
         if EMBEDDING not in source.infos:
             raise CheckpointError(f"{source.folder} lacks {EMBEDDING}; get the whole checkpoint")

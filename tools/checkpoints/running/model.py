@@ -18,9 +18,12 @@ from torch import Tensor
 
 from checkpoints.disk.hf_folder import CONFIG, HFFolder
 from checkpoints.disk.torch_dist import MegatronCheckpoint
+from checkpoints.settings import COUNT, check_layers
 from checkpoints.tensors import CheckpointError
 
 MEGATRON, HUGGING_FACE = "megatron", "huggingface"
+LONGCAT = "longcat_flash"  # model_type
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer")  # in config.json of one model or another
 USUAL_LENGTH = 2048
 """Tokens of a window where a checkpoint does not say on how many it was trained."""
 
@@ -171,8 +174,12 @@ class HFModel:
         stand_ins = sys.modules.get("megatron_scmoe.cpu_backend")
         if stand_ins is not None and stand_ins.is_installed():
             raise CheckpointError("transformers goes wrong where CUDA is replaced for Megatron; use another process")
-        config = HFFolder(folder).config
-        own_code = _own_code_may_run(folder, config, trust=trust_remote_code)
+        source = HFFolder(folder)
+        for name in _LAYERS:
+            if COUNT.holds(source.config.get(name)):
+                check_layers(str(folder / CONFIG), source.config, name, source.infos)
+        is_longcat = source.config.get("model_type") == LONGCAT
+        own_code = not is_longcat and _own_code_may_run(folder, source.config, trust=trust_remote_code)
         try:
             from transformers import AutoModelForCausalLM
             from transformers.utils import logging
@@ -180,14 +187,14 @@ class HFModel:
             raise CheckpointError("Hugging Face folders need transformers; pip install transformers") from error
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        options = {"dtype": dtype or "auto", "local_files_only": True, "output_loading_info": True}
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype or "auto",
-                trust_remote_code=own_code,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+            if is_longcat:
+                from checkpoints.running import longcat_model
+
+                model, found = longcat_model.load(source, **options)
+            else:
+                model, found = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own_code, **options)
         except Exception as error:  # code of the folder can raise anything
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"transformers cannot load {folder}: {reason}; see config.json") from error

@@ -60,7 +60,7 @@ class ScMoEConfig(PretrainedConfig):
     attention turns its rotary parts whatever this is."""
 
     rope_parameters: dict[str, Any] = field(default_factory=dict)
-    """Of transformers: rope_type (default or yarn), rope_theta, partial_rotary_factor, and yarn's own."""
+    """Of transformers: rope_type (default, llama3 or yarn), rope_theta, partial_rotary_factor, and a kind's own."""
 
     tie_word_embeddings: bool = False
     """Whether the output layer is the embedding."""
