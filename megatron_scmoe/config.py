@@ -223,10 +223,11 @@ class ScMoEConfig:
     of its expert, as in one step of k-means (not in the paper): means are nearer to their tokens for the same rows
     sent."""
 
-    lsh_compensation: Compensation = Compensation.PAPER
-    """What a token gets beside the expert's output for the mean. paper: its difference from the mean; none: nothing;
-    lowrank: its difference through a learned linear map of rank --lsh-rank, one for each expert, which every rank holds
-    for all experts and which starts as zero (not in the paper)."""
+    lsh_compensation: Compensation = Compensation.NONE
+    """What a token gets beside the expert's output for the mean. none: nothing, which lost least in our own study
+    (docs/results-codec.md). paper: its difference from the mean, as LSH-MoE does. lowrank: that through a learned
+    linear map of rank --lsh-rank, one for each expert, which every rank holds for all experts and which starts as zero
+    (not in the paper)."""
 
     lsh_rank: int = 8
     """Rank of the maps of --lsh-compensation lowrank, a multiple of 8. They have 2 x rank x hidden size parameters for

@@ -407,10 +407,14 @@ def test_a_second_signal_changes_nothing(folders, tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(formats, "opened", stopped)
     monkeypatch.setattr(tool, "_what_now", stopped_again)
-    code, err = call(capsys, *WAYS["hf-longcat"], "--load", folders["hf-longcat"], "--save", tmp_path / "new")
-    assert (code, err) == (130, "convert_checkpoint.py: error: stopped by SIGINT; nothing was written\n")
-    with pytest.raises(KeyboardInterrupt):  # the handlers of before are back
-        os.kill(os.getpid(), signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        code, err = call(capsys, *WAYS["hf-longcat"], "--load", folders["hf-longcat"], "--save", tmp_path / "new")
+        assert (code, err) == (130, "convert_checkpoint.py: error: stopped by SIGINT; nothing was written\n")
+        with pytest.raises(KeyboardInterrupt):  # the handlers of before are back
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # --- a flipped byte ------------------------------------------------------------------------------------------------

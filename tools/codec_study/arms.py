@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from megatron_scmoe.config import Compensation
 
 NUM_EXPERTS = 4
 NUM_LAYERS = 4
@@ -52,6 +50,7 @@ MODELS = {
 
 NONE, CONTROL, PAPER, UNCOMPENSATED = "none", "control", "lsh q6", "lsh q6 no compensation"
 COMPRESSED_CONTROL = "control lsh q6"
+_LLOYD = ("--lsh-refinement", "lloyd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,21 +82,19 @@ def all_arms() -> list[Arm]:
     The compressed control is E(c) + x: the path that compensation adds, for the token and not for its residual alone.
     """
     arms = [Arm(NONE, "tokens"), Arm(CONTROL, "tokens-plus-input")]
-    arms += [_lsh(f"lsh q{hashes}", "--lsh-hashes", str(hashes)) for hashes in (2, 4, 6, 8, 10)]
-    arms.append(_lsh(UNCOMPENSATED, "--lsh-hashes", "6", "--lsh-compensation", "none"))
-    if "lowrank" in list(Compensation):
-        arms.append(_lsh("lsh q6 lowrank", "--lsh-hashes", "6", "--lsh-compensation", "lowrank"))
-    no_residual = ("--lsh-hashes", "6", "--lsh-compensation", "none")
-    arms.append(Arm(COMPRESSED_CONTROL, "codec-plus-input", no_residual))
-    arms.append(_lsh("lsh q6 lloyd", "--lsh-hashes", "6", "--lsh-refinement", "lloyd"))
-    arms.append(_lsh("lsh q6 lloyd no compensation", *no_residual, "--lsh-refinement", "lloyd"))
-    arms.append(_lsh("spherical q12", "--lsh-kind", "spherical", "--lsh-hashes", "12"))
-    arms.append(_lsh("lsh q12 at 0.2", "--lsh-hashes", "12", "--lsh-target-rate", "0.2"))
+    arms += [_lsh(f"lsh q{hashes}", hashes) for hashes in (2, 4, 6, 8, 10)]
+    arms += [_lsh(f"lsh q{hashes} no compensation", hashes, compensation="none") for hashes in (4, 6)]
+    arms.append(_lsh("lsh q6 lowrank", 6, compensation="lowrank"))
+    arms.append(replace(_lsh(COMPRESSED_CONTROL, 6, compensation="none"), cargo="codec-plus-input"))
+    arms.append(_lsh("lsh q6 lloyd", 6, *_LLOYD))
+    arms += [_lsh(f"lsh q{hashes} lloyd no compensation", hashes, *_LLOYD, compensation="none") for hashes in (4, 6)]
+    arms.append(_lsh("spherical q12", 12, "--lsh-kind", "spherical"))
+    arms.append(_lsh("lsh q12 at 0.2", 12, "--lsh-target-rate", "0.2"))
     return arms
 
 
-def _lsh(name: str, *flags: str) -> Arm:
-    return Arm(name, "codec", flags)
+def _lsh(name: str, hashes: int, *flags: str, compensation: str = "paper") -> Arm:
+    return Arm(name, "codec", ("--lsh-hashes", str(hashes), *flags, "--lsh-compensation", compensation))
 
 
 @dataclass(frozen=True, slots=True)
