@@ -827,8 +827,9 @@ def test_cost_of_encoding(monkeypatch):
     assert all(len(values) == 2 and min(values) > 0 for values in cost.values())
     assert 8 * 10 / 512 <= cost["rate"][0] < 0.5
     cost = {"mlp": [1.0, 2.0, 4.0], "encode": [0.01, 0.02, 0.03], "restore": [0.02, 0.02, 0.01], "rate": [0.2] * 3}
-    cost["refine"] = [0.01, 0.03, 0.02]
+    cost |= {"refine": [0.01, 0.03, 0.02], "compensate": [0.03, 0.06, 0.13]}
     assert encoding.described(cost).endswith(
-        "20.0% of them sent: encode 20 ms, restore 20 ms, expert MLP on all of them 2000 ms: 2.0% of it "
-        "(1.0% to 3.0%), and 1.0% (0.5% to 1.5%) for --lsh-refinement lloyd; without gradients"
+        "20.0% of them sent: encode 20 ms, restore 20 ms, with the paper's compensation 60 ms, expert MLP on all of "
+        "them 2000 ms: 2.0% (1.0% to 3.0%) of it, 4.0% (4.0% to 4.0%) with compensation, and 1.0% (0.5% to 1.5%) more "
+        "for --lsh-refinement lloyd; without gradients"
     )

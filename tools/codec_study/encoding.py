@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from statistics import median
 
@@ -29,8 +30,8 @@ def cost_of_encoding(repetitions: int) -> dict[str, list[float]]:
         repetitions: of each, behind one to warm up.
 
     Returns:
-        ``mlp``, ``encode`` (hash, cluster, means), ``refine`` (one step of Lloyd's algorithm), ``restore`` (residuals,
-        outputs, weights) and ``rate``.
+        ``mlp``, ``encode`` (hash, cluster, means), ``refine`` (one step of Lloyd's algorithm), ``restore`` (outputs,
+        weights), ``compensate`` (the same with residuals, as the paper has it) and ``rate``.
     """
     torch.set_num_threads(1)
     cpu_backend.keep_freed_memory()
@@ -43,7 +44,7 @@ def cost_of_encoding(repetitions: int) -> dict[str, list[float]]:
     up = torch.randn(HIDDEN, 4 * HIDDEN, generator=generator) * HIDDEN**-0.5
     down = torch.randn(4 * HIDDEN, HIDDEN, generator=generator) * HIDDEN**-0.5
     hasher = Hasher(HIDDEN, hashes=HASHES, width=WIDTH, seed=1)
-    result: dict[str, list[float]] = {"mlp": [], "encode": [], "refine": [], "restore": [], "rate": []}
+    result: dict[str, list[float]] = defaultdict(list)
 
     def encode() -> tuple[Tensor, Clusters]:
         keys, finite = hasher.keys(rows)
@@ -57,26 +58,29 @@ def cost_of_encoding(repetitions: int) -> dict[str, list[float]]:
             encode_s, (centroids, clusters) = _timed(encode)
             refine_s, _ = _timed(lambda: refined(clusters, hasher.sketches(rows), rows_per_expert, len(centroids)))  # noqa: B023
             outputs = centroids * 2
-            restore_s, _ = _timed(lambda: restore(outputs, clusters, weights, (rows, centroids)))  # noqa: B023
+            restore_s, _ = _timed(lambda: restore(outputs, clusters, weights))  # noqa: B023
+            compensate_s, _ = _timed(lambda: restore(outputs, clusters, weights, (rows, centroids)))  # noqa: B023
             if repetition >= 0:
-                rate = centroids.shape[0] / ROWS
-                values = {"mlp": mlp_s, "encode": encode_s, "refine": refine_s, "restore": restore_s, "rate": rate}
-                for name, value in values.items():
+                seconds = {"mlp": mlp_s, "encode": encode_s, "refine": refine_s, "restore": restore_s}
+                for name, value in {**seconds, "compensate": compensate_s, "rate": len(centroids) / ROWS}.items():
                     result[name].append(value)
     return result
 
 
 def described(cost: dict[str, list[float]]) -> str:
     """Medians, and the median and range of the paired ratios of the codec's seconds to the MLP's."""
-    ratios = [(e + r) / m for e, r, m in zip(cost["encode"], cost["restore"], cost["mlp"], strict=True)]
-    refining = [r / m for r, m in zip(cost["refine"], cost["mlp"], strict=True)]
     middle = {name: median(values) for name, values in cost.items()}
+
+    def share(*parts: str) -> str:
+        ratios = [sum(times) / mlp for *times, mlp in zip(*(cost[part] for part in (*parts, "mlp")), strict=True)]
+        return f"{median(ratios):.1%} ({min(ratios):.1%} to {max(ratios):.1%})"
+
     return (
         f"{ROWS} x {HIDDEN} rows in fp32, one thread, {middle['rate']:.1%} of them sent: encode "
-        f"{middle['encode'] * 1e3:.0f} ms, restore {middle['restore'] * 1e3:.0f} ms, expert MLP on all of them "
-        f"{middle['mlp'] * 1e3:.0f} ms: {median(ratios):.1%} of it ({min(ratios):.1%} to {max(ratios):.1%}), and "
-        f"{median(refining):.1%} ({min(refining):.1%} to {max(refining):.1%}) for --lsh-refinement lloyd; "
-        "without gradients"
+        f"{middle['encode'] * 1e3:.0f} ms, restore {middle['restore'] * 1e3:.0f} ms, with the paper's compensation "
+        f"{middle['compensate'] * 1e3:.0f} ms, expert MLP on all of them {middle['mlp'] * 1e3:.0f} ms: "
+        f"{share('encode', 'restore')} of it, {share('encode', 'compensate')} with compensation, and "
+        f"{share('refine')} more for --lsh-refinement lloyd; without gradients"
     )
 
 
