@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_scmoe.lsh import Clusters, means
+from megatron_scmoe.lsh import Clusters, means, owners
 
 _STAYS = 1e-3
 """Of a row's squared length: what a move has to gain. Above rounding, so that a row that is its own mean stays."""
@@ -39,7 +39,7 @@ def refined(clusters: Clusters, sketches: Tensor, rows_per_expert: Tensor, num_c
     best, place = scores.max(dim=-1)
     own = scores.gather(1, (seating.of_cluster % seating.seats)[clusters.ids].unsqueeze(-1)).squeeze(-1)
     moves = 2 * (best - own) > _STAYS * sketches.square().sum(dim=-1)
-    experts = _expert_of_each(rows_per_expert, sketches.shape[0])
+    experts = owners(rows_per_expert, sketches.shape[0])
     ids = torch.where(moves, seating.cluster[experts * seating.seats + place], clusters.ids)
     sizes = torch.zeros_like(clusters.sizes).index_add_(0, ids, torch.ones_like(ids))
     return Clusters(ids, sizes, clusters.per_expert)
@@ -64,7 +64,7 @@ def _seating(clusters: Clusters, num_clusters: int) -> _Seating:
     num_experts = clusters.per_expert.shape[1]
     per_expert = clusters.per_expert.sum(dim=0)
     seats = -(-int(per_expert.max()) // _FOUR) * _FOUR
-    experts = _expert_of_each(clusters.per_expert.flatten(), num_clusters) % num_experts
+    experts = owners(clusters.per_expert.flatten(), num_clusters) % num_experts
     by_expert = experts.argsort(stable=True)
     experts = experts[by_expert]
     places = torch.arange(num_clusters, device=experts.device)
@@ -90,9 +90,3 @@ def _scores(rows: Tensor, rows_per_expert: Tensor, centres: Tensor, seating: _Se
     right = right.view(num_experts, seating.seats, columns).transpose(1, 2)
     ends = rows_per_expert.cumsum(dim=0).to(torch.int32)
     return torch.nn.functional.grouped_mm(left, right, offs=ends)
-
-
-def _expert_of_each(counts: Tensor, total: int) -> Tensor:
-    """Which of ``counts`` each of ``total`` things is of."""
-    every = torch.arange(counts.shape[0], device=counts.device)
-    return torch.repeat_interleave(every, counts, output_size=total)

@@ -110,6 +110,11 @@ class Hasher:
         return keys + torch.where(cuts, following, 0)
 
 
+def owners(counts: Tensor, total: int) -> Tensor:
+    """Which of ``counts`` each of ``total`` things is of, [total], where they lie in order; no host sync."""
+    return torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts, output_size=total)
+
+
 @torch.no_grad()
 def cluster(keys: Tensor, rows_per_expert: Tensor, chunks: int = 1) -> Clusters:
     """Find the clusters of n rows.
@@ -121,8 +126,7 @@ def cluster(keys: Tensor, rows_per_expert: Tensor, chunks: int = 1) -> Clusters:
     """
     num_rows, num_experts = keys.shape[0], rows_per_expert.shape[0]
     places = torch.arange(num_rows, device=keys.device)
-    every_expert = torch.arange(num_experts, device=keys.device)
-    experts = torch.repeat_interleave(every_expert, rows_per_expert, output_size=num_rows)
+    experts = owners(rows_per_expert, num_rows)
     # The sort is stable and rows are in the order of their experts, so rows of one cluster come to lie side by side.
     keys, order = keys.sort(stable=True)
     sorted_experts = experts[order]
