@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import atomic
@@ -24,6 +26,34 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < int(text[:9]) < 10**6):
         raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a whole number from 1")
     return int(text)
+
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, the first signal that asks to end raises KeyboardInterrupt with its number, and others change nothing.
+
+    What is left to do then is short, and a second one would cut it off.
+    """
+
+    def stop(number: int, _frame: Any) -> None:
+        for other in _STOPPING:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+
+    handlers = {number: signal.signal(number, stop) for number in _STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def stopped_by(interrupt: KeyboardInterrupt) -> signal.Signals:
+    """The signal that ended what was ``stoppable``."""
+    return signal.Signals(interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
 def write_again(

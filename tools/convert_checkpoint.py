@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-import signal
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import Parser, positive
+from command_line import Parser, positive, stoppable, stopped_by
 
 if TYPE_CHECKING:
     from checkpoints.engine import Job
@@ -29,7 +28,6 @@ SOURCES = ("megatron", "hf-longcat", "hf-scmoe", "hf-dense")
 TARGETS = ("megatron", "hf-longcat", "hf-scmoe")
 SPECS = ("local", "transformer_engine")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
-STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 EPILOG = """\
 formats:
@@ -270,27 +268,17 @@ def _numbers(counted: Mapping[str, int]) -> tuple[str, str]:
     return f"{counted['tensors']:,}", f"{counted['parameters']:,}"
 
 
-def _stop(number: int, _frame: Any) -> None:
-    for other in STOPPING:
-        signal.signal(other, signal.SIG_IGN)  # what is left to do is short, and a second one would cut it off
-    raise KeyboardInterrupt(number)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit code."""
     args = make_parser().parse_args(argv)
-    handlers = {number: signal.signal(number, _stop) for number in STOPPING}
-    try:
+    with stoppable():
         try:
             code, message = outcome(args)
         except KeyboardInterrupt as error:
-            stopped_by = error.args[0] if error.args else signal.SIGINT
-            code, message = 128 + stopped_by, f"stopped by {signal.Signals(stopped_by).name}; {_what_now(args.save)}"
+            number = stopped_by(error)
+            code, message = 128 + number, f"stopped by {number.name}; {_what_now(args.save)}"
         if message:
             print(f"convert_checkpoint.py: error: {' '.join(message.split())}", file=sys.stderr)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return code
 
 

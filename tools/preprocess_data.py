@@ -13,14 +13,13 @@ import argparse
 import importlib.util
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from command_line import Parser
+from command_line import Parser, stoppable, stopped_by
 from preprocessing import encoding, output, sources, workers
 from preprocessing.output import DATA, MANIFEST, MODEL
 from preprocessing.sources import SUFFIXES, Reading, Source, UserError, shown
@@ -210,32 +209,23 @@ def summarize(outcome: str, target: Path, manifest: dict[str, Any]) -> None:
     )
 
 
-def _stop(number: int, _frame: Any) -> None:
-    for other in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(other, signal.SIG_IGN)  # the clean-up runs once and to its end
-    raise KeyboardInterrupt(number)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` and return the exit code."""
     args = make_parser().parse_args(argv)
-    handlers = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        run(args)
-    except UserError as exc:
-        code, message = 2, f"{exc}"
-    except KeyboardInterrupt as exc:
-        number = exc.args[0] if exc.args else signal.SIGINT
-        code, message = 128 + number, f"stopped by {signal.Signals(number).name}; {args.output} was not written"
-    except BrokenProcessPool:
-        code, message = 1, f"a worker process died (out of memory?); try --workers below {args.workers}"
-    except OSError as exc:
-        code, message = 1, f"{exc}; {args.output} was not written"
-    else:
-        return 0
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with stoppable():
+        try:
+            run(args)
+        except UserError as exc:
+            code, message = 2, f"{exc}"
+        except KeyboardInterrupt as exc:
+            number = stopped_by(exc)
+            code, message = 128 + number, f"stopped by {number.name}; {args.output} was not written"
+        except BrokenProcessPool:
+            code, message = 1, f"a worker process died (out of memory?); try --workers below {args.workers}"
+        except OSError as exc:
+            code, message = 1, f"{exc}; {args.output} was not written"
+        else:
+            return 0
     print(f"preprocess_data.py: error: {message}", file=sys.stderr)
     return code
 

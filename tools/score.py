@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import signal
 import sys
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ from checkpoints.mappings.megatron_settings import check_saved
 from checkpoints.running import model as models
 from checkpoints.settings import SIZE, check, optional
 from checkpoints.tensors import CheckpointError
-from command_line import Parser, positive
+from command_line import Parser, positive, stoppable, stopped_by
 from preprocessing.output import partial_folder, publish, remove_stale
 from preprocessing.sources import UserError, shown
 from scoring import inputs, output
@@ -229,28 +228,19 @@ def say(text: str) -> None:
         print(f"score.py: {text}", file=sys.stderr, flush=True)
 
 
-def _stop(number: int, _frame: Any) -> None:
-    for other in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(other, signal.SIG_IGN)  # what is left to do is short, and a second one would cut it off
-    raise KeyboardInterrupt(number)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` and return the exit code."""
     args = make_parser().parse_args(argv)
-    handlers = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return run(args)
-    except (CheckpointError, UserError) as error:
-        code, message = 2, str(error)
-    except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        code, message = 128 + number, f"stopped by {signal.Signals(number).name}; {shown(args.output)} was not written"
-    except OSError as error:
-        code, message = 1, f"{error}; {shown(args.output)} was not written"
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with stoppable():
+        try:
+            return run(args)
+        except (CheckpointError, UserError) as error:
+            code, message = 2, str(error)
+        except KeyboardInterrupt as error:
+            number = stopped_by(error)
+            code, message = 128 + number, f"stopped by {number.name}; {shown(args.output)} was not written"
+        except OSError as error:
+            code, message = 1, f"{error}; {shown(args.output)} was not written"
     if not is_first_rank():
         # torchrun ends all processes as soon as one has failed: let the first rank speak, unless it is not affected.
         time.sleep(3)
