@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from checkpoint_files import (
 
 sys.path.insert(0, str(TOOLS))
 import convert_checkpoint as tool
-from checkpoints import journal, plan, progress
+from checkpoints import journal, plan
 from checkpoints.running import verify
 from checkpoints.tensors import CheckpointError
 
@@ -551,41 +550,3 @@ def test_signals_stop_it_and_it_continues(tmp_path, source, mapped, monkeypatch,
     assert code == 143 and "stopped by SIGTERM; the same call continues" in err
     assert not (tmp_path / "new").exists()
     assert call(capsys, *words)[0] == 0
-
-
-# --- progress --------------------------------------------------------------------------------------------------------
-
-
-def test_progress_in_lines(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "LINE_INTERVAL_S", 0.0)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    with progress.progress("convert", 4 << 20, 1 << 20) as advance:
-        time.sleep(0.01)
-        advance(1 << 20)
-    line = capsys.readouterr().err
-    assert "convert: 2.0 MiB of 4.0 MiB (50%)" in line and "ETA " in line and "/s" in line
-
-
-BAR = """
-from checkpoints.progress import progress
-with progress("convert", 4096) as advance:
-    advance(4096)
-"""
-
-
-def test_progress_on_a_terminal():
-    """In a process of its own, whose stderr is a terminal."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", BAR], env=os.environ | {"PYTHONPATH": str(TOOLS), "TERM": "xterm"}, stderr=theirs
-    )
-    os.close(theirs)
-    shown = b""
-    try:
-        while data := os.read(ours, 4096):
-            shown += data
-    except OSError:  # the other side is closed
-        pass
-    assert process.wait() == 0
-    os.close(ours)
-    assert b"100%" in shown and b"ETA" in shown

@@ -478,16 +478,6 @@ def test_help_teaches_and_imports_nothing_heavy():
     assert subprocess.check_output([sys.executable, "-c", code], cwd=TOOL.parent, text=True) == "set()\n"
 
 
-def test_progress_lines_name_an_eta(monkeypatch, capsys):
-    now_s = iter([0.0, 10.0, 11.0, 20.0])
-    monkeypatch.setattr(workers.time, "monotonic", lambda: next(now_s))
-    with workers.progress("encode", 400) as show:
-        show(100)
-        show(110)  # one second later: no line
-        show(200)
-    assert capsys.readouterr().err == "encode: 25%, 10 s so far, ETA 30 s\nencode: 50%, 20 s so far, ETA 20 s\n"
-
-
 def test_terminal_gets_a_bar(tmp_path):
     (tmp_path / "a.txt").write_text("")
     parent, child = pty.openpty()

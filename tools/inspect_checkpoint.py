@@ -18,10 +18,10 @@ from checkpoints.contents import anatomy
 from checkpoints.contents.statistics import Difference, difference, figures
 from checkpoints.disk.hf_folder import HFFolder
 from checkpoints.disk.torch_dist import MegatronCheckpoint
-from checkpoints.progress import in_words, progress
 from checkpoints.running.model import kind, open_folder
 from checkpoints.tensors import CheckpointError
 from command_line import Parser
+from progress import in_words, progress
 
 ABOUT = """\
 Say what is in a checkpoint: format, architecture, layout, parameters by kind, bytes. Look for NaN and Inf, or compare

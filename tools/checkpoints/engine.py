@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from progress import in_words, progress
 from provenance import provenance
 from torch import Tensor
 
 from checkpoints import journal
 from checkpoints.disk.files import Sink, described, file_sha256
 from checkpoints.plan import Account, Conversion, Piece, check
-from checkpoints.progress import in_words, progress
 from checkpoints.tensors import CheckpointError, TensorInfo, row_range
 
 RECEIPT = "conversion.json"

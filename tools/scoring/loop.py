@@ -15,7 +15,7 @@ import torch
 from checkpoints.running.model import Model
 from numpy.typing import NDArray
 from preprocessing.sources import shown
-from preprocessing.workers import Show, progress
+from progress import Advance, progress
 
 from scoring import output
 from scoring.inputs import Tokens
@@ -68,9 +68,9 @@ def score_files(
         model.shared(None)  # the file is there before anyone opens it
         logits = numpy.load(path, mmap_mode="r+") if columns and model.collects else None
         label = f"{number + 1} of {len(files)}: {shown(Path(tokens.name).name)}"
-        with _progress(label, sum(window.length for window in windows)) as show:
+        with _progress(label, sum(window.length for window in windows)) as advance:
             losses = _score_file(
-                model, tokens, windows, size=windowing.size, with_logits=columns > 0, logits=logits, show=show
+                model, tokens, windows, size=windowing.size, with_logits=columns > 0, logits=logits, advance=advance
             )
         if is_first_rank():
             output.write_losses(folder / output.file_name(number, tokens, "losses.npz"), tokens, losses, windows)
@@ -78,12 +78,14 @@ def score_files(
     return results
 
 
-def _progress(label: str, work: int) -> AbstractContextManager[Show]:
-    return progress(label, work) if is_first_rank() else contextlib.nullcontext(lambda _done: None)
+def _progress(label: str, num_tokens: int) -> AbstractContextManager[Advance]:
+    if not is_first_rank():
+        return contextlib.nullcontext(lambda _count: None)
+    return progress(label, num_tokens, in_bytes=False)
 
 
 def _score_file(
-    model: Model, tokens: Tokens, windows: list[Window], *, size: int, with_logits: bool, logits: Any, show: Show
+    model: Model, tokens: Tokens, windows: list[Window], *, size: int, with_logits: bool, logits: Any, advance: Advance
 ) -> NDArray[numpy.float32]:
     """The loss of every token, NaN for the first of each document.
 
@@ -94,10 +96,9 @@ def _score_file(
         size: windows of a micro-batch.
         with_logits: whether any rank writes logits.
         logits: an array to write them into, [tokens, vocabulary]; None where this rank has none.
-        show: is told how many tokens are done.
+        advance: is told how many more tokens are done.
     """
     losses = torch.zeros(len(tokens.ids))
-    done = 0
     for batch in batches(
         tokens.ids,
         windows,
@@ -113,8 +114,7 @@ def _score_file(
             losses[first:end] = its.losses[row, place]
             if logits is not None and its.logits is not None:
                 logits[first:end] = its.logits[row, place].numpy()
-        done += batch.length
-        show(done)
+        advance(batch.length)
     if logits is not None:
         logits.flush()
     result = model.summed(losses).numpy()  # when it is there, all ranks have written their logits
