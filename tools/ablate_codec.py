@@ -32,7 +32,7 @@ centroids of LSH-MoE. Differences are paired by seed; figures are medians over s
 """
 EPILOG = """\
 examples:
-  # everything: 3 models x 10 arms x 3 seeds of 1000 steps; a call after ^C goes on where it was
+  # every model and arm, 3 seeds of 1000 steps each (days of a core); a call after ^C goes on where it was
   .venv/bin/python tools/ablate_codec.py --output study
 
   # a first look: one model, the three arms that the paper's claim is about, one seed
