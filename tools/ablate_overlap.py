@@ -126,11 +126,11 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 def show_again(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Print the tables of an earlier run, write its report anew and, if asked for, its section of a document."""
-    from ablation import goals, render  # noqa: PLC0415 - draws pictures, for which a refusal need not wait
+    from ablation import render, verdicts  # noqa: PLC0415 - draws pictures, for which a refusal need not wait
 
     if args.output is not None:
         parser.error("--from measures nothing; leave --output out")
-    result = write_again(parser, args, section=render.markdown, marks=(goals.BEGIN, goals.END), html=render.html)
+    result = write_again(parser, args, section=render.markdown, marks=(verdicts.BEGIN, verdicts.END), html=render.html)
     for point in range(len(result["points"])):
         render.print_table(result, point)
 

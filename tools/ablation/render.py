@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ablation import analysis, goals, plots, timelines, words
+from ablation import analysis, goals, plots, timelines, verdicts, words
 from ablation.analysis import Row
 from ablation.arms import BASELINE
 
@@ -85,7 +85,7 @@ def html(result: Mapping[str, Any]) -> str:
 def markdown(result: Mapping[str, Any], wanted: Sequence[goals.Goal] = goals.GOALS) -> str:
     """The goals, what was measured, and by how much a goal is missed; then all arms of each link rate."""
     tables = [_arms(*of) for of in zip(result["points"], _by_point(result), strict=True)]
-    return "\n\n".join([goals.section(result, wanted), *tables])
+    return "\n\n".join([verdicts.section(result, wanted), *tables])
 
 
 def _arms(point: Mapping[str, Any], rows: Rows) -> str:
