@@ -145,6 +145,8 @@ class Centroids:
         self._compensation, self._residual_map = compensation, residual_map
         self._hasher, self._refinement = hasher, refinement
         self._home = mcore.dispatcher_for_one_flight(moe, keeps_capacity=False)
+        if moe.config.moe_pad_expert_input_to_capacity:  # what fills an expert up is no choice of a token's
+            routing_map = routing_map & (probs > 0)
         self._rows, self._weights = mcore.rows_by_expert(
             self._home, hidden_states, routing_map, probs, travels_topk=travels_topk
         )
@@ -160,19 +162,20 @@ class Centroids:
         for rows_per_expert in self._clusters.per_expert:
             dispatcher = mcore.dispatcher_for_one_flight(moe, keeps_capacity=False)
             # Bad tokens are announced as negative counts: the hosts learn of them where they wait anyway.
-            mcore.exchange_row_counts(dispatcher, torch.where(finite, rows_per_expert, -1), probs)
+            announced = torch.where(finite, rows_per_expert, mcore.BAD_ROWS)
+            mcore.exchange_row_counts(dispatcher, announced, probs)
             self.dispatchers.append(dispatcher)
 
     def pack(self, chunk: int) -> tuple[Tensor, ...]:
         """See ``Cargo``.
 
         Raises:
-            ValueError: for tokens with NaN or infinity, on every rank of the expert-parallel group.
+            ValueError: for tokens with NaN or infinity, on every rank of the expert-parallel group and of the
+                expert-tensor-parallel one.
         """
-        if bad := mcore.ranks_with_negative_counts(self.dispatchers[chunk]):
+        if where := mcore.ranks_with_bad_rows(self.dispatchers[chunk]):
             raise ValueError(
-                f"group {self._tag.marker.group}: tokens with NaN or infinity cannot be hashed; they are on rank(s) "
-                f"{', '.join(map(str, bad))} of the expert-parallel group"
+                f"group {self._tag.marker.group}: tokens with NaN or infinity cannot be hashed; they are on {where}"
             )
         if self._centroids is None:
             rows_of_chunks = [mcore.num_rows_to_send(dispatcher) for dispatcher in self.dispatchers]

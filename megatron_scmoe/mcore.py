@@ -210,7 +210,7 @@ def rows_by_expert(
     if travels_topk and dispatcher.config.moe_expert_capacity_factor is None:
         dispatcher.num_out_tokens = routing_map.shape[0] * dispatcher.config.moe_router_topk
     else:
-        dispatcher.num_out_tokens = int(routing_map.sum())  # a host sync, which Core has here too
+        dispatcher.num_out_tokens = int(routing_map.sum())  # a host sync, which Core has here too where it does not pad
     dispatcher.preprocess = lambda _routing_map: None
     dispatcher.num_global_tokens_per_local_expert = None  # Core copies it to the host, where its preprocess has set it
     rows, weights = dispatcher.dispatch_preprocess(hidden_states, routing_map, probs)
@@ -252,12 +252,20 @@ def num_rows_to_send(dispatcher: MoEAlltoAllTokenDispatcher) -> int:
     return sum(_own_counts(dispatcher)) if send_rows is None else sum(send_rows)
 
 
-def ranks_with_negative_counts(dispatcher: MoEAlltoAllTokenDispatcher) -> list[int]:
-    """Ranks of the expert-parallel group that gave ``exchange_row_counts`` negative numbers."""
+BAD_ROWS = -(1 << 40)
+"""Counts that a rank with bad rows gives to ``exchange_row_counts``: any sum with counts of others is negative."""
+
+
+def ranks_with_bad_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> str:
+    """Who gave ``exchange_row_counts`` BAD_ROWS, in words; "" where nobody did."""
     _, receive_rows = split_rows(dispatcher)
-    if receive_rows is None:
-        receive_rows = [min(_own_counts(dispatcher))]
-    return [rank for rank, rows in enumerate(receive_rows) if rows < 0]
+    by_group = {"expert-parallel": [min(_own_counts(dispatcher))] if receive_rows is None else receive_rows}
+    if dispatcher.tp_size > 1:
+        by_group["expert-tensor-parallel"] = dispatcher.output_splits_tp.tolist()
+        if dispatcher.ep_size == 1:
+            del by_group["expert-parallel"]
+    bad = {name: [str(rank) for rank, rows in enumerate(its) if rows < 0] for name, its in by_group.items()}
+    return " and ".join(f"rank(s) {', '.join(its)} of the {name} group" for name, its in bad.items() if its)
 
 
 def _own_counts(dispatcher: MoEAlltoAllTokenDispatcher) -> list[int]:

@@ -48,6 +48,8 @@ class RateControl:
 
 def adjust_rates(controls: list[RateControl], group: dist.ProcessGroup) -> None:
     """Between two steps: move the level of every control, by what the ranks of ``group`` saw, who all call it."""
+    if not controls:  # a pipeline stage without an MoE, on none of whose ranks there is one
+        return
     seen = torch.stack([control.seen for control in controls])
     dist.all_reduce(seen, group=group)
     for control, its in zip(controls, seen, strict=True):

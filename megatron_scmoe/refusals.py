@@ -179,7 +179,7 @@ def _check_codec(args: Namespace, scmoe: ScMoEConfig) -> None:
     if scmoe.lsh_compensation is Compensation.LOWRANK and args.hidden_size % 8:
         raise ConfigError(
             "grouped matrix products want multiples of 8: --lsh-compensation is lowrank and --hidden-size is "
-            f"{args.hidden_size}; use --lsh-compensation paper"
+            f"{args.hidden_size}; use --lsh-compensation none"
         )
     for flag, reason in _CODEC_REFUSED.items():
         if getattr(args, flag.removeprefix("--").replace("-", "_")):

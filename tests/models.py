@@ -45,6 +45,8 @@ class Case:
     refinement: str = "none"
     router: str = "core"
     zero_experts: int = 0
+    capacity: float | None = None
+    padded: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -185,6 +187,8 @@ def transformer_config(case: Case):
         moe_router_topk_scaling_factor=ROUTED_SCALING if case.router == "longcat" else None,
         moe_router_load_balancing_type="none",
         moe_token_dispatcher_type="alltoall",
+        moe_expert_capacity_factor=case.capacity,
+        moe_pad_expert_input_to_capacity=case.padded,
         moe_layer_freq=([0] * (case.moe_every - 1) + [1]) * case.num_groups,
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         expert_tensor_parallel_size=1,
