@@ -210,8 +210,8 @@ class ScMoEConfig:
 
     lsh_hashes: int = 6
     """Hash functions that must agree for tokens to travel together: more of them send more rows and change less.
-    With about 1024 tokens for each expert on each rank, 6 functions and a width of 2 sent 0.18 of the rows of a small
-    model after 200 steps and 0.42 after 1000: more as it learns (docs/results-codec.md), which --lsh-target-rate
+    With about 1024 tokens for each expert on each rank, 6 functions and a width of 2 sent 0.28 of the rows of a small
+    model after 200 steps and 0.46 after 1000: more as it learns (docs/results-codec.md), which --lsh-target-rate
     prevents. spherical needs about twice as many."""
 
     lsh_width: int = 2
@@ -221,11 +221,11 @@ class ScMoEConfig:
     lsh_refinement: Refinement = Refinement.NONE
     """What becomes of the clusters that hashing found. none: they stay; lloyd: each token then joins the nearest mean
     of its expert, as in one step of k-means (not in the paper): means are nearer to their tokens for the same rows
-    sent."""
+    sent. Takes rows x clusters of the busiest expert x 4 bytes."""
 
     lsh_compensation: Compensation = Compensation.NONE
-    """What a token gets beside the expert's output for the mean. none: nothing, which lost least in our own study
-    (docs/results-codec.md). paper: its difference from the mean, as LSH-MoE does. lowrank: that through a learned
+    """What a token gets beside the expert's output for the mean. none: nothing, which lost less than paper in our own
+    study (docs/results-codec.md). paper: its difference from the mean, as LSH-MoE does. lowrank: that through a learned
     linear map of rank --lsh-rank, one for each expert, which every rank holds for all experts and which starts as zero
     (not in the paper)."""
 
@@ -242,9 +242,9 @@ class ScMoEConfig:
 
     shortcut_resume: Resume = Resume.SAME
     """Checkpoints to continue from. same: refuse one that was trained with other values of --shortcut,
-    --shortcut-position, --shortcut-combine, --moe-every, --router, --latent-scaling, --a2a-codec or
-    --lsh-compensation. changed: load it all the same, optimizer included, and say so: this is how a stock shared-expert
-    checkpoint becomes ScMoE, or the other way round."""
+    --shortcut-position, --shortcut-combine, --moe-every, --moe-share-groups, --router, --zero-experts,
+    --latent-scaling, --a2a-codec, --lsh-compensation or --lsh-rank. changed: load it all the same, optimizer
+    included, and say so: this is how a stock shared-expert checkpoint becomes ScMoE, or the other way round."""
 
     @property
     def enabled(self) -> bool:

@@ -686,20 +686,22 @@ TIMES = wall_time.StepTimes(
 
 @pytest.mark.parametrize(("arm", "rate", "step"), [(NONE, 1.0, 1.0), (PAPER, 0.2, 0.5), (PAPER, 0.6, 0.75)])
 def test_steps_between_two_timed_rates_lie_on_a_line(arm, rate, step):
-    assert TIMES.step({"model": "top-2", "arm": arm, "final_rate": rate}) == pytest.approx(step)
-    assert TIMES.step({"model": "shared-expert", "arm": arm, "final_rate": rate}) is None
+    assert TIMES.step({"model": "top-2", "arm": arm, "rate": [[10, rate - 0.1], [20, rate + 0.1]]}) == pytest.approx(
+        step
+    )
+    assert TIMES.step({"model": "shared-expert", "arm": arm, "rate": [[10, rate - 0.1], [20, rate + 0.1]]}) is None
 
 
 def test_loss_after_the_same_time_by_hand():
     runs = [
-        {"model": "top-2", "arm": NONE, "seed": 1, "final_rate": 1.0, "validation": [[100, 4.0], [200, 3.0]]},
-        {"model": "top-2", "arm": PAPER, "seed": 1, "final_rate": 0.6, "validation": [[100, 4.1], [200, 3.3]]},
+        {"model": "top-2", "arm": NONE, "seed": 1, "rate": [[10, 1.0]], "validation": [[100, 4.0], [200, 3.0]]},
+        {"model": "top-2", "arm": PAPER, "seed": 1, "rate": [[10, 0.6]], "validation": [[100, 4.1], [200, 3.3]]},
     ]
     # 200 steps of three quarters of the time: none is at step 150, between 4 and 3.
     (above,) = {wall_time.percent_above_none(runs, TIMES, "top-2", PAPER)}
     assert above.value == pytest.approx(100 * (3.3 / 3.5 - 1))
     assert list(wall_time.curve(runs, TIMES, "top-2", PAPER)) == pytest.approx([75, 150])
-    runs[1]["final_rate"] = 0.01  # so early that none was not evaluated yet
+    runs[1]["rate"] = [[10, 0.01]]  # so early that none was not evaluated yet
     runs[0]["validation"] = [[200, 3.0]]
     assert wall_time.percent_above_none(runs, TIMES, "top-2", PAPER) is None
 
@@ -775,7 +777,7 @@ def test_a_short_run_says_that_it_is_one(result):
 
 def test_runs_of_another_commit_are_named(result):
     mixed = {**result["meta"], "commits_of_runs": ["0123abc", "fedcba9"]}
-    assert words.machine(mixed)["commit"] == "0123abc, with 1 changed files; some runs are of fedcba9"
+    assert words.machine(mixed)["commit"] == "0123abc, with 1 changed files; the runs are of 0123abc, fedcba9"
 
 
 @pytest.mark.parametrize("text", ["", f"{goals.END} {goals.BEGIN}"])

@@ -22,8 +22,9 @@ NOTES = (
     "Figures are medians over seeds, in brackets the smallest and the largest one; differences are paired by seed. The"
     " control has experts that compute E(x) + x and sends every row: the path that the paper's compensation adds,"
     " without the compression; control lsh q6 adds it where centroids travel, E(c) + x. Rows sent and residual are"
-    " means of the last tenth of the steps. Seconds are those of one rank without a network: they do not say what"
-    " compression saves."
+    " means of the last tenth of the steps. Seconds are those of one rank without a network beside other jobs: they do"
+    " not say what compression saves, nor what an arm costs. A mean is of tokens that may come later in a sequence, so"
+    " the losses of arms that compress are not those of a causal model, if anything lower."
 )
 
 
@@ -53,8 +54,8 @@ def machine(meta: Mapping[str, Any]) -> dict[str, str]:
     """What was trained, with what, and where, by heading."""
     hardware, data = meta["hardware"], meta["data"]
     changed = f", with {meta['changed_files']} changed files" if meta["changed_files"] else ""
-    others = [commit for commit in meta["commits_of_runs"] if commit != meta["commit"]]
-    also = f"; some runs are of {', '.join(others)}" if others else ""
+    runs = sorted(meta["commits_of_runs"])
+    also = f"; the runs are of {', '.join(runs)}" if runs != [meta["commit"]] else ""
     return {
         "measured": str(meta["time"]),
         "commit": f"{meta['commit']}{changed}{also}",
