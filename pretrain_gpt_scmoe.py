@@ -132,6 +132,8 @@ def forward_step(
     time_left.say(get_args())
     if session is not None and model.training:
         session.before_micro_batch(model)
+    elif session is not None:
+        session.see(model)
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))

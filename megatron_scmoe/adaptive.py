@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
 from statistics import fmean, median
+from typing import Any
 
 from megatron_scmoe.costs import GroupPass, costs_of, mean_costs
 from megatron_scmoe.plan import GroupShape, Plan
@@ -83,6 +84,10 @@ class Tuner:
         counts: numbers of chunks to choose from.
         interval: steps after which to measure again; 0: never.
         settled: whether ``plans`` come from a checkpoint and are kept until then.
+        hidden_share: what was predicted for them; None where nothing was.
+
+    Attributes:
+        hidden_share: predicted for what was decided last, or for the plans of the checkpoint; None before that.
     """
 
     def __init__(
@@ -93,9 +98,11 @@ class Tuner:
         counts: Sequence[int],
         interval: int,
         settled: bool = False,
+        hidden_share: float | None = None,
     ) -> None:
         self.phase = Phase.SETTLED if settled else Phase.WARM_UP
         self.decision: Decision | None = None
+        self.hidden_share = hidden_share
         self._shapes = dict(shapes)
         self._incumbent = dict(plans)
         self._counts = tuple(counts)
@@ -173,6 +180,7 @@ class Tuner:
         """Go on with a decision that every rank of the stage has."""
         changed = any(plans.training != self._incumbent[group].training for group, plans in decision.plans.items())
         self.decision = decision
+        self.hidden_share = decision.hidden_share
         if self.phase is Phase.MEASURE and changed:
             self._enter(Phase.CHECK)
             return
@@ -249,16 +257,21 @@ def described(plans: Mapping[int, Plans]) -> str:
     return "; ".join(parts)
 
 
-def saved_form(plans: Mapping[int, Plans]) -> dict[str, dict[str, list[int]]]:
-    """Plans as builtin types, for the arguments that a checkpoint keeps."""
+def saved_form(plans: Mapping[int, Plans], **beside: Any) -> dict[str, dict[str, Any]]:
+    """Plans as builtin types, for the arguments that a checkpoint keeps.
+
+    Args:
+        plans: by group.
+        beside: what is kept with the plans of each group.
+    """
     return {
-        str(group): {"training": list(one.training.slots), "forward": list(one.forward.slots)}
+        str(group): {"training": list(one.training.slots), "forward": list(one.forward.slots), **beside}
         for group, one in plans.items()
     }
 
 
-def from_saved_form(saved: Mapping[str, Mapping[str, Sequence[int]]]) -> dict[int, Plans]:
-    """The inverse of ``saved_form``."""
+def from_saved_form(saved: Mapping[str, Mapping[str, Any]]) -> dict[int, Plans]:
+    """The inverse of ``saved_form``, without what is beside the plans."""
     return {
         int(group): Plans(Plan(tuple(one["training"])), Plan(tuple(one["forward"]))) for group, one in saved.items()
     }

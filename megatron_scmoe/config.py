@@ -201,7 +201,7 @@ class ScMoEConfig:
     a2a_codec: Codec = Codec.NONE
     """What the all-to-all carries. none: tokens. lsh: tokens of one expert that hash alike travel as one row, their
     mean, in forward and backward, and each token's difference from it stays at home (LSH-MoE, arXiv 2411.08446). How
-    many rows are left is an outcome that --overlap-report shows. With --shortcut none it works in the stock MoE
+    many rows are left is an outcome, which the log says. With --shortcut none it works in the stock MoE
     layers."""
 
     lsh_kind: HashKind = HashKind.CROSS_POLYTOPE
@@ -291,7 +291,7 @@ class ScMoEConfig:
     @property
     def watches_steps(self) -> bool:
         """Whether anything has to be done between two steps."""
-        return self.overlap is Overlap.ADAPTIVE or bool(self.overlap_report) or self.lsh_target_rate > 0
+        return self.overlap is Overlap.ADAPTIVE or bool(self.overlap_report) or self.a2a_codec is not Codec.NONE
 
     def validate(self, num_layers: int) -> None:
         """Raise ConfigError where these settings cannot describe a model of ``num_layers`` blocks."""

@@ -84,7 +84,11 @@ def _group_pass(marks: Sequence[Mark], transfers: Iterable[Transfer]) -> GroupPa
     first, last = marks[0], marks[-1]
     mine = {(t.name, t.index): t for t in transfers if first.time_s <= t.start_s <= last.time_s}
     spans = [_computation(mark, following.time_s, mine) for mark, following in pairwise(marks) if mark.name != BEGIN]
-    spans += [Span(t.name, Lane.COMMUNICATION, t.start_s, t.end_s, t.backward, t.index) for t in mine.values()]
+    # Events of two GPU streams compare to half a microsecond or so: what took no time may seem to end before its begin,
+    # and a negative cost would stop this rank while the others wait for it.
+    spans += [
+        Span(t.name, Lane.COMMUNICATION, t.start_s, max(t.start_s, t.end_s), t.backward, t.index) for t in mine.values()
+    ]
     total_s = last.time_s - first.time_s
     return GroupPass(first.group, first.backward, tuple(spans), total_s, sum(t.sent_bytes for t in mine.values()))
 

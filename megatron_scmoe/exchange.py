@@ -116,11 +116,13 @@ class _Leg:
         self._sent, self._columns = _pack(tensors)
         num_rows = self._sent.shape[0] if receive_rows is None else sum(receive_rows)
         self._received = self._sent.new_empty((num_rows, *self._sent.shape[1:]))
+        begin = self._tag.marker.moment()
         self._work = dist.all_to_all_single(
             self._received, self._sent, receive_rows, send_rows, group=exchange.group, async_op=True
         )
         self._tag.marker.transfer(
             self._work,
+            begin,
             self._tag.prefix + self._tag.name,
             self._tag.chunk,
             _bytes_to_others(self._sent, send_rows, exchange.group),

@@ -207,11 +207,19 @@ class Marker:
         if _listeners and output.requires_grad:
             output.register_hook(lambda _grad: self.now(name, index, backward=True))
 
-    def transfer(self, work: dist.Work, name: str, index: int, sent_bytes: int, *, backward: bool) -> None:
-        """A collective was launched; its end is noted when it comes."""
-        if not _listeners:
+    def moment(self) -> _Moment | None:
+        """The moment before a launch, for ``transfer``; None while nobody listens."""
+        # A GPU's communication stream waits for what was recorded before the launch, and for nothing behind it: a short
+        # transfer may be over before an event that is recorded when the launch has returned.
+        return _now() if _listeners else None
+
+    def transfer(
+        self, work: dist.Work, begin: _Moment | None, name: str, index: int, sent_bytes: int, *, backward: bool
+    ) -> None:
+        """A collective was launched at ``begin``, which ``moment`` returned; its end is noted when it comes."""
+        if begin is None:
             return
-        flying = _Flying(name, index, self.group, backward, _now(), sent_bytes)
+        flying = _Flying(name, index, self.group, backward, begin, sent_bytes)
         for recorded in _listeners:
             recorded._flying.append(flying)
 

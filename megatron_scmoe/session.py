@@ -42,7 +42,9 @@ class OverlapSession:
     def __init__(self, args: Namespace, scmoe: ScMoEConfig) -> None:
         self._args = args
         self._scmoe = scmoe
-        self._saved = from_saved_form(getattr(args, "overlap_plans", {}))
+        self._kept: dict[str, dict[str, Any]] = getattr(args, "overlap_plans", {})
+        self._saved = from_saved_form(self._kept)
+        self._conditions: dict[str, Any] = {}  # needs the process group, too
         self._groups: dict[int, Group] = {}
         self._tuner: Tuner | None = None
         self._recording: observe.Recording | None = None
@@ -52,7 +54,7 @@ class OverlapSession:
 
     def close(self) -> None:
         """Report what the last step measured; every rank calls it when training is over."""
-        if self._recording is not None and self._file is not None and self._iteration is not None:
+        if self._recording is not None and self._iteration is not None:
             observe.stop(self._recording)
             self._report(self._iteration + 1, passes_of(self._recording))
             self._recording = None
@@ -67,14 +69,19 @@ class OverlapSession:
         if ended is None:
             if self._scmoe.overlap is Overlap.ADAPTIVE or self._scmoe.lsh_target_rate:
                 self._mail = mcore.StageMail("megatron_scmoe/to_save")
+            if self._scmoe.overlap is Overlap.ADAPTIVE:
+                self._conditions = conditions(self._args, mcore.stage_group())
             if self._scmoe.overlap_report:
                 self._file = ReportFile(Path(self._scmoe.overlap_report), dist.get_rank())
         elif ended != self._iteration:
             self._between_steps(ended + 1)
-        self._see(model)
+        self.see(model)
 
-    def _see(self, model: torch.nn.Module) -> None:
-        """Take the groups of a model part that was not shown before, with what the checkpoint kept of them."""
+    def see(self, model: torch.nn.Module) -> None:
+        """Take the groups of a model part that was not shown before, with what the checkpoint kept of them.
+
+        Called by itself where nothing is trained: an evaluation hashes at the levels of the training, too.
+        """
         if self._tuner is not None:
             return
         for module in model.modules():
@@ -87,13 +94,23 @@ class OverlapSession:
                     control.level = torch.tensor(levels[str(module.group_index)])
 
     def _saved_plans(self, group: Group) -> Plans | None:
-        """Its plans in the checkpoint, where this run could have found them too."""
+        """Its plans in the checkpoint, where this run could have found them too and ops take as long as they did."""
         plans = self._saved.get(group.group_index)
-        if plans is None or self._scmoe.overlap is not Overlap.ADAPTIVE:
+        if plans is None or self._scmoe.overlap is not Overlap.ADAPTIVE or self._changed(group):
             return None
         chunks = max(plans.training.chunks, plans.forward.chunks)
         last_slot = max(*plans.training.slots, *plans.forward.slots)
         return plans if chunks <= self._scmoe.overlap_chunks and last_slot <= group.shape.num_slots else None
+
+    def _changed(self, group: Group) -> str:
+        """Which condition is not the one under which its plans in the checkpoint were measured; empty if none."""
+        then = self._kept.get(str(group.group_index), {}).get("conditions", {})
+        changes = (
+            f"{name} {then.get(name, 'unknown')}, now {now}"
+            for name, now in self._conditions.items()
+            if then.get(name) != now
+        )
+        return next(changes, "")
 
     def _between_steps(self, iteration: int) -> None:
         """All of ``iteration`` steps are done and the next one has not begun."""
@@ -104,8 +121,7 @@ class OverlapSession:
         elif self._recording is not None:
             observe.stop(self._recording)
             passes = passes_of(self._recording)
-            if self._file is not None:
-                self._report(iteration, passes)
+            self._report(iteration, passes)
             if self._tuner is not None:
                 self._tuner.take(passes)
         self._recording = None
@@ -114,19 +130,25 @@ class OverlapSession:
                 self._agree(self._tuner, iteration)
             self._set_plans(self._tuner)
         self._collect_what_to_save()
-        if self._file is not None or (self._tuner is not None and self._tuner.records):
+        says_rate = self._scmoe.a2a_codec is not Codec.NONE and (iteration + 1) % self._args.log_interval == 0
+        if self._file is not None or (self._tuner is not None and self._tuner.records) or says_rate:
             self._recording = observe.start()
 
     def _new_tuner(self) -> Tuner:
         known = all(self._saved_plans(group) for group in self._groups.values())
         if self._saved and not known and mcore.is_stage_root():
-            print(" > overlap: the checkpoint's plans do not fit --overlap-chunks or the groups: measuring anew")
+            changes = [self._changed(group) for index, group in self._groups.items() if index in self._saved]
+            changed = next(filter(None, changes), "")
+            why = f"were measured with {changed}" if changed else "do not fit --overlap-chunks or the groups"
+            print(f" > overlap: the checkpoint's plans {why}: measuring anew")
+        shares = [self._kept[str(index)]["hidden_share"] for index in self._groups] if known else []
         return Tuner(
             {index: group.shape for index, group in self._groups.items()},
             {index: Plans(group.plan, group.forward_plan) for index, group in self._groups.items()},
             counts=chunk_counts(self._scmoe.overlap_chunks),
             interval=self._scmoe.overlap_interval,
             settled=known,
+            hidden_share=min(shares, default=None),
         )
 
     def _agree(self, tuner: Tuner, iteration: int) -> None:
@@ -143,7 +165,8 @@ class OverlapSession:
             stage_name = "" if self._args.pipeline_model_parallel_size == 1 else f" of stage {mcore.stage_rank()}"
             print(f" > overlap{stage_name} from iteration {iteration + 1}: {decision.text}", flush=True)
             if tuner.phase is Phase.SETTLED:
-                self._send({"overlap_plans": saved_form(decision.plans)})
+                beside = {"hidden_share": decision.hidden_share, "conditions": self._conditions}
+                self._send({"overlap_plans": saved_form(decision.plans, **beside)})
 
     def _set_plans(self, tuner: Tuner) -> None:
         for index, plans in tuner.plans.items():
@@ -168,12 +191,13 @@ class OverlapSession:
                     setattr(self._args, name, {**getattr(self._args, name, {}), **value})
 
     def _report(self, iteration: int, passes: list[GroupPass]) -> None:
-        assert self._file is not None
+        """To the files of --overlap-report; to the log, too, and with a codec to the log in any case."""
         assert self._recording is not None
         rows = self._rows(passes, self._recording)
         logs = iteration % self._args.log_interval == 0
-        self._file.write(iteration, rows, passes if logs else [])
-        if not logs:
+        if self._file is not None:
+            self._file.write(iteration, rows, passes if logs else [])
+        if not logs or (self._file is None and self._scmoe.a2a_codec is Codec.NONE):
             return
         summary = summarize(_gathered(rows, mcore.stage_group()))
         for add in _writers():
@@ -199,12 +223,29 @@ class OverlapSession:
         return f", {summary.sent_rate:.1%} of the rows sent, residual {summary.residual:.2f} of a token"
 
     def _warn(self, summary: Summary) -> None:
-        if self._tuner is None or self._tuner.decision is None or self._tuner.records:
+        if self._tuner is None or self._tuner.hidden_share is None or self._tuner.records:
             return  # nothing was predicted, or these steps are for measuring
         connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") if torch.cuda.is_available() else None
-        text = warning(summary, self._tuner.decision.hidden_share, cuda_connections=connections)
+        text = warning(summary, self._tuner.hidden_share, cuda_connections=connections)
         if text is not None:
             print(f" > overlap warning: {text}", flush=True)
+
+
+def conditions(args: Namespace, stage: dist.ProcessGroup) -> dict[str, Any]:
+    """What decides how long an op takes, and with it which plan is best; every rank of the stage calls it.
+
+    Its answer is the same on all of them: a rank that kept its plans while another measures would hang.
+    """
+    names = (
+        "tensor_model_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+        "context_parallel_size",
+        "micro_batch_size",
+        "seq_length",
+    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {name: getattr(args, name) for name in names} | {"device": ", ".join(sorted(set(_gathered(device, stage))))}
 
 
 def _writers() -> list[Callable[[str, float, int], None]]:

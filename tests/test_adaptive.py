@@ -6,13 +6,17 @@ import dataclasses
 import json
 import os
 import re
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import models
 import pytest
 import ranks
+import torch
 import training
 from models import Case
 from test_arguments import DGMOE
@@ -31,8 +35,10 @@ from megatron_scmoe.adaptive import (
     from_saved_form,
     saved_form,
 )
+from megatron_scmoe.config import Overlap, ScMoEConfig, Shortcut
 from megatron_scmoe.costs import GroupPass, mean_costs
 from megatron_scmoe.plan import GroupShape, Plan, even_plan, forward_order
+from megatron_scmoe.report import Summary
 from megatron_scmoe.solver import GroupCosts, PassCosts, candidate_plans, predicted_hidden_share, predicted_s
 
 EP2 = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
@@ -310,6 +316,55 @@ def test_plans_are_saved_as_builtin_types_and_come_back():
     saved = saved_form(plans)
     assert saved["0"] == {"training": [1, 2], "forward": [3]}
     assert from_saved_form(json.loads(json.dumps(saved))) == plans
+    assert saved_form(plans, hidden_share=0.5)["11"] == {**saved["11"], "hidden_share": 0.5}
+    assert from_saved_form(saved_form(plans, hidden_share=0.5)) == plans
+
+
+def continued(monkeypatch, now: dict[str, Any], **beside: Any) -> Any:
+    """A session that continues from a checkpoint with ``beside`` beside its plans, under the conditions ``now``."""
+    from megatron_scmoe import mcore, session
+
+    monkeypatch.setattr(mcore, "is_stage_root", lambda: True)
+    scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE, overlap=Overlap.ADAPTIVE)
+    one = session.OverlapSession(Namespace(overlap_plans=saved_form(FIRST, **beside)), scmoe)
+    one._conditions = now
+    one._groups[0] = SimpleNamespace(group_index=0, shape=SHAPE, plan=Plan((3,)), forward_plan=Plan((3,)))
+    one._tuner = one._new_tuner()
+    return one
+
+
+THERE = {"seq_length": 16, "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("here", "beside", "why"),
+    [
+        (THERE, {"conditions": THERE}, None),
+        ({**THERE, "seq_length": 32}, {"conditions": THERE}, "seq_length 16, now 32"),
+        ({**THERE, "device": "NVIDIA H200"}, {"conditions": THERE}, "device cpu, now NVIDIA H200"),
+        (THERE, {}, "seq_length unknown, now 16"),  # a checkpoint of before they were saved
+    ],
+    ids=["same", "sizes", "device", "older"],
+)
+def test_plans_of_a_checkpoint_hold_under_its_conditions(monkeypatch, capsys, here, beside, why):
+    one = continued(monkeypatch, here, hidden_share=0.9, **beside)
+    assert one._tuner.phase is (Phase.WARM_UP if why else Phase.SETTLED)
+    assert one._saved_plans(one._groups[0]) == (None if why else FIRST[0])
+    said = f" > overlap: the checkpoint's plans were measured with {why}: measuring anew\n"
+    assert capsys.readouterr().out == (said if why else "")
+
+
+def test_a_run_that_continues_warns_by_what_was_predicted_before(monkeypatch, capsys):
+    hidden_half = Summary(10.0, 5.0, 0.5, 1.0, 1.0, 0.0)
+    for predicted, says in ((0.9, "50% of the communication is hidden, 90% was predicted"), (0.55, "")):
+        one = continued(monkeypatch, THERE, hidden_share=predicted, conditions=THERE)
+        one._warn(hidden_half)
+        out = capsys.readouterr().out
+        assert says in out and bool(says) == bool(out)
+    one = continued(monkeypatch, {**THERE, "device": "other"}, hidden_share=0.9, conditions=THERE)
+    capsys.readouterr()
+    one._warn(hidden_half)  # that prediction is not of this run's plans
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(("most", "counts"), [(1, (1,)), (2, (1, 2)), (3, (1, 2)), (4, (1, 2, 4)), (7, (1, 2, 4))])
@@ -448,16 +503,37 @@ def test_every_plan_on_the_way_gives_the_numbers_of_off(tmp_path, layout):
         assert sum("overlap of stage 1 from iteration" in line for line in said(seen)) == 2
     settled = {index: its_slots for one in seen for index, its_slots in one.slots[-1].items()}
     expected = {str(index): {"training": list(slots), "forward": [1]} for index, slots in sorted(settled.items())}
-    assert seen[0].saved == expected and len(expected) == 2
+    slots_of = {index: {kind: one[kind] for kind in ("training", "forward")} for index, one in seen[0].saved.items()}
+    assert slots_of == expected and len(expected) == 2
+    for one in seen[0].saved.values():
+        assert 0 <= one["hidden_share"] <= 1
+        assert one["conditions"] == {
+            "tensor_model_parallel_size": 2 if "TP2" in layout else 1,
+            "expert_model_parallel_size": 2 if "EP2" in layout else 1,
+            "expert_tensor_parallel_size": 1,
+            "context_parallel_size": 1,
+            "micro_batch_size": 2,
+            "seq_length": 16,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        }
 
     # The checkpoint has them, and a run that continues neither measures again nor says anything.
     flags = with_flags(flags, f"--load {tmp_path / 'saved'}", f"--train-iters {NUM_STEPS + 3}")
-    resumed = ranks.run(train_and_look, num_ranks, with_flags(flags, "--override-opt-param-scheduler"))
+    flags = with_flags(flags, "--override-opt-param-scheduler")
+    resumed = ranks.run(train_and_look, num_ranks, flags)
     assert said(resumed) == []
     for before, one in zip(seen, resumed, strict=True):
         assert one.slots == [before.slots[-1]] * 2
         assert one.forward_slots == before.forward_slots
-        assert one.saved == expected
+        assert one.saved == seen[0].saved
+
+    # Where ops take another time it measures again.
+    if layout == "EP2":
+        flags = with_flags(flags, f"--train-iters {NUM_STEPS + 5}", "--micro-batch-size 1")
+        changed = ranks.run(train_and_look, num_ranks, flags)
+        words = "were measured with micro_batch_size 2, now 1: measuring anew"
+        assert said(changed) == [f" > overlap: the checkpoint's plans {words}"]
+        assert all(set(of_groups.values()) == {(2,)} for one in changed for of_groups in one.slots[:2])
 
 
 def test_it_measures_solves_and_says_so(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 
 import models
 import pytest
@@ -397,6 +398,18 @@ def test_it_trains_and_reports(name, tmp_path):
     assert all(0 < residual < 2 for residual in values["overlap/residual"].values())
 
 
+def test_the_log_says_the_rate_where_nothing_was_asked_for():
+    flags = with_flags(TRAINED["stock top-2"], "--a2a-codec lsh", "--lsh-hashes 2", "--log-interval 2")
+    printed, *_ = ranks.run(train, 2, with_flags(flags, "--train-iters 6"))
+    assert [int(found) for found in re.findall(r"overlap at iteration (\d+): .* of the rows sent", printed)] == [
+        2,
+        4,
+        6,
+    ]
+    printed, *_ = ranks.run(train, 2, with_flags(TRAINED["stock top-2"], "--log-interval 2", "--train-iters 3"))
+    assert "exit code" not in printed and "rows sent" not in printed
+
+
 def train_maps(flags: list[str]) -> tuple[str, list[torch.Tensor]]:
     """What was printed, and the learned maps of this rank when training is over."""
     from megatron_scmoe.compensation import ResidualMap
@@ -461,6 +474,24 @@ def train_to_rate(flags: list[str]) -> tuple[str, dict[str, float]]:
     return printed, getattr(get_args(), "lsh_levels", {})
 
 
+def evaluated_levels(flags: list[str]) -> tuple[str, list[float]]:
+    """What was printed, and how many hash functions counted in each group at the end."""
+    from megatron_scmoe.rate import RateControl
+
+    made, original = [], RateControl.__init__
+
+    def init(self, *arguments):
+        original(self, *arguments)
+        made.append(self)
+
+    RateControl.__init__ = init
+    try:
+        printed = training.train(flags)
+    finally:
+        RateControl.__init__ = original
+    return printed, [control.level.item() for control in made]
+
+
 def test_a_target_rate_is_held_alike_on_all_ranks_and_after_a_resume(tmp_path):
     codec = with_flags(
         TRAINED["stock top-2"],
@@ -486,10 +517,14 @@ def test_a_target_rate_is_held_alike_on_all_ranks_and_after_a_resume(tmp_path):
     assert sum(late) / len(late) == pytest.approx(0.4, rel=0.1)
     assert levels.keys() == {"1", "3"} and all(0 < level < 8 for level in levels.values())
 
-    (printed, _), _ = ranks.run(train_to_rate, 2, with_flags(flags, "--train-iters 33"))
+    (printed, levels), _ = ranks.run(train_to_rate, 2, with_flags(flags, "--train-iters 33"))
     assert "exit code" not in printed, printed[-3000:]
     resumed = training.scalars(tmp_path, "overlap/sent_rate")["overlap/sent_rate"]
     assert resumed[32] == pytest.approx(0.4, rel=0.25)  # the first step of a run is not reported
+
+    (printed, found), _ = ranks.run(evaluated_levels, 2, with_flags(flags, "--train-iters 33", "--skip-train"))
+    assert "exit code" not in printed, printed[-3000:]
+    assert found and found == list(levels.values())  # an evaluation hashes as the training did
 
     free = f"--overlap-report {tmp_path / 'free'}", f"--tensorboard-dir {tmp_path / 'free'}", "--train-iters 3"
     (printed, levels), _ = ranks.run(train_to_rate, 2, with_flags(codec, *free))

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import models
 import pytest
@@ -307,6 +308,14 @@ def test_both_flights_of_dgmoe_by_hand():
     assert costs.forward == PassCosts(dense=(5,), route=2, encode=1, dispatch=5, experts=5, combine=4, decode=2, tail=1)
 
 
+def test_a_transfer_that_seems_to_end_before_its_begin_took_no_time():
+    """Marks of two GPU streams may be that far off; a negative cost would be an error on this rank alone."""
+    before = FORWARD_BLOCKING.replace("17-27 dispatch", "17-16.9 dispatch")
+    costs = costs_of(passes_of(recording(before, BACKWARD_BLOCKING)), SHAPE, chunks=1)
+    assert costs is not None and costs.forward.dispatch == 0
+    assert costs.backward == BACKWARD_COSTS
+
+
 def test_an_unfinished_pass_is_dropped():
     """Where no gradient reaches the group's input, its backward has no end; a new one must not continue it."""
     unfinished = BACKWARD_BLOCKING.replace(f"backward 210 {END}", "")
@@ -504,6 +513,30 @@ def test_nothing_is_added_while_nobody_listens():
             )  # negative control: they are seen where there are any
 
 
+def test_a_transfer_begins_before_its_launch(monkeypatch):
+    """A fake clock, and a launch of 10 s behind which the transfer is over, as a short one on a GPU may be."""
+    from megatron_scmoe import exchange, observe
+
+    now_s = 1.0
+
+    def launch(*_args, **_kwargs):
+        nonlocal now_s
+        now_s += 10
+        future: torch.futures.Future[None] = torch.futures.Future()
+        future.set_result(None)
+        return SimpleNamespace(get_future=lambda: future, wait=lambda: None)
+
+    monkeypatch.setattr(observe, "_now", lambda: now_s)
+    monkeypatch.setattr(exchange.dist, "all_to_all_single", launch)
+    group: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    tag = exchange.Tag(observe.Marker(0), "dispatch")
+    with observe.recording() as recorded:
+        one = exchange.Exchange(tag=tag, group=group, send_rows=None, receive_rows=None, blocking=True)
+        one.start(torch.zeros(4, 2))
+    (transfer,) = recorded.transfers
+    assert transfer.end_s - transfer.start_s == pytest.approx(10)
+
+
 class Untouchable:
     """Stands for a tensor that may not be looked at."""
 
@@ -517,7 +550,8 @@ def test_a_mark_without_a_listener_looks_at_nothing():
     marker, tensor = observe.Marker(0), Untouchable()
     marker.now("attention")
     marker.in_backward("attention", tensor)
-    marker.transfer(tensor, "dispatch", 0, 1, backward=False)
+    assert marker.moment() is None
+    marker.transfer(tensor, None, "dispatch", 0, 1, backward=False)
     marker.load(tensor, tensor, 1)
     with observe.recording(), pytest.raises(AssertionError, match="was asked for"):
         marker.in_backward("attention", tensor)
