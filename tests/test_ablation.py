@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -645,6 +649,58 @@ def test_folder_without_a_result_is_refused(tmp_path, monkeypatch, capsys):
     check_refusal(["--from", str(tmp_path)], "cannot read it", monkeypatch, capsys)
     (tmp_path / "result.json").write_text("{")
     check_refusal(["--from", str(tmp_path)], "cannot read it", monkeypatch, capsys)
+
+
+# --- stopped ---------------------------------------------------------------------------------------------------------
+
+SLOW_LINK = """
+import os, pathlib, signal, sys, time
+
+here = pathlib.Path(__file__).parent
+stops = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _frame: stops.append(number))
+(here / "started").touch()
+while not stops:
+    time.sleep(0.01)
+time.sleep(1)
+(here / "removed").touch()
+sys.exit(128 + stops[0])
+"""
+"""Stands for tools/slow_link.py: takes a second to clean up."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_stopped_waits_for_the_links_to_be_removed(tmp_path, number):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "slow_link.py").write_text(SLOW_LINK)
+    main = (
+        f"import pathlib, signal, sys; sys.path.insert(0, {str(TOOL.parent)!r}); import ablate_overlap as tool; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # which a shell's background jobs ignore
+        f"tool.ROOT = pathlib.Path({str(tmp_path)!r}); sys.exit(tool.main())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", main, "--output", tmp_path / "new"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not (tools / "started").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        # ^C reaches the whole group, twice if one is in a hurry; a scheduler's SIGTERM the tool alone.
+        for _ in range(2):
+            os.killpg(process.pid, number) if number == signal.SIGINT else process.terminate()
+            time.sleep(0.1)
+        _, error = process.communicate(timeout=30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # where the test has failed
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (tools / "removed").exists()
+    assert process.returncode == 128 + number
+    assert error == f"ablate_overlap.py: error: stopped by {number.name}; nothing was written\n"
 
 
 # --- from end to end -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from ablation.arms import Arm, all_arms, chosen_arms
-from command_line import Parser, positive, write_again
+from command_line import Parser, positive, stoppable, stopped_by, write_again
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,7 +52,8 @@ what a step is:
   forward and backward of one micro-batch (training), or forward without gradients (forward). No gradient reduction and
   no optimizer: both are the same in every arm.
 
-exit codes: 0 done; 1 a share could not be reached, or a rank failed; 2 bad request or something missing.
+exit codes: 0 done; 1 a share could not be reached, or a rank failed (128 + n if signal n killed it); 2 bad request or
+something missing; 130 / 143 stopped by ^C / SIGTERM.
 """
 
 
@@ -148,7 +149,21 @@ def start_on_slow_links(args: argparse.Namespace) -> int:
     link += ["--rate", "unlimited", "--burst", args.burst, "--output", "rank0"]
     # The ranks write into pipes, and would not know how wide the terminal is.
     environment = {"COLUMNS": str(shutil.get_terminal_size((120, 24)).columns)} | os.environ
-    return subprocess.run([*link, "--", sys.executable, *sys.argv], check=False, env=environment).returncode
+    command = [*link, "--", sys.executable, *sys.argv]
+    with stoppable():
+        process = None
+        try:
+            process = subprocess.Popen(command, env=environment)
+            return process.wait()
+        except KeyboardInterrupt as error:
+            if process is not None:
+                # A ^C may have reached it already. Asked twice it gives its ranks no more time, but still cleans up.
+                process.terminate()
+                process.wait()
+            number = stopped_by(error)
+    found = f"{args.output} has what was measured" if args.output.exists() else "nothing was written"
+    print(f"ablate_overlap.py: error: stopped by {number.name}; {found}", file=sys.stderr)
+    return 128 + number
 
 
 def main() -> int:
