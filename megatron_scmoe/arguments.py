@@ -61,6 +61,9 @@ CORE_FORGETS = (
 )
 """Flags that decide what parameters mean and that Core's --use-checkpoint-args leaves as they are (seen in 0.19.2)."""
 
+OF_CONVERSION = ("hf_config", "hf_has_unused_tensors")
+"""What tools/convert_checkpoint.py saved of a Hugging Face source; no flags, but the way back needs them."""
+
 
 class _FlagFactory(ArgumentGroupFactory):
     """Core's flag generator, taught choices that are words and one value for each group.
@@ -153,14 +156,17 @@ def refuse(message: str) -> NoReturn:
 
 
 def _restore_args(args: Namespace) -> None:
-    """--use-checkpoint-args: take Megatron's model settings, those that Core forgets, and ours from the checkpoint."""
+    """--use-checkpoint-args: take Megatron's model settings, those that Core forgets, and ours from the checkpoint.
+
+    And what a conversion saved, so that later checkpoints have it too.
+    """
     if args.load is None:
         raise ConfigError("--use-checkpoint-args reads the arguments of a checkpoint: --load is None; add --load DIR")
     load_args_from_checkpoint(args)
     saved = mcore.saved_args(args)
     if saved is None:
         return
-    for name in dict.fromkeys((*CORE_FORGETS, *ARCHITECTURE_FIELDS, *CODEC_FIELDS)):
+    for name in dict.fromkeys((*CORE_FORGETS, *ARCHITECTURE_FIELDS, *CODEC_FIELDS, *OF_CONVERSION)):
         if hasattr(saved, name):
             setattr(args, name, getattr(saved, name))
 

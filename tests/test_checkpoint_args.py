@@ -69,20 +69,20 @@ def test_every_setting_of_core_s_is_somebody_s():
 
 
 def all_restored(folder: str) -> dict[str, object]:
-    """What the names of ``CORE_FORGETS`` are after ``--use-checkpoint-args``, before anything is validated."""
+    """What the names of ``core_forgets`` are after ``--use-checkpoint-args``, before anything is validated."""
     from megatron_scmoe import arguments
 
     sys.argv[:] = ["pretrain_gpt_scmoe.py", *SCMOE, "--load", folder, "--use-checkpoint-args"]
     args = arguments.parse_args(arguments.add_scmoe_arguments)
-    given = {name: getattr(args, name) for name in arguments.CORE_FORGETS}
+    given = {name: getattr(args, name) for name in arguments.CORE_FORGETS}  # each is a flag
     with contextlib.redirect_stdout(io.StringIO()):
         arguments._restore_args(args)
     assert all(given[name] != getattr(args, name) for name in given)
-    return {name: getattr(args, name) for name in given}
+    return {name: getattr(args, name, None) for name in core_forgets()}
 
 
 def test_all_that_core_forgets_is_restored(tmp_path):
-    """Every name is a flag, and gets the value of the checkpoint."""
+    """Every name gets the value of the checkpoint, those that a conversion has put there too."""
     from checkpoint_files import ARGS, made_tensors, write_megatron
 
     (names,) = ranks.run(core_forgets, 1)
@@ -94,7 +94,7 @@ def test_all_that_core_forgets_is_restored(tmp_path):
 def core_forgets() -> tuple[str, ...]:
     from megatron_scmoe.arguments import CORE_FORGETS
 
-    return CORE_FORGETS
+    return (*CORE_FORGETS, "hf_config", "hf_has_unused_tensors")
 
 
 LATENT = """--multi-latent-attention --q-lora-rank 16 --kv-lora-rank 12 --qk-head-dim 8 --qk-pos-emb-head-dim 4

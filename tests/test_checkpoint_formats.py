@@ -126,6 +126,12 @@ HF_DAMAGE = {
         lambda d: rewrite_header(d / FIRST, lambda h: h["whole"].update(shape=[2**70, 2**70])),
         "its header is damaged",
     ),
+    "shape that overflows": (
+        lambda d: rewrite_header(
+            d / FIRST, lambda h: h.update(none={"dtype": "F32", "shape": [2**32, 2**32], "data_offsets": [0, 0]})
+        ),
+        f"0 bytes for a tensor of {2**66}",
+    ),
     "negative shape": (
         lambda d: rewrite_header(d / FIRST, lambda h: h["whole"].update(shape=[-1, -5])),
         "-1 is no size",
@@ -597,6 +603,14 @@ def test_the_code_would_run(tmp_path):
     """Negative control: Python's own loader runs it."""
     pickle.loads(pickle.dumps(Code(tmp_path / "marker")))
     assert (tmp_path / "marker").exists()
+
+
+def test_what_was_measured_on_another_machine_does_not_travel(tmp_path):
+    """Plans do not, and neither does the layout; rates of the codec are about the model."""
+    saved = {"overlap_plans": {"0": {"chunks": 2}}, "lsh_levels": {"0": 4.3}, "world_size": 8}
+    source = MegatronCheckpoint(write_megatron(tmp_path / "release", made_tensors(), args={**ARGS, **saved}))
+    assert saved.keys() & vars(source.args).keys() == {"lsh_levels"}
+    assert source.args.lsh_levels == saved["lsh_levels"]
 
 
 def test_saved_arguments_have_builtin_types():

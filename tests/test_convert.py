@@ -449,11 +449,15 @@ REFUSED = {
     "the same": (("--from", "hf-scmoe", "--to", "hf-scmoe"), "nothing needs to be done"),
     "no change": (("--from", "megatron", "--to", "megatron"), "add --experts N to upcycle or --transformer-impl"),
     "dense as it is": (("--from", "hf-dense", "--to", "megatron"), "add --experts N to upcycle"),
-    "upcycling what is upcycled": ((*TO, "--experts", "4"), "--experts is set with --from hf-scmoe"),
+    "upcycling what is upcycled": ((*TO, "--experts", "4"), "--experts 4 asks for another; drop --experts 4, or"),
+    "upcycling by other options": (
+        (*TO, "--seed", "3", "--shortcut-combine", "add"),
+        "drop --shortcut-combine add --seed 3, or upcycle first",
+    ),
     "spec of others": ((*TO, "--transformer-impl", "local"), "in a step of its own"),
     "both at once": (
-        ("--from", "megatron", "--to", "megatron", "--experts", "4", "--transformer-impl", "local"),
-        "in a step of its own",
+        ("--from", "megatron", "--to", "megatron", "--topk", "2", "--transformer-impl", "local"),
+        "in a step of its own: it is local with --from megatron --to megatron --topk 2; drop it",
     ),
     "not its format": (("--from", "megatron", "--to", "hf-scmoe"), "seems to be hf-scmoe, and --from is megatron; use"),
     "size": ((*TO, "--shard-size", "5XB"), "'5XB' is not a size like 5GB or 512MiB"),

@@ -259,6 +259,17 @@ def test_bad_requests(trained, tmp_path, capsys):
         assert not (tmp_path / "result.json").exists()
 
 
+def test_words_of_a_folder_reach_no_terminal(tmp_path, capsys):
+    """Escape sequences and line breaks of config.json, in names and values, alone and in lists."""
+    config = CONFIG | {"model_type": "tiny\x1b]0;owned\x07", "a\nb": 1, "list": ["one\ntotal  0", "\x1b[2J"]}
+    folder = write(tmp_path / "fol\x1bder", tensors(), config)
+    code, result = inspect(tmp_path, folder)
+    printed = capsys.readouterr().out
+    assert code == 0 and result["architecture"]["a\nb"] == 1
+    assert all(line.isprintable() for line in printed.split("\n"))
+    assert printed.count("\n  total ") == 1 and r"tiny\x1b]0;owned\x07" in printed and r"a\nb" in printed
+
+
 def test_a_cut_file(tmp_path, capsys):
     folder = write(tmp_path / "folder", tensors())
     path = folder / "model.safetensors"

@@ -289,16 +289,26 @@ def test_training_goes_on(megatron_folder, tmp_path):
         assert moved.abs().max() <= 20 and torch.allclose(moved, moved.round(), atol=1e-2) and moved.any()
 
 
-def test_trained_elsewhere_it_still_comes_back(hf_folder, megatron_folder, tmp_path):
-    """A change of layout in between: saved on two ranks with tensor parallelism, without a step of learning."""
+def test_trained_elsewhere_it_still_comes_back(published_folder, tmp_path):
+    """A change of layout in between: saved on two ranks with tensor parallelism, without a step of learning.
+
+    What the training does not know of the source comes back too: settings in config.json, and no zero experts' tensors.
+    """
+    done = convert("hf-longcat", "megatron", published_folder, tmp_path / "megatron")
+    assert done.returncode == 0, done.stderr[-2000:]
     save = tmp_path / "save"
     flags = ("--save", str(save), "--save-interval", "1", "--no-save-optim", "--tensorboard-dir", str(tmp_path / "log"))
     flags += ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1")
     still = ("--train-iters", "1", "--lr", "0", "--moe-router-bias-update-rate", "0")
-    continued(megatron_folder, 2, *flags, *still)
+    continued(tmp_path / "megatron", 2, *flags, *still)
     done = convert("megatron", "hf-longcat", save, tmp_path / "hf")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert_same_tensors(tmp_path / "hf", hf_folder)
+    found, tensors = tensors_of(tmp_path / "hf"), tensors_of(published_folder)
+    assert found.keys() == tensors.keys() - {PREDICTION}
+    assert all(torch.equal(value, tensors[name]) for name, value in found.items())
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (published_folder, tmp_path / "hf"))
+    del before["auto_map"]
+    assert before.items() <= after.items() and "initializer_range" in before
 
 
 CHANGES = {
@@ -347,7 +357,19 @@ def test_a_model_of_another_form_is_refused(tmp_path):
     assert "use --to hf-scmoe" in done.stderr
 
 
-@pytest.mark.parametrize("setting", [{"rotary_percent": 0.5}, {"mscale_all_dim": 1.0}, {"moe_router_num_groups": 2}])
+LOST = {
+    **{"rotary_percent": 0.5, "mscale_all_dim": 1.0, "moe_router_num_groups": 2, "q_lora_rank": None},
+    # what the other way out of Megatron refuses too
+    **{"layernorm_zero_centered_gamma": True, "glu_linear_offset": 1.0, "activation_func_clamp_value": 7.0},
+    **{"moe_mlp_glu_interleave_size": 32, "softmax_type": "off-by-one", "use_mup": True},
+    **{"moe_apply_probs_on_input": True, "window_size": (4, 0), "rotary_interleaved": True},
+    **{"rotary_seq_len_interpolation_factor": 2, "no_rope_freq": [0, 1]},
+    "moe_router_load_balancing_type": "sinkhorn",
+}
+FLAGS = {"layernorm_zero_centered_gamma": "apply_layernorm_1p"}  # of other names than their settings
+
+
+@pytest.mark.parametrize("setting", LOST)
 def test_settings_that_would_be_lost_are_refused(megatron_folder, setting):
     from checkpoints.disk.torch_dist import MegatronCheckpoint
     from checkpoints.mappings import longcat
@@ -357,6 +379,8 @@ def test_settings_that_would_be_lost_are_refused(megatron_folder, setting):
     vars(source.args)["moe_router_topk_scaling_factor"] = None  # Megatron's default
     config = json.loads(longcat.from_megatron(source).files["config.json"])
     assert config["routed_scaling_factor"] == 1.0 and "auto_map" not in config
-    vars(source.args).update(setting)
-    with pytest.raises(CheckpointError, match=next(iter(setting))):
+    vars(source.args)[setting] = LOST[setting]
+    with pytest.raises(CheckpointError) as refused:
         longcat.from_megatron(source)
+    message = str(refused.value)
+    assert FLAGS.get(setting, setting) in message.replace("-", "_") and "\n" not in message

@@ -151,6 +151,12 @@ def test_timeline_is_what_its_script_draws(tmp_path):
     assert draw_timeline.SVG.read_text() == committed
 
 
+def test_tools_that_can_be_called_are_those_with_a_first_line_for_it():
+    tools = sorted((ROOT / "tools").glob("*.py"))
+    called = {path.name for path in tools if path.read_bytes().startswith(b"#!")}
+    assert called and called == {path.name for path in tools if path.stat().st_mode & 0o111}
+
+
 def test_make_help_and_readme_agree():
     printed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for target in ("pretrain", "test", "lint", "clean"):

@@ -551,6 +551,26 @@ def test_bad_ids(tmp_path, checkpoints, name):
     assert message in refused(tmp_path, *argv)
 
 
+BAD_TOKENIZERS = {
+    "no such model": '{"version": "1.0", "model": {"type": "Nope"}}',
+    "no JSON": "{",
+    "a list": "[]",
+    "escape sequence": '{"version": "\\u001b[2J"}',
+}
+
+
+@pytest.mark.parametrize("name", BAD_TOKENIZERS)
+def test_damaged_tokenizers(tmp_path, checkpoints, name):
+    pytest.importorskip("transformers")
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "tokenizer.json").write_text(BAD_TOKENIZERS[name])
+    argv = ["--load", checkpoints("scmoe"), "--input", tmp_path / "a.txt", "--output", tmp_path / "out"]
+    message = refused(tmp_path, *argv, "--tokenizer", tmp_path / "words")
+    assert "transformers cannot load its tokenizer" in message and message.endswith("; name another")
+    assert message.isprintable()
+
+
 def test_bad_requests(tmp_path, checkpoints):
     numpy.save(tmp_path / "ids.npy", random_ids(40))
     (tmp_path / "a.txt").write_text("text")

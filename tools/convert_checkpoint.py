@@ -126,7 +126,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-UPCYCLING = ("position", "combine", "moe_every", "experts", "topk", "noise", "drop_ratio", "seed")
+UPCYCLING = {
+    **{"position": "--position", "combine": "--shortcut-combine", "moe_every": "--moe-every", "experts": "--experts"},
+    **{"topk": "--topk", "noise": "--expert-noise", "drop_ratio": "--drop-ratio", "seed": "--seed"},
+}
+"""Options by the names of their values."""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -152,7 +156,8 @@ def run(args: argparse.Namespace) -> None:
         raise CheckpointError(
             "an upcycled model computes something else: --verify is set; drop it, the change is measured"
         )
-    request = formats.Request(transformer_impl=args.transformer_impl, upcycling=upcycling)
+    words = " ".join(f"{UPCYCLING[name]} {value}" for name, value in given.items())
+    request = formats.Request(transformer_impl=args.transformer_impl, upcycling=upcycling, upcycling_words=words)
     formats.check_format(args.source, args.load)
     formats.check_pair(args.source, args.target, request)
     check_target(args.save)

@@ -21,6 +21,7 @@ from checkpoints.disk.torch_dist import MegatronCheckpoint
 from checkpoints.running.model import kind, open_folder
 from checkpoints.tensors import CheckpointError
 from command_line import Parser
+from preprocessing.sources import shown
 from progress import in_words, progress
 
 ABOUT = """\
@@ -154,9 +155,9 @@ def _plain(value: Any) -> Any:
 
 
 def print_description(result: Mapping[str, Any]) -> None:
-    """Print what ``anatomy.describe`` found."""
+    """Print what ``anatomy.describe`` found; words of the checkpoint such that no terminal obeys them."""
     iteration = f", iteration {result['iteration']}" if "iteration" in result else ""
-    print(f"{result['folder']}: {result['format']}{iteration}")
+    print(f"{shown(result['folder'])}: {result['format']}{iteration}")
     print(f"  {result['tensors']} tensors, {in_words(result['bytes'])}, {_pairs(result['dtypes'])}")
     print(f"  {result['files']['count']} files, {in_words(result['files']['bytes'])}")
     if "layout" in result:
@@ -164,8 +165,8 @@ def print_description(result: Mapping[str, Any]) -> None:
         print(f"  optimizer state: {'yes' if result['optimizer'] else 'no'}")
     print("architecture:")
     for name, value in result["architecture"].items():
-        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        print(f"  {name:36} {text if len(text) < 100 else text[:97] + '...'}")
+        text = shown(" ".join(map(str, value)) if isinstance(value, list) else str(value))
+        print(f"  {shown(name):36} {text if len(text) < 100 else text[:97] + '...'}")
     counts = result["parameters"]
     print("parameters:")
     for name, count in counts["by_kind"].items():
@@ -176,7 +177,7 @@ def print_description(result: Mapping[str, Any]) -> None:
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+    return shown(", ".join(f"{name} {value}" for name, value in values.items()))
 
 
 def print_figures(found: Mapping[str, Mapping[str, Any]], *, norms: bool, scan: bool) -> int:

@@ -43,7 +43,7 @@ what is drawn:
   * A collective lasts from its launch to its completion, so that several are under way at once. A lane shows one
     after the other: what completes later starts where the one before it ended. "launched_us" in its arguments is when
     it was launched; "sent_bytes_of_pass" is what this rank sent in the whole forward or backward of the group.
-  * The first step of a run and its last one have no spans.
+  * The first step of a run has no spans, nor has the last one of a run that ended before --train-iters.
 
 Exit codes: 0 done, 1 unexpected failure, 2 bad input or request.
 """
@@ -117,8 +117,8 @@ def read_report(folder: Path) -> Report:
             _read_line(text, f"{file} line {number}", report)
     if not report:
         raise UserError(
-            f"no line of {folder} has spans: they are kept every --log-interval steps, but not in the first and the "
-            "last step of a run; train longer or lower --log-interval"
+            f"no line of {folder} has spans: they are kept every --log-interval steps, but not in the first step of a "
+            "run, nor in the last one of a run that ended before --train-iters; train longer or lower --log-interval"
         )
     return dict(report)
 

@@ -47,10 +47,12 @@ class Request:
     Attributes:
         transformer_impl: the spec that is to load a checkpoint of Megatron's; None: not asked for.
         upcycling: what a dense model is to become, an ``upcycle.Upcycling``; None: not asked for.
+        upcycling_words: the options that asked for it, for a message.
     """
 
     transformer_impl: str | None = None
     upcycling: Any = None
+    upcycling_words: str = ""
 
 
 # Module and function, imported when they are needed: each takes a source, and returns a Target.
@@ -69,20 +71,21 @@ _MODEL_TYPES = {"hf-longcat": ("longcat_flash",), "hf-scmoe": ("scmoe",), "hf-de
 
 def check_pair(source: str, target: str, request: Request) -> None:
     """Raise CheckpointError where there is no way from one format to the other, or not with these options."""
+    asked = f"--from {source} --to {target} {request.upcycling_words}".rstrip()
     if (source, target) not in PAIRS:
         through = source != target and (source, MEGATRON) in PAIRS and (MEGATRON, target) in PAIRS
         steps = f"take two steps: --from {source} --to {MEGATRON}, then --from {MEGATRON} --to {target}"
         raise CheckpointError(f"no way from {source} to {target}; {steps if through else 'nothing needs to be done'}")
     if request.upcycling and (source not in _UPCYCLED or target != MEGATRON):
         raise CheckpointError(
-            f"upcycling makes {MEGATRON} checkpoints of {' or '.join(_UPCYCLED)}: --experts is set with --from "
-            f"{source} --to {target}; drop it, or upcycle first"
+            f"upcycling makes {MEGATRON} checkpoints of {' or '.join(_UPCYCLED)}, and {asked} asks for another; drop "
+            f"{request.upcycling_words}, or upcycle first"
         )
     if request.transformer_impl and (request.upcycling or (source, target) != (MEGATRON, MEGATRON)):
         raise CheckpointError(
             f"--transformer-impl turns one spec's checkpoint into the other's, in a step of its own: it is "
-            f"{request.transformer_impl} with --from {source} --to {target}{' --experts' * bool(request.upcycling)}; "
-            f"drop it, then --from {MEGATRON} --to {MEGATRON} --transformer-impl {request.transformer_impl}"
+            f"{request.transformer_impl} with {asked}; drop it, then --from {MEGATRON} --to {MEGATRON} "
+            f"--transformer-impl {request.transformer_impl}"
         )
     if target == MEGATRON and source in _UPCYCLED and not (request.upcycling or request.transformer_impl):
         other = " or --transformer-impl for the other spec" if source == MEGATRON else ""

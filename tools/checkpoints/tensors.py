@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
@@ -27,7 +28,7 @@ class TensorInfo(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize  # torch.Size.numel overflows: 2**32 x 2**32 would be 0
 
 
 class Tensors(Protocol):

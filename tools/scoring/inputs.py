@@ -212,9 +212,10 @@ def _hugging_face(path: Path) -> Tokenizer:
         raise UserError("tokenizers of Hugging Face need transformers; pip install transformers") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{shown(path)}: transformers cannot load its tokenizer ({reason}); name another") from error
+    except Exception as error:  # a damaged file can raise anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        message = f"{shown(path)}: transformers cannot load its tokenizer ({shown(reason)}); name another"
+        raise UserError(message) from error
     separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
     def encode(text: str) -> list[int]:

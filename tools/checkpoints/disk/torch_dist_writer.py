@@ -35,7 +35,7 @@ FOLDER = "release"
 """Of a release Megatron loads no optimizer, no random numbers and no iteration, with --finetune and without."""
 _OBJECTS = "__0_objects.distcp"
 _MODULE_WITH_STATE = re.compile(r"(?:.*\.)?(?:linear_\w+|\w*norm)")
-_LAYOUT = (
+_OF_THE_RUN = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
@@ -46,8 +46,9 @@ _LAYOUT = (
     "world_size",
     "rank",
     "local_rank",
+    "overlap_plans",
 )
-"""Of the run that saved the source; the weights alone fit any layout."""
+"""Layout of the run that saved the source, and plans measured on its machine; the weights alone fit any other."""
 
 
 class MegatronWriter:
@@ -142,7 +143,7 @@ class MegatronWriter:
 
 def _common_state(args: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What Megatron saves beside tensors, as the list of one object that it is saved in."""
-    kept = {name: value for name, value in args.items() if name not in _LAYOUT}
+    kept = {name: value for name, value in args.items() if name not in _OF_THE_RUN}
     fresh = {
         "ckpt_format": "torch_dist",
         "no_save_optim": True,

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+from checkpoints.mappings.scmoe_settings import check_computed
 from checkpoints.settings import COUNT, POSITIVE, ROPE, SIZE, check, optional, rotary_base
 from checkpoints.tensors import CheckpointError
 
@@ -136,7 +137,11 @@ def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_form(args: Namespace) -> None:
-    """Refuse a checkpoint whose settings a LongcatFlash model cannot have."""
+    """Refuse a checkpoint whose settings a LongcatFlash model cannot have.
+
+    Raises:
+        CheckpointError: for the first of them, by its name.
+    """
     rules = {
         "shortcut": "scmoe",
         "shortcut_combine": "add",
@@ -182,6 +187,12 @@ def check_form(args: Namespace) -> None:
             f"{args.ffn_hidden_size} and moe_shared_expert_intermediate_size is "
             f"{args.moe_shared_expert_intermediate_size}; use --to hf-scmoe"
         )
+    if not SIZE.holds(getattr(args, "q_lora_rank", None)):
+        raise CheckpointError(
+            "a LongcatFlash model has latents of queries, and the checkpoint has q_lora_rank "
+            f"{getattr(args, 'q_lora_rank', None)}; use --to hf-scmoe"
+        )
+    check_computed(args)
 
 
 def hf_config(args: Namespace) -> dict[str, Any]:

@@ -73,7 +73,7 @@ LLAMA3_ROPE = {
 
 _OFF = (None, False, 0)
 
-# Settings that change what the model computes and that the Hugging Face model does not know: the values that it can do
+# Settings that change what the model computes and that no Hugging Face model here knows: the values that it can do
 # without, the flag, and the rule.
 _REFUSED: dict[str, tuple[tuple[object, ...], str, str]] = {
     "add_bias_linear": ((False,), "--disable-bias-linear", "its MLPs and output projections have no biases"),
@@ -147,7 +147,7 @@ def config_of(args: Namespace) -> dict[str, Any]:
     Raises:
         CheckpointError: for a setting that the Hugging Face model does not know.
     """
-    _check(args)
+    check_computed(args)
     kept = _KEPT if has_residual_maps(args) else (*_KEPT, *_CODEC)
     return {
         "vocab_size": args.padded_vocab_size,
@@ -169,20 +169,25 @@ def config_of(args: Namespace) -> dict[str, Any]:
     }
 
 
-def _check(args: Namespace) -> None:
+def check_computed(args: Namespace) -> None:
+    """Refuse settings that change what the model computes and that none of our Hugging Face models knows.
+
+    Raises:
+        CheckpointError: for the first of them, by its flag.
+    """
     for name, (allowed, flag, rule) in _REFUSED.items():
         value = getattr(args, name, allowed[0])
         if value not in allowed:
             shown = "not set" if name == "add_bias_linear" else value
             raise CheckpointError(
-                f"no Hugging Face ScMoE model is like this one, {rule}: the checkpoint has "
+                f"the Hugging Face model would be another one, {rule}: the checkpoint has "
                 f"{flag or '--' + name.replace('_', '-')} {shown}; no way known"
             )
     balancing = getattr(args, "moe_router_load_balancing_type", "none")
     for kind in [balancing] if isinstance(balancing, str) else balancing:
         if kind in _ROUTING_REFUSED:
             raise CheckpointError(
-                "no Hugging Face ScMoE model is like this one, its router chooses by scores: the checkpoint has "
+                "the Hugging Face model would be another one, its router chooses by scores: the checkpoint has "
                 f"--moe-router-load-balancing-type {kind}; no way known"
             )
 
