@@ -45,6 +45,7 @@ class OverlapSession:
         self._kept: dict[str, dict[str, Any]] = getattr(args, "overlap_plans", {})
         self._saved = from_saved_form(self._kept)
         self._conditions: dict[str, Any] = {}  # needs the process group, too
+        self._seen: set[torch.nn.Module] = set()
         self._groups: dict[int, Group] = {}
         self._tuner: Tuner | None = None
         self._recording: observe.Recording | None = None
@@ -82,8 +83,9 @@ class OverlapSession:
 
         Called by itself where nothing is trained: an evaluation hashes at the levels of the training, too.
         """
-        if self._tuner is not None:
+        if model in self._seen:
             return
+        self._seen.add(model)
         for module in model.modules():
             if isinstance(module, GroupBlock | PipelinedMoELayer) and module.group_index not in self._groups:
                 self._groups[module.group_index] = module
@@ -193,11 +195,13 @@ class OverlapSession:
     def _report(self, iteration: int, passes: list[GroupPass]) -> None:
         """To the files of --overlap-report; to the log, too, and with a codec to the log in any case."""
         assert self._recording is not None
-        rows = self._rows(passes, self._recording)
         logs = iteration % self._args.log_interval == 0
+        if self._file is None and not (logs and self._scmoe.a2a_codec is not Codec.NONE):
+            return
+        rows = self._rows(passes, self._recording)
         if self._file is not None:
             self._file.write(iteration, rows, passes if logs else [])
-        if not logs or (self._file is None and self._scmoe.a2a_codec is Codec.NONE):
+        if not logs:
             return
         summary = summarize(_gathered(rows, mcore.stage_group()))
         for add in _writers():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
+from collections.abc import Iterator
 
 import models
 import pytest
@@ -414,17 +416,8 @@ def train_maps(flags: list[str]) -> tuple[str, list[torch.Tensor]]:
     """What was printed, and the learned maps of this rank when training is over."""
     from megatron_scmoe.compensation import ResidualMap
 
-    made, original = [], ResidualMap.__init__
-
-    def init(self, *arguments, **keywords):
-        original(self, *arguments, **keywords)
-        made.append(self)
-
-    ResidualMap.__init__ = init
-    try:
+    with instances_of(ResidualMap) as made:
         printed = train(flags)
-    finally:
-        ResidualMap.__init__ = original
     return printed, [weight.detach().clone() for one in made for weight in (one.down, one.up)]
 
 
@@ -474,21 +467,28 @@ def train_to_rate(flags: list[str]) -> tuple[str, dict[str, float]]:
     return printed, getattr(get_args(), "lsh_levels", {})
 
 
+@contextlib.contextmanager
+def instances_of(kind: type) -> Iterator[list]:
+    """What is made of ``kind`` inside."""
+    made, original = [], kind.__init__
+
+    def init(self, *arguments, **keywords):
+        original(self, *arguments, **keywords)
+        made.append(self)
+
+    kind.__init__ = init
+    try:
+        yield made
+    finally:
+        kind.__init__ = original
+
+
 def evaluated_levels(flags: list[str]) -> tuple[str, list[float]]:
     """What was printed, and how many hash functions counted in each group at the end."""
     from megatron_scmoe.rate import RateControl
 
-    made, original = [], RateControl.__init__
-
-    def init(self, *arguments):
-        original(self, *arguments)
-        made.append(self)
-
-    RateControl.__init__ = init
-    try:
+    with instances_of(RateControl) as made:
         printed = training.train(flags)
-    finally:
-        RateControl.__init__ = original
     return printed, [control.level.item() for control in made]
 
 
