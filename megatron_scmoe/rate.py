@@ -34,6 +34,12 @@ class RateControl:
             self.level, self.seen = self.level.to(device), self.seen.to(device)
         return self.level
 
+    def out_of_reach(self, level: float) -> str:
+        """Why the target is missed at a level that cannot move any further; empty at any other."""
+        if level >= self._hashes:
+            return f"all {self._hashes} hash functions count and more rows should travel; give more --lsh-hashes"
+        return "no hash function counts, one mean for each expert; give a larger rate" if level <= 0 else ""
+
     def see(self, clusters: Clusters) -> None:
         """Count one routing of a training step."""
         self.seen += torch.stack([clusters.per_expert.sum(), clusters.sizes.sum()])

@@ -179,7 +179,12 @@ class OverlapSession:
         found = {index: control for index, control in controls.items() if control is not None}
         adjust_rates(list(found.values()), mcore.stage_group())
         if iteration % self._args.log_interval == 0 and mcore.is_stage_root():
-            self._send({"lsh_levels": {str(index): control.level.item() for index, control in found.items()}})
+            levels = {index: control.level.item() for index, control in found.items()}
+            self._send({"lsh_levels": {str(index): level for index, level in levels.items()}})
+            for index, level in levels.items():
+                if why := found[index].out_of_reach(level):
+                    target = f"--lsh-target-rate {self._scmoe.lsh_target_rate:g}"
+                    print(f" > codec warning: group {index} cannot hold {target}: {why}", flush=True)
 
     def _send(self, to_save: dict[str, dict[str, Any]]) -> None:
         assert self._mail is not None

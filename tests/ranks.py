@@ -12,11 +12,14 @@ makes two dozen of them, so that a long session had thousands.) Nothing here dep
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import importlib
+import inspect
 import io
 import operator
 import os
@@ -46,6 +49,16 @@ MAX_WORLD_SIZE = 8
 GRACE_S = 1.0  # how long the other ranks may still report after the first failure
 START_TIMEOUT_S = 180.0
 OUTPUT_CHARS = 4000
+_IMPORTED_EARLY = (
+    "megatron.core.parallel_state",
+    "megatron.training.training",
+    # What a training run imports on its way, in each rank anew unless it is there: the first optimizer,
+    "torch._dynamo",
+    # the first tokenizer (it reads all of transformers, half of the time of a short run), the log, and the plugin.
+    "megatron.core.tokenizers.text",
+    "torch.utils.tensorboard",
+    "megatron_scmoe.session",
+)
 _DIED = "died: "
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 # One thread per rank: more would fight for the cores, and a process with an OpenMP or BLAS
@@ -109,9 +122,11 @@ def _import_megatron() -> None:
     if _cuda_devices == 0:
         # Must precede the first import of Megatron, which expects a CUDA device.
         importlib.import_module("megatron_scmoe.cpu_backend").install()
-    # torch._dynamo is imported by the first optimizer otherwise, anew in each worker.
-    for name in ("torch._dynamo", "megatron.core.parallel_state", "megatron.training.training"):
+    for name in _IMPORTED_EARLY:
         importlib.import_module(name)
+    # Megatron reads help texts from the sources of its classes, and each parser parses whole files anew.
+    inspect.getsource = functools.cache(inspect.getsource)
+    importlib.import_module("megatron.training.arguments").add_megatron_arguments(argparse.ArgumentParser())
 
 
 def _serve(control_fd: int, directory: str) -> None:

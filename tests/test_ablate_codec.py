@@ -32,7 +32,9 @@ from codec_study.arms import (  # noqa: E402
     MODELS,
     NONE,
     PAPER,
+    SHORTER,
     UNCOMPENSATED,
+    UNCOMPRESSED,
     Run,
     Settings,
     all_arms,
@@ -50,9 +52,10 @@ RATES = {"lsh q2": 0.02, "lsh q4": 0.1, PAPER: 0.18, "lsh q8": 0.4, "lsh q10": 0
 
 def make_run(model, arm, seed, above=None):
     percent = ABOVE_NONE.get(arm.name, 0.1) if above is None else above
-    losses = {step: (4.0 - step / 1000 + NOISE[seed]) * (1 + percent * step / 100_000) for step in (500, 1000)}
+    steps = [int(step * arm.share) for step in (500, 1000)]
+    losses = {step: (4.0 - step / 1000 + NOISE[seed]) * (1 + percent * step / 100_000) for step in steps}
     rate = RATES.get(arm.name, 0.25) if arm.compresses else 1.0
-    if arm.name == NONE:
+    if arm.name in (NONE, *SHORTER.values()):
         losses = {step: 4.0 - step / 1000 + NOISE[seed] for step in losses}
     return {
         "model": model,
@@ -61,9 +64,9 @@ def make_run(model, arm, seed, above=None):
         "tokens_per_step": 2048,
         "validation": [[step, loss] for step, loss in losses.items()],
         "train": [[step, loss + 0.01] for step, loss in losses.items()],
-        "rate": [[500, rate / 2], [1000, rate]],
-        "residual": [[500, 0.3], [1000, 0.2 if arm.compresses else 0.0]],
-        "final_validation": losses[1000],
+        "rate": [[steps[0], rate / 2], [steps[1], rate]],
+        "residual": [[steps[0], 0.3], [steps[1], 0.2 if arm.compresses else 0.0]],
+        "final_validation": losses[steps[1]],
         "final_rate": rate + 0.01 * (seed - 2) * arm.compresses,
         "final_residual": 0.2 if arm.compresses else 0.0,
         "seconds_per_step": 0.25 + 0.01 * seed,
@@ -248,7 +251,10 @@ def by_name(arm):
     return next(one for one in all_arms() if one.name == arm)
 
 
-CARGO_OF = {NONE: "tokens", CONTROL: "tokens-plus-input", COMPRESSED_CONTROL: "codec-plus-input"}
+CARGO_OF = {
+    **dict.fromkeys((NONE, *SHORTER.values()), "tokens"),
+    **{CONTROL: "tokens-plus-input", COMPRESSED_CONTROL: "codec-plus-input"},
+}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -258,9 +264,24 @@ def test_arms_differ_in_cargo_and_codec_alone(model):
     for arm in all_arms():
         mine, *flags = flags_of(model, arm)
         assert mine == CARGO_OF.get(arm.name, "codec")
+        if arm.share < 1:
+            continue
         assert flags[: len(base)] == base and all(
             flag.startswith("--lsh-") for flag in flags[len(base) :] if "--" in flag
         )
+
+
+def test_shorter_trainings_have_a_whole_schedule_and_the_same_evaluations():
+    whole = [*flags_of("top-2", by_name(NONE)), "--"]
+    for share, name in SHORTER.items():
+        flags = [*flags_of("top-2", by_name(name)), "--"]
+        changed = {}
+        for place, (one, other) in enumerate(zip(whole, flags, strict=True)):
+            if one != other and "cache" not in one and "/" not in one:
+                changed[whole[place - 1]] = (int(one), int(other))
+        assert changed.keys() == {"--train-iters", "--eval-interval", "--lr-warmup-iters"}
+        assert all(mine == its * share for its, mine in changed.values())
+    assert {arm.name for arm in all_arms() if not arm.compresses} == set(UNCOMPRESSED)
 
 
 def test_about_1024_tokens_reach_every_expert():
@@ -337,6 +358,10 @@ REFUSED = {
     "zero": (["--seeds", "0"], "not a whole number from 1"),
     "word": (["--iterations", "many"], "not a whole number from 1"),
     "abbreviation": (["--iter", "3"], "unrecognized arguments"),
+    "shorter": (
+        ["--eval-every", "10"],
+        "--eval-every: the arm 'none 0.75x steps' has fewer steps, and 10 steps cannot be",
+    ),
     "evaluations": (["--iterations", "150"], "--iterations 150 is no multiple of --eval-every 100"),
     "tokens": (
         ["--tokens-per-expert", "1000"],
@@ -577,6 +602,8 @@ def test_a_run_is_read_from_its_scalars_and_its_report(tmp_path):
     assert found["final_rate"] == pytest.approx(0.2)
     assert found["final_residual"] == pytest.approx((0.2 + 1.95) / 2)  # of steps 19 and 20, a tenth
     assert found["seconds_per_step"] == 0.375 and found["tokens_per_step"] == 2048
+    half = record.read_run(Run("top-2", by_name(SHORTER[0.5]), 1), Settings(40, 20, 8, 1024), tmp_path)
+    assert half["validation"] == found["validation"] and half["final_rate"] == found["final_rate"]
     with pytest.raises(ValueError, match="no validation loss at step 30"):
         record.read_run(Run("top-2", by_name(PAPER), 1), Settings(30, 10, 8, 1024), tmp_path)
 
@@ -693,17 +720,28 @@ def test_steps_between_two_timed_rates_lie_on_a_line(arm, rate, step):
 
 
 def test_loss_after_the_same_time_by_hand():
-    runs = [
-        {"model": "top-2", "arm": NONE, "seed": 1, "rate": [[10, 1.0]], "validation": [[100, 4.0], [200, 3.0]]},
-        {"model": "top-2", "arm": PAPER, "seed": 1, "rate": [[10, 0.6]], "validation": [[100, 4.1], [200, 3.3]]},
-    ]
-    # 200 steps of three quarters of the time: none is at step 150, between 4 and 3.
-    (above,) = {wall_time.percent_above_none(runs, TIMES, "top-2", PAPER)}
-    assert above.value == pytest.approx(100 * (3.3 / 3.5 - 1))
-    assert list(wall_time.curve(runs, TIMES, "top-2", PAPER)) == pytest.approx([75, 150])
-    runs[1]["rate"] = [[10, 0.01]]  # so early that none was not evaluated yet
-    runs[0]["validation"] = [[200, 3.0]]
-    assert wall_time.percent_above_none(runs, TIMES, "top-2", PAPER) is None
+    def run(arm, rate, *validation):
+        return {
+            **{"model": "top-2", "arm": arm, "seed": 1, "rate": [[10, rate]]},
+            **{"validation": [list(one) for one in validation], "final_validation": validation[-1][1]},
+        }
+
+    none, half, more = run(NONE, 1.0, (100, 4.0), (200, 3.0)), *SHORTER.values()
+    shorter = [run(half, 1.0, (50, 4.0), (100, 3.6)), run(more, 1.0, (75, 4.0), (150, 3.2))]
+    mine = run(PAPER, 0.5, (100, 4.1), (200, 3.4))
+
+    def above(*runs):
+        return wall_time.percent_above_none(runs, TIMES, "top-2", PAPER)
+
+    # 200 steps of 0.6875 of the time: in it none makes 137.5 of its own, and ends between 3.6 and 3.2.
+    assert above(none, *shorter, mine).value == pytest.approx(100 * (3.4 / 3.3 - 1))
+    assert list(wall_time.curve([none, mine], TIMES, "top-2", PAPER)) == pytest.approx([68.75, 137.5])
+    # A longer training's own middle would be 3.625: it is no end of a training.
+    assert above(none, mine) is None
+    assert above(none, shorter[1], mine) is None  # none was not trained for as few steps
+    assert above(none, *shorter, run(PAPER, 1.1, (200, 3.3))) is None  # the arm is the slower one
+    other_seed = [{**one, "seed": 2} for one in (none, *shorter)]
+    assert above(*other_seed, mine) is None
 
 
 def ablation_of(folder, share=0.42):
@@ -734,7 +772,7 @@ def test_wall_time_is_in_report_and_document(result, tmp_path, capsys):
     assert tool.main(request) == 0
     assert "wall time" not in document.read_text() + (tmp_path / "report.html").read_text()
     assert tool.main([*request, "--step-times", str(ablation_of(tmp_path / "ablation"))]) == 0
-    said = "top-2, lsh q6: final loss "
+    said = "top-2, lsh q6: final loss -"
     assert said in document.read_text() and said in capsys.readouterr().out.replace("\n", " ")
     page = (tmp_path / "report.html").read_text()
     assert said in page and "Validation loss against wall time" in page

@@ -512,6 +512,7 @@ def test_a_target_rate_is_held_alike_on_all_ranks_and_after_a_resume(tmp_path):
     )
     (printed, levels), _ = ranks.run(train_to_rate, 2, with_flags(flags, "--train-iters 30"))
     assert "exit code" not in printed, printed[-3000:]
+    assert "codec warning" not in printed.partition("iteration       15/")[2]
     rates = training.scalars(tmp_path, "overlap/sent_rate")["overlap/sent_rate"]
     late = [rate for iteration, rate in rates.items() if iteration > 15]
     assert sum(late) / len(late) == pytest.approx(0.4, rel=0.1)
@@ -531,6 +532,20 @@ def test_a_target_rate_is_held_alike_on_all_ranks_and_after_a_resume(tmp_path):
     assert "exit code" not in printed, printed[-3000:]
     rates = training.scalars(tmp_path / "free", "overlap/sent_rate")["overlap/sent_rate"]
     assert rates[3] > 0.6 and not levels  # negative control: it is held there, and not there by itself
+
+
+@pytest.mark.parametrize(
+    ("rate", "why"),
+    [
+        ("0.99", "all 1 hash functions count and more rows should travel; give more --lsh-hashes"),
+        ("0.001", "no hash function counts, one mean for each expert; give a larger rate"),
+    ],
+)
+def test_a_rate_out_of_reach_is_said(rate, why):
+    flags = with_flags(TRAINED["stock top-2"], "--a2a-codec lsh", "--lsh-hashes 1", f"--lsh-target-rate {rate}")
+    printed, _ = ranks.run(training.train, 2, with_flags(flags, "--train-iters 5"))
+    for group in (1, 3):
+        assert f" > codec warning: group {group} cannot hold --lsh-target-rate {rate}: {why}\n" in printed, printed
 
 
 def levels_of_ranks() -> list[float]:

@@ -130,16 +130,18 @@ def test_stock_trainer_resumes_exactly_with_few_interceptions(tmp_path: Path) ->
 # ---- memory -----------------------------------------------------------------------------------
 
 _FAULTS = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
 from megatron_scmoe import cpu_backend
+PR_SET_THP_DISABLE = 41  # of linux/prctl.h: with huge pages one fault brings 2 MiB
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 if sys.argv[1] == "kept":
     cpu_backend.keep_freed_memory()
 faults = []
-for _ in range(4):
+for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(faults[1:]))
+print(sorted(faults[10:])[5])  # until a few small blocks lie ready, they keep freed neighbours from being joined
 """
 
 

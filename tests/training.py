@@ -62,6 +62,9 @@ def entry_script() -> ModuleType:
 
 def train(flags: list[str]) -> str:
     """Run the entry script on this rank and return what it printed; SystemExit's code is appended, if any."""
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
+
+    MockGPTLowLevelDataset.size = 1000  # documents: to shuffle its 100000 takes as long as a few steps
     sys.argv[:] = ["pretrain_gpt_scmoe.py", *flags]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):

@@ -107,6 +107,12 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     if args.iterations % args.eval_every:
         parser.error(f"--iterations {args.iterations} is no multiple of --eval-every {args.eval_every}; make it one")
     settings = Settings(args.iterations, args.eval_every, args.eval_sequences, args.tokens_per_expert)
+    chosen = [arm for arm in arms if arm.name in names]
+    for arm in chosen:
+        try:
+            settings.of(arm)
+        except ValueError as error:
+            parser.error(f"--eval-every: the arm {arm.name!a} has fewer steps, and {error}; make it a multiple of 4")
     for model in models:
         what = f"what one sequence gives an expert of {model}"
         _check_multiple(parser, "--tokens-per-expert", args.tokens_per_expert, MODELS[model].tokens_per_expert, what)
@@ -116,7 +122,7 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     for package in ("jinja2", "matplotlib", "rich", "tensorboard", "torch", "megatron"):
         if importlib.util.find_spec(package) is None:
             parser.error(f"the Python package {package} is missing; pip install {package}")
-    return models, [arm for arm in arms if arm.name in names], settings
+    return models, chosen, settings
 
 
 def _chosen(parser: argparse.ArgumentParser, flag: str, text: str, known: list[str], fix: str) -> list[str]:

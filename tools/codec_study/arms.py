@@ -50,6 +50,9 @@ MODELS = {
 
 NONE, CONTROL, PAPER, UNCOMPENSATED = "none", "control", "lsh q6", "lsh q6 no compensation"
 COMPRESSED_CONTROL = "control lsh q6"
+SHORTER = {0.5: "none 0.5x steps", 0.75: "none 0.75x steps"}
+"""Without a codec, by part of the steps: what such a training would be ended at, where a codec saves time."""
+UNCOMPRESSED = (NONE, *SHORTER.values(), CONTROL)
 _LLOYD = ("--lsh-refinement", "lloyd")
 
 
@@ -64,11 +67,13 @@ class Arm:
         name: unique; what people read.
         cargo: key of ``train.CARGOES``.
         flags: of the codec.
+        share: of the study's steps that it trains, with the whole schedule of learning rates in them.
     """
 
     name: str
     cargo: str
     flags: tuple[str, ...] = ()
+    share: float = 1.0
 
     @property
     def compresses(self) -> bool:
@@ -77,11 +82,12 @@ class Arm:
 
 
 def all_arms() -> list[Arm]:
-    """Every arm that this version of the package can train, the two without compression first.
+    """Every arm that this version of the package can train, those without compression first.
 
     The compressed control is E(c) + x: the path that compensation adds, for the token and not for its residual alone.
     """
-    arms = [Arm(NONE, "tokens"), Arm(CONTROL, "tokens-plus-input")]
+    arms = [Arm(NONE, "tokens"), *(Arm(name, "tokens", share=share) for share, name in SHORTER.items())]
+    arms.append(Arm(CONTROL, "tokens-plus-input"))
     arms += [_lsh(f"lsh q{hashes}", hashes) for hashes in (2, 4, 6, 8, 10)]
     arms += [_lsh(f"lsh q{hashes} no compensation", hashes, compensation="none") for hashes in (4, 6)]
     arms.append(_lsh("lsh q6 lowrank", 6, compensation="lowrank"))
@@ -121,6 +127,17 @@ class Settings:
         """Tokens of a step."""
         return self.batch(model) * SEQ_LENGTH
 
+    def of(self, arm: Arm) -> Settings:
+        """Those of an arm: one that trains fewer steps evaluates as often, on the same text.
+
+        Raises:
+            ValueError: where its part of the steps between two evaluations is no whole number.
+        """
+        if arm.share * self.eval_every % 1:
+            raise ValueError(f"{self.eval_every} steps cannot be cut to {arm.share:g} of them")
+        iterations, eval_every = (int(arm.share * steps) for steps in (self.iterations, self.eval_every))
+        return replace(self, iterations=iterations, eval_every=eval_every)
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -143,7 +160,11 @@ class Run:
 
 
 def run_flags(run: Run, settings: Settings, folder: Path, data: Path) -> list[str]:
-    """The command line of the entry script that trains ``run`` into ``folder``; it begins with the cargo."""
+    """The command line of the entry script that trains ``run`` into ``folder``; it begins with the cargo.
+
+    The settings are those of the study.
+    """
+    settings = settings.of(run.arm)
     batch = settings.batch(run.model)
     values: Mapping[str, Any] = {
         "num-layers": NUM_LAYERS,

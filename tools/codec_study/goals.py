@@ -11,7 +11,7 @@ from typing import Any
 
 from codec_study import analysis, wall_time, words
 from codec_study.analysis import RunResult, Spread
-from codec_study.arms import COMPRESSED_CONTROL, CONTROL, NONE, PAPER, UNCOMPENSATED
+from codec_study.arms import COMPRESSED_CONTROL, CONTROL, NONE, PAPER, UNCOMPENSATED, UNCOMPRESSED
 
 BEGIN = "<!-- codec study: begin; tools/ablate_codec.py --write-results writes from here to the end mark -->"
 END = "<!-- codec study: end; what follows is written by hand -->"
@@ -70,7 +70,7 @@ def smallest_rate(runs: Sequence[RunResult], model: str) -> tuple[str, Spread | 
         row
         for row in analysis.rows(runs)
         if row.model == model
-        and row.arm not in (NONE, CONTROL, COMPRESSED_CONTROL)
+        and row.arm not in (*UNCOMPRESSED, COMPRESSED_CONTROL)
         and row.to_none is not None
         and row.to_control is not None
         and max(row.to_none.value, row.to_control.value) <= TOLERANCE_PERCENT

@@ -158,19 +158,23 @@ class Jobs:
             last = "\n".join(f"  | {line}" for line in log.splitlines()[-LAST_LINES:])
             self._say(f"{child.run.name} failed ({problem}); the end of {child.folder / LOG}:\n{last}")
             return False
-        self._done_here += self._settings.batch(child.run.model)
+        self._done_here += self._sequences(child.run)
         return True
+
+    def _sequences(self, run: Run) -> int:
+        """That a run trains on."""
+        return self._settings.batch(run.model) * self._settings.of(run.arm).iterations
 
     def _say_progress(self, num_done: int, total: int, waiting: Sequence[Run]) -> None:
         """How far it is, and how long the rest will take: by what this call has done, in sequences."""
         self._said_s = time.monotonic()
-        batch, running, words = self._settings.batch, 0.0, []
+        running, words = 0.0, []
         for child in self._children:
             step = steps_done(child.folder)
-            running += batch(child.run.model) * step / self._settings.iterations
+            running += self._settings.batch(child.run.model) * step
             words.append(f"{child.run.name} at step {step}")
         done = self._done_here + running
-        left = sum(batch(run.model) for run in [*waiting, *(child.run for child in self._children)]) - running
+        left = sum(self._sequences(run) for run in [*waiting, *(child.run for child in self._children)]) - running
         line = f"{num_done} of {total} runs done"
         if words:
             line += f", {len(words)} running ({', '.join(words)})"

@@ -11,11 +11,12 @@ from matplotlib.ticker import PercentFormatter
 
 from codec_study import analysis, wall_time
 from codec_study.analysis import RunResult, Spread
-from codec_study.arms import NONE
+from codec_study.arms import NONE, SHORTER
 from codec_study.wall_time import StepTimes
 
 COLOURS = {
     NONE: "#111111",
+    **dict(zip(SHORTER.values(), ("#9a9a9a", "#5c5c5c"), strict=True)),
     "control": "#3a8f4d",
     "lsh q2": "#c6dbef",
     "lsh q4": "#8fc0e3",

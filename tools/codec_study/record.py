@@ -24,11 +24,13 @@ def read_run(run: Run, settings: Settings, folder: Path) -> dict[str, Any]:
     """Read the folder of a training that ended well.
 
     The validation loss of a step is the mean of all evaluations at it: Megatron makes another one, of other sequences,
-    when training is over. A rate is that of both MoE layers, rows sent over rows routed.
+    when training is over. A rate is that of both MoE layers, rows sent over rows routed. The settings are those of
+    the study.
 
     Raises:
         ValueError, KeyError, OSError: where something is missing.
     """
+    settings = settings.of(run.arm)
     scalars = _scalars(folder / "tensorboard", ("lm loss", "lm loss validation", "iteration-time"))
     validation = _by_step(scalars["lm loss validation"])
     if not validation or validation[-1][0] != settings.iterations:

@@ -2,9 +2,10 @@
 
 The two were measured on models of other sizes, so a time here is that of as many steps of another model with the same
 layers. It was timed sending all rows and about a fifth of them; what sends another part lies on the line between the
-two, since transfers and experts take as long as there are rows. After the same time the training without a codec is
-in the middle of its schedule of learning rates, and is evaluated on other text of the held-back documents: the
-comparison favours what is at its end.
+two, since transfers and experts take as long as there are rows.
+
+What none reaches in less time is what it reaches when it is trained for fewer steps (``arms.SHORTER``), each with a
+whole schedule of learning rates and evaluated on the same text. In the middle of a longer one it would look worse.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from codec_study import analysis, words
 from codec_study.analysis import RunResult, Spread
-from codec_study.arms import CONTROL, NONE
+from codec_study.arms import NONE, SHORTER, UNCOMPRESSED
 
 SHARE = 0.45
 """The all-to-all's part of the whole step of top-2, at which training is compared."""
@@ -52,7 +54,7 @@ class StepTimes:
         if names is None or not all(name in self.steps for name in names):
             return None
         all_rows, part = (self.steps[name] for name in names)
-        if run["arm"] in (NONE, CONTROL):
+        if run["arm"] in UNCOMPRESSED:
             return all_rows
         rate = fmean(rate for _, rate in run["rate"])  # it rises as the model learns
         return part + (all_rows - part) * (rate - self.rates[names[1]]) / (1 - self.rates[names[1]])
@@ -98,31 +100,32 @@ def curve(runs: Sequence[RunResult], times: StepTimes, model: str, arm: str) -> 
 
 
 def percent_above_none(runs: Sequence[RunResult], times: StepTimes, model: str, arm: str) -> Spread | None:
-    """How much higher an arm's final loss is than that of none after the same time, in percent, over the seeds.
+    """How much higher an arm's final loss is than what none reaches in the same time, in percent, over the seeds.
 
-    Between two evaluations the loss of none is a straight line. None where the arm is not the faster one, where no time
-    is known, or where none was not evaluated so early.
+    Between trainings of none of two lengths its loss is a straight line. None where the arm is not the faster one,
+    where no time is known, or where no training of none was so short.
     """
-    mine, others = (analysis.by_seed(runs, model, name) for name in (arm, NONE))
     found = []
-    for seed in sorted(mine.keys() & others.keys()):
-        step, its_step = times.step(mine[seed]), times.step(others[seed])
-        last, loss = mine[seed]["validation"][-1]
-        if step is None or its_step is None or step > its_step:
+    whole, *shorter = (analysis.by_seed(runs, model, name) for name in (NONE, *SHORTER.values()))
+    mine = analysis.by_seed(runs, model, arm)
+    for seed in sorted(mine.keys() & whole.keys()):
+        step, its_step = times.step(mine[seed]), times.step(whole[seed])
+        if step is None or its_step is None:
             return None
-        as_late = last * step / its_step
-        if as_late < others[seed]["validation"][0][0]:
-            return None
-        found.append(100 * (loss / _loss_at(others[seed]["validation"], as_late) - 1))
+        trainings = [its[seed] for its in (whole, *shorter) if seed in its]
+        ends = sorted((its["validation"][-1][0], its["final_validation"]) for its in trainings)
+        loss = _loss_at(ends, mine[seed]["validation"][-1][0] * step / its_step)
+        if loss is not None:
+            found.append(100 * (mine[seed]["final_validation"] / loss - 1))
     return analysis.spread(found)
 
 
-def _loss_at(curve: Sequence[Sequence[float]], step: float) -> float:
-    before = max((point for point in curve if point[0] <= step), key=lambda point: point[0])
-    behind = min((point for point in curve if point[0] >= step), key=lambda point: point[0])
-    if before[0] == behind[0]:
-        return before[1]
-    return before[1] + (behind[1] - before[1]) * (step - before[0]) / (behind[0] - before[0])
+def _loss_at(ends: Sequence[tuple[int, float]], steps: float) -> float | None:
+    """Final loss of a training of ``steps``, between those of a shorter and a longer one; None where one is missing."""
+    for (fewer, loss), (more, next_loss) in pairwise(ends):
+        if fewer <= steps <= more:
+            return loss + (next_loss - loss) * (steps - fewer) / (more - fewer)
+    return None
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:
@@ -134,11 +137,11 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     texts = []
     for model in analysis.models_of(runs):
         for arm in analysis.arms_of(runs, model):
-            above = percent_above_none(runs, times, model, arm) if arm not in (NONE, CONTROL) else None
+            above = percent_above_none(runs, times, model, arm) if arm not in UNCOMPRESSED else None
             if above is not None:
                 texts.append(
-                    f"{model}, {arm}: final loss {words.figure(above, 'percent')} above that of none after the same "
-                    f"wall time, before the end of its schedule, where the all-to-all takes {times.step_share:.2f} of "
-                    f"a whole step of top-2 ({times.link})"
+                    f"{model}, {arm}: final loss {words.figure(above, 'percent')} above that of none, trained for as "
+                    f"many steps as fit the same wall time, where the all-to-all takes {times.step_share:.2f} of a "
+                    f"whole step of top-2 ({times.link})"
                 )
     return texts
