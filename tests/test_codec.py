@@ -97,6 +97,21 @@ def test_clusters_do_not_depend_on_where_experts_live():
         torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=1e-6)
 
 
+def losses_of_turned_batch(case: Case) -> torch.Tensor:
+    """The loss of every token, of the batch's sequences in another order; put back into theirs."""
+    tokens, labels = (ids.flip(0) for ids in models.batch())
+    return models.build(case)(tokens, torch.arange(SEQ_LENGTH).expand_as(tokens), None, labels=labels).flip(0)
+
+
+@pytest.mark.parametrize("case", [LSH, LLOYD], ids=["hashed", "refined"])
+def test_order_of_tokens_does_not_matter(case):
+    """Means are of the same tokens in whatever order they come, though clusters are numbered by their first one."""
+    ((loss, _),), (turned,) = run(case, 1), ranks.run(losses_of_turned_batch, 1, case, layout=EP[1])
+    torch.testing.assert_close(turned, loss, rtol=1e-5, atol=1e-6)
+    ((uncompressed, _),) = run(case.replace(codec="none"), 1)
+    assert (turned - uncompressed).abs().max() > 1e-3  # tokens do share means
+
+
 def test_a_rank_without_centroids():
     results = ranks.run(all_to_one_rank, 2, LSH, layout=EP[2])
     (none, some) = sorted(received for received, _ in results)
