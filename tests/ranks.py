@@ -24,6 +24,7 @@ import io
 import operator
 import os
 import pickle
+import queue
 import random
 import shutil
 import signal
@@ -127,6 +128,10 @@ def _import_megatron() -> None:
     # Megatron reads help texts from the sources of its classes, and each parser parses whole files anew.
     inspect.getsource = functools.cache(inspect.getsource)
     importlib.import_module("megatron.training.arguments").add_megatron_arguments(argparse.ArgumentParser())
+    # What a save has written comes back through another process, which imports torch anew in every rank. Asynchronous
+    # saves alone need it.
+    writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    writer._results_queue = queue.Queue()
 
 
 def _serve(control_fd: int, directory: str) -> None:
