@@ -53,6 +53,10 @@ def without_flag(flags: list[str], name: str) -> list[str]:
 
 
 def entry_script() -> ModuleType:
+    """It as a module, with mock data of 1000 documents: to shuffle Megatron's 100000 takes as long as a few steps."""
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
+
+    MockGPTLowLevelDataset.size = 1000
     spec = importlib.util.spec_from_file_location("pretrain_gpt_scmoe", ROOT / "pretrain_gpt_scmoe.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -62,9 +66,6 @@ def entry_script() -> ModuleType:
 
 def train(flags: list[str]) -> str:
     """Run the entry script on this rank and return what it printed; SystemExit's code is appended, if any."""
-    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
-
-    MockGPTLowLevelDataset.size = 1000  # documents: to shuffle its 100000 takes as long as a few steps
     sys.argv[:] = ["pretrain_gpt_scmoe.py", *flags]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
