@@ -15,8 +15,13 @@ FOLDER = $(RUN)/$(notdir $(CORPUS:/=))
 INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 
+# What the layout matrix depends on, and with which contents of it test-full has passed.
+MATRIX := $(sort $(wildcard megatron_scmoe/*.py)) pretrain_gpt_scmoe.py requirements.txt
+MATRIX += $(addprefix tests/,models.py ranks.py test_adaptive.py test_layouts.py training.py)
+PASSED := tests/layouts-passed.sha256
+
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain test test-full lint format docs clean distclean
+.PHONY: help install pretrain test test-full test-ci lint format docs clean distclean
 
 help: ## this text
 	@echo "make TARGET [VARIABLE=value ...]"; echo
@@ -48,6 +53,12 @@ test: $(INSTALLED) ## the test suite, with a covering part of the layouts
 
 test-full: $(INSTALLED) ## the test suite with every layout
 	$(BIN)/python -m pytest -m "full or not full"
+	sha256sum $(MATRIX) > $(PASSED).new && mv $(PASSED).new $(PASSED)
+
+test-ci: $(INSTALLED) ## what CI runs: test, or test-full where files have changed that layouts depend on
+	@if sha256sum $(MATRIX) | cmp -s - $(PASSED); \
+	  then echo "every layout has passed with these sources ($(PASSED)): make test"; $(MAKE) test; \
+	  else echo "other sources than $(PASSED) has: make test-full"; $(MAKE) test-full; fi
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -706,7 +706,6 @@ def test_what_is_stopped_waits_for_the_links_to_be_removed(tmp_path, number):
 # --- from end to end -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.full
 def test_tiny_run_on_slow_links(tmp_path):
     """Half a minute. A model this small is mostly overhead, so the share may be out of reach: then 1, and no point."""
     try:

@@ -464,7 +464,7 @@ def about(seconds: float) -> tuple[float, float]:
     return 0.97 * seconds, 1.3 * seconds + 0.02
 
 
-@pytest.mark.parametrize("chunks", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.parametrize("chunks", [1, 2])
 def test_known_times_are_measured(chunks):
     """Each op by itself, so that none is taken for its neighbour: the times differ by more than the bounds."""
     case = Case(num_groups=1, expert_slot=(1,), chunks=chunks)

@@ -44,7 +44,8 @@ examples:
   # train nothing: show what an earlier call found, and write it into a document
   .venv/bin/python tools/ablate_codec.py --from study --write-results docs/results-codec.md
 
-  # the same, against wall time on the slow link that an ablation of step times has measured
+  # the same, and what none reaches in the same wall time on the slow link that an ablation of step times has
+  # measured: it needs the arms 'none 0.25x steps' and so on, with a whole schedule in fewer steps
   .venv/bin/python tools/ablate_codec.py --from study --step-times ablation
 
 models:

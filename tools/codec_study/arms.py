@@ -50,7 +50,7 @@ MODELS = {
 
 NONE, CONTROL, PAPER, UNCOMPENSATED = "none", "control", "lsh q6", "lsh q6 no compensation"
 COMPRESSED_CONTROL = "control lsh q6"
-SHORTER = {0.5: "none 0.5x steps", 0.75: "none 0.75x steps"}
+SHORTER = {share: f"none {share:g}x steps" for share in (0.25, 0.5, 0.75)}
 """Without a codec, by part of the steps: what such a training would be ended at, where a codec saves time."""
 UNCOMPRESSED = (NONE, *SHORTER.values(), CONTROL)
 _LLOYD = ("--lsh-refinement", "lloyd")

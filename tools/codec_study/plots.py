@@ -16,7 +16,7 @@ from codec_study.wall_time import StepTimes
 
 COLOURS = {
     NONE: "#111111",
-    **dict(zip(SHORTER.values(), ("#9a9a9a", "#5c5c5c"), strict=True)),
+    **dict(zip(SHORTER.values(), ("#c4c4c4", "#9a9a9a", "#5c5c5c"), strict=True)),
     "control": "#3a8f4d",
     "lsh q2": "#c6dbef",
     "lsh q4": "#8fc0e3",

@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import log
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -102,7 +103,7 @@ def curve(runs: Sequence[RunResult], times: StepTimes, model: str, arm: str) -> 
 def percent_above_none(runs: Sequence[RunResult], times: StepTimes, model: str, arm: str) -> Spread | None:
     """How much higher an arm's final loss is than what none reaches in the same time, in percent, over the seeds.
 
-    Between trainings of none of two lengths its loss is a straight line. None where the arm is not the faster one,
+    Between trainings of none of two lengths its loss is a power of the steps. None where the arm is not the faster one,
     where no time is known, or where no training of none was so short.
     """
     found = []
@@ -124,7 +125,7 @@ def _loss_at(ends: Sequence[tuple[int, float]], steps: float) -> float | None:
     """Final loss of a training of ``steps``, between those of a shorter and a longer one; None where one is missing."""
     for (fewer, loss), (more, next_loss) in pairwise(ends):
         if fewer <= steps <= more:
-            return loss + (next_loss - loss) * (steps - fewer) / (more - fewer)
+            return loss * (next_loss / loss) ** (log(steps / fewer) / log(more / fewer))
     return None
 
 
