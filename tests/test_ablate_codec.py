@@ -361,7 +361,7 @@ REFUSED = {
     "abbreviation": (["--iter", "3"], "unrecognized arguments"),
     "shorter": (
         ["--eval-every", "10"],
-        "--eval-every: the arm 'none 0.25x steps' has fewer steps, and 10 steps cannot be",
+        "--eval-every 10 is no multiple of 4, of which the arm 'none 0.25x steps' trains a part; use 8",
     ),
     "evaluations": (["--iterations", "150"], "--iterations 150 is no multiple of --eval-every 100"),
     "tokens": (

@@ -110,10 +110,8 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     settings = Settings(args.iterations, args.eval_every, args.eval_sequences, args.tokens_per_expert)
     chosen = [arm for arm in arms if arm.name in names]
     for arm in chosen:
-        try:
-            settings.of(arm)
-        except ValueError as error:
-            parser.error(f"--eval-every: the arm {arm.name!a} has fewer steps, and {error}; make it a multiple of 4")
+        unit, what = arm.share.as_integer_ratio()[1], f"of which the arm {arm.name!a} trains a part"
+        _check_multiple(parser, "--eval-every", args.eval_every, unit, what)
     for model in models:
         what = f"what one sequence gives an expert of {model}"
         _check_multiple(parser, "--tokens-per-expert", args.tokens_per_expert, MODELS[model].tokens_per_expert, what)
