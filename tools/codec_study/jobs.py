@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -126,7 +125,8 @@ class Jobs:
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
             **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())},
+            # One rank listens and nobody has to find it: port 0 is any that is free by then, seconds from now.
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
         }
         with (folder / LOG).open("wb") as log:
             process = subprocess.Popen(
@@ -194,9 +194,3 @@ class Jobs:
                 child.process.kill()
                 child.process.wait()
             self._children.clear()
-
-
-def _free_port() -> int:
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
