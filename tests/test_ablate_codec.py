@@ -68,6 +68,7 @@ def make_run(model, arm, seed, above=None):
         "rate": [[steps[0], rate / 2], [steps[1], rate]],
         "residual": [[steps[0], 0.3], [steps[1], 0.2 if arm.compresses else 0.0]],
         "final_validation": losses[steps[1]],
+        "final_validation_of_tokens": losses[steps[1]] + 0.02 * arm.compresses,
         "final_rate": rate + 0.01 * (seed - 2) * arm.compresses,
         "final_residual": 0.2 if arm.compresses else 0.0,
         "seconds_per_step": 0.25 + 0.01 * seed,
@@ -586,6 +587,7 @@ def test_a_run_is_read_from_its_scalars_and_its_report(tmp_path):
         writer.add_scalar("lm loss", 5.0 - step / 10, step)
     for step, loss in ((10, 4.5), (20, 3.5), (20, 3.75)):  # Megatron evaluates twice at the end
         writer.add_scalar("lm loss validation", loss, step)
+    writer.add_scalar(record.TOKENS_LOSS, 3.875, 20)
     for step, seconds in ((10, 0.5), (20, 0.25)):
         writer.add_scalar("iteration-time", seconds, step)
     writer.close()
@@ -598,6 +600,7 @@ def test_a_run_is_read_from_its_scalars_and_its_report(tmp_path):
     settings = Settings(20, 10, 8, 1024)
     found = record.read_run(Run("top-2", by_name(PAPER), 1), settings, tmp_path)
     assert found["validation"] == [(10, 4.5), (20, 3.625)] and found["final_validation"] == 3.625
+    assert found["final_validation_of_tokens"] == 3.875
     assert [step for step, _ in found["train"]] == [10, 20]
     assert found["train"][0][1] == pytest.approx(4.45)  # the mean of ten steps
     assert found["final_rate"] == pytest.approx(0.2)
@@ -605,6 +608,7 @@ def test_a_run_is_read_from_its_scalars_and_its_report(tmp_path):
     assert found["seconds_per_step"] == 0.375 and found["tokens_per_step"] == 2048
     half = record.read_run(Run("top-2", by_name(SHORTER[0.5]), 1), Settings(40, 20, 8, 1024), tmp_path)
     assert half["validation"] == found["validation"] and half["final_rate"] == found["final_rate"]
+    assert half["final_validation_of_tokens"] == 3.625  # it sends tokens anyway
     with pytest.raises(ValueError, match="no validation loss at step 30"):
         record.read_run(Run("top-2", by_name(PAPER), 1), Settings(30, 10, 8, 1024), tmp_path)
 
@@ -839,12 +843,18 @@ def test_the_document_of_this_repository_has_the_marks(result):
 # --- from end to end -------------------------------------------------------------------------------------------------
 
 
-def test_tiny_study(tmp_path):
-    """Four steps of three arms: half a minute. The control and the codec change the loss, and the codec sends less."""
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny") / "data"
     modules = sorted(Path(sysconfig.get_paths()["stdlib"], "asyncio").glob("*.py"))
-    made = [sys.executable, "tools/preprocess_data.py", "--input", *modules, "--output", tmp_path / "data"]
+    made = [sys.executable, "tools/preprocess_data.py", "--input", *modules, "--output", path]
     subprocess.run([*made, "--vocab-size", "512", "--document-kib", "4"], cwd=ROOT, check=True, capture_output=True)
-    command = [sys.executable, TOOL, "--output", tmp_path / "study", "--data", tmp_path / "data", "--models", "top-2"]
+    return path
+
+
+def test_tiny_study(tiny_data, tmp_path):
+    """Four steps of three arms: half a minute. The control and the codec change the loss, and the codec sends less."""
+    command = [sys.executable, TOOL, "--output", tmp_path / "study", "--data", tiny_data, "--models", "top-2"]
     command += ["--arms", "none,control,lsh q2", "--seeds", "1", "--iterations", "4", "--eval-every", "4"]
     command += ["--eval-sequences", "8"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -861,6 +871,21 @@ def test_tiny_study(tmp_path):
     assert none["final_residual"] == 0.0 < lsh["final_residual"]
     assert folder.settings_difference(tmp_path / "study", {"iterations": 4}) == ""
     assert (tmp_path / "study" / "report.html").read_text() == render.html(made)
+
+
+def test_evaluation_with_tokens_is_that_of_the_same_model_without_a_codec(tiny_data, tmp_path):
+    """Nothing is learned, so that arms have the same parameters and differ in what travels alone."""
+    settings = Settings(2, 2, 8, 1024)
+    train = jobs.training_command(settings, tiny_data)
+    frozen = ("--lr", "0", "--min-lr", "0", "--init-method-std", "0.2")  # large, so that experts change the loss
+    runs = [Run("top-2", by_name(name), 1) for name in (NONE, CONTROL, "lsh q2", COMPRESSED_CONTROL)]
+    made = jobs.Jobs(tmp_path, settings, lambda *run: [*train(*run), *frozen], commit={}, say=print)
+    assert made.train(runs, 2) == []
+    none, control, lsh, compressed_control = (made.result(run) for run in runs)
+    assert lsh["final_validation_of_tokens"] == pytest.approx(none["final_validation"], abs=2e-6)
+    assert compressed_control["final_validation_of_tokens"] == pytest.approx(control["final_validation"], abs=2e-6)
+    for run in (lsh, compressed_control):
+        assert abs(run["final_validation_of_tokens"] - run["final_validation"]) > 1e-4
 
 
 def test_cost_of_encoding(monkeypatch):

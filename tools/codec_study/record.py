@@ -13,6 +13,8 @@ from typing import Any
 from codec_study.arms import LOG_EVERY, Run, Settings
 
 LOG = "log.txt"
+TOKENS_LOSS = "lm loss validation of tokens"
+"""TensorBoard scalar of a run that compresses: loss of the last evaluations with tokens in the place of centroids."""
 FINAL_SHARE = 0.1
 """Last part of the steps whose mean rate and residual are the final ones."""
 
@@ -24,14 +26,15 @@ def read_run(run: Run, settings: Settings, folder: Path) -> dict[str, Any]:
     """Read the folder of a training that ended well.
 
     The validation loss of a step is the mean of all evaluations at it: Megatron makes another one, of other sequences,
-    when training is over. A rate is that of both MoE layers, rows sent over rows routed. The settings are those of
-    the study.
+    when training is over. The loss of tokens is that of the last step with tokens in the place of centroids. A rate is
+    that of both MoE layers, rows sent over rows routed. The settings are those of the study.
 
     Raises:
         ValueError, KeyError, OSError: where something is missing.
     """
     settings = settings.of(run.arm)
-    scalars = _scalars(folder / "tensorboard", ("lm loss", "lm loss validation", "iteration-time"))
+    names = ["lm loss", "lm loss validation", "iteration-time", *([TOKENS_LOSS] if run.arm.compresses else [])]
+    scalars = _scalars(folder / "tensorboard", names)
     validation = _by_step(scalars["lm loss validation"])
     if not validation or validation[-1][0] != settings.iterations:
         raise ValueError(f"no validation loss at step {settings.iterations}")
@@ -50,6 +53,7 @@ def read_run(run: Run, settings: Settings, folder: Path) -> dict[str, Any]:
         "rate": _thinned(rate),
         "residual": _thinned(residual),
         "final_validation": validation[-1][1],
+        "final_validation_of_tokens": scalars[TOKENS_LOSS][-1][1] if run.arm.compresses else validation[-1][1],
         "final_rate": _final(rate, settings.iterations),
         "final_residual": _final(residual, settings.iterations),
         "seconds_per_step": median(value for _, value in scalars["iteration-time"]),
