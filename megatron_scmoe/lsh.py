@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
 
 _KEY_BITS = 62
 _SCRAMBLER = 0x1E3779B97F4A7C15  # odd, with bits all over: 2^64 over the golden ratio
@@ -169,9 +170,11 @@ def restore(
         outputs: of the centroids, [m, h].
         clusters: whose rows they are.
         weights: of the rows, [n].
-        residual: the rows, [n, h], and the centroids, [m, h]; None to leave the difference out.
+        residual: the rows, [n, h], and the centroids, [m, h], their means; None to leave the difference out.
     """
-    return _Restore.apply(clusters.ids, outputs, weights, *(residual or ()))
+    if residual is None:
+        return _Restore.apply(clusters.ids, outputs, weights)
+    return _Restore.apply(clusters.ids, outputs, weights, *residual, clusters.sizes[: outputs.shape[0]] > 1)
 
 
 class _Restore(torch.autograd.Function):
@@ -180,7 +183,7 @@ class _Restore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ids, outputs, weights, *residual):
         ctx.save_for_backward(ids, outputs, weights, *residual)
-        return _unweighted(ids, outputs, *residual).mul_(weights.unsqueeze(-1))
+        return _weighted(ids, outputs, weights, *residual).to(outputs.dtype)
 
     @staticmethod
     @once_differentiable
@@ -191,15 +194,21 @@ class _Restore(torch.autograd.Function):
         sums = torch.zeros_like(outputs, dtype=wide).index_add_(0, ids, row_grad.to(wide)).to(outputs.dtype)
         weight_grad = None
         if ctx.needs_input_grad[2]:
-            weight_grad = (_unweighted(ids, outputs, *residual) * grad).sum(dim=-1, dtype=weights.dtype)
-        return None, sums, weight_grad, *((row_grad, -sums) if residual else ())
+            unweighted = _weighted(ids, outputs, torch.ones_like(weights), *residual)
+            weight_grad = (unweighted * grad).sum(dim=-1, dtype=weights.dtype)
+        # Of a row that is its own centroid, what comes by way of the row and by way of the centroid adds up to zero.
+        return None, sums, weight_grad, *((row_grad, -sums, None) if residual else ())
 
 
-def _unweighted(ids: Tensor, outputs: Tensor, *residual: Tensor) -> Tensor:
-    result = outputs.index_select(0, ids)
+def _weighted(ids: Tensor, outputs: Tensor, weights: Tensor, *residual: Tensor) -> Tensor:
     if not residual:
-        return result
-    rows, centroids = residual
-    difference = centroids.index_select(0, ids)
-    # In this order a row that is its own centroid gets the output bit for bit.
-    return result.add_(torch.sub(rows, difference, out=difference))
+        return outputs.index_select(0, ids).mul_(weights.unsqueeze(-1))
+    rows, centroids, shared = residual
+    wide = torch.promote_types(outputs.dtype, torch.float32)
+    shared, weights = shared.to(wide), weights.to(wide)
+    # output - centroid takes a pass over the centroids, where row - centroid would take three over all rows. A row that
+    # has its cluster to itself gets the output bit for bit: nothing is subtracted there, and nothing is added.
+    differences = torch.addcmul(outputs.to(wide), centroids.to(wide), shared.unsqueeze(-1), value=-1)
+    # A bag of one row each: gathered and weighted in one pass.
+    result = embedding_bag(ids.unsqueeze(-1), differences, mode="sum", per_sample_weights=weights.unsqueeze(-1))
+    return result.addcmul_(rows, (weights * shared[ids]).unsqueeze(-1))
