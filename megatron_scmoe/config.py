@@ -195,8 +195,8 @@ class ScMoEConfig:
 
     overlap_report: str = ""
     """Folder for a report of every step's communication: milliseconds, exposed milliseconds, hidden share, bytes and
-    load of every group, as JSON lines, one file for each rank; the log, TensorBoard and W&B get the sum. Read the
-    timeline with tools/trace.py."""
+    load of every group, as JSON lines, one file for each rank; the log, TensorBoard and W&B get the sum, and these
+    two what a codec did in each group: rate, largest cluster, residual. Read the timeline with tools/trace.py."""
 
     a2a_codec: Codec = Codec.NONE
     """What the all-to-all carries. none: tokens. lsh: tokens of one expert that hash alike travel as one row, their

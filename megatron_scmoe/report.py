@@ -2,7 +2,8 @@
 
 Exposed time is the time in which a collective was under way and nothing was computed, of each group, forward and
 backward (``spans.py``). One file for each rank holds all groups; what the log, TensorBoard and W&B get is the sum over
-the groups of the last pipeline stage, where Megatron's writers are, of its slowest rank.
+the groups of the last pipeline stage, where Megatron's writers are, of its slowest rank; and with a codec, what it did
+in each of them.
 """
 
 from __future__ import annotations
@@ -130,12 +131,8 @@ def summarize(rows_of_ranks: Sequence[Sequence[GroupRow]]) -> Summary:
     slowest = max(rows_of_ranks, key=lambda rows: sum(row.exposed_ms for row in rows))
     communication = sum(row.communication_ms for row in slowest)
     exposed = sum(row.exposed_ms for row in slowest)
-    by_group: dict[int, list[GroupRow]] = defaultdict(list)
-    for rows in rows_of_ranks:
-        for row in rows:
-            by_group[row.group].append(row)
     imbalances = []
-    for rows in by_group.values():
+    for rows in _by_group(rows_of_ranks).values():
         tokens = [sum(counts) for counts in zip(*(row.tokens_per_expert for row in rows), strict=True)]
         imbalances.append(max(tokens) * len(tokens) / sum(tokens) if sum(tokens) else 0.0)
     every_row = [row for rows in rows_of_ranks for row in rows]
@@ -149,6 +146,30 @@ def summarize(rows_of_ranks: Sequence[Sequence[GroupRow]]) -> Summary:
         sent_rate=fmean(row.sent_rate for row in every_row) if every_row else 1.0,
         residual=fmean(row.residual for row in every_row) if every_row else 0.0,
     )
+
+
+def codec_scalars(rows_of_ranks: Sequence[Sequence[GroupRow]]) -> dict[str, float]:
+    """What a codec did in each group, by scalar name: means over the ranks, and the largest of all clusters.
+
+    A cluster's mean size is one over the rate.
+    """
+    by_group = _by_group(rows_of_ranks)
+    return {
+        **{f"sent_rate/group{group}": fmean(row.sent_rate for row in rows) for group, rows in by_group.items()},
+        **{
+            f"largest_cluster/group{group}": max(row.largest_cluster for row in rows)
+            for group, rows in by_group.items()
+        },
+        **{f"residual/group{group}": fmean(row.residual for row in rows) for group, rows in by_group.items()},
+    }
+
+
+def _by_group(rows_of_ranks: Sequence[Sequence[GroupRow]]) -> dict[int, list[GroupRow]]:
+    by_group: dict[int, list[GroupRow]] = defaultdict(list)
+    for rows in rows_of_ranks:
+        for row in rows:
+            by_group[row.group].append(row)
+    return by_group
 
 
 def warning(summary: Summary, predicted_share: float, *, cuda_connections: str | None) -> str | None:

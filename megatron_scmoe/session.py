@@ -26,7 +26,7 @@ from megatron_scmoe.costs import GroupPass, passes_of
 from megatron_scmoe.layer import GroupBlock
 from megatron_scmoe.pipelined import PipelinedMoELayer
 from megatron_scmoe.rate import adjust_rates
-from megatron_scmoe.report import GroupRow, ReportFile, Summary, rows_of, summarize, warning
+from megatron_scmoe.report import GroupRow, ReportFile, Summary, codec_scalars, rows_of, summarize, warning
 
 type Group = GroupBlock | PipelinedMoELayer
 
@@ -208,10 +208,15 @@ class OverlapSession:
             self._file.write(iteration, rows, passes if logs else [])
         if not logs:
             return
-        summary = summarize(_gathered(rows, mcore.stage_group()))
+        rows_of_ranks = _gathered(rows, mcore.stage_group())
+        summary = summarize(rows_of_ranks)
+        compresses = self._scmoe.a2a_codec is not Codec.NONE
+        scalars = {f"overlap/{name}": value for name, value in summary.scalars(codec=compresses).items()}
+        if compresses:
+            scalars |= {f"codec/{name}": value for name, value in codec_scalars(rows_of_ranks).items()}
         for add in _writers():
-            for name, value in summary.scalars(codec=self._scmoe.a2a_codec is not Codec.NONE).items():
-                add(f"overlap/{name}", value, iteration)
+            for name, value in scalars.items():
+                add(name, value, iteration)
         if mcore.is_stage_root():
             measuring = " (sequential for once, to measure)" if self._tuner and self._tuner.sequential else ""
             print(

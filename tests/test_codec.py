@@ -7,6 +7,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterator
+from statistics import fmean
 
 import models
 import pytest
@@ -408,11 +409,17 @@ def test_it_trains_and_reports(name, tmp_path):
     )
     printed = ranks.run(train, 4 if "and expert" in name else 2, flags)
     assert "exit code" not in printed[0], printed[0][-3000:]
-    values = training.scalars(tmp_path, "lm loss", "overlap/sent_rate", "overlap/residual")
+    of_groups = sorted(name for name in training.scalar_names(tmp_path) if name.startswith("codec/"))
+    values = training.scalars(tmp_path, "lm loss", "overlap/sent_rate", "overlap/residual", *of_groups)
     losses = list(values["lm loss"].values())
     assert losses[-1] < losses[0]
     assert all(0 < rate < 1 for rate in values["overlap/sent_rate"].values())
     assert all(0 < residual < 2 for residual in values["overlap/residual"].values())
+    for what in ("sent_rate", "residual"):
+        for iteration, overall in values[f"overlap/{what}"].items():
+            mine = [values[name][iteration] for name in of_groups if name.startswith(f"codec/{what}/group")]
+            assert mine and overall == pytest.approx(fmean(mine))
+    assert all(min(values[name].values()) > 1 for name in of_groups if "largest_cluster" in name)
 
 
 def test_the_log_says_the_rate_where_nothing_was_asked_for():

@@ -16,7 +16,7 @@ from training import SCMOE, with_flags
 from megatron_scmoe.costs import GroupPass
 from megatron_scmoe.observe import Compression, Load, Recording
 from megatron_scmoe.plan import Plan
-from megatron_scmoe.report import GroupRow, ReportFile, Summary, rows_of, summarize, warning
+from megatron_scmoe.report import GroupRow, ReportFile, Summary, codec_scalars, rows_of, summarize, warning
 from megatron_scmoe.spans import Lane, Span
 
 # ---- by hand ----------------------------------------------------------------------------------------------------
@@ -123,6 +123,18 @@ def test_summary_by_hand():
     assert summarize([fast, slow]) == summarize([slow, fast])
 
 
+def test_scalars_of_a_codec_by_hand():
+    """Group by group: means over the ranks, and the largest of all clusters."""
+    one = [row(0, sent_rate=0.4, largest_cluster=9, residual=0.5), row(3, sent_rate=0.2, largest_cluster=2)]
+    other = [row(0, sent_rate=0.2, largest_cluster=7, residual=0.25), row(3, sent_rate=0.3, largest_cluster=4)]
+    assert codec_scalars([one, other]) == pytest.approx(
+        {
+            **{"sent_rate/group0": 0.3, "largest_cluster/group0": 9, "residual/group0": 0.375},
+            **{"sent_rate/group3": 0.25, "largest_cluster/group3": 4, "residual/group3": 0},
+        }
+    )
+
+
 def summary(hidden_share: float = 0.5, tokens_max_over_mean: float = 1.0) -> Summary:
     return Summary(10.0, 5.0, hidden_share, 1.0, tokens_max_over_mean, 0.0)
 
@@ -185,12 +197,6 @@ def run(folder: Path, flags: list[str]) -> list[str]:
     printed = ranks.run(training.train, 2, flags)
     assert "exit code" not in printed[0], printed[0][-3000:]
     return printed
-
-
-def tags(directory: Path) -> set[str]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    return set(EventAccumulator(str(directory)).Reload().Tags()["scalars"])
 
 
 @pytest.fixture(scope="module", params=["scmoe", "scmoe under recompute", "dgmoe, two chunks"])
@@ -258,7 +264,7 @@ def test_bytes_are_those_that_have_to_be_sent(reported):
 def test_tensorboard_has_six_scalars(reported):
     _, folder, printed = reported
     assert len(SCALARS) == 6
-    assert {tag for tag in tags(folder / "log") if tag.startswith("overlap")} == SCALARS
+    assert {tag for tag in training.scalar_names(folder / "log") if tag.startswith("overlap")} == SCALARS
     values = training.scalars(folder / "log", *SCALARS)
     lines = read(folder / "report")
     for iteration in (2, 4, 6):
@@ -277,4 +283,4 @@ def test_a_report_changes_no_number(tmp_path):
     run(tmp_path, flags)
     names = ("lm loss", "grad-norm")
     assert training.scalars(tmp_path / "plain", *names) == training.scalars(tmp_path / "log", *names)
-    assert not any(tag.startswith("overlap") for tag in tags(tmp_path / "plain"))
+    assert not any(tag.startswith("overlap") for tag in training.scalar_names(tmp_path / "plain"))

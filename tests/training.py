@@ -8,6 +8,7 @@ import io
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -96,11 +97,19 @@ def refusal(flags: list[str]) -> tuple[str, int | None]:
 
 def scalars(directory: Path, *names: str) -> dict[str, dict[int, float]]:
     """TensorBoard scalars by name and iteration; float32 as written, so equality is equality of bits."""
+    events = _events(directory)
+    return {name: {event.step: event.value for event in events.Scalars(name)} for name in names}
+
+
+def scalar_names(directory: Path) -> set[str]:
+    """Of all TensorBoard scalars that there are."""
+    return set(_events(directory).Tags()["scalars"])
+
+
+def _events(directory: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
-    events.Reload()
-    return {name: {event.step: event.value for event in events.Scalars(name)} for name in names}
+    return EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
 
 
 def checkpoint_tensors(directory: Path, iteration: int | None = None) -> dict[str, torch.Tensor]:
