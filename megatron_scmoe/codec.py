@@ -11,7 +11,8 @@ gate weight p, which stays home too::
     y = sum over the token's experts of  p (E(c) + (x - c))
 
 ``compensation.py`` has what else may stand in the place of x - c. With --lsh-refinement lloyd, tokens join the
-nearest mean before they are packed, which the paper does not do.
+nearest mean before they are packed, which the paper does not do. In evaluation tokens travel as they are, unless
+--lsh-evaluation centroids asks for what training does.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from megatron_scmoe import mcore
 from megatron_scmoe.compensation import ResidualMap
-from megatron_scmoe.config import Codec, Compensation, HashKind, Refinement, ScMoEConfig
+from megatron_scmoe.config import Codec, Compensation, Evaluation, HashKind, Refinement, ScMoEConfig
 from megatron_scmoe.exchange import Tag
 from megatron_scmoe.lloyd import refined
 from megatron_scmoe.lsh import Hasher, cluster, means, restore
@@ -232,6 +233,7 @@ class CargoMaker:
         self._compensation, self._residual_map = scmoe.lsh_compensation, residual_map
         self._refinement = scmoe.lsh_refinement
         self._travels_topk = not scmoe.zero_experts
+        self._tokens_in_evaluation = scmoe.lsh_evaluation is Evaluation.TOKENS
         self._hasher: Hasher | None = None
         self.rate_control: RateControl | None = None
         if scmoe.lsh_target_rate:
@@ -249,7 +251,7 @@ class CargoMaker:
     ) -> Cargo:
         """The cargo of one routing, whose counts are exchanged here; see ``Centroids`` for the arguments."""
         routed = moe, hidden_states, probs, routing_map
-        if self._hasher is None:
+        if self._hasher is None or (self._tokens_in_evaluation and not moe.training):
             return Tokens(*routed, chunks=chunks, travels_topk=self._travels_topk)
         return Centroids(
             *routed,

@@ -89,6 +89,13 @@ class Compensation(StrEnum):
     LOWRANK = "lowrank"
 
 
+class Evaluation(StrEnum):
+    """What travels in evaluation where centroids do in training."""
+
+    TOKENS = "tokens"
+    CENTROIDS = "centroids"
+
+
 class Resume(StrEnum):
     """Which checkpoints a run may continue from."""
 
@@ -121,6 +128,7 @@ CODEC_FIELDS = (
     "lsh_compensation",
     "lsh_rank",
     "lsh_target_rate",
+    "lsh_evaluation",
     "lsh_seed",
 )
 
@@ -236,6 +244,10 @@ class ScMoEConfig:
     lsh_target_rate: float = 0.0
     """Part of the rows that is to travel, such as 0.2. How many of the --lsh-hashes functions count is then moved after
     every step, by what all ranks sent; give twice the functions that you think are needed. 0: all of them count."""
+
+    lsh_evaluation: Evaluation = Evaluation.TOKENS
+    """What travels in evaluation. tokens: as in the model that will be used, so that a loss depends on earlier tokens
+    alone; takes the time of --a2a-codec none. centroids: as in training; a mean is of later tokens, too."""
 
     lsh_seed: int = 1234
     """Seed of the hash functions, which are drawn once and never trained. Give the same one to continue a run."""

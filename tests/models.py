@@ -43,6 +43,7 @@ class Case:
     width: int = 2
     compensation: str = "paper"
     refinement: str = "none"
+    evaluation: str = "tokens"
     router: str = "core"
     zero_experts: int = 0
     capacity: float | None = None
@@ -155,7 +156,7 @@ def build(case: Case):
 
 
 def lsh_settings(case: Case) -> dict[str, object]:
-    from megatron_scmoe.config import Compensation, Refinement
+    from megatron_scmoe.config import Compensation, Evaluation, Refinement
 
     if case.codec == "none":
         return {}
@@ -164,6 +165,7 @@ def lsh_settings(case: Case) -> dict[str, object]:
         "lsh_width": case.width,
         "lsh_compensation": Compensation(case.compensation),
         "lsh_refinement": Refinement(case.refinement),
+        "lsh_evaluation": Evaluation(case.evaluation),
     }
 
 

@@ -13,6 +13,7 @@ import models
 import pytest
 import ranks
 import reference
+import test_pipelined
 import torch
 import torch.distributed as dist
 import training
@@ -96,6 +97,59 @@ def test_clusters_do_not_depend_on_where_experts_live():
     one, other = (ranks.run(models.losses_and_gradients, 2, LSH, layout=EP[size]) for size in (1, 2))
     for (loss, _), (other_loss, _) in zip(one, other, strict=True):
         torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=1e-6)
+
+
+def evaluated(case: Case) -> list[torch.Tensor]:
+    """The loss of every token, [b, s], in evaluation; and of a batch whose sequences end in another token."""
+    model = models.build(case).eval()
+    tokens, labels = models.batch()
+    other = tokens.clone()
+    other[:, -1] = (other[:, -1] + 1) % models.VOCAB_SIZE
+    positions = torch.arange(SEQ_LENGTH).expand_as(tokens)
+    with torch.no_grad():
+        return [model(ids, positions, None, labels=labels) for ids in (tokens, other)]
+
+
+EVALUATED = ("pos2", "dgmoe", "low rank", "lloyd, low rank")
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluation_sends_tokens(name, chunks):
+    """It is bit for bit that of the model without a codec, on every rank, and no loss depends on a later token."""
+    case = CASES[name].replace(chunks=chunks)
+    found = ranks.run(evaluated, 2, case, layout=EP[2])
+    expected = ranks.run(evaluated, 2, case.replace(codec="none"), layout=EP[2])
+    for (losses, others), (its_losses, _) in zip(found, expected, strict=True):
+        assert torch.equal(losses, its_losses)
+        assert torch.equal(losses[:, :-1], others[:, :-1]) and not torch.equal(losses, others)
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluation_with_centroids_sees_later_tokens(name):
+    """What the other test is there for; and it is what training computes."""
+    case = CASES[name].replace(evaluation="centroids")
+    ((losses, others),) = ranks.run(evaluated, 1, case, layout=EP[1])
+    assert not torch.equal(losses[:, :-1], others[:, :-1])
+    ((trained, _),) = ranks.run(models.losses_and_gradients, 1, case.replace(evaluation="tokens"), layout=EP[1])
+    assert torch.equal(losses, trained)
+
+
+def evaluated_stock(kind: str, codec: str) -> list[torch.Tensor]:
+    """Losses in evaluation of the stock layers in chunks, and in training."""
+    from megatron_scmoe.config import Codec
+
+    ((tokens, labels, positions),) = models.my_batch()
+    with torch.no_grad():
+        model = test_pipelined.build(kind, 2, a2a_codec=Codec(codec), **({"lsh_hashes": 1} if codec == "lsh" else {}))
+        return [model.train(training)(tokens, positions, None, labels=labels) for training in (False, True)]
+
+
+@pytest.mark.parametrize("kind", ["top-2", "padded"])
+def test_evaluation_of_stock_layers_sends_tokens(kind):
+    found, expected = (ranks.run(evaluated_stock, 2, kind, codec, layout=EP[2]) for codec in ("lsh", "none"))
+    for (evaluated, trained), (its, _) in zip(found, expected, strict=True):
+        assert torch.equal(evaluated, its) and not torch.equal(evaluated, trained)
 
 
 def losses_of_turned_batch(case: Case) -> torch.Tensor:
@@ -545,7 +599,9 @@ def test_a_target_rate_is_held_alike_on_all_ranks_and_after_a_resume(tmp_path):
     resumed = training.scalars(tmp_path, "overlap/sent_rate")["overlap/sent_rate"]
     assert resumed[32] == pytest.approx(0.4, rel=0.25)  # the first step of a run is not reported
 
-    (printed, found), _ = ranks.run(evaluated_levels, 2, with_flags(flags, "--train-iters 33", "--skip-train"))
+    (printed, found), _ = ranks.run(
+        evaluated_levels, 2, with_flags(flags, "--train-iters 33", "--skip-train", "--lsh-evaluation centroids")
+    )
     assert "exit code" not in printed, printed[-3000:]
     assert found and found == list(levels.values())  # an evaluation hashes as the training did
 

@@ -209,6 +209,7 @@ def run_flags(run: Run, settings: Settings, folder: Path, data: Path) -> list[st
         "tensorboard-dir": folder / "tensorboard",
         "overlap-report": folder / "report",
         "a2a-codec": "lsh",
+        "lsh-evaluation": "centroids",  # as in training; train.py evaluates with tokens as well
         "lsh-seed": run.seed,
     }
     switches = (
