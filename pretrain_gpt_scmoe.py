@@ -210,6 +210,10 @@ def main() -> None:
         )
     except ConfigError as error:  # what cannot be known before the model is there
         refuse(str(error))
+    except SystemExit:  # --exit-interval, for one: Megatron ends every rank behind the same step
+        if session is not None:
+            session.close()
+        raise
     if session is not None:
         session.close()
 

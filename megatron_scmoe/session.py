@@ -54,11 +54,13 @@ class OverlapSession:
         self._mail: mcore.StageMail | None = None  # the store is there once the process group is
 
     def close(self) -> None:
-        """Report what the last step measured; every rank calls it when training is over."""
+        """Report what the last step measured; every rank calls it when training, and W&B's run, are over."""
         if self._recording is not None and self._iteration is not None:
             observe.stop(self._recording)
             self._report(self._iteration + 1, passes_of(self._recording))
             self._recording = None
+            if (tensorboard := get_tensorboard_writer()) is not None:
+                tensorboard.flush()  # it writes from a thread, which ends with this process
 
     def before_micro_batch(self, model: torch.nn.Module) -> None:
         """Called before every micro-batch; does its work where it is the first one of a step.
@@ -263,11 +265,11 @@ def conditions(args: Namespace, stage: dist.ProcessGroup) -> dict[str, Any]:
 
 
 def _writers() -> list[Callable[[str, float, int], None]]:
-    """Megatron's TensorBoard and W&B, on the rank that has them."""
+    """Megatron's TensorBoard and W&B, on the rank that has them, while W&B's run goes on."""
     writers: list[Callable[[str, float, int], None]] = []
     if (tensorboard := get_tensorboard_writer()) is not None:
         writers.append(tensorboard.add_scalar)
-    if (wandb := get_wandb_writer()) is not None:
+    if (wandb := get_wandb_writer()) is not None and wandb.run is not None:
         writers.append(lambda name, value, iteration: wandb.log({name: value}, iteration))
     return writers
 

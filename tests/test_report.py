@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -275,6 +276,33 @@ def test_tensorboard_has_six_scalars(reported):
             assert by_iteration[iteration] == pytest.approx(getattr(expected, scalar.removeprefix("overlap/")))
         said = f" > overlap at iteration {iteration}: {expected.communication_ms:.1f} ms of communication"
         assert said in printed[0] and said not in printed[1]
+
+
+def test_the_last_step_is_reported_where_megatron_ends_the_process(tmp_path):
+    flags = (f"--overlap-report {tmp_path / 'report'}", f"--tensorboard-dir {tmp_path / 'log'}", "--exit-interval 4")
+    printed = ranks.run(training.train, 2, with_flags(FLAGS, *flags))
+    assert "exit code 0" in printed[0] and "iteration        5/" not in printed[1]
+    assert [[line["iteration"] for line in lines] for lines in read(tmp_path / "report")] == [[2, 3, 4]] * 2
+    assert list(training.scalars(tmp_path / "log", "overlap/exposed_ms")["overlap/exposed_ms"]) == [2, 4]
+    assert " > overlap at iteration 4:" in printed[0]
+
+
+def logged_by_wandb(runs: bool) -> list[dict[str, float]]:
+    """What W&B gets while its run goes on, or when it has ended."""
+    from megatron_scmoe import session
+
+    logged: list[dict[str, float]] = []
+    wandb = SimpleNamespace(run=object() if runs else None, log=lambda values, _iteration: logged.append(values))
+    session.get_tensorboard_writer, session.get_wandb_writer = (lambda: None), (lambda: wandb)
+    for add in session._writers():
+        add("overlap/sent_mib", 1.5, 2)
+    return logged
+
+
+def test_a_run_of_wandb_that_has_ended_gets_nothing():
+    """Megatron ends it before the last step is reported; to log then is an error."""
+    assert ranks.run(logged_by_wandb, 1, True) == [[{"overlap/sent_mib": 1.5}]]
+    assert ranks.run(logged_by_wandb, 1, False) == [[]]
 
 
 def test_a_report_changes_no_number(tmp_path):
