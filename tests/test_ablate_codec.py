@@ -181,7 +181,7 @@ def median_said(outcome):
 
 
 def test_goals_met(result):
-    none, control, negative, rate = verdicts(result)
+    none, control, negative, rate, *_ = verdicts(result)
     assert none.met and median_said(none) == "-0.80%: met"
     assert control.met and median_said(control) == "+0.20%: met"
     assert negative.met and negative.arm == UNCOMPENSATED and median_said(negative) == "+1.41%: met"
@@ -192,7 +192,7 @@ def test_goals_met(result):
 def test_a_gain_that_the_control_has_too_is_no_gain(result):
     """The confound: below none, and more than half a percent above the control."""
     confounded = changed(changed(result, CONTROL, (-2.0,) * 3), "lsh q10", (-1.9,) * 3)
-    none, control, _, rate = verdicts(confounded)
+    none, control, _, rate, *_ = verdicts(confounded)
     assert none.met and control.met is False
     assert median_said(control) == "+1.22%: **missed by 0.72%**"
     assert rate.met is False and rate.arm == "lsh q10" and "0.500" in rate.words and "missed by 0.300" in rate.words
@@ -215,6 +215,15 @@ def test_negative_control_fails_where_compensation_does_nothing(result):
     assert verdicts(useless)[2].words == "+0.00%: **missed by 0.00%**"
 
 
+def test_refinement_pays_where_it_wins_more_than_its_time_costs(result):
+    assert [one.met for one in verdicts(result)[4:]] == [False, True]  # 0.1% and 0.6% above none unrefined, both 0.1%
+    assert verdicts(result)[5].words.startswith("-0.50%")
+    little = changed(result, "lsh q4 lloyd no compensation", (0.05,) * 3)
+    assert verdicts(little)[4].met is False and verdicts(little)[4].words == "-0.05%: **missed by 0.05%**"
+    enough = changed(result, "lsh q4 lloyd no compensation", (-0.1,) * 3)
+    assert verdicts(enough)[4].met is True
+
+
 def test_no_arm_within_the_quality_row(result):
     bad = result
     for arm in all_arms():
@@ -230,7 +239,7 @@ def test_no_arm_within_the_quality_row(result):
 
 def test_what_was_not_trained_is_not_judged():
     few = make_result(("top-2",), (NONE, "lsh q2"))
-    assert [outcome.met for outcome in verdicts(few)] == [None] * 4
+    assert [outcome.met for outcome in verdicts(few)] == [None] * 6
     assert {outcome.words for outcome in verdicts(few)} == {"not measured in this run"}
     assert goals.claim(few["runs"], "top-2") == "`top-2`: not enough was trained to say."
 
