@@ -474,7 +474,8 @@ def test_code_in_a_folder_does_not_run_unless_it_is_trusted(tmp_path):
     pytest.importorskip("transformers")
     folder = tmp_path / "folder"
     longcat(folder)
-    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    evil = f"open({str(tmp_path / 'ran')!r}, 'w')\nraise ValueError('\\x1b[2J and')\n"
+    (folder / "evil.py").write_text(evil)
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
     (folder / "config.json").write_text(json.dumps(config))
@@ -486,6 +487,7 @@ def test_code_in_a_folder_does_not_run_unless_it_is_trusted(tmp_path):
     code, said = run_tool(*argv, "--trust-remote-code", num_ranks=0)
     assert code == 2 and "transformers cannot load" in said  # negative control: trusted code does run
     assert (tmp_path / "ran").exists()
+    assert "\\x1b[2J and" in said and "\x1b" not in said  # what it says reaches no terminal unescaped
 
 
 def test_missing_weights_are_not_random(tmp_path):

@@ -197,7 +197,7 @@ class HFModel:
                 model, found = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own_code, **options)
         except Exception as error:  # code of the folder can raise anything
             reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"transformers cannot load {folder}: {reason}; see config.json") from error
+            raise CheckpointError(f"transformers cannot load {folder}: {reason!a}; see config.json") from error
         lacking = [*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]
         if lacking:
             raise CheckpointError(
