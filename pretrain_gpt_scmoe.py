@@ -210,8 +210,10 @@ def main() -> None:
         )
     except ConfigError as error:  # what cannot be known before the model is there
         refuse(str(error))
-    except SystemExit:  # --exit-interval, for one: Megatron ends every rank behind the same step
-        if session is not None:
+    except SystemExit as end:
+        # After --exit-interval, for one, every rank ends with code 0 behind the same step. A step that Megatron gave up
+        # ends with another code, or without a process group, and is none to report.
+        if session is not None and not end.code and torch.distributed.is_initialized():
             session.close()
         raise
     if session is not None:

@@ -128,7 +128,6 @@ CODEC_FIELDS = (
     "lsh_compensation",
     "lsh_rank",
     "lsh_target_rate",
-    "lsh_evaluation",
     "lsh_seed",
 )
 
@@ -136,6 +135,7 @@ CODEC_FIELDS = (
 STOCK_FIELDS = (
     *("shortcut", "shortcut_resume", "overlap", "overlap_chunks", "overlap_interval", "overlap_report"),
     *CODEC_FIELDS,
+    "lsh_evaluation",
 )
 
 
@@ -203,14 +203,14 @@ class ScMoEConfig:
 
     overlap_report: str = ""
     """Folder for a report of every step's communication: milliseconds, exposed milliseconds, hidden share, bytes and
-    load of every group, as JSON lines, one file for each rank; the log, TensorBoard and W&B get the sum, and these
-    two what a codec did in each group: rate, largest cluster, residual. Read the timeline with tools/trace.py."""
+    load of every group, as JSON lines, one file for each rank; the log, TensorBoard and W&B get the sum (W&B not
+    of the last step, before which its run ends). Read the timeline with tools/trace.py."""
 
     a2a_codec: Codec = Codec.NONE
     """What the all-to-all carries. none: tokens. lsh: tokens of one expert that hash alike travel as one row, their
     mean, in forward and backward, and each token's difference from it stays at home (LSH-MoE, arXiv 2411.08446). How
-    many rows are left is an outcome, which the log says. With --shortcut none it works in the stock MoE
-    layers."""
+    many rows are left is an outcome, which the log says; TensorBoard and W&B get rate, largest cluster and residual of
+    each group of the last pipeline stage. With --shortcut none it works in the stock MoE layers."""
 
     lsh_kind: HashKind = HashKind.CROSS_POLYTOPE
     """Hash functions of --a2a-codec lsh. cross-polytope: the nearest of the 2 x --lsh-width directions of a random
@@ -247,7 +247,8 @@ class ScMoEConfig:
 
     lsh_evaluation: Evaluation = Evaluation.TOKENS
     """What travels in evaluation. tokens: as in the model that will be used, so that a loss depends on earlier tokens
-    alone; takes the time of --a2a-codec none. centroids: as in training; a mean is of later tokens, too."""
+    alone (unless experts have a capacity); takes about the time of --a2a-codec none. centroids: as in training; a mean
+    is of later tokens, too."""
 
     lsh_seed: int = 1234
     """Seed of the hash functions, which are drawn once and never trained. Give the same one to continue a run."""
@@ -355,7 +356,7 @@ class ScMoEConfig:
 
     def _validate_codec(self) -> None:
         if self.a2a_codec is Codec.NONE:
-            for name in CODEC_FIELDS:
+            for name in (*CODEC_FIELDS, "lsh_evaluation"):
                 value = getattr(self, name)
                 if value != self._default(name):
                     flag = "--" + name.replace("_", "-")

@@ -194,18 +194,19 @@ class _Restore(torch.autograd.Function):
         sums = torch.zeros_like(outputs, dtype=wide).index_add_(0, ids, row_grad.to(wide)).to(outputs.dtype)
         weight_grad = None
         if ctx.needs_input_grad[2]:
-            unweighted = _weighted(ids, outputs, torch.ones_like(weights), *residual)
-            weight_grad = (unweighted * grad).sum(dim=-1, dtype=weights.dtype)
+            weight_grad = (_weighted(ids, outputs, None, *residual) * grad).sum(dim=-1, dtype=weights.dtype)
         # Of a row that is its own centroid, what comes by way of the row and by way of the centroid adds up to zero.
         return None, sums, weight_grad, *((row_grad, -sums, None) if residual else ())
 
 
-def _weighted(ids: Tensor, outputs: Tensor, weights: Tensor, *residual: Tensor) -> Tensor:
+def _weighted(ids: Tensor, outputs: Tensor, weights: Tensor | None, *residual: Tensor) -> Tensor:
     if not residual:
-        return outputs.index_select(0, ids).mul_(weights.unsqueeze(-1))
+        chosen = outputs.index_select(0, ids)
+        return chosen if weights is None else chosen.mul_(weights.unsqueeze(-1))
     rows, centroids, shared = residual
     wide = torch.promote_types(outputs.dtype, torch.float32)
-    shared, weights = shared.to(wide), weights.to(wide)
+    shared = shared.to(wide)
+    weights = shared.new_ones(ids.shape) if weights is None else weights.to(wide)
     # output - centroid takes a pass over the centroids, where row - centroid would take three over all rows. A row that
     # has its cluster to itself gets the output bit for bit: nothing is subtracted there, and nothing is added.
     differences = torch.addcmul(outputs.to(wide), centroids.to(wide), shared.unsqueeze(-1), value=-1)

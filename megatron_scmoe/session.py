@@ -83,7 +83,7 @@ class OverlapSession:
     def see(self, model: torch.nn.Module) -> None:
         """Take the groups of a model part that was not shown before, with what the checkpoint kept of them.
 
-        Called by itself where nothing is trained: an evaluation hashes at the levels of the training, too.
+        Called by itself where nothing is trained: an evaluation that hashes does so at the levels of the training.
         """
         if model in self._seen:
             return

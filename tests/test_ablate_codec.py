@@ -714,6 +714,7 @@ def test_csv_has_a_row_for_each_run(result, tmp_path):
     assert len(rows) == 9
     assert float(rows[-1]["percent_above_none"]) == pytest.approx(-0.8) and rows[0]["percent_above_none"] == "0.0"
     assert rows[0]["tokens"] == "2048000" and rows[-1]["arm"] == PAPER
+    assert float(rows[-1]["final_validation_of_tokens"]) == few["runs"][-1]["final_validation_of_tokens"]
     assert json.loads((tmp_path / "result.json").read_text()) == few
     assert output.csv_row(make_result(("top-2",), (PAPER,)), few["runs"][-1])["percent_above_control"] is None
 

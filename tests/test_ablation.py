@@ -18,6 +18,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -704,6 +705,22 @@ def test_what_is_stopped_waits_for_the_links_to_be_removed(tmp_path, number):
 
 
 # --- from end to end -------------------------------------------------------------------------------------------------
+
+
+def bytes_of_benchmark() -> dict[str, int]:
+    """What forward sends in a step of the benchmark, forward alone and in training."""
+    from ablation.bench import Bench, Sizes
+
+    sizes = Sizes(hidden=64, heads=4, ffn=64, experts=4, layers=4, tokens=256)
+    bench = Bench([arm for arm in all_arms() if arm.name == "top-2 lsh off"], sizes, 1)
+    bench.find_rates()
+    recorded = {kind: bench.recorded_step("top-2 lsh", kind)[1] for kind in ("training", "forward")}
+    return {kind: sum(one.sent_bytes for one in its.transfers if not one.backward) for kind, its in recorded.items()}
+
+
+def test_the_benchmark_compresses_forward_as_in_training():
+    for found in ranks.run(bytes_of_benchmark, 2, layout={"expert_model_parallel_size": 2}):
+        assert found["forward"] == pytest.approx(found["training"], rel=0.02)
 
 
 def test_tiny_run_on_slow_links(tmp_path):

@@ -136,3 +136,17 @@ def test_use_checkpoint_args_restores_what_core_forgets(tmp_path, case):
     changed = {name for name in then if then[name] != plain[name]}
     assert len(changed) >= flags.count("--")
     assert {name: now[name] for name in changed} == {name: then[name] for name in changed}
+
+
+def test_use_checkpoint_args_leaves_evaluation_to_the_command_line(tmp_path):
+    """What travels in training is the model's business; what travels in evaluation is not."""
+    trained = with_flags(SCMOE, "--a2a-codec lsh", "--lsh-hashes 3", "--lsh-evaluation centroids")
+    (printed,) = ranks.run(
+        training.train, 1, with_flags(trained, "--train-iters 1", f"--save {tmp_path}", "--save-interval 1")
+    )
+    assert "exit code" not in printed, printed[-3000:]
+    loading = [*with_flags(SCMOE, f"--load {tmp_path}", "--finetune"), "--use-checkpoint-args"]
+    for flags, evaluation in (([], "tokens"), (["--lsh-evaluation", "centroids"], "centroids")):
+        (now,) = ranks.run(settings_of, 1, [*loading, *flags])
+        assert (now["a2a_codec"], now["lsh_hashes"]) == ("'lsh'", "3")
+        assert now["lsh_evaluation"] == repr(evaluation)

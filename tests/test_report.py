@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -285,6 +288,30 @@ def test_the_last_step_is_reported_where_megatron_ends_the_process(tmp_path):
     assert [[line["iteration"] for line in lines] for lines in read(tmp_path / "report")] == [[2, 3, 4]] * 2
     assert list(training.scalars(tmp_path / "log", "overlap/exposed_ms")["overlap/exposed_ms"]) == [2, 4]
     assert " > overlap at iteration 4:" in printed[0]
+
+
+def reports_last_step(exit_code: int, has_group: bool) -> bool:
+    """Whether the session is closed where Megatron ends the process with this code."""
+    entry_script, closed = training.entry_script(), []
+
+    def end(*_: object) -> None:
+        if not has_group:
+            torch.distributed.destroy_process_group()
+        sys.exit(exit_code)
+
+    entry_script.pretrain = end
+    entry_script.OverlapSession.close = lambda _: closed.append(True)
+    sys.argv[:] = ["pretrain_gpt_scmoe.py", *with_flags(FLAGS, "--overlap-report report")]
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        entry_script.main()
+    return closed == [True]
+
+
+def test_a_step_that_was_given_up_is_not_reported():
+    """It ends with a code of its own, or, behind a signal in its middle, without a process group."""
+    assert ranks.run(reports_last_step, 2, 0, True) == [True, True]
+    assert ranks.run(reports_last_step, 2, 16, True) == [False, False]
+    assert ranks.run(reports_last_step, 2, 0, False) == [False, False]
 
 
 def logged_by_wandb(runs: bool) -> list[dict[str, float]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ablation.arms import COST_MODEL, MODELS, Arm, Model
 from megatron_scmoe import observe
 from megatron_scmoe.adaptive import Plans
-from megatron_scmoe.config import Codec, Combine, Position, ScMoEConfig, Shortcut
+from megatron_scmoe.config import Codec, Combine, Evaluation, Position, ScMoEConfig, Shortcut
 from megatron_scmoe.costs import GroupPass, costs_of, mean_costs, pass_costs_of, passes_of
 from megatron_scmoe.layer import GroupBlock
 from megatron_scmoe.model import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_chunks, with_shortcut
@@ -103,6 +103,7 @@ def build(model: Model, sizes: Sizes) -> torch.nn.Module:
     codec: dict[str, Any] = {}
     if model.sent_rate < 1:
         codec = {"a2a_codec": Codec.LSH, "lsh_hashes": LSH_HASHES, "lsh_target_rate": model.sent_rate}
+        codec["lsh_evaluation"] = Evaluation.CENTROIDS  # forward alone is timed as what it is in training
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if model.shortcut == "none":
         config = GPTModelConfig(**settings)

@@ -111,6 +111,7 @@ QUALITY = (
         "rate",
     ),
 )
+"""What the paper claims, and what would explain it away; ``claim`` reads them in this order."""
 REFINED_WINS_PERCENT = 0.1
 """What refined clusters must win at the same hash functions to pay at equal time.
 
@@ -128,7 +129,7 @@ REFINEMENT = tuple(
     for hashes in (4, 6)
 )
 GOALS = (*QUALITY, *REFINEMENT)
-"""Issue 5, what is about quality."""
+"""All that is judged."""
 
 
 def judge(goal: Goal, runs: Sequence[RunResult], model: str) -> Outcome:

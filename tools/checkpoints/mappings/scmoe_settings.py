@@ -124,7 +124,7 @@ _KEPT = (
 )
 _CODEC = (
     *("a2a_codec", "lsh_kind", "lsh_hashes", "lsh_width", "lsh_refinement", "lsh_compensation", "lsh_rank"),
-    *("lsh_target_rate", "lsh_evaluation", "lsh_seed"),
+    *("lsh_target_rate", "lsh_seed"),
 )
 
 

@@ -49,7 +49,10 @@ moe_pad_expert_input_to_capacity moe_expert_rank_capacity_factor moe_input_jitte
 moe_router_force_biased moe_enable_routing_replay moe_router_padding_for_quantization moe_router_padding_for_fp8
 mlp_chunks_for_prefill mlp_chunks_for_training calculate_per_token_loss
 """
-_HOW_GROUPS_RUN = {"overlap", "overlap_chunks", "expert_slot", "overlap_interval", "overlap_report", "shortcut_resume"}
+_HOW_GROUPS_RUN = {
+    *("overlap", "overlap_chunks", "expert_slot", "overlap_interval", "overlap_report", "shortcut_resume"),
+    "lsh_evaluation",
+}
 # What Megatron's flags call otherwise than its configurations, and what only they have.
 _BESIDE = """
 num_experts group_query_attention swiglu squared_relu quick_geglu position_embedding_type add_position_embedding
