@@ -275,8 +275,11 @@ def test_the_codec_of_training_is_off(tmp_path):
     ids = torch.from_numpy(rows).long()
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     (without,) = ranks.run(entry_script_losses, 1, [*MODELS["scmoe"], "--load", str(tmp_path / "save")], *batch)
-    (with_codec,) = ranks.run(entry_script_losses, 1, with_flags(flags, f"--load {tmp_path / 'save'}"), *batch)
+    loading = with_flags(flags, f"--load {tmp_path / 'save'}")
+    (in_evaluation,) = ranks.run(entry_script_losses, 1, loading, *batch)
+    (with_codec,) = ranks.run(entry_script_losses, 1, with_flags(loading, "--lsh-evaluation centroids"), *batch)
     assert numpy.abs(losses - without.numpy()).max() < 1e-6
+    assert torch.equal(in_evaluation, without)  # which is off in evaluation, too
     assert numpy.abs(losses - with_codec.numpy()).max() > 1e-6  # it does change what is computed
 
 
