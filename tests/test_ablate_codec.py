@@ -155,6 +155,11 @@ def test_rows_by_hand(result):
     assert row.to_control.value == pytest.approx(100 * (0.992 / 0.99 - 1))
     assert (row.loss.value, row.loss.low, row.loss.high) == pytest.approx((3 * 0.992, 2.8 * 0.992, 3.1 * 0.992))
     assert (row.rate.value, row.rate.low, row.rate.high) == pytest.approx((0.18, 0.17, 0.19))
+    assert rows["top-2", NONE].with_tokens is None
+    shares = [2 / (loss * 0.992) for loss in (3.0, 3.1, 2.8)]  # 0.02 of each seed's loss, in percent
+    assert (row.with_tokens.value, row.with_tokens.low, row.with_tokens.high) == pytest.approx(
+        (shares[0], shares[1], shares[2])
+    )
     assert (row.seconds.value, row.seconds.low, row.seconds.high) == pytest.approx((0.27, 0.26, 0.28))
 
 

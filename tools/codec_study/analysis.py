@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from codec_study.arms import CONTROL, NONE
+from codec_study.arms import CONTROL, NONE, UNCOMPRESSED
 
 type RunResult = Mapping[str, Any]
 """What a run's result.json holds."""
@@ -32,7 +32,8 @@ class Row:
         loss: validation loss at the end, nats per token.
         to_none, to_control: how much higher it is than that arm's of the same seed, in percent; None where no seed has
             both.
-        tokens_to_none: the same of none, where the evaluation sent tokens; None where no seed was evaluated so.
+        with_tokens: how much higher the same model's loss is where tokens travel in the evaluation, in percent; None
+            where tokens travel anyway, or where no seed was evaluated so, as none of the study's first runs was.
         rate: rows sent over rows routed, in the last tenth of the steps.
         residual: what did not travel, relative to a token, there.
         seconds: of a step, on one rank without any network.
@@ -44,7 +45,7 @@ class Row:
     loss: Spread
     to_none: Spread | None
     to_control: Spread | None
-    tokens_to_none: Spread | None
+    with_tokens: Spread | None
     rate: Spread
     residual: Spread
     seconds: Spread
@@ -77,18 +78,12 @@ def by_seed(runs: Sequence[RunResult], model: str, arm: str) -> dict[int, RunRes
     return {run["seed"]: run for run in runs if (run["model"], run["arm"]) == (model, arm)}
 
 
-def percent_above(
-    runs: Sequence[RunResult], model: str, arm: str, against: str, loss: str = "final_validation"
-) -> list[float]:
-    """How much higher an arm's ``loss`` is than the validation loss of ``against``, in percent, for each seed of both.
-
-    The study's first runs were not evaluated without their codec; they have no ``final_validation_of_tokens``.
-    """
+def percent_above(runs: Sequence[RunResult], model: str, arm: str, against: str) -> list[float]:
+    """How much higher the final validation loss is than that of ``against``, in percent, for each seed of both."""
     mine, others = by_seed(runs, model, arm), by_seed(runs, model, against)
     return [
-        100 * (mine[seed][loss] / others[seed]["final_validation"] - 1)
+        100 * (mine[seed]["final_validation"] / others[seed]["final_validation"] - 1)
         for seed in sorted(mine.keys() & others.keys())
-        if loss in mine[seed]
     ]
 
 
@@ -131,7 +126,11 @@ def _row(runs: Sequence[RunResult], model: str, arm: str) -> Row:
         loss=of("final_validation"),
         to_none=spread(percent_above(runs, model, arm, NONE)),
         to_control=spread(percent_above(runs, model, arm, CONTROL)),
-        tokens_to_none=spread(percent_above(runs, model, arm, NONE, "final_validation_of_tokens")),
+        with_tokens=spread(
+            100 * (run["final_validation_of_tokens"] / run["final_validation"] - 1)
+            for run in mine.values()
+            if arm not in UNCOMPRESSED and "final_validation_of_tokens" in run
+        ),
         rate=of("final_rate"),
         residual=of("final_residual"),
         seconds=of("seconds_per_step"),
