@@ -32,12 +32,12 @@ def csv_row(result: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]
     for against in (NONE, CONTROL):
         found = analysis.percent_above([run, *_twins(result, run, against)], run["model"], run["arm"], against)
         above[f"percent_above_{against}"] = found[0] if found else None
-    above["final_validation_of_tokens"] = run.get("final_validation_of_tokens")
     names = ("model", "arm", "seed", "final_validation", "final_rate", "final_residual", "seconds_per_step")
     steps = result["meta"]["iterations"]
     return {
         **{name: run[name] for name in names},
         **above,
+        "final_validation_of_tokens": run.get("final_validation_of_tokens"),
         "steps": steps,
         "tokens": steps * run["tokens_per_step"],
         "commit": run["commit"],

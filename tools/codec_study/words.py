@@ -27,9 +27,9 @@ NOTES = (
     " without the compression; control lsh q6 adds it where centroids travel, E(c) + x. Rows sent and residual are"
     " means of the last tenth of the steps. Seconds are those of one rank without a network beside other jobs: they do"
     " not say what compression saves, nor what an arm costs. A mean is of tokens that may come later in a sequence, so"
-    " the losses of arms that compress are not those of a causal model. Evaluated with tokens: how much"
-    " higher the loss of the same trained model is on the same text where tokens travel in the evaluation, as they will"
-    " where it is used; the study's first runs have no such figure."
+    " the losses of arms that compress are not those of a causal model. Evaluated with tokens: how much higher the"
+    " loss of the same trained model is on the same text where tokens travel in the evaluation, as they will where it"
+    " is used; the study's first runs have no such figure."
 )
 
 
