@@ -119,23 +119,17 @@ ARCHITECTURE_FIELDS = (
     *("a2a_codec", "lsh_compensation", "lsh_rank"),
 )
 
+# Fields with which a checkpoint was trained, and goes on.
 CODEC_FIELDS = (
-    "a2a_codec",
-    "lsh_kind",
-    "lsh_hashes",
-    "lsh_width",
-    "lsh_refinement",
-    "lsh_compensation",
-    "lsh_rank",
-    "lsh_target_rate",
-    "lsh_seed",
+    *("a2a_codec", "lsh_kind", "lsh_hashes", "lsh_width", "lsh_refinement"),
+    *("lsh_compensation", "lsh_rank", "lsh_target_rate", "lsh_seed"),
 )
+ALL_CODEC_FIELDS = (*CODEC_FIELDS, "lsh_evaluation")
 
 # Fields that mean something for the stock model too.
 STOCK_FIELDS = (
     *("shortcut", "shortcut_resume", "overlap", "overlap_chunks", "overlap_interval", "overlap_report"),
-    *CODEC_FIELDS,
-    "lsh_evaluation",
+    *ALL_CODEC_FIELDS,
 )
 
 
@@ -210,7 +204,7 @@ class ScMoEConfig:
     """What the all-to-all carries. none: tokens. lsh: tokens of one expert that hash alike travel as one row, their
     mean, in forward and backward, and each token's difference from it stays at home (LSH-MoE, arXiv 2411.08446). How
     many rows are left is an outcome, which the log says; TensorBoard and W&B get rate, largest cluster and residual of
-    each group of the last pipeline stage. With --shortcut none it works in the stock MoE layers."""
+    each group. With --shortcut none it works in the stock MoE layers."""
 
     lsh_kind: HashKind = HashKind.CROSS_POLYTOPE
     """Hash functions of --a2a-codec lsh. cross-polytope: the nearest of the 2 x --lsh-width directions of a random
@@ -297,14 +291,19 @@ class ScMoEConfig:
         return Plan(slots * self.overlap_chunks if len(slots) == 1 else slots)
 
     @property
+    def compresses(self) -> bool:
+        """Whether the all-to-all carries something else than tokens."""
+        return self.a2a_codec is not Codec.NONE
+
+    @property
     def replaces_stock_moe(self) -> bool:
         """Whether the MoE layers of the stock model are ours: their tokens travel in chunks, or compressed."""
-        return not self.enabled and (self.overlap_chunks > 1 or self.a2a_codec is not Codec.NONE)
+        return not self.enabled and (self.overlap_chunks > 1 or self.compresses)
 
     @property
     def watches_steps(self) -> bool:
         """Whether anything has to be done between two steps."""
-        return self.overlap is Overlap.ADAPTIVE or bool(self.overlap_report) or self.a2a_codec is not Codec.NONE
+        return self.overlap is Overlap.ADAPTIVE or bool(self.overlap_report) or self.compresses
 
     def validate(self, num_layers: int) -> None:
         """Raise ConfigError where these settings cannot describe a model of ``num_layers`` blocks."""
@@ -355,8 +354,8 @@ class ScMoEConfig:
         return next(field.default for field in fields(self) if field.name == name)
 
     def _validate_codec(self) -> None:
-        if self.a2a_codec is Codec.NONE:
-            for name in (*CODEC_FIELDS, "lsh_evaluation"):
+        if not self.compresses:
+            for name in ALL_CODEC_FIELDS:
                 value = getattr(self, name)
                 if value != self._default(name):
                     flag = "--" + name.replace("_", "-")

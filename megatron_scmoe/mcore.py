@@ -316,11 +316,16 @@ def is_stage_root() -> bool:
     return dist.get_rank() == dist.get_process_group_ranks(stage_group())[0]
 
 
+def is_last_of_stage() -> bool:
+    """Whether this rank is the last one of its pipeline stage."""
+    return dist.get_rank() == dist.get_process_group_ranks(stage_group())[-1]
+
+
 # --- between stages ----------------------------------------------------------------------------------------------
 
 
 class StageMail:
-    """Texts from any rank to any rank, without waiting: stages of a pipeline must not wait for one another here.
+    """Texts from any rank to one that reads, without waiting: stages of a pipeline must not wait for one another here.
 
     Args:
         key: names the mail in the store that the process group was made with.
@@ -332,14 +337,19 @@ class StageMail:
         self._read = 0
 
     def send(self, text: str) -> None:
-        """Leave a text for everyone who reads."""
+        """Leave a text for the rank that reads."""
         number = self._store.add(f"{self._key}/count", 1)
         self._store.set(f"{self._key}/{number}", text)
 
     def receive(self) -> list[str]:
-        """The texts that this reader has not seen."""
+        """The texts that have come since the last call; they leave the store, which would grow with every step."""
         first, self._read = self._read + 1, self._store.add(f"{self._key}/count", 0)
-        return [self._store.get(f"{self._key}/{number}").decode() for number in range(first, self._read + 1)]
+        return [self._take(f"{self._key}/{number}") for number in range(first, self._read + 1)]
+
+    def _take(self, key: str) -> str:
+        text = self._store.get(key).decode()
+        self._store.delete_key(key)
+        return text
 
 
 # --- gradient buckets --------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe import mcore
 from megatron_scmoe.config import (
-    Codec,
     Combine,
     Compensation,
     ConfigError,
@@ -169,7 +168,7 @@ _CODEC_REFUSED = {
 
 
 def _check_codec(args: Namespace, scmoe: ScMoEConfig) -> None:
-    if scmoe.a2a_codec is Codec.NONE:
+    if not scmoe.compresses:
         return
     if scmoe.lsh_width > args.hidden_size:
         raise ConfigError(

@@ -3,7 +3,7 @@
 Exposed time is the time in which a collective was under way and nothing was computed, of each group, forward and
 backward (``spans.py``). One file for each rank holds all groups; what the log, TensorBoard and W&B get is the sum over
 the groups of the last pipeline stage, where Megatron's writers are, of its slowest rank; and with a codec, what it did
-in each of them.
+in each group of the model.
 """
 
 from __future__ import annotations
@@ -153,15 +153,12 @@ def codec_scalars(rows_of_ranks: Sequence[Sequence[GroupRow]]) -> dict[str, floa
 
     A cluster's mean size is one over the rate.
     """
-    by_group = _by_group(rows_of_ranks)
-    return {
-        **{f"sent_rate/group{group}": fmean(row.sent_rate for row in rows) for group, rows in by_group.items()},
-        **{
-            f"largest_cluster/group{group}": max(row.largest_cluster for row in rows)
-            for group, rows in by_group.items()
-        },
-        **{f"residual/group{group}": fmean(row.residual for row in rows) for group, rows in by_group.items()},
-    }
+    scalars: dict[str, float] = {}
+    for group, rows in _by_group(rows_of_ranks).items():
+        scalars[f"sent_rate/group{group}"] = fmean(row.sent_rate for row in rows)
+        scalars[f"largest_cluster/group{group}"] = max(row.largest_cluster for row in rows)
+        scalars[f"residual/group{group}"] = fmean(row.residual for row in rows)
+    return scalars
 
 
 def _by_group(rows_of_ranks: Sequence[Sequence[GroupRow]]) -> dict[int, list[GroupRow]]:

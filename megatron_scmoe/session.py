@@ -11,22 +11,21 @@ import hashlib
 import json
 import os
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from megatron_scmoe import mcore, observe
 from megatron_scmoe.adaptive import Decision, Phase, Plans, Tuner, chunk_counts, from_saved_form, saved_form
-from megatron_scmoe.config import Codec, Overlap, ScMoEConfig
+from megatron_scmoe.config import Overlap, ScMoEConfig
 from megatron_scmoe.costs import GroupPass, passes_of
 from megatron_scmoe.layer import GroupBlock
 from megatron_scmoe.pipelined import PipelinedMoELayer
 from megatron_scmoe.rate import adjust_rates
 from megatron_scmoe.report import GroupRow, ReportFile, Summary, codec_scalars, rows_of, summarize, warning
+from megatron_scmoe.scalars import Scalars
 
 type Group = GroupBlock | PipelinedMoELayer
 
@@ -51,7 +50,8 @@ class OverlapSession:
         self._recording: observe.Recording | None = None
         self._iteration: int | None = None
         self._file: ReportFile | None = None
-        self._mail: mcore.StageMail | None = None  # the store is there once the process group is
+        self._scalars: Scalars | None = None  # it and the mail need the process group's store
+        self._mail: mcore.StageMail | None = None
 
     def close(self) -> None:
         """Report what the last step measured; every rank calls it when training, and W&B's run, are over."""
@@ -59,8 +59,8 @@ class OverlapSession:
             observe.stop(self._recording)
             self._report(self._iteration + 1, passes_of(self._recording))
             self._recording = None
-            if (tensorboard := get_tensorboard_writer()) is not None:
-                tensorboard.flush()  # it writes from a thread, which ends with this process
+        if self._scalars is not None:
+            self._scalars.close()
 
     def before_micro_batch(self, model: torch.nn.Module) -> None:
         """Called before every micro-batch; does its work where it is the first one of a step.
@@ -70,6 +70,7 @@ class OverlapSession:
         """
         ended, self._iteration = self._iteration, self._args.curr_iteration
         if ended is None:
+            self._scalars = Scalars(self._args)
             if self._scmoe.overlap is Overlap.ADAPTIVE or self._scmoe.lsh_target_rate:
                 self._mail = mcore.StageMail("megatron_scmoe/to_save")
             if self._scmoe.overlap is Overlap.ADAPTIVE:
@@ -134,7 +135,7 @@ class OverlapSession:
                 self._agree(self._tuner, iteration)
             self._set_plans(self._tuner)
         self._collect_what_to_save()
-        says_rate = self._scmoe.a2a_codec is not Codec.NONE and (iteration + 1) % self._args.log_interval == 0
+        says_rate = self._scmoe.compresses and (iteration + 1) % self._args.log_interval == 0
         if self._file is not None or (self._tuner is not None and self._tuner.records) or says_rate:
             self._recording = observe.start()
 
@@ -202,8 +203,9 @@ class OverlapSession:
     def _report(self, iteration: int, passes: list[GroupPass]) -> None:
         """To the files of --overlap-report; to the log, too, and with a codec to the log in any case."""
         assert self._recording is not None
+        assert self._scalars is not None
         logs = iteration % self._args.log_interval == 0
-        if self._file is None and not (logs and self._scmoe.a2a_codec is not Codec.NONE):
+        if self._file is None and not (logs and self._scmoe.compresses):
             return
         rows = self._rows(passes, self._recording)
         if self._file is not None:
@@ -212,13 +214,12 @@ class OverlapSession:
             return
         rows_of_ranks = _gathered(rows, mcore.stage_group())
         summary = summarize(rows_of_ranks)
-        compresses = self._scmoe.a2a_codec is not Codec.NONE
-        scalars = {f"overlap/{name}": value for name, value in summary.scalars(codec=compresses).items()}
-        if compresses:
-            scalars |= {f"codec/{name}": value for name, value in codec_scalars(rows_of_ranks).items()}
-        for add in _writers():
-            for name, value in scalars.items():
-                add(name, value, iteration)
+        codec = self._scmoe.compresses
+        self._scalars.add(
+            iteration,
+            {f"overlap/{name}": value for name, value in summary.scalars(codec=codec).items()},
+            {f"codec/{name}": value for name, value in codec_scalars(rows_of_ranks).items()} if codec else {},
+        )
         if mcore.is_stage_root():
             measuring = " (sequential for once, to measure)" if self._tuner and self._tuner.sequential else ""
             print(
@@ -234,7 +235,7 @@ class OverlapSession:
         return rows_of(passes, recording, {index: group.plan for index, group in self._groups.items()})
 
     def _codec_words(self, summary: Summary) -> str:
-        if self._scmoe.a2a_codec is Codec.NONE:
+        if not self._scmoe.compresses:
             return ""
         return f", {summary.sent_rate:.1%} of the rows sent, residual {summary.residual:.2f} of a token"
 
@@ -262,16 +263,6 @@ def conditions(args: Namespace, stage: dist.ProcessGroup) -> dict[str, Any]:
     )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {name: getattr(args, name) for name in names} | {"device": ", ".join(sorted(set(_gathered(device, stage))))}
-
-
-def _writers() -> list[Callable[[str, float, int], None]]:
-    """Megatron's TensorBoard and W&B, on the rank that has them, while W&B's run goes on."""
-    writers: list[Callable[[str, float, int], None]] = []
-    if (tensorboard := get_tensorboard_writer()) is not None:
-        writers.append(tensorboard.add_scalar)
-    if (wandb := get_wandb_writer()) is not None and wandb.run is not None:
-        writers.append(lambda name, value, iteration: wandb.log({name: value}, iteration))
-    return writers
 
 
 def _gathered(mine: Any, group: dist.ProcessGroup) -> list[Any]:

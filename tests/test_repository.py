@@ -49,7 +49,8 @@ ARROWS: dict[str, set[str]] = {
     "costs": {"observe", "plan", "solver", "spans"},
     "adaptive": {"costs", "plan", "solver"},
     "report": {"costs", "observe", "plan", "spans"},
-    "session": {"adaptive", "config", "costs", "layer", "mcore", "observe", "pipelined", "rate", "report"},
+    "scalars": {"mcore"},
+    "session": {"adaptive", "config", "costs", "layer", "mcore", "observe", "pipelined", "rate", "report", "scalars"},
 }
 
 
