@@ -204,7 +204,7 @@ class ScMoEConfig:
     """What the all-to-all carries. none: tokens. lsh: tokens of one expert that hash alike travel as one row, their
     mean, in forward and backward, and each token's difference from it stays at home (LSH-MoE, arXiv 2411.08446). How
     many rows are left is an outcome, which the log says; TensorBoard and W&B get rate, largest cluster and residual of
-    each group. With --shortcut none it works in the stock MoE layers."""
+    each group (W&B not of the last step). With --shortcut none it works in the stock MoE layers."""
 
     lsh_kind: HashKind = HashKind.CROSS_POLYTOPE
     """Hash functions of --a2a-codec lsh. cross-polytope: the nearest of the 2 x --lsh-width directions of a random

@@ -1,9 +1,9 @@
 """What every step's communication cost, and how much of it was hidden: as JSON lines and as a few scalars.
 
 Exposed time is the time in which a collective was under way and nothing was computed, of each group, forward and
-backward (``spans.py``). One file for each rank holds all groups; what the log, TensorBoard and W&B get is the sum over
-the groups of the last pipeline stage, where Megatron's writers are, of its slowest rank; and with a codec, what it did
-in each group of the model.
+backward (``spans.py``). One file for each rank holds all its groups. The log gets the sum over the groups of each
+pipeline stage, of its slowest rank; TensorBoard and W&B get that of the last stage, where Megatron's writers are, and
+of a codec what it did in each group of the model.
 """
 
 from __future__ import annotations

@@ -10,22 +10,24 @@ import torch.distributed as dist
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from megatron_scmoe import mcore
+from megatron_scmoe.config import ScMoEConfig
 
 
 class Scalars:
     """Figures of steps, on their way to Megatron's writers, which the last rank has: it is one of the last stage.
 
-    Other stages leave it what they have and go on. It finds the figures of a step when that step is over for it, since
-    it had to wait for each of them by then.
+    Other stages leave it what they have and go on. It finds their figures of a step when its next one begins, for which
+    it had to wait for each of them.
 
     Args:
         args: Megatron's namespace; the process group is there.
+        scmoe: the settings.
     """
 
-    def __init__(self, args: Namespace) -> None:
-        several_stages = args.pipeline_model_parallel_size > 1
-        somebody_reads = bool(args.tensorboard_dir or args.wandb_project)
-        self._mail = mcore.StageMail("megatron_scmoe/scalars") if several_stages and somebody_reads else None
+    def __init__(self, args: Namespace, scmoe: ScMoEConfig) -> None:
+        # By what all ranks are sure to agree on: only the last one reads where Megatron writes to.
+        several = args.pipeline_model_parallel_size > 1 and scmoe.compresses
+        self._mail = mcore.StageMail("megatron_scmoe/scalars") if several else None
 
     def add(self, iteration: int, of_stage: Mapping[str, float], of_groups: Mapping[str, float]) -> None:
         """Every rank calls it, with the same figures on all ranks of a stage.
@@ -33,7 +35,7 @@ class Scalars:
         Args:
             iteration: that ended.
             of_stage: by name; those of the last stage are written.
-            of_groups: by name, which no other stage uses; those of every stage are written.
+            of_groups: by name, which no other stage uses; those of every stage are written. Without a codec none.
         """
         _write(iteration, {**of_stage, **of_groups})
         # The last rank of a stage is in one pipeline with the last one of all, which cannot be ahead of it.
@@ -44,8 +46,9 @@ class Scalars:
     def close(self) -> None:
         """Write what is still on its way; every rank calls it when nobody adds any more."""
         if self._mail is not None:
-            dist.barrier()
-        self._write_received()
+            dist.barrier()  # all have sent
+            self._write_received()
+            dist.barrier()  # all is read: where no launcher holds the store, it goes with rank 0
         if (tensorboard := get_tensorboard_writer()) is not None:
             tensorboard.flush()  # it writes from a thread, which ends with this process
 

@@ -1,8 +1,9 @@
 """The steps of a training run, as the overlap sees them: plans change, and reports are written, between two steps.
 
 Megatron has no hook between steps, so the first micro-batch of a step stands for its begin: no collective of a group is
-in flight then, and every rank of a pipeline stage gets there without waiting for another stage. Only ranks of one stage
-talk to one another here; stages leave each other the plans that a checkpoint keeps, in the process group's store.
+in flight then, and no rank waits there for a later stage. Collectives are among the ranks of one stage here. What
+stages tell one another, plans for a checkpoint and figures for the last rank's writers, lies in the process group's
+store.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class OverlapSession:
         """
         ended, self._iteration = self._iteration, self._args.curr_iteration
         if ended is None:
-            self._scalars = Scalars(self._args)
+            self._scalars = Scalars(self._args, self._scmoe)
             if self._scmoe.overlap is Overlap.ADAPTIVE or self._scmoe.lsh_target_rate:
                 self._mail = mcore.StageMail("megatron_scmoe/to_save")
             if self._scmoe.overlap is Overlap.ADAPTIVE:
@@ -135,7 +136,7 @@ class OverlapSession:
                 self._agree(self._tuner, iteration)
             self._set_plans(self._tuner)
         self._collect_what_to_save()
-        says_rate = self._scmoe.compresses and (iteration + 1) % self._args.log_interval == 0
+        says_rate = self._scmoe.compresses and (self._args.curr_iteration + 1) % self._args.log_interval == 0
         if self._file is not None or (self._tuner is not None and self._tuner.records) or says_rate:
             self._recording = observe.start()
 

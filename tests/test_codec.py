@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import models
 import pytest
@@ -473,18 +474,23 @@ def test_it_trains_and_reports(name, tmp_path):
     assert all(0 < residual < 2 for residual in values["overlap/residual"].values())
 
 
-def train_with_slow_mail(flags: list[str]) -> str:
-    """Whoever writes without having waited for another stage writes too little."""
-    from megatron_scmoe import mcore
+def steps_of_figures(flags: list[str]) -> list[int]:
+    """Of each figure that W&B would get, in turn, where figures of other stages take their time.
 
-    send = mcore.StageMail.send
+    Whoever writes without having waited for another stage writes too little, or an earlier step behind a later one.
+    """
+    from megatron_scmoe import mcore, scalars
+
+    send, steps = mcore.StageMail.send, list[int]()
 
     def send_late(mail: mcore.StageMail, text: str) -> None:
         time.sleep(0.5)
         send(mail, text)
 
     mcore.StageMail.send = send_late
-    return train(flags)
+    scalars.get_wandb_writer = lambda: SimpleNamespace(run=object(), log=lambda _values, step: steps.append(step))
+    train(flags)
+    return steps
 
 
 @pytest.mark.parametrize("name", ["stock top-2", "pipeline", "pipeline and expert parallel"])
@@ -497,7 +503,8 @@ def test_tensorboard_has_every_group(name, tmp_path):
     )
     if name == "stock top-2":
         flags = with_flags(flags, "--moe-layer-freq [0,1]*4")
-    ranks.run(train_with_slow_mail, 4 if "and expert" in name else 2, flags)
+    *_, steps = ranks.run(steps_of_figures, 4 if "and expert" in name else 2, flags)
+    assert steps == sorted(steps) and set(steps) == {2, 4, 6}
     tags = [tag for tag in training.scalar_names(tmp_path) if tag.startswith("codec/")]
     assert len(tags) == 3 * 4
     written = training.scalars(tmp_path, *tags)
@@ -511,9 +518,10 @@ def test_tensorboard_has_every_group(name, tmp_path):
     assert not any(written.values())
 
 
-def test_the_log_says_the_rate_where_nothing_was_asked_for():
+@pytest.mark.parametrize("skipped", ["", "--iterations-to-skip 3"])
+def test_the_log_says_the_rate_where_nothing_was_asked_for(skipped):
     flags = with_flags(TRAINED["stock top-2"], "--a2a-codec lsh", "--lsh-hashes 2", "--log-interval 2")
-    printed, *_ = ranks.run(train, 2, with_flags(flags, "--train-iters 6"))
+    printed, *_ = ranks.run(train, 2, with_flags(flags, "--train-iters 6", *filter(None, [skipped])))
     assert [int(found) for found in re.findall(r"overlap at iteration (\d+): .* of the rows sent", printed)] == [
         2,
         4,

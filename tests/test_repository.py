@@ -49,7 +49,7 @@ ARROWS: dict[str, set[str]] = {
     "costs": {"observe", "plan", "solver", "spans"},
     "adaptive": {"costs", "plan", "solver"},
     "report": {"costs", "observe", "plan", "spans"},
-    "scalars": {"mcore"},
+    "scalars": {"config", "mcore"},
     "session": {"adaptive", "config", "costs", "layer", "mcore", "observe", "pipelined", "rate", "report", "scalars"},
 }
 
