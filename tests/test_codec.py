@@ -89,18 +89,85 @@ def test_on_one_rank_and_on_four(num_ranks):
 
 
 def test_the_residual_matters():
-    """Negative control: the reference without it does not agree."""
-    wrong = LSH.replace(compensation="none")
-    with pytest.raises(AssertionError):
-        for (loss, _), (other, _) in zip(run(LSH, 2), run(wrong, 2), strict=True):
-            torch.testing.assert_close(loss, other, rtol=1e-3, atol=1e-3)
+    """Negative control: the reference that leaves the residual out is another model, in loss and in gradients."""
+    loss, gradients = reference_of_ranks(LSH.replace(compensation="none"), 2)
+    results = run(LSH, 2)
+    assert (torch.cat([one for one, _ in results]) - loss).abs().max() > 1e-3
+    assert any((gradient - gradients[name]).abs().max() > 1e-3 for name, gradient in results[0][1].items())
 
 
 def test_clusters_do_not_depend_on_where_experts_live():
     """The same tokens on each rank, with all experts there and with half of them."""
-    one, other = (ranks.run(models.losses_and_gradients, 2, LSH, layout=EP[size]) for size in (1, 2))
-    for (loss, _), (other_loss, _) in zip(one, other, strict=True):
-        torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=1e-6)
+    one, other = (ranks.run(step_with_counts, 2, LSH, layout=EP[size]) for size in (1, 2))
+    for mine, its in zip(one, other, strict=True):
+        assert mine["sizes"] == its["sizes"] and max(max(sizes) for sizes in mine["sizes"]) > 1
+    copies, halves = (ranks.run(models.losses_and_gradients, 2, LSH, layout=EP[size]) for size in (1, 2))
+    expected = {
+        name: sum(gradients[name] for _, gradients in copies) if "local_experts" in name else gradient
+        for name, gradient in copies[0][1].items()
+    }
+    for (loss, gradients), (its_loss, _) in zip(halves, copies, strict=True):
+        torch.testing.assert_close(loss, its_loss, rtol=1e-5, atol=1e-6)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def stock_and_loops(kind: str, compensation: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of every stock MoE layer: output, and gradients of its input and of its experts, here and by slow loops."""
+    from megatron_scmoe.config import Codec, Compensation
+    from megatron_scmoe.pipelined import PipelinedMoELayer
+
+    settings = {"a2a_codec": Codec.LSH, "lsh_hashes": 1, "lsh_compensation": Compensation(compensation)}
+    model = test_pipelined.build(kind, 2, **settings)
+    layers = [module for module in model.modules() if isinstance(module, PipelinedMoELayer)]
+    pairs = []
+    for number, moe in enumerate(layers):
+        generator = torch.Generator().manual_seed(number)
+        hidden = torch.randn(SEQ_LENGTH, BATCH_SIZE, moe.config.hidden_size, generator=generator)
+        towards = torch.randn(hidden.shape, generator=generator)
+        found = []
+        for forward in (lambda one, moe=moe: moe(one)[0], lambda one, moe=moe: in_loops(moe, one, compensation)):
+            moe.zero_grad()
+            its = hidden.clone().requires_grad_()
+            output = forward(its)
+            (output * towards).sum().backward()
+            found.append([output.detach(), its.grad, *(value.grad for value in moe.experts.parameters())])
+        pairs += zip(*found, strict=True)
+    return pairs
+
+
+def in_loops(moe: torch.nn.Module, hidden: torch.Tensor, compensation: str) -> torch.Tensor:
+    """The output of a stock MoE layer whose tokens hash, cluster by cluster and token by token."""
+    probs, routing_map = moe.route(hidden)
+    rows = hidden.view(-1, hidden.shape[-1])
+    hasher = moe.cargo_maker._hasher
+    columns = hasher._columns.split(hasher._width, dim=1)
+    output = torch.zeros_like(rows)
+    for number, expert in enumerate(moe.experts.local_experts):
+        clusters: dict[tuple, list[int]] = {}
+        for token in routing_map[:, number].nonzero().flatten().tolist():
+            clusters.setdefault(reference.bucket(rows[token], columns), []).append(token)
+        for members in clusters.values():
+            centroid = rows[members].mean(dim=0)
+            result, _ = expert(centroid.unsqueeze(0))
+            for token in members:
+                residual = rows[token] - centroid if compensation == "paper" else 0
+                output = output.index_add(
+                    0, torch.tensor([token]), probs[token, number] * (result + residual).view(1, -1)
+                )
+    output = output.view(hidden.shape)
+    return output + moe.shared_experts_compute(hidden) if moe.use_shared_expert else output
+
+
+@pytest.mark.parametrize("compensation", ["paper", "none"])
+@pytest.mark.parametrize("kind", ["top-2", "shared expert, gated", "dropped"])
+def test_stock_layers_equal_slow_loops(kind, compensation):
+    """With capacity, too, that drops tokens: it counts them before they are clustered."""
+    (pairs,) = ranks.run(stock_and_loops, 1, kind, compensation, layout=EP[1])
+    assert len(pairs) == 2 * (2 + 4 * 2)  # layers; output, input, experts' matrices
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert expected.abs().max() > 1e-3
 
 
 def evaluated(case: Case) -> list[torch.Tensor]:
@@ -291,11 +358,17 @@ def test_one_token_in_each_cluster_equals_no_codec_bit_for_bit(compensation, ref
 
 def step_with_counts(case: Case) -> dict[str, object]:
     """One step: bytes handed to the all-to-all, counted here, those reported, and what was recorded of clusters."""
-    from megatron_scmoe import observe
+    from megatron_scmoe import codec, observe
 
     model = models.build(case)
     counted = {"collectives": 0, "bytes": 0}
+    sizes, cluster = list[list[int]](), codec.cluster
     original = dist.all_to_all_single
+
+    def clustering(*arguments):
+        clusters = cluster(*arguments)
+        sizes.append(clusters.sizes.tolist())
+        return clusters
 
     def counting(output, tensor, output_splits, input_splits, **kwargs):
         row_bytes = tensor[:1].nbytes if tensor.shape[0] else 0
@@ -304,19 +377,20 @@ def step_with_counts(case: Case) -> dict[str, object]:
         counted["bytes"] += (sum(input_splits) - own) * row_bytes
         return original(output, tensor, output_splits, input_splits, **kwargs)
 
-    dist.all_to_all_single = counting
+    dist.all_to_all_single, codec.cluster = counting, clustering
     ((tokens, labels, positions),) = models.my_batch()
     try:
         with observe.recording() as recorded:
             model(tokens, positions, None, labels=labels).sum().backward()
     finally:
-        dist.all_to_all_single = original
+        dist.all_to_all_single, codec.cluster = original, cluster
     return {
         **counted,
         "reported": sum(transfer.sent_bytes for transfer in recorded.transfers),
         "rows": sum(one.rows for one in recorded.compressions),
         "clusters": sum(one.clusters for one in recorded.compressions),
         "largest": max((int(one.largest) for one in recorded.compressions), default=0),
+        "sizes": sizes,
         "residuals": [float(one.residual) for one in recorded.compressions],
     }
 
@@ -339,12 +413,21 @@ def test_what_travels_are_centroids_in_both_directions():
     assert sent == pytest.approx(rate, rel=0.2)
 
 
-def waits_and_exchanges(case: Case) -> dict[str, int]:
-    """Of a step's forward: how often the host asks the device for numbers, and counts are exchanged."""
+def waits_and_exchanges(case: Case, rate: float | None = None) -> dict[str, int]:
+    """Of a step: how often the host asks the device for numbers, and counts are exchanged; at a target rate, or not."""
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    from megatron_scmoe.layer import GroupBlock
+    from megatron_scmoe.rate import RateControl
+
     model = models.build(case)
+    controls = []
+    if rate is not None:
+        for module in model.modules():
+            if isinstance(module, GroupBlock):
+                module.cargo_maker.rate_control = RateControl(rate, case.hashes)
+                controls.append(module.cargo_maker.rate_control)
     counted = {"waits": 0, "exchanges": 0}
 
     class Waits(TorchDispatchMode):
@@ -366,19 +449,20 @@ def waits_and_exchanges(case: Case) -> dict[str, int]:
     ((tokens, labels, positions),) = models.my_batch()
     try:
         with Waits():
-            model(tokens, positions, None, labels=labels)
+            model(tokens, positions, None, labels=labels).sum().backward()
     finally:
         MoEAlltoAllTokenDispatcher.preprocess = original
+    assert all(control.seen.min() > 0 for control in controls)
     return counted
 
 
 def test_no_wait_that_none_has_not_and_one_exchange_of_counts():
-    plain, hashed, refined = (
-        ranks.run(waits_and_exchanges, 2, case.replace(topk=2, chunks=2), layout=EP[2])[0]
-        for case in (Case(), LSH, LLOYD)
+    plain, hashed, held, refined = (
+        ranks.run(waits_and_exchanges, 2, case.replace(topk=2, chunks=2), rate, layout=EP[2])[0]
+        for case, rate in ((Case(), None), (LSH, None), (LSH.replace(hashes=4), 0.3), (LLOYD, None))
     )
-    assert plain["exchanges"] == hashed["exchanges"] == refined["exchanges"] == 2 * 2  # groups, chunks
-    assert hashed["waits"] == plain["waits"]
+    assert {one["exchanges"] for one in (plain, hashed, held, refined)} == {2 * 2}  # groups, chunks
+    assert hashed["waits"] == held["waits"] == plain["waits"]
     assert refined["waits"] > plain["waits"]  # negative control: it asks for the most clusters of an expert
 
 
@@ -430,6 +514,7 @@ EP2 = "--expert-model-parallel-size 2"
 TOP2 = with_flags(without_flag(STOCK, "--moe-shared-expert-intermediate-size"), "--moe-layer-freq [0,1]*2")
 TRAINED = {
     "stock top-2": with_flags(TOP2, EP2, "--moe-router-topk 2"),
+    "stock, shared expert": with_flags(STOCK, EP2),
     "stock, capacity": with_flags(TOP2, EP2, "--moe-expert-capacity-factor 1.0"),
     "stock, padded": with_flags(
         TOP2, EP2, "--moe-expert-capacity-factor 1.0", "--moe-pad-expert-input-to-capacity", "--overlap-chunks 2"
