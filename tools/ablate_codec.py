@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import provenance
+from codec_study import cost
 from codec_study.analysis import rows
 from codec_study.arms import MODELS, SIZES, Arm, Run, Settings, all_arms
 from codec_study.folder import MANIFEST, described_data, made_data, settings_difference
@@ -44,8 +45,11 @@ examples:
   # train nothing: show what an earlier call found, and write it into a document
   .venv/bin/python tools/ablate_codec.py --from study --write-results docs/results-codec.md
 
-  # the same, and what none reaches in the same wall time on the slow link that an ablation of step times has
-  # measured: it needs the arms 'none 0.25x steps' and so on, with a whole schedule in fewer steps
+  # what encoding costs, on an otherwise idle machine; --from study judges it, too
+  .venv/bin/python tools/ablate_codec.py --encoding-cost --output study
+
+  # show an earlier call, and what none reaches in the same wall time on the slow link that an ablation of step times
+  # has measured: it needs the arms 'none 0.25x steps' and so on, with a whole schedule in fewer steps
   .venv/bin/python tools/ablate_codec.py --from study --step-times ablation
 
 models:
@@ -88,8 +92,9 @@ def make_parser() -> argparse.ArgumentParser:
     times = "with --from: a result of tools/ablate_overlap.py, whose step times make wall time of steps"
     add("--step-times", type=Path, metavar="DIR", help=times)
     add("--list-arms", action="store_true", help="print the names of all arms and end")
-    cost = "time hashing, centroids and residuals beside an expert MLP on the same 8192 x 1024 rows, and end"
-    add("--encoding-cost", action="store_true", help=cost)
+    encoding = "time hashing, centroids and residuals beside an expert MLP on the same 8192 x 1024 rows, and end; "
+    encoding += "with --output DIR keep the times there, where --from judges them"
+    add("--encoding-cost", action="store_true", help=encoding)
     return parser
 
 
@@ -103,8 +108,7 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parser.error(f"--{flag.replace('_', '-')} needs --from DIR, the folder of an earlier run")
     if args.output is None:
         parser.error("--output is missing; name a folder, such as --output study")
-    if args.output.exists() and not args.output.is_dir():
-        parser.error(f"--output {str(args.output)!a} is a file; name a folder")
+    _check_folder(parser, args.output)
     if args.iterations % args.eval_every:
         parser.error(f"--iterations {args.iterations} is no multiple of --eval-every {args.eval_every}; make it one")
     settings = Settings(args.iterations, args.eval_every, args.eval_sequences, args.tokens_per_expert)
@@ -122,6 +126,11 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         if importlib.util.find_spec(package) is None:
             parser.error(f"the Python package {package} is missing; pip install {package}")
     return models, chosen, settings
+
+
+def _check_folder(parser: argparse.ArgumentParser, output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        parser.error(f"--output {str(output)!a} is a file; name a folder")
 
 
 def _chosen(parser: argparse.ArgumentParser, flag: str, text: str, known: list[str], fix: str) -> list[str]:
@@ -178,20 +187,32 @@ def show_again(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
     if args.output is not None:
         parser.error("--from trains nothing; leave --output out")
-    timed: dict[str, Any] = {}
+    beside: dict[str, Any] = cost.read(args.source)
     if args.step_times is not None:
         try:
-            timed["step_times"] = wall_time.read(args.step_times)
+            beside["step_times"] = wall_time.read(args.step_times)
         except (OSError, ValueError, KeyError) as error:
             parser.error(f"--step-times {str(args.step_times)!a} cannot be read: {str(error)[:200]}")
     result = write_again(
         parser,
         args,
-        section=lambda result: goals.section({**result, **timed}),
+        section=lambda result: goals.section({**result, **beside}),
         marks=(goals.BEGIN, goals.END),
-        html=lambda result: render.html({**result, **timed}),
+        html=lambda result: render.html({**result, **beside}),
     )
-    render.print_table({**result, **timed})
+    render.print_table({**result, **beside})
+
+
+def time_encoding(parser: argparse.ArgumentParser, output: Path | None) -> None:
+    """Print what encoding costs, and keep it in ``output`` if given."""
+    if output is not None:
+        _check_folder(parser, output)
+    from codec_study import encoding  # noqa: PLC0415 - imports torch, which the others need not wait for
+
+    measured = encoding.cost_of_encoding(repetitions=7)
+    if output is not None:
+        cost.write(output, measured)
+    _say(cost.described(measured))
 
 
 def _say(text: str) -> None:
@@ -210,9 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(arm.name for arm in all_arms()))
         return 0
     if args.encoding_cost:
-        from codec_study import encoding  # noqa: PLC0415 - imports torch, which the others need not wait for
-
-        _say(encoding.described(encoding.cost_of_encoding(repetitions=7)))
+        time_encoding(parser, args.output)
         return 0
     if args.source is not None:
         show_again(parser, args)

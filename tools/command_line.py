@@ -81,8 +81,9 @@ def write_again(
     except (OSError, ValueError) as error:
         parser.error(f"cannot read it: {str(error)[:200]}")
     if document is not None:
+        text = section(result)
         try:
-            document = _with_section(document, section(result), *marks)
+            document = _with_section(document, text, *marks)
         except ValueError as error:
             parser.error(f"--write-results {str(args.write_results)!a}: {error}: {marks[0]} and {marks[1]}")
         atomic.write_text(args.write_results, document)

@@ -34,6 +34,7 @@ class Row:
             both.
         with_tokens: how much higher the same model's loss is where tokens travel in the evaluation, in percent; None
             where tokens travel anyway, or where no seed was evaluated so, as none of the study's first runs was.
+        with_tokens_to_none: how much higher that loss is than that of none, in percent.
         rate: rows sent over rows routed, in the last tenth of the steps.
         residual: what did not travel, relative to a token, there.
         seconds: of a step, on one rank without any network.
@@ -46,6 +47,7 @@ class Row:
     to_none: Spread | None
     to_control: Spread | None
     with_tokens: Spread | None
+    with_tokens_to_none: Spread | None
     rate: Spread
     residual: Spread
     seconds: Spread
@@ -78,12 +80,15 @@ def by_seed(runs: Sequence[RunResult], model: str, arm: str) -> dict[int, RunRes
     return {run["seed"]: run for run in runs if (run["model"], run["arm"]) == (model, arm)}
 
 
-def percent_above(runs: Sequence[RunResult], model: str, arm: str, against: str) -> list[float]:
-    """How much higher the final validation loss is than that of ``against``, in percent, for each seed of both."""
+def percent_above(
+    runs: Sequence[RunResult], model: str, arm: str, against: str, loss: str = "final_validation"
+) -> list[float]:
+    """How much higher a loss is than the final one of ``against``, in percent, for each seed that has both."""
     mine, others = by_seed(runs, model, arm), by_seed(runs, model, against)
     return [
-        100 * (mine[seed]["final_validation"] / others[seed]["final_validation"] - 1)
+        100 * (mine[seed][loss] / others[seed]["final_validation"] - 1)
         for seed in sorted(mine.keys() & others.keys())
+        if loss in mine[seed]
     ]
 
 
@@ -119,6 +124,11 @@ def _row(runs: Sequence[RunResult], model: str, arm: str) -> Row:
         assert found is not None
         return found
 
+    def of_tokens(against: str) -> Spread | None:
+        if arm in UNCOMPRESSED:
+            return None
+        return spread(percent_above(runs, model, arm, against, "final_validation_of_tokens"))
+
     return Row(
         model=model,
         arm=arm,
@@ -126,11 +136,8 @@ def _row(runs: Sequence[RunResult], model: str, arm: str) -> Row:
         loss=of("final_validation"),
         to_none=spread(percent_above(runs, model, arm, NONE)),
         to_control=spread(percent_above(runs, model, arm, CONTROL)),
-        with_tokens=spread(
-            100 * (run["final_validation_of_tokens"] / run["final_validation"] - 1)
-            for run in mine.values()
-            if arm not in UNCOMPRESSED and "final_validation_of_tokens" in run
-        ),
+        with_tokens=of_tokens(arm),
+        with_tokens_to_none=of_tokens(NONE),
         rate=of("final_rate"),
         residual=of("final_residual"),
         seconds=of("seconds_per_step"),

@@ -49,19 +49,26 @@ MODELS = {
 }
 
 
+def compensated(hashes: int) -> str:
+    """Name of the arm with so many functions and the paper's compensation."""
+    return f"lsh q{hashes}"
+
+
 def uncompensated(hashes: int, *, refined: bool = False) -> str:
     """Name of the arm with so many functions that adds nothing for the residual."""
-    return f"lsh q{hashes}{' lloyd' if refined else ''} no compensation"
+    return f"{compensated(hashes)}{' lloyd' if refined else ''} no compensation"
 
 
-NONE, CONTROL, PAPER, UNCOMPENSATED = "none", "control", "lsh q6", uncompensated(6)
+NONE, CONTROL, PAPER = "none", "control", compensated(6)
 COMPRESSED_CONTROL = "control lsh q6"
 SHORTER = {share: f"none {share:g}x steps" for share in (0.25, 0.5, 0.75)}
 """Without a codec, by part of the steps: what such a training would be ended at, where a codec saves time."""
 UNCOMPRESSED = (NONE, *SHORTER.values(), CONTROL)
 _LLOYD = ("--lsh-refinement", "lloyd")
-REFINED_HASHES = (4, 6)
-"""Of the arms without compensation that are there with refined clusters and without."""
+COMPARED_HASHES = (4, 6)
+"""Of the arms that are there with the paper's compensation and without, and those with refined clusters and without."""
+HELD, HELD_RATE = "lsh q12 at 0.2", 0.2
+"""The arm with a target rate, and the rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +103,16 @@ def all_arms() -> list[Arm]:
     """
     arms = [Arm(NONE, "tokens"), *(Arm(name, "tokens", share=share) for share, name in SHORTER.items())]
     arms.append(Arm(CONTROL, "tokens-plus-input"))
-    arms += [_lsh(f"lsh q{hashes}", hashes) for hashes in (2, 4, 6, 8, 10)]
-    arms += [_lsh(uncompensated(hashes), hashes, compensation="none") for hashes in REFINED_HASHES]
+    arms += [_lsh(compensated(hashes), hashes) for hashes in (2, 4, 6, 8, 10)]
+    arms += [_lsh(uncompensated(hashes), hashes, compensation="none") for hashes in COMPARED_HASHES]
     arms.append(_lsh("lsh q6 lowrank", 6, compensation="lowrank"))
     arms.append(replace(_lsh(COMPRESSED_CONTROL, 6, compensation="none"), cargo="codec-plus-input"))
     arms.append(_lsh("lsh q6 lloyd", 6, *_LLOYD))
     arms += [
-        _lsh(uncompensated(hashes, refined=True), hashes, *_LLOYD, compensation="none") for hashes in REFINED_HASHES
+        _lsh(uncompensated(hashes, refined=True), hashes, *_LLOYD, compensation="none") for hashes in COMPARED_HASHES
     ]
     arms.append(_lsh("spherical q12", 12, "--lsh-kind", "spherical"))
-    arms.append(_lsh("lsh q12 at 0.2", 12, "--lsh-target-rate", "0.2"))
+    arms.append(_lsh(HELD, 12, "--lsh-target-rate", f"{HELD_RATE:g}"))
     return arms
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from statistics import median
 
+import provenance
 import torch
 from torch import Tensor
 
+from codec_study.cost import Cost
 from megatron_scmoe import cpu_backend
 from megatron_scmoe.lloyd import refined
 from megatron_scmoe.lsh import Clusters, Hasher, cluster, means, restore
@@ -20,8 +21,8 @@ CENTRES = 200
 NOISE = 0.01
 
 
-def cost_of_encoding(repetitions: int) -> dict[str, list[float]]:
-    """Seconds of an expert MLP's forward on all rows and of everything that the codec does to them, by turns.
+def cost_of_encoding(repetitions: int) -> Cost:
+    """Time an expert MLP's forward on all rows and everything that the codec does to them, by turns.
 
     Rows lie around centres, so that about a fifth of them is left: random ones would not compress. One thread, fp32,
     freed memory kept, as in a training.
@@ -30,8 +31,8 @@ def cost_of_encoding(repetitions: int) -> dict[str, list[float]]:
         repetitions: of each, behind one to warm up.
 
     Returns:
-        ``mlp``, ``encode`` (hash, cluster, means), ``refine`` (one step of Lloyd's algorithm), ``restore`` (outputs,
-        weights), ``compensate`` (the same with residuals, as the paper has it) and ``rate``.
+        With seconds of ``mlp``, ``encode`` (hash, cluster, means), ``refine`` (one step of Lloyd's algorithm),
+        ``restore`` (outputs, weights) and ``compensate`` (the same with residuals, as the paper has it).
     """
     torch.set_num_threads(1)
     cpu_backend.keep_freed_memory()
@@ -44,7 +45,7 @@ def cost_of_encoding(repetitions: int) -> dict[str, list[float]]:
     up = torch.randn(HIDDEN, 4 * HIDDEN, generator=generator) * HIDDEN**-0.5
     down = torch.randn(4 * HIDDEN, HIDDEN, generator=generator) * HIDDEN**-0.5
     hasher = Hasher(HIDDEN, hashes=HASHES, width=WIDTH, seed=1)
-    result: dict[str, list[float]] = defaultdict(list)
+    found: dict[str, list[float]] = defaultdict(list)
 
     def encode() -> tuple[Tensor, Clusters]:
         keys, finite = hasher.keys(rows)
@@ -62,26 +63,10 @@ def cost_of_encoding(repetitions: int) -> dict[str, list[float]]:
             compensate_s, _ = _timed(lambda: restore(outputs, clusters, weights, (rows, centroids)))  # noqa: B023
             if repetition >= 0:
                 seconds = {"mlp": mlp_s, "encode": encode_s, "refine": refine_s, "restore": restore_s}
-                for name, value in {**seconds, "compensate": compensate_s, "rate": len(centroids) / ROWS}.items():
-                    result[name].append(value)
-    return result
-
-
-def described(cost: dict[str, list[float]]) -> str:
-    """Medians, and the median and range of the paired ratios of the codec's seconds to the MLP's."""
-    middle = {name: median(values) for name, values in cost.items()}
-
-    def share(*parts: str) -> str:
-        ratios = [sum(times) / mlp for *times, mlp in zip(*(cost[part] for part in (*parts, "mlp")), strict=True)]
-        return f"{median(ratios):.1%} ({min(ratios):.1%} to {max(ratios):.1%})"
-
-    return (
-        f"{ROWS} x {HIDDEN} rows in fp32, one thread, {middle['rate']:.1%} of them sent: encode "
-        f"{middle['encode'] * 1e3:.0f} ms, restore {middle['restore'] * 1e3:.0f} ms, with the paper's compensation "
-        f"{middle['compensate'] * 1e3:.0f} ms, expert MLP on all of them {middle['mlp'] * 1e3:.0f} ms: "
-        f"{share('encode', 'restore')} of it, {share('encode', 'compensate')} with compensation, and "
-        f"{share('refine')} more for --lsh-refinement lloyd; without gradients"
-    )
+                for name, value in {**seconds, "compensate": compensate_s}.items():
+                    found[name].append(value)
+    where = provenance.provenance()
+    return {"rows": ROWS, "hidden": HIDDEN, "rate": len(centroids) / ROWS, "seconds": dict(found), **where}
 
 
 def _timed[T](work: Callable[[], T]) -> tuple[float, T]:

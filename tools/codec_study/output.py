@@ -10,7 +10,7 @@ from typing import Any
 
 import atomic
 
-from codec_study import analysis, render
+from codec_study import analysis, cost, render
 from codec_study.arms import CONTROL, NONE
 
 
@@ -22,6 +22,7 @@ def write_results(folder: Path, result: Mapping[str, Any]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    result = {**result, **cost.read(folder)}
     atomic.write_text(folder / "report.html", render.html(result))
     render.print_table(result)
 
@@ -33,7 +34,7 @@ def csv_row(result: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]
         found = analysis.percent_above([run, *_twins(result, run, against)], run["model"], run["arm"], against)
         above[f"percent_above_{against}"] = found[0] if found else None
     names = ("model", "arm", "seed", "final_validation", "final_rate", "final_residual", "seconds_per_step")
-    steps = result["meta"]["iterations"]
+    steps, _ = run["validation"][-1]
     return {
         **{name: run[name] for name in names},
         **above,

@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from codec_study import analysis, goals, plots, wall_time, words
+from codec_study import analysis, cost, goals, plots, wall_time, words
 
 WIDE, MIDDLE = 122, 84
 """Columns that a terminal needs for each range beside its median, and for all figures."""
@@ -51,9 +51,8 @@ def html(result: Mapping[str, Any]) -> str:
         meta=words.machine(result["meta"]),
         machine=result["meta"],
         claims=_claims(result),
-        goals=[
-            (goal, model, goals.judge(goal, runs, model)) for goal in goals.GOALS for model in analysis.models_of(runs)
-        ],
+        goals=goals.lines(result),
+        encoding=cost.described(result["encoding"]) if "encoding" in result else "",
         rows=analysis.rows(runs),
         runs=runs,
         words=words,

@@ -11,13 +11,14 @@ WRITE: dict[str, Callable[[float], str]] = {
     "loss": "{:.4f}".format,
     "percent": "{:+.2f}%".format,
     "rate": "{:.3f}".format,
+    "share": "{:.2%}".format,
     "seconds": "{:.3f}".format,
 }
 """By unit."""
 
 HEADINGS = (
     *("validation loss", "above none", "above the control", "rows sent", "residual"),
-    *("evaluated with tokens", "s/step"),
+    *("evaluated with tokens", "that above none", "s/step"),
 )
 """Of ``cells``."""
 
@@ -29,7 +30,7 @@ NOTES = (
     " not say what compression saves, nor what an arm costs. A mean is of tokens that may come later in a sequence, so"
     " the losses of arms that compress are not those of a causal model. Evaluated with tokens: how much higher the"
     " loss of the same trained model is on the same text where tokens travel in the evaluation, as they will where it"
-    " is used; the study's first runs have no such figure."
+    " is used, and how much higher that is than the loss of none; the study's first runs have no such figures."
 )
 
 
@@ -52,6 +53,7 @@ def cells(row: Row) -> tuple[str, ...]:
         figure(row.rate, "rate"),
         figure(row.residual, "rate"),
         figure(row.with_tokens, "percent"),
+        figure(row.with_tokens_to_none, "percent"),
         figure(row.seconds, "seconds"),
     )
 

@@ -1,0 +1,57 @@
+"""What encoding costs, as ``encoding.py`` measured it: kept in a folder, and in words. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import atomic
+
+from codec_study.analysis import Spread, spread
+
+FILE = "encoding.json"
+COMPENSATED = ("encode", "compensate")
+"""All that the codec does to rows with the paper's compensation."""
+
+type Cost = Mapping[str, Any]
+"""``seconds``, a list for each part; ``rows``, ``hidden``, ``rate`` (part of the rows that is left); when and where."""
+
+
+def write(folder: Path, cost: Cost) -> None:
+    """Keep a measurement in ``folder``, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(folder / FILE, json.dumps(cost, indent=1) + "\n")
+
+
+def read(folder: Path) -> dict[str, Cost]:
+    """``encoding``: what a folder keeps; empty where nothing was measured."""
+    path = folder / FILE
+    return {"encoding": json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
+
+
+def share(cost: Cost, *parts: str) -> Spread:
+    """Paired ratios of the parts' seconds to the expert MLP's: median, smallest and largest."""
+    seconds = cost["seconds"]
+    found = spread(sum(times) / mlp for *times, mlp in zip(*(seconds[part] for part in (*parts, "mlp")), strict=True))
+    assert found is not None
+    return found
+
+
+def described(cost: Cost) -> str:
+    """Medians, and the median and range of the paired ratios."""
+    middle = {name: median(values) for name, values in cost["seconds"].items()}
+
+    def part(*parts: str) -> str:
+        one = share(cost, *parts)
+        return f"{one.value:.1%} ({one.low:.1%} to {one.high:.1%})"
+
+    return (
+        f"{cost['rows']} x {cost['hidden']} rows in fp32, one thread, {cost['rate']:.1%} of them sent: encode "
+        f"{middle['encode'] * 1e3:.0f} ms, restore {middle['restore'] * 1e3:.0f} ms, with the paper's compensation "
+        f"{middle['compensate'] * 1e3:.0f} ms, expert MLP on all of them {middle['mlp'] * 1e3:.0f} ms: "
+        f"{part('encode', 'restore')} of it, {part(*COMPENSATED)} with compensation, and "
+        f"{part('refine')} more for --lsh-refinement lloyd; without gradients; measured {cost['time']}"
+    )
