@@ -548,6 +548,25 @@ def test_goals_missed_by_how_much(result):
     assert render.markdown(result, goals.GOALS) != text
 
 
+def test_bytes_of_counters_and_tensors_are_compared(result):
+    """Either may be the larger one; Megatron's own layers say nothing of their tensors."""
+    goal = next(goal for goal in goals.GOALS if goal.measure is goals.Measure.BYTES)
+    arm = goal.arms[0]
+    for sent, tensors, said in (
+        (1040, 1000, "0.040 (one recorded step, no spread): met"),
+        (940, 1000, "0.060 (one recorded step, no spread): **missed by 0.010**"),
+        (1100, 1000, "0.100 (one recorded step, no spread): **missed by 0.050**"),
+    ):
+        counted = copy.deepcopy(result)
+        one = find(counted, 0, arm)
+        one["sent_bytes"], one["tensor_bytes"] = ({"training": sent, "forward": sent}, dict.fromkeys(KINDS, tensors))
+        line = lines_of(render.markdown(counted, goals.GOALS), "bytes by the interface counters", arm)[0]
+        assert line.count(said) == 2
+    find(counted, 0, arm)["tensor_bytes"] = {}
+    lines = lines_of(render.markdown(counted, goals.GOALS), "bytes by the interface counters", arm)
+    assert len(lines) == len(result["points"]) - 1
+
+
 def test_goals_of_rates_that_were_not_measured(result):
     text = render.markdown(result, goals.GOALS)
     assert "\n- speed-up over top-2: >= 2 and 2.5 (share 0.8)\n" in text and "not measured in this run |" not in text

@@ -15,6 +15,7 @@ class Measure(StrEnum):
     SPEEDUP = "speed-up"
     HIDDEN_SHARE = "hidden share"
     TIME_RATIO = "time ratio"
+    BYTES = "bytes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,5 +163,13 @@ GOALS = (
         )
         for alone in ("pos2 adaptive chunks", "top-2 lsh off")
     ),
+    Goal(
+        text="bytes by the interface counters: difference from the sizes of the tensors, as a part of these",
+        measure=Measure.BYTES,
+        arms=("top-2 lsh off", "pos2 adaptive chunks", "pos2 lsh adaptive chunks"),
+        sign="<=",
+        training=0.05,
+        forward=0.05,
+    ),
 )
-"""Issue 4, "Speed to reach", and of issue 5 what is about time."""
+"""Issue 4, "Speed to reach", and of issue 5 what is about time and bytes."""

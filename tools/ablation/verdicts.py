@@ -48,7 +48,7 @@ def judge(goal: Goal, kind: str, figure: Estimate) -> Outcome:
     missing = abs(figure.value - threshold)
     verdict = "met" if met else f"**missed by {missing:.3f}** ({missing / threshold:.1%})"
     spread = f"[{figure.low:.3f}, {figure.high:.3f}]"
-    if figure.low == figure.high and goal.measure is Measure.HIDDEN_SHARE:
+    if figure.low == figure.high and goal.measure in (Measure.HIDDEN_SHARE, Measure.BYTES):
         spread = "(one recorded step, no spread)"
     elif figure.low <= threshold <= figure.high:
         verdict += ", within the spread"
@@ -91,13 +91,25 @@ def outcome(point: Mapping[str, Any], rows: Mapping[tuple[str, str], Row], goal:
             return Outcome(row.hidden_share, None, f"does not fit: {filled:.2f} times the window*")
         judged = judge(goal, kind, row.hidden_share)
         return Outcome(judged.figure, judged.met, f"{judged.words}; fills {filled:.2f} of the window*")
+    figure: Estimate | None
     if goal.measure is Measure.PART_OF_LIMIT:
         figure = row.part_of_limit
+    elif goal.measure is Measure.BYTES:
+        figure = bytes_apart(point, arm, kind)
     elif goal.measure is Measure.TIME_RATIO:
         figure = analysis.ratio(point, kind, arm, str(against))
     else:
         figure = analysis.ratio(point, kind, str(against), arm)
     return judge(goal, kind, figure) if figure else Outcome(None, None, NOT_MEASURED)
+
+
+def bytes_apart(point: Mapping[str, Any], arm: str, kind: str) -> Estimate | None:
+    """How far the bytes of a step by the interface counters are from those of its tensors, as a part of these."""
+    one = next(one for one in point["arms"] if one["arm"]["name"] == arm)
+    if kind not in one["sent_bytes"] or kind not in one["tensor_bytes"]:
+        return None
+    apart = abs(one["sent_bytes"][kind] / one["tensor_bytes"][kind] - 1)
+    return Estimate(apart, apart, apart)
 
 
 def window_filled(point: Mapping[str, Any], sequential: str, kind: str) -> float | None:
