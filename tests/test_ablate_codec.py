@@ -116,7 +116,7 @@ def make_result(models=("top-2", "pos2"), wanted=()):
         "seeds": 3,
         "commits_of_runs": ["0123abc"],
     }
-    return {"meta": meta, "runs": runs}
+    return {"meta": meta, "runs": runs, "encoding": None}
 
 
 @pytest.fixture(scope="module")
@@ -254,8 +254,11 @@ def test_refinement_pays_where_it_wins_more_than_its_time_costs(result):
 @pytest.mark.parametrize(
     ("rates", "said"),
     [
-        (((0.2, 0.21, 0.18), (0.21, 0.2, 0.2), (0.2, 0.2, 0.2)), "5.00% [0.00%, 10.00%]: met"),
-        (((0.2, 0.23, 0.2), (0.17, 0.2, 0.2), (0.2, 0.2, 0.2)), "15.00% [0.00%, 15.00%]: **missed by 5.00%**"),
+        (((0.2, 0.21, 0.185), (0.21, 0.2, 0.2), (0.2, 0.2, 0.2)), "5.00% [0.00%, 7.50%]: met"),
+        (
+            ((0.2, 0.23, 0.2), (0.17, 0.2, 0.2), (0.2, 0.2, 0.2)),
+            "15.00% [0.00%, 15.00%]: **missed by 5.00%**, but the seeds disagree",
+        ),
     ],
 )
 def test_a_target_rate_is_judged_where_it_is_farthest(result, rates, said):
@@ -265,7 +268,19 @@ def test_a_target_rate_is_judged_where_it_is_farthest(result, rates, said):
     }
     runs = [{**run, "rate": of_seed[run["seed"]]} if run["arm"] == HELD else run for run in result["runs"]]
     (outcome,) = judged({"runs": runs}, goals.TARGET)
-    assert outcome.arm == HELD and outcome.words.replace(", but the seeds disagree", "") == said
+    assert outcome.arm == HELD and outcome.words == said
+
+
+@pytest.mark.parametrize(
+    ("sign", "low", "high", "disagree"),
+    [
+        *(("<=", 0.0, 0.5, False), ("<=", 0.5, 0.6, True), ("<=", 0.6, 0.7, False)),
+        *((">", 0.0, 0.5, False), (">", 0.5, 0.6, True), (">", 0.6, 0.7, False)),
+    ],
+)
+def test_seeds_disagree_where_some_reach_the_threshold(sign, low, high, disagree):
+    goal = goals.Goal("x", lambda *_: (PAPER, Spread(low, low, high)), sign, 0.5, "rate")
+    assert ("but the seeds disagree" in goals.judge(goal, [], "top-2").words) == disagree
 
 
 def test_no_arm_within_the_quality_row(result):
@@ -740,14 +755,16 @@ def test_a_single_run_has_a_report():
     assert [cells[3] for cells in Page(page).tables["arms"] if cells] == ["3.0000"]
 
 
-@pytest.mark.parametrize("width", [60, 100, 140])
+@pytest.mark.parametrize("width", [60, 84, 90, 100, 122, 140, 163, 200])
 def test_table_fits_the_terminal(result, width):
     console = Console(file=io.StringIO(), width=width)
     render.print_table(result, console)
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= width and "…" not in text
     for row in analysis.rows(result["runs"]):
-        assert words.WRITE["loss"](row.loss.value) in text and words.WRITE["percent"](row.to_none.value) in text
+        for loss in (row.loss.value, row.loss.low, row.loss.high):
+            assert words.WRITE["loss"](loss) in text
+        assert words.WRITE["percent"](row.to_none.value) in text
     assert "top-2: the claim holds here" in text
 
 
@@ -760,7 +777,7 @@ def test_csv_has_a_row_for_each_run(result, tmp_path):
     assert float(rows[-1]["percent_above_none"]) == pytest.approx(-0.8) and rows[0]["percent_above_none"] == "0.0"
     assert rows[0]["tokens"] == "2048000" and rows[-1]["arm"] == PAPER
     assert float(rows[-1]["final_validation_of_tokens"]) == few["runs"][-1]["final_validation_of_tokens"]
-    assert json.loads((tmp_path / "result.json").read_text()) == few
+    assert json.loads((tmp_path / "result.json").read_text()) == {name: few[name] for name in ("meta", "runs")}
     assert output.csv_row(make_result(("top-2",), (PAPER,)), few["runs"][-1])["percent_above_control"] is None
 
 
@@ -925,7 +942,7 @@ def test_tiny_study(tiny_data, tmp_path):
     assert none["final_rate"] == control["final_rate"] == 1.0 and 0 < lsh["final_rate"] < 1
     assert none["final_residual"] == 0.0 < lsh["final_residual"]
     assert folder.settings_difference(tmp_path / "study", {"iterations": 4}) == ""
-    assert (tmp_path / "study" / "report.html").read_text() == render.html(made)
+    assert (tmp_path / "study" / "report.html").read_text() == render.html({**made, "encoding": None})
 
 
 def test_evaluation_with_tokens_is_that_of_the_same_model_without_a_codec(tiny_data, tmp_path):
@@ -944,7 +961,8 @@ def test_evaluation_with_tokens_is_that_of_the_same_model_without_a_codec(tiny_d
 
 
 COST = {
-    **{"rows": 8192, "hidden": 1024, "rate": 0.2, "time": "2026-01-02T03:04:05+00:00"},
+    **{"rows": 8192, "hidden": 1024, "rate": 0.2},
+    **{"time": "2026-01-02T03:04:05+00:00", "commit": "0123abc", "hardware": {"device": "a CPU"}},
     "seconds": {
         **{"mlp": [1.0, 2.0, 4.0], "encode": [0.01, 0.02, 0.03], "restore": [0.02, 0.02, 0.01]},
         **{"refine": [0.01, 0.03, 0.02], "compensate": [0.03, 0.06, 0.13]},
@@ -962,32 +980,67 @@ def test_cost_of_encoding(monkeypatch):
     assert cost.described(COST) == (
         "8192 x 1024 rows in fp32, one thread, 20.0% of them sent: encode 20 ms, restore 20 ms, with the paper's "
         "compensation 60 ms, expert MLP on all of them 2000 ms: 2.0% (1.0% to 3.0%) of it, 4.0% (4.0% to 4.0%) with "
-        "compensation, and 1.0% (0.5% to 1.5%) more for --lsh-refinement lloyd; without gradients; measured "
-        "2026-01-02T03:04:05+00:00"
+        "compensation, and 1.0% (0.5% to 1.5%) more for --lsh-refinement lloyd; without gradients. Measured "
+        "2026-01-02T03:04:05+00:00 with 0123abc on a CPU"
     )
 
 
-def test_cost_of_encoding_is_kept_and_judged(result, tmp_path, monkeypatch, capsys):
-    study, document = tmp_path / "study", tmp_path / "results.md"
-    document.write_text(f"{goals.BEGIN}\n{goals.END}\n")
+@pytest.fixture
+def study(result, tmp_path, monkeypatch):
+    """A folder of an earlier call, in which what encoding costs can be kept; measuring it takes no time."""
     monkeypatch.setattr(encoding, "cost_of_encoding", lambda repetitions: COST)
-    assert tool.main(["--encoding-cost"]) == 0 and not study.exists()
-    assert tool.main(["--encoding-cost", "--output", str(study)]) == 0
-    assert capsys.readouterr().out == f"{cost.described(COST)}\n" * 2
-    (study / "result.json").write_text(json.dumps(result))
-    for met, compensate in ((True, [0.01, 0.03, 0.02]), (False, COST["seconds"]["compensate"])):
-        cost.write(study, {**COST, "seconds": {**COST["seconds"], "compensate": compensate}})
-        assert tool.main(["--from", str(study), "--write-results", str(document)]) == 0
-        (line,) = (line for line in document.read_text().splitlines() if line.startswith("| encode, residual"))
-        assert (": met |" in line) == met and ("4.00%: **missed by 1.00%** |" in line) != met
-        assert "What encoding costs: 8192 x 1024" in document.read_text()
-        assert "What encoding costs: 8192 x 1024" in (study / "report.html").read_text()
-    (study / "encoding.json").unlink()
+    made = tmp_path / "study"
+    made.mkdir()
+    (made / "result.json").write_text(json.dumps({name: result[name] for name in ("meta", "runs")}))
+    (tmp_path / "results.md").write_text(f"{goals.BEGIN}\n{goals.END}\n")
+    return made
+
+
+def shown(study):
+    """What the document and the report say of a folder."""
+    document = study.parent / "results.md"
     assert tool.main(["--from", str(study), "--write-results", str(document)]) == 0
-    assert "encod" not in document.read_text()
+    return document.read_text(), (study / "report.html").read_text()
+
+
+def test_cost_of_encoding_is_kept_and_judged(study, tmp_path, capsys):
+    assert tool.main(["--encoding-cost"]) == 0
+    assert tool.main(["--encoding-cost", "--output", str(tmp_path / "new")]) == 0
+    assert capsys.readouterr().out == f"{cost.described(COST)}\n" * 2
+    assert cost.read(tmp_path / "new") == COST and cost.read(study) is None
+    for compensate, said in (
+        ([0.01, 0.03, 0.03], "2.50% [1.50%, 2.00%]: met |"),
+        (COST["seconds"]["compensate"], "4.00% [4.00%, 4.00%]: **missed by 1.00%** |"),
+        ([0.01, 0.04, 0.13], "3.00% [2.00%, 4.00%]: met, but repetitions disagree |"),
+    ):
+        cost.write(study, {**COST, "seconds": {**COST["seconds"], "compensate": compensate}})
+        document, report = shown(study)
+        (line,) = (line for line in document.splitlines() if line.startswith("| encode, residual"))
+        assert line.split(" | ")[-2].split(": ")[-1] in said and said.split(" [")[0] in line
+        assert "What encoding costs: 8192 x 1024" in document and "What encoding costs: 8192 x 1024" in report
+    (study / "encoding.json").unlink()
+    document, report = shown(study)
+    assert "| not measured in this run | not given |" in document and "What encoding costs" not in document + report
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_cost_that_cannot_be_read_is_refused_before_anything_starts(study, data, text, capsys):
+    (study / "encoding.json").write_text(text)
+    for words_given in (["--from", str(study)], ["--output", str(study), "--data", str(data)]):
+        check_refusal(words_given, "remove it, or measure anew with --encoding-cost", capsys)
+    assert {path.name for path in study.iterdir()} == {"result.json", "encoding.json"}
+
+
+@pytest.mark.parametrize("words_given", [["--from", "x"], ["--write-results", "x.md"], ["--step-times", "x"]])
+def test_encoding_is_measured_alone(words_given, capsys):
+    check_refusal(["--encoding-cost", *words_given], f"and {words_given[0]} shows; leave one of them out", capsys)
+
+
+def test_an_output_that_cannot_be_made_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    capsys.readouterr()
-    check_refusal(["--encoding-cost", "--output", str(tmp_path / "file")], "is a file; name a folder", capsys)
+    for more in ([], ["--encoding-cost"]):
+        check_refusal([*more, "--output", str(tmp_path / "file")], "is a file; name a folder", capsys)
+        check_refusal([*more, "--output", str(tmp_path / "file" / "x")], "is no folder; name another folder", capsys)
 
 
 def test_rows_of_the_csv_have_the_steps_that_were_trained(result):

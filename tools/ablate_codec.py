@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import atomic
 import provenance
 from codec_study import cost
 from codec_study.analysis import rows
@@ -131,6 +132,17 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 def _check_folder(parser: argparse.ArgumentParser, output: Path) -> None:
     if output.exists() and not output.is_dir():
         parser.error(f"--output {str(output)!a} is a file; name a folder")
+    if reason := atomic.obstacle(output / "new"):
+        parser.error(f"--output {str(output)!a} cannot be written: {reason}; name another folder")
+
+
+def _encoding(parser: argparse.ArgumentParser, folder: Path) -> cost.Cost | None:
+    """What encoding costs, as an earlier call has left it in ``folder``."""
+    try:
+        return cost.read(folder)
+    except (OSError, ValueError) as error:
+        fix = "remove it, or measure anew with --encoding-cost"
+        parser.error(f"{str(folder / cost.FILE)!a} cannot be read: {str(error)[:200]}; {fix}")
 
 
 def _chosen(parser: argparse.ArgumentParser, flag: str, text: str, known: list[str], fix: str) -> list[str]:
@@ -150,6 +162,7 @@ def _check_multiple(parser: argparse.ArgumentParser, flag: str, value: int, unit
 def study(parser: argparse.ArgumentParser, args: argparse.Namespace, command: Command | None = None) -> int:
     """Train what is not trained yet and write the results; ``command`` takes the place of the real training."""
     models, arms, settings = check_request(parser, args)
+    encoding = _encoding(parser, args.output)
     meta = provenance.provenance()
     args.output.mkdir(parents=True, exist_ok=True)
     data = args.data.resolve() if args.data else made_data(args.output.resolve() / "data")
@@ -165,20 +178,21 @@ def study(parser: argparse.ArgumentParser, args: argparse.Namespace, command: Co
     try:
         failed = jobs.train(runs, args.jobs)
     finally:  # what there is, after ^C too
-        write(args.output, {**meta, **shared, "sizes": SIZES}, jobs.all_results())
+        write(args.output, {**meta, **shared, "sizes": SIZES}, jobs.all_results(), encoding)
     if failed:
         _say(f"ablate_codec.py: {len(failed)} of {len(runs)} trainings failed: {', '.join(run.name for run in failed)}")
     return 1 if failed else 0
 
 
-def write(output: Path, meta: dict[str, Any], results: list[dict[str, Any]]) -> None:
+def write(output: Path, meta: dict[str, Any], results: list[dict[str, Any]], encoding: cost.Cost | None = None) -> None:
     """Write what all calls have trained into ``output``, where anything is."""
     from codec_study.output import write_results  # noqa: PLC0415 - draws pictures, for which a refusal need not wait
 
     if results:
         seeds = min(len(row.seeds) for row in rows(results))  # of the arm that has fewest
         commits = sorted({result["commit"] for result in results})
-        write_results(output, {"meta": {**meta, "seeds": seeds, "commits_of_runs": commits}, "runs": results})
+        meta = {**meta, "seeds": seeds, "commits_of_runs": commits}
+        write_results(output, {"meta": meta, "runs": results, "encoding": encoding})
 
 
 def show_again(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -187,7 +201,7 @@ def show_again(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
     if args.output is not None:
         parser.error("--from trains nothing; leave --output out")
-    beside: dict[str, Any] = cost.read(args.source)
+    beside: dict[str, Any] = {"encoding": _encoding(parser, args.source)}
     if args.step_times is not None:
         try:
             beside["step_times"] = wall_time.read(args.step_times)
@@ -203,16 +217,23 @@ def show_again(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     render.print_table({**result, **beside})
 
 
-def time_encoding(parser: argparse.ArgumentParser, output: Path | None) -> None:
-    """Print what encoding costs, and keep it in ``output`` if given."""
-    if output is not None:
-        _check_folder(parser, output)
+def time_encoding(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Print what encoding costs, and keep it in ``--output`` if given."""
+    for flag, value in {
+        "--from": args.source,
+        "--write-results": args.write_results,
+        "--step-times": args.step_times,
+    }.items():
+        if value is not None:
+            parser.error(f"--encoding-cost measures and {flag} shows; leave one of them out")
+    if args.output is not None:
+        _check_folder(parser, args.output)
     from codec_study import encoding  # noqa: PLC0415 - imports torch, which the others need not wait for
 
     measured = encoding.cost_of_encoding(repetitions=7)
-    if output is not None:
-        cost.write(output, measured)
     _say(cost.described(measured))
+    if args.output is not None:
+        cost.write(args.output, measured)
 
 
 def _say(text: str) -> None:
@@ -231,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(arm.name for arm in all_arms()))
         return 0
     if args.encoding_cost:
-        time_encoding(parser, args.output)
+        time_encoding(parser, args)
         return 0
     if args.source is not None:
         show_again(parser, args)

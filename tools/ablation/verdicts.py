@@ -81,7 +81,7 @@ def outcome(point: Mapping[str, Any], rows: Mapping[tuple[str, str], Row], goal:
     """Judge one arm at one link rate; ``rows`` are those of the point, by arm and kind."""
     row = rows.get((arm, kind))
     against = analysis.best_fixed(point, "pos2", kind) if goal.against == "best fixed" else goal.against
-    if row is None or (against, kind) not in rows:
+    if row is None or ((against, kind) not in rows and goal.measure is not Measure.BYTES):
         return Outcome(None, None, NOT_MEASURED)
     if goal.measure is Measure.HIDDEN_SHARE:
         filled = window_filled(point, "pos2 off", kind)
@@ -195,10 +195,10 @@ def _preface(meta: Mapping[str, Any]) -> str:
 
 def _notes() -> str:
     return (
-        "Figures are medians of paired ratios of steps that were timed by turns, in brackets their 95% bootstrap"
-        " interval; the verdict is the median's. The limit is what no schedule of the ops, as they were measured one"
-        " after the other in the same job, beats; its own uncertainty is in no interval. The best fixed slot is picked"
-        " by its median, which favours it.\n\n"
+        "Times are compared by medians of paired ratios of steps that were timed by turns, in brackets their 95%"
+        " bootstrap interval; the verdict is the median's. The limit is what no schedule of the ops, as they were"
+        " measured one after the other in the same job, beats; its own uncertainty is in no interval. The best fixed"
+        " slot is picked by its median, which favours it.\n\n"
         "\\* Communication over the dense ops behind the tap, of one group of `pos2 off` in one recorded step, in the"
         " direction where it is larger."
     )

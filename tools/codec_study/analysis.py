@@ -34,7 +34,7 @@ class Row:
             both.
         with_tokens: how much higher the same model's loss is where tokens travel in the evaluation, in percent; None
             where tokens travel anyway, or where no seed was evaluated so, as none of the study's first runs was.
-        with_tokens_to_none: how much higher that loss is than that of none, in percent.
+        with_tokens_to_none: how much higher that loss is than that of none, in percent; None where either is missing.
         rate: rows sent over rows routed, in the last tenth of the steps.
         residual: what did not travel, relative to a token, there.
         seconds: of a step, on one rank without any network.

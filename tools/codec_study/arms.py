@@ -67,7 +67,8 @@ UNCOMPRESSED = (NONE, *SHORTER.values(), CONTROL)
 _LLOYD = ("--lsh-refinement", "lloyd")
 COMPARED_HASHES = (4, 6)
 """Of the arms that are there with the paper's compensation and without, and those with refined clusters and without."""
-HELD, HELD_RATE = "lsh q12 at 0.2", 0.2
+HELD_RATE = 0.2
+HELD = f"lsh q12 at {HELD_RATE:g}"
 """The arm with a target rate, and the rate."""
 
 

@@ -26,10 +26,21 @@ def write(folder: Path, cost: Cost) -> None:
     atomic.write_text(folder / FILE, json.dumps(cost, indent=1) + "\n")
 
 
-def read(folder: Path) -> dict[str, Cost]:
-    """``encoding``: what a folder keeps; empty where nothing was measured."""
+def read(folder: Path) -> Cost | None:
+    """What a folder keeps; None where nothing was measured.
+
+    Raises:
+        OSError, ValueError: where it cannot be read.
+    """
     path = folder / FILE
-    return {"encoding": json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
+    if not path.exists():
+        return None
+    cost = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        described(cost)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it holds no measurement: {error!r}") from error
+    return cost
 
 
 def share(cost: Cost, *parts: str) -> Spread:
@@ -53,5 +64,6 @@ def described(cost: Cost) -> str:
         f"{middle['encode'] * 1e3:.0f} ms, restore {middle['restore'] * 1e3:.0f} ms, with the paper's compensation "
         f"{middle['compensate'] * 1e3:.0f} ms, expert MLP on all of them {middle['mlp'] * 1e3:.0f} ms: "
         f"{part('encode', 'restore')} of it, {part(*COMPENSATED)} with compensation, and "
-        f"{part('refine')} more for --lsh-refinement lloyd; without gradients; measured {cost['time']}"
+        f"{part('refine')} more for --lsh-refinement lloyd; without gradients. Measured "
+        f"{cost['time']} with {cost['commit']} on {cost['hardware']['device']}"
     )

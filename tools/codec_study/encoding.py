@@ -34,6 +34,7 @@ def cost_of_encoding(repetitions: int) -> Cost:
         With seconds of ``mlp``, ``encode`` (hash, cluster, means), ``refine`` (one step of Lloyd's algorithm),
         ``restore`` (outputs, weights) and ``compensate`` (the same with residuals, as the paper has it).
     """
+    whence = provenance.provenance()
     torch.set_num_threads(1)
     cpu_backend.keep_freed_memory()
     generator = torch.Generator().manual_seed(0)
@@ -65,8 +66,7 @@ def cost_of_encoding(repetitions: int) -> Cost:
                 seconds = {"mlp": mlp_s, "encode": encode_s, "refine": refine_s, "restore": restore_s}
                 for name, value in {**seconds, "compensate": compensate_s}.items():
                     found[name].append(value)
-    where = provenance.provenance()
-    return {"rows": ROWS, "hidden": HIDDEN, "rate": len(centroids) / ROWS, "seconds": dict(found), **where}
+    return {"rows": ROWS, "hidden": HIDDEN, "rate": len(centroids) / ROWS, "seconds": dict(found), **whence}
 
 
 def _timed[T](work: Callable[[], T]) -> tuple[float, T]:

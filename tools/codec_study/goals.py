@@ -40,11 +40,11 @@ type Figure = Callable[[Sequence[RunResult], str], tuple[str, Spread | None]]
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """One line of the goals, judged for each model.
+    """One line of the goals.
 
     Attributes:
         text: what it is.
-        figure: of a model; None where it is of none.
+        figure: of a model; None where it is not a model's.
         sign: how the figure must stand to its threshold: ``<=`` or ``>``.
         threshold: in the figure's unit.
         unit: ``percent`` (how much higher a loss is), ``rate`` or ``share``.
@@ -61,7 +61,7 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a result says of one goal for one model.
+    """What a result says of one goal, for one model if it is a model's.
 
     Attributes:
         arm: that the figure is about.
@@ -72,6 +72,9 @@ class Outcome:
     arm: str
     met: bool | None
     words: str
+
+
+NOT_MEASURED = Outcome("", None, "not measured in this run")
 
 
 def _loss_above(arm: str, against: str) -> Figure:
@@ -139,7 +142,7 @@ COMPENSATION = tuple(
     for hashes in COMPARED_HASHES
 )
 TARGET = Goal(
-    f"rate of {HELD}, means of ten steps, behind a fifth of them: largest difference from {HELD_RATE:g}",
+    f"{HELD}: largest relative difference of a mean of ten steps from its target, after a fifth of the training",
     rate_error,
     "<=",
     RATE_TOLERANCE,
@@ -200,7 +203,7 @@ def judge(goal: Goal, runs: Sequence[RunResult], model: str) -> Outcome:
         compared = goal.figure is smallest_rate and all(
             analysis.by_seed(runs, model, name) for name in (NONE, CONTROL, PAPER)
         )
-        return Outcome(arm, False, "**missed**") if compared else Outcome("", None, "not measured in this run")
+        return Outcome(arm, False, "**missed**") if compared else NOT_MEASURED
     return _outcome(goal, arm, figure, "the seeds")
 
 
@@ -208,7 +211,7 @@ def _outcome(goal: Goal, arm: str, figure: Spread, samples: str) -> Outcome:
     met = figure.value <= goal.threshold if goal.sign == "<=" else figure.value > goal.threshold
     missing = abs(figure.value - goal.threshold)
     verdict = "met" if met else f"**missed by {words.WRITE[goal.unit](missing).lstrip('+')}**"
-    if figure.low <= goal.threshold <= figure.high and figure.low < figure.high:
+    if (figure.low <= goal.threshold) != (figure.high <= goal.threshold):
         verdict += f", but {samples} disagree"
     return Outcome(arm, met, f"{words.figure(figure, goal.unit)}: {verdict}")
 
@@ -236,17 +239,17 @@ def claim(runs: Sequence[RunResult], model: str) -> str:
 
 
 def lines(result: Mapping[str, Any]) -> list[Line]:
-    """Every goal: those of each model, and what encoding costs, where ``encoding`` of the result says it."""
+    """Every goal: those of each model, and what encoding costs."""
     runs = result["runs"]
     found = [
         Line(_with_threshold(goal), model, judge(goal, runs, model), goal.published)
         for goal in GOALS
         for model in analysis.models_of(runs)
     ]
-    if "encoding" in result:
+    outcome = NOT_MEASURED
+    if result["encoding"]:
         outcome = _outcome(ENCODING, PAPER, cost.share(result["encoding"], *cost.COMPENSATED), "repetitions")
-        found.append(Line(_with_threshold(ENCODING), "-", outcome, ENCODING.published))
-    return found
+    return [*found, Line(_with_threshold(ENCODING), "-", outcome, ENCODING.published)]
 
 
 def _with_threshold(goal: Goal) -> str:
@@ -262,7 +265,7 @@ def section(result: Mapping[str, Any]) -> str:
     cells = ((line.goal, line.model, line.outcome.arm, line.outcome.words, line.published) for line in lines(result))
     table = "\n".join([*heads, *(f"| {' | '.join(row)} |" for row in cells)])
     over_time = "\n".join(f"- {line}" for line in wall_time.lines(result))
-    encoding = f"What encoding costs: {cost.described(result['encoding'])}." if "encoding" in result else ""
+    encoding = f"What encoding costs: {cost.described(result['encoding'])}." if result["encoding"] else ""
     parts = [_preface(result["meta"]), claims, table, _table(runs), over_time, words.NOTES, encoding]
     return "\n\n".join(part for part in parts if part)
 
@@ -282,7 +285,7 @@ def _preface(meta: Mapping[str, Any]) -> str:
 
 def _table(runs: Sequence[RunResult]) -> str:
     headings = words.HEADINGS
-    lines = [f"| model | arm | seeds | {' | '.join(headings)} |", "|" + "---|" * (len(headings) + 3)]
+    table = [f"| model | arm | seeds | {' | '.join(headings)} |", "|" + "---|" * (len(headings) + 3)]
     for row in analysis.rows(runs):
-        lines.append(f"| {row.model} | {row.arm} | {len(row.seeds)} | {' | '.join(words.cells(row))} |")
-    return "\n".join(lines)
+        table.append(f"| {row.model} | {row.arm} | {len(row.seeds)} | {' | '.join(words.cells(row))} |")
+    return "\n".join(table)

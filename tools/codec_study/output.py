@@ -10,19 +10,24 @@ from typing import Any
 
 import atomic
 
-from codec_study import analysis, cost, render
+from codec_study import analysis, render
 from codec_study.arms import CONTROL, NONE
 
 
 def write_results(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write result.json, result.csv and report.html into ``folder``, and print the table."""
-    atomic.write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    """Write result.json, result.csv and report.html into ``folder``, and print the table.
+
+    Args:
+        folder: that is there.
+        result: of all runs; its ``encoding``, which has a file of its own, is shown and not written.
+    """
+    kept = {name: value for name, value in result.items() if name != "encoding"}
+    atomic.write_text(folder / "result.json", json.dumps(kept, indent=1) + "\n")
     rows = [csv_row(result, run) for run in result["runs"]]
     with atomic.written(folder / "result.csv") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    result = {**result, **cost.read(folder)}
     atomic.write_text(folder / "report.html", render.html(result))
     render.print_table(result)
 

@@ -5,7 +5,7 @@ A result is what result.json holds. Every figure is one of it, or of ``analysis`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +15,42 @@ from rich.console import Console
 from rich.table import Table
 
 from codec_study import analysis, cost, goals, plots, wall_time, words
+from codec_study.analysis import Row
 
-WIDE, MIDDLE = 122, 84
-"""Columns that a terminal needs for each range beside its median, and for all figures."""
+FEW = 4
+"""Figures of an arm that are shown where there is no room for all."""
 
 
 def print_table(result: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print the figures of all arms, as wide as the terminal is; on ``console`` if given."""
+    """Print the figures of all arms, as many and as wide as the terminal has room for; on ``console`` if given."""
     console = console or Console(highlight=False)
-    one_line = console.width >= WIDE
-    shown = slice(None) if console.width >= MIDDLE else slice(4)
+    endless = console.options.update(max_width=1000)
     rows = analysis.rows(result["runs"])
     for model in analysis.models_of(result["runs"]):
-        title = f"{model}; medians over seeds, and their range"
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1, 0, 0))
-        table.add_column("arm", overflow="fold")
-        for heading in words.HEADINGS[shown]:
-            table.add_column(heading, justify="right", overflow="fold")
-        for row in rows:
-            if row.model == model:
-                figures = [cell.replace(", ", ",") for cell in words.cells(row)[shown]]
-                if not one_line:
-                    figures = [figure.replace(" [", "\n[").replace(",", ",\n ") for figure in figures]
-                table.add_row(row.arm, *figures)
+        mine = [row for row in rows if row.model == model]
+        shapes = ((len(words.HEADINGS), True), (len(words.HEADINGS), False), (FEW, False))
+        tables = (_table(model, mine, columns, one_line=one_line) for columns, one_line in shapes)
+        for table in tables:  # the first one that fits, or the last one
+            if console.measure(table, options=endless).maximum <= console.width:
+                break
         console.print(table)
     for text in _claims(result):
         console.print(text, markup=False)
+
+
+def _table(model: str, rows: Sequence[Row], columns: int, *, one_line: bool) -> Table:
+    """The arms of a model with their first ``columns`` figures, ranges beside or below medians."""
+    title = f"{model}; medians over seeds, and their range"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("arm", overflow="fold")
+    for heading in words.HEADINGS[:columns]:
+        table.add_column(heading, justify="right", overflow="fold")
+    for row in rows:
+        figures = [cell.replace(", ", ",") for cell in words.cells(row)[:columns]]
+        if not one_line:
+            figures = [figure.replace(" [", "\n[").replace(",", ",\n ") for figure in figures]
+        table.add_row(row.arm, *figures)
+    return table
 
 
 def html(result: Mapping[str, Any]) -> str:
@@ -52,7 +62,7 @@ def html(result: Mapping[str, Any]) -> str:
         machine=result["meta"],
         claims=_claims(result),
         goals=goals.lines(result),
-        encoding=cost.described(result["encoding"]) if "encoding" in result else "",
+        encoding=cost.described(result["encoding"]) if result["encoding"] else "",
         rows=analysis.rows(runs),
         runs=runs,
         words=words,
