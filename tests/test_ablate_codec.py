@@ -1041,6 +1041,7 @@ def test_an_output_that_cannot_be_made_is_refused(tmp_path, capsys):
     for more in ([], ["--encoding-cost"]):
         check_refusal([*more, "--output", str(tmp_path / "file")], "is a file; name a folder", capsys)
         check_refusal([*more, "--output", str(tmp_path / "file" / "x")], "is no folder; name another folder", capsys)
+        check_refusal([*more, "--output", "/proc/x"], "cannot be made: No such file", capsys)
 
 
 def test_rows_of_the_csv_have_the_steps_that_were_trained(result):

@@ -136,6 +136,13 @@ def _check_folder(parser: argparse.ArgumentParser, output: Path) -> None:
         parser.error(f"--output {str(output)!a} cannot be written: {reason}; name another folder")
 
 
+def _make_folder(parser: argparse.ArgumentParser, output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # what does not show before it is tried
+        parser.error(f"--output {str(output)!a} cannot be made: {error.strerror}; name another folder")
+
+
 def _encoding(parser: argparse.ArgumentParser, folder: Path) -> cost.Cost | None:
     """What encoding costs, as an earlier call has left it in ``folder``."""
     try:
@@ -164,7 +171,7 @@ def study(parser: argparse.ArgumentParser, args: argparse.Namespace, command: Co
     models, arms, settings = check_request(parser, args)
     encoding = _encoding(parser, args.output)
     meta = provenance.provenance()
-    args.output.mkdir(parents=True, exist_ok=True)
+    _make_folder(parser, args.output)
     data = args.data.resolve() if args.data else made_data(args.output.resolve() / "data")
     shared = {**asdict(settings), "data": described_data(data)}
     if difference := settings_difference(args.output, shared):
@@ -228,6 +235,7 @@ def time_encoding(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parser.error(f"--encoding-cost measures and {flag} shows; leave one of them out")
     if args.output is not None:
         _check_folder(parser, args.output)
+        _make_folder(parser, args.output)
     from codec_study import encoding  # noqa: PLC0415 - imports torch, which the others need not wait for
 
     measured = encoding.cost_of_encoding(repetitions=7)

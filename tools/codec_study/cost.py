@@ -21,8 +21,7 @@ type Cost = Mapping[str, Any]
 
 
 def write(folder: Path, cost: Cost) -> None:
-    """Keep a measurement in ``folder``, which is made if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Keep a measurement in ``folder``."""
     atomic.write_text(folder / FILE, json.dumps(cost, indent=1) + "\n")
 
 
