@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from statistics import fmean
 from types import SimpleNamespace
 
 import models
@@ -560,9 +561,16 @@ def test_it_trains_and_reports(name, tmp_path):
     assert "exit code" not in printed[0], printed[0][-3000:]
     losses = list(training.scalars(tmp_path, "lm loss")["lm loss"].values())
     assert losses[-1] < losses[0]
-    values = training.scalars(tmp_path, "overlap/sent_rate", "overlap/residual")
+    of_groups = [name for name in training.scalar_names(tmp_path) if name.startswith("codec/")]
+    values = training.scalars(tmp_path, "overlap/sent_rate", "overlap/residual", *of_groups)
     assert all(0 < rate < 1 for rate in values["overlap/sent_rate"].values())
     assert all(0 < residual < 2 for residual in values["overlap/residual"].values())
+    last_stage = "/group1" if "pipeline" in name else "/group"  # of two groups, or of all
+    for what in ("sent_rate", "residual"):
+        for iteration, overall in values[f"overlap/{what}"].items():
+            mine = [values[tag][iteration] for tag in of_groups if tag.startswith(f"codec/{what}{last_stage}")]
+            assert mine and overall == pytest.approx(fmean(mine))
+    assert all(min(values[tag].values()) > 1 for tag in of_groups if "largest_cluster" in tag)
 
 
 def steps_of_figures(flags: list[str]) -> list[int]:

@@ -191,7 +191,7 @@ def study(parser: argparse.ArgumentParser, args: argparse.Namespace, command: Co
     return 1 if failed else 0
 
 
-def write(output: Path, meta: dict[str, Any], results: list[dict[str, Any]], encoding: cost.Cost | None = None) -> None:
+def write(output: Path, meta: dict[str, Any], results: list[dict[str, Any]], encoding: cost.Cost | None) -> None:
     """Write what all calls have trained into ``output``, where anything is."""
     from codec_study.output import write_results  # noqa: PLC0415 - draws pictures, for which a refusal need not wait
 
