@@ -20,7 +20,11 @@ import torch
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    from megatron_scmoe import wheel
+
+    wheel.mend()
+else:
     # Before any import of Megatron, which decides at import time what it finds.
     from megatron_scmoe import cpu_backend
 

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from megatron_scmoe import gloo
+from megatron_scmoe.wheel import GroupStepAdam, use_shipped_helper
 
 # Megatron takes CUDA-only paths as soon as it can import one of these.
 HIDDEN_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
@@ -320,54 +321,8 @@ def _numpy_if_asked(_original: Any) -> Any:
     return maybe_move_tensor_to_cpu
 
 
-def _use_shipped_helper(original: Any) -> Any:
-    def compile_helpers() -> None:
-        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
-            original()
-
-    return compile_helpers
-
-
 def _without_cuda_check(original: Any) -> Any:
     return functools.partial(original, allow_no_cuda=True)
-
-
-class GroupStepAdam(torch.optim.Optimizer):
-    """Adam that counts its steps on the parameter group, as the fused Adams of Transformer Engine and Apex do.
-
-    Without those two Megatron-Core 0.19.2 takes torch.optim.AdamW, whose step is a tensor per parameter. On load its
-    distributed optimizer gives ONE such tensor to all n parameters, and from then on each update advances it n times.
-    """
-
-    def __init__(self, params: Any, *, adam_w_mode: bool = True, capturable: bool = False, **defaults: Any) -> None:
-        if capturable:
-            raise ValueError("GroupStepAdam: CUDA graphs need CUDA; leave --optimizer-cuda-graph out")
-        super().__init__(params, defaults)  # lr, weight_decay, betas, eps
-        self.adam_w_mode = adam_w_mode
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update, operation by operation that of ``torch.optim.AdamW(foreach=False)``."""
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, param.grad, group)
-
-    def _update(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
-        state = self.state[param]
-        for key in ("exp_avg", "exp_avg_sq"):
-            if key not in state:
-                state[key] = torch.zeros_like(param)
-        if self.adam_w_mode:
-            param.mul_(1 - group["lr"] * group["weight_decay"])
-        else:
-            grad = grad.add(param, alpha=group["weight_decay"])
-        state["exp_avg"].lerp_(grad, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = (state["exp_avg_sq"].sqrt() / (1 - beta2 ** group["step"]) ** 0.5).add_(group["eps"])
-        param.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / (1 - beta1 ** group["step"]))
 
 
 # ---- what is replaced -------------------------------------------------------------------------
@@ -460,8 +415,8 @@ REPLACEMENTS: tuple[Replacement, ...] = (
     Replacement(_OPTIMIZER, "distrib_optimizer.HAVE_APEX_OR_TE distrib_optimizer.USING_APEX_OPTIMIZER", _constant(True),
                 "checkpoint code then reads the step from the parameter group, where GroupStepAdam keeps it",
                 "nothing: it is read there on a GPU as well"),
-    Replacement("megatron.core.datasets.utils", "compile_helpers", _use_shipped_helper,
-                "it runs make, and the wheel ships the built helper but no Makefile", "nothing"),
+    Replacement("megatron.core.datasets.utils", "compile_helpers", use_shipped_helper,
+                "it runs make, and the wheel ships the built helper but no Makefile", "nothing: so on a GPU as well"),
     Replacement("megatron.training.training", "initialize_megatron", _without_cuda_check,
                 "it asserts that CUDA is available unless told otherwise", "nothing"),
 )

@@ -26,7 +26,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.append(str(_ROOT))
 
-from megatron_scmoe import cpu_backend  # noqa: E402
+from megatron_scmoe import cpu_backend, wheel  # noqa: E402
 
 _MODEL_FLAGS = (
     "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --ffn-hidden-size 32 --seq-length 8 "
@@ -374,7 +374,7 @@ _HYPERPARAMETERS: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.
 @pytest.mark.parametrize(("adam_w_mode", "stock"), [(True, torch.optim.AdamW), (False, torch.optim.Adam)])
 def test_adam_is_that_of_torch(adam_w_mode: bool, stock: Any) -> None:
     ours, theirs = _parameters(), _parameters()
-    _steps(cpu_backend.GroupStepAdam(ours, adam_w_mode=adam_w_mode, **_HYPERPARAMETERS), ours, range(5))
+    _steps(wheel.GroupStepAdam(ours, adam_w_mode=adam_w_mode, **_HYPERPARAMETERS), ours, range(5))
     _steps(stock(theirs, foreach=False, **_HYPERPARAMETERS), theirs, range(5))
     assert _same(ours, theirs)
 
@@ -389,7 +389,7 @@ def _load_as_the_distributed_optimizer_does(optimizer: torch.optim.Optimizer, sa
     optimizer.load_state_dict(saved)
 
 
-@pytest.mark.parametrize(("adam", "resumes"), [(cpu_backend.GroupStepAdam, True), (torch.optim.AdamW, False)])
+@pytest.mark.parametrize(("adam", "resumes"), [(wheel.GroupStepAdam, True), (torch.optim.AdamW, False)])
 def test_adam_resumes_as_it_would_have_gone_on(adam: Any, resumes: bool) -> None:
     parameters = _parameters()
     optimizer = adam(parameters, **_HYPERPARAMETERS)
