@@ -31,35 +31,52 @@ class ExchangeOrderError(RuntimeError):
     """The halves of an exchange were called in a wrong order, or one of them twice."""
 
 
+_WORD = torch.int64
+_ALIGNMENT = 16
+"""Bytes that each column of a row is filled up to: NCCL copies in such pieces where all peers' parts are aligned to
+them, and else byte by byte."""
+
+
 class _Column(NamedTuple):
     """How one tensor lies in a packed payload: its dtype and the shape of one row."""
 
     dtype: torch.dtype
     row_shape: torch.Size
 
+    @property
+    def nbytes(self) -> int:
+        """That one row takes, filled up with zeros."""
+        return -(-self.row_shape.numel() * self.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
 
 def _pack(tensors: tuple[Tensor, ...]) -> tuple[Tensor, list[_Column]]:
-    """Lay tensors of the same number of rows side by side, as bytes: a view, never a cast.
+    """Lay tensors of the same number of rows side by side, as words: views of their bytes, never a cast.
 
     One payload makes one collective where Core sends tokens and probabilities as two.
     """
     columns = [_Column(tensor.dtype, tensor.shape[1:]) for tensor in tensors]
     if len(tensors) == 1:
         return tensors[0].contiguous(), columns
-    rows = [tensor.unsqueeze(-1) if tensor.dim() == 1 else tensor.flatten(1) for tensor in tensors]
-    return torch.cat([row.contiguous().view(torch.uint8) for row in rows], dim=1), columns
+    return torch.cat([_words(tensor, column) for tensor, column in zip(tensors, columns, strict=True)], dim=1), columns
+
+
+def _words(tensor: Tensor, column: _Column) -> Tensor:
+    rows = tensor.reshape(tensor.shape[0], column.row_shape.numel()).contiguous()
+    missing = column.nbytes // column.dtype.itemsize - rows.shape[1]
+    return (torch.nn.functional.pad(rows, (0, missing)) if missing else rows).view(_WORD)
 
 
 def _unpack(payload: Tensor, columns: list[_Column]) -> tuple[Tensor, ...]:
     """Undo ``_pack``; the payload may have another number of rows by now."""
     if len(columns) == 1:
         return (payload,)
-    widths = [column.row_shape.numel() * column.dtype.itemsize for column in columns]
-    parts = payload.split(widths, dim=1)
+    parts = payload.split([column.nbytes // _WORD.itemsize for column in columns], dim=1)
     return tuple(
-        # Bytes have to be laid out anew, aligned, before they can be read as a wider type. (``contiguous`` would not do
-        # it for a single row, which is contiguous wherever it begins.)
-        part.clone(memory_format=torch.contiguous_format).view(column.dtype).view(payload.shape[0], *column.row_shape)
+        # Laid out anew, to be read as another type. (``contiguous`` would leave a single row where it lies.)
+        part.clone(memory_format=torch.contiguous_format)
+        .view(column.dtype)[:, : column.row_shape.numel()]
+        .reshape(payload.shape[0], *column.row_shape)
+        .contiguous()
         for part, column in zip(parts, columns, strict=True)
     )
 

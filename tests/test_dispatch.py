@@ -9,7 +9,7 @@ import ranks
 import torch
 import torch.distributed as dist
 
-from megatron_scmoe.exchange import Exchange, ExchangeOrderError, Tag
+from megatron_scmoe.exchange import Exchange, ExchangeOrderError, Tag, _pack, _unpack
 from megatron_scmoe.observe import Marker
 
 
@@ -147,6 +147,18 @@ def test_wrong_order_is_an_error(how):
 
 def test_right_order_is_no_error():
     assert ranks.run(wrong_order, 2, "right") == ["no error"] * 2
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (1, 3), (0, 3), (5, 8), (5, 2, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rows_of_a_payload_are_aligned(dtype, shape):
+    """NCCL copies byte by byte where a peer's part does not begin at a multiple of 16 bytes."""
+    rows, weights = torch.randn(shape).to(dtype), torch.randn(shape[0])
+    payload, columns = _pack((rows, weights))
+    assert payload.is_contiguous() and payload.shape[1] * payload.element_size() % 16 == 0
+    again, weights_again = _unpack(payload, columns)
+    assert torch.equal(again, rows) and torch.equal(weights_again, weights)
+    assert again.is_contiguous() and weights_again.is_contiguous()
 
 
 def bytes_of_types(dtype: torch.dtype) -> list[float]:
