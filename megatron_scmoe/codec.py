@@ -174,9 +174,11 @@ class Centroids:
             ValueError: for tokens with NaN or infinity, on every rank of the expert-parallel group and of the
                 expert-tensor-parallel one.
         """
-        if where := mcore.ranks_with_bad_rows(self.dispatchers[chunk]):
+        if ranks := mcore.ranks_with_bad_rows(self.dispatchers[chunk]):
             raise ValueError(
-                f"group {self._tag.marker.group}: tokens with NaN or infinity cannot be hashed; they are on {where}"
+                f"group {self._tag.marker.group}: tokens with NaN or infinity cannot be hashed; rank(s) "
+                f"{', '.join(map(str, ranks))} have some: the training has diverged; lower --lr, or load an earlier "
+                "checkpoint (--ckpt-step)"
             )
         if self._centroids is None:
             rows_of_chunks = [mcore.num_rows_to_send(dispatcher) for dispatcher in self.dispatchers]

@@ -84,6 +84,8 @@ class GroupBlock(TransformerLayer):
             self.combine_gate = CoefficientGate(config)
         self._dense_ops: tuple[DenseOp, ...] = ()
         self._moe_holder = (self.mlp,)  # in a tuple, so that a borrowed MoE stays its owner's alone
+        if isinstance(self.mlp, MoELayer):
+            mcore.let_experts_run_repeatedly(self.mlp)
 
     @property
     def moe(self) -> MoELayer:
@@ -127,7 +129,9 @@ class GroupBlock(TransformerLayer):
             ValueError: for packed sequences, whose boundaries the routers of a group do not see.
         """
         if packed_seq_params is not None:
-            raise ValueError("packed sequences do not reach the routers of a group: train without packing")
+            raise ValueError(
+                "packed sequences do not reach the routers of a group: call the model without packed_seq_params"
+            )
         inputs = mcore.AttentionInputs(**attention_inputs)
         padding_mask = mcore.sequence_first(padding_mask)
         plan, tap = self.plan if self.training else self.forward_plan, self.shape.tap

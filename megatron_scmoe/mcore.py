@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.metadata
-import importlib.util
 import io
 import re
 from argparse import ArgumentParser, Namespace
@@ -63,11 +62,6 @@ def mend_help(parser: ArgumentParser) -> None:
     for action in parser._actions:
         if action.help:
             action.help = re.sub(r"%(?![%(])", "%%", action.help.replace("%%", "%"))
-
-
-def uses_torch_optimizers() -> bool:
-    """Whether Core has neither Transformer Engine's nor Apex's optimizers to use."""
-    return not any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex"))
 
 
 # --- one block's halves ------------------------------------------------------------------------------------------
@@ -153,6 +147,22 @@ class AttentionInputs:
     sequence_len_offset: Tensor | None = None
 
 
+# --- experts -----------------------------------------------------------------------------------------------------
+
+
+def let_experts_run_repeatedly(moe: MoELayer) -> None:
+    """Let the experts of ``moe`` run several times for one micro-batch, as those of chunks and of two gates do.
+
+    Core tells Transformer Engine which forward is the first of a micro-batch, and the backward of that one writes
+    weight gradients where all others add to them: of several flights it runs last, so that theirs would be lost. Told
+    nothing, it adds (gradients are zeroed at the begin of a step). In fp8 every forward then casts the experts'
+    weights anew.
+    """
+    for module in moe.experts.modules():
+        if hasattr(module, "disable_parameter_transpose_cache"):
+            module.disable_parameter_transpose_cache = True
+
+
 # --- one dispatch ------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +246,8 @@ def exchange_row_counts(dispatcher: MoEAlltoAllTokenDispatcher, rows_per_expert:
 def split_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> tuple[list[int] | None, list[int] | None]:
     """Rows that ``dispatcher`` sends to and receives from each expert-parallel rank; None for equal parts.
 
-    On a GPU this is the one host sync of a dispatch (none where experts are padded to capacity).
+    On a GPU this is the one host sync of a dispatch (none where experts are padded to capacity). With a codec, capacity
+    or zero experts ask for one more (``rows_by_expert``), as capacity does in Core.
     """
     dispatcher.tokens_per_expert = dispatcher._maybe_dtoh_and_synchronize(
         "before_ep_alltoall", dispatcher.tokens_per_expert
@@ -256,16 +267,15 @@ BAD_ROWS = -(1 << 40)
 """Counts that a rank with bad rows gives to ``exchange_row_counts``: any sum with counts of others is negative."""
 
 
-def ranks_with_bad_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> str:
-    """Who gave ``exchange_row_counts`` BAD_ROWS, in words; "" where nobody did."""
+def ranks_with_bad_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> list[int]:
+    """Ranks, of all, that gave ``exchange_row_counts`` BAD_ROWS and send to this one or belong to its tensor group."""
     _, receive_rows = split_rows(dispatcher)
-    by_group = {"expert-parallel": [min(_own_counts(dispatcher))] if receive_rows is None else receive_rows}
+    counts = [(dispatcher.ep_group, [min(_own_counts(dispatcher))] if receive_rows is None else receive_rows)]
     if dispatcher.tp_size > 1:
-        by_group["expert-tensor-parallel"] = dispatcher.output_splits_tp.tolist()
-        if dispatcher.ep_size == 1:
-            del by_group["expert-parallel"]
-    bad = {name: [str(rank) for rank, rows in enumerate(its) if rows < 0] for name, its in by_group.items()}
-    return " and ".join(f"rank(s) {', '.join(its)} of the {name} group" for name, its in bad.items() if its)
+        of_tensor_group = (dispatcher.tp_group, dispatcher.output_splits_tp.tolist())
+        counts = [of_tensor_group] if dispatcher.ep_size == 1 else [*counts, of_tensor_group]
+    ranks = [(dist.get_process_group_ranks(group), rows) for group, rows in counts]
+    return sorted({rank for its, rows in ranks for rank, count in zip(its, rows, strict=True) if count < 0})
 
 
 def _own_counts(dispatcher: MoEAlltoAllTokenDispatcher) -> list[int]:

@@ -35,6 +35,7 @@ class PipelinedMoELayer(MoELayer):
         slots = (self.shape.num_slots,) * chunks
         self.plan = self.forward_plan = Plan(slots, blocking=scmoe.overlap is Overlap.OFF)
         self.scmoe = scmoe
+        mcore.let_experts_run_repeatedly(self)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Core calls it once, behind the constructor."""

@@ -195,3 +195,38 @@ def test_nothing_to_report_without_chunks():
         training.refusal, 1, with_flags(without_flag(FLAGS, "--expert-model-parallel-size"), "--overlap adaptive")
     )[0]
     assert exit_code == 2 and "add --overlap-chunks 2" in message
+
+
+def experts_that_add(case: Case, kind: str | None) -> set[bool]:
+    """Whether Transformer Engine's linears would be left untold which forward of a micro-batch is the first."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    original = MoELayer.__init__
+
+    def like_transformer_engine(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        for module in self.experts.modules():
+            module.disable_parameter_transpose_cache = False
+
+    MoELayer.__init__ = like_transformer_engine
+    try:
+        model = models.build(case) if kind is None else build(kind, case.chunks)
+    finally:
+        MoELayer.__init__ = original
+    modules = [module for module in model.modules() if hasattr(module, "disable_parameter_transpose_cache")]
+    return {module.disable_parameter_transpose_cache for module in modules}
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "adds"),
+    [
+        (Case(chunks=2), None, True),
+        (Case(shortcut="dgmoe"), None, True),
+        (Case(chunks=2), "top-2", True),
+        (Case(chunks=0), "top-2", False),  # negative control: Core's own layer runs its experts once
+    ],
+    ids=["chunks", "two gates", "stock in chunks", "stock"],
+)
+def test_flights_add_to_the_gradients_of_experts(case, kind, adds):
+    """Its backward of a first forward overwrites weight gradients, and of several flights it runs last."""
+    assert ranks.run(experts_that_add, 1, case, kind, layout={}) == [{adds}]

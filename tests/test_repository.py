@@ -25,7 +25,8 @@ ARROWS: dict[str, set[str]] = {
     "observe": set(),
     "solver": {"plan", "spans"},
     "gloo": set(),
-    "cpu_backend": {"gloo"},
+    "wheel": set(),
+    "cpu_backend": {"gloo", "wheel"},
     "mcore": {"config"},
     "refusals": {"config", "mcore"},
     "gating": set(),
@@ -44,7 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "specs": {"config", "attention", "layer", "mcore", "norm", "pipelined", "router"},
     "model": {"config", "layer", "mcore", "specs"},
     "corpus": {"config"},
-    "resume": {"config", "mcore"},
+    "resume": {"config", "mcore", "wheel"},
     "arguments": {"config", "corpus", "mcore", "refusals", "resume"},
     "costs": {"observe", "plan", "solver", "spans"},
     "adaptive": {"costs", "plan", "solver"},
@@ -141,6 +142,11 @@ def test_flags_table_is_that_of_the_code():
     program = (
         "import flags_table as t; assert t.with_table(t.README.read_text()) == t.README.read_text(), 'run make docs'"
     )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT / "docs", check=True)
+
+
+def test_refused_flags_are_those_of_the_code():
+    program = "import refused_table as t; assert t.document() == t.DOCUMENT.read_text(), 'run make docs'"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT / "docs", check=True)
 
 
