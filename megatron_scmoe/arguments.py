@@ -16,6 +16,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import torch
 from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
@@ -142,7 +143,26 @@ def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig]:
     except ConfigError as error:
         refuse(str(error))
     set_global_variables(args)
+    connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") if torch.cuda.is_available() else None
+    if args.rank == 0 and (warning := one_queue_warning(scmoe, connections)):
+        print(f" > overlap warning: {warning}", flush=True)
     return args, scmoe
+
+
+def one_queue_warning(scmoe: ScMoEConfig, connections: str | None) -> str | None:
+    """What to say where CUDA was told to launch in one queue; no error, since Megatron asks for that, too.
+
+    Args:
+        scmoe: the settings of this run.
+        connections: CUDA_DEVICE_MAX_CONNECTIONS on a GPU; None elsewhere.
+    """
+    overlaps = (scmoe.enabled or scmoe.replaces_stock_moe) and scmoe.overlap is not Overlap.OFF
+    if not overlaps or connections != "1":
+        return None
+    return (
+        "CUDA_DEVICE_MAX_CONNECTIONS is 1, so that kernels and collectives wait for one another; set it to 32 (up to "
+        "Hopper, Megatron insists on 1 with tensor or context parallelism)"
+    )
 
 
 def refuse(message: str) -> NoReturn:

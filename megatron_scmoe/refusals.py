@@ -24,30 +24,40 @@ from megatron_scmoe.config import (
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A Megatron flag that cannot be combined with a shortcut.
+    """A Megatron flag that cannot be combined with something of ours.
 
     Attributes:
         flag: the flag.
         reason: the rule.
         fix: what to do instead.
         allowed: the values that can be combined.
+        name: of its value, where Megatron gives it another one than the flag's.
     """
 
     flag: str
     reason: str
     fix: str = "drop it"
     allowed: tuple[object, ...] = (None, False, 0)
+    name: str = ""
 
-    def check(self, args: Namespace, beside: str = "shortcut") -> None:
-        """Raise ConfigError where ``args`` has a value that is not allowed beside our flag ``beside``."""
-        value = getattr(args, self.flag.removeprefix("--").replace("-", "_"))
+    def check(self, args: Namespace, beside: str = "") -> None:
+        """Raise ConfigError where ``args`` has a value that is not allowed.
+
+        Args:
+            args: Megatron's namespace.
+            beside: what of ours it cannot be combined with, such as "--router is longcat"; "" where the script never
+                does what the flag asks for.
+        """
+        value = getattr(args, self.name or self.flag.removeprefix("--").replace("-", "_"))
         if value not in self.allowed:
-            other = f"--{beside} is {getattr(args, beside)}"
-            raise ConfigError(f"{self.reason}: {self.flag} is {value} and {other}; {self.fix}")
+            other = f" and {beside}" if beside else ""
+            raise ConfigError(f"{self.reason}: {self.flag} is {value}{other}; {self.fix}")
 
 
 _BYPASS = "it calls inner methods of a block, so that the group would never run"
 _PER_BLOCK_HOOKS = "its hooks expect every block to run its own parameters, and the last block runs the whole group"
+_PER_BLOCK_CONTEXT = "Core decides block by block what runs in low precision, and the last block runs the whole group"
+_PADS_AFTER_COUNTS = "it pads the tokens of experts when their counts are exchanged already"
 
 _RECOMPUTE_REFUSED = {
     "moe": "it would run the all-to-all inside a recompute region, where nothing can hide it",
@@ -85,6 +95,10 @@ REFUSALS = (
     Refusal("--moe-use-upcycling", "it writes stock MoE layers"),
     Refusal("--moe-layer-recompute", _RECOMPUTE_REFUSED["moe"]),
     Refusal("--mlp-chunks-for-training", "a group does not cut its MLPs into chunks", "use 1", (1,)),
+    Refusal("--fp8-format", _PER_BLOCK_CONTEXT, name="fp8"),
+    Refusal("--fp4-format", _PER_BLOCK_CONTEXT, name="fp4"),
+    Refusal("--moe-router-padding-for-quantization", _PADS_AFTER_COUNTS),
+    Refusal("--moe-router-padding-for-fp8", _PADS_AFTER_COUNTS),
     Refusal("--rope-scaling-factor", "Core 0.19.2 leaves it out and stretches rotary positions by 8", "use 8", (8,)),
     Refusal(
         "--transformer-impl",
@@ -111,6 +125,8 @@ PIPELINED_REFUSALS = (
     Refusal("--moe-latent-size", "latent projections lie outside the two halves of a dispatch"),
     Refusal("--moe-layer-recompute", _RECOMPUTE_REFUSED["moe"]),
     Refusal("--fine-grained-activation-offloading", "it calls inner methods of the stock layer"),
+    Refusal("--moe-router-padding-for-quantization", _PADS_AFTER_COUNTS),
+    Refusal("--moe-router-padding-for-fp8", _PADS_AFTER_COUNTS),
     Refusal("--spec", "chunks and codec need the block spec of this script"),
     Refusal("--heterogeneous-layers-config-path", "its blocks have a spec of their own"),
     Refusal("--heterogeneous-layers-config-encoded-json", "its blocks have a spec of their own"),
@@ -147,7 +163,7 @@ def check_pipelined(args: Namespace, scmoe: ScMoEConfig) -> None:
     """Raise ConfigError for the first flag in ``args`` that our stock MoE layer does not do."""
     mine = f"--overlap-chunks is {args.overlap_chunks} and --a2a-codec is {args.a2a_codec}"
     for refusal in PIPELINED_REFUSALS:
-        refusal.check(args)
+        refusal.check(args, mine)
     if args.recompute_granularity == "selective" and "moe" in (args.recompute_modules or ()):
         raise ConfigError(
             f"{_RECOMPUTE_REFUSED['moe']}: --recompute-modules has moe, {mine}; drop moe from --recompute-modules"
@@ -160,11 +176,12 @@ def check_pipelined(args: Namespace, scmoe: ScMoEConfig) -> None:
     _check_codec(args, scmoe)
 
 
-_CODEC_REFUSED = {
-    "--moe-router-padding-for-quantization": "padding rows would be clustered like tokens",
-    "--moe-router-padding-for-fp8": "padding rows would be clustered like tokens",
-    "--moe-apply-probs-on-input": "a centroid stands for tokens of many gate weights, which are applied at home",
-}
+CODEC_REFUSALS = (
+    Refusal(
+        "--moe-apply-probs-on-input", "a centroid stands for tokens of many gate weights, which are applied at home"
+    ),
+)
+"""What cannot be combined with --a2a-codec lsh, wherever it is."""
 
 
 def _check_codec(args: Namespace, scmoe: ScMoEConfig) -> None:
@@ -180,15 +197,14 @@ def _check_codec(args: Namespace, scmoe: ScMoEConfig) -> None:
             "grouped matrix products want multiples of 8: --lsh-compensation is lowrank and --hidden-size is "
             f"{args.hidden_size}; use --lsh-compensation none"
         )
-    for flag, reason in _CODEC_REFUSED.items():
-        if getattr(args, flag.removeprefix("--").replace("-", "_")):
-            raise ConfigError(f"{reason}: {flag} is set and --a2a-codec is {scmoe.a2a_codec}; drop it")
+    for refusal in CODEC_REFUSALS:
+        refusal.check(args, f"--a2a-codec is {scmoe.a2a_codec}")
 
 
 def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
     """Raise ConfigError for the first Megatron flag in ``args`` that cannot be combined with ``scmoe``."""
     for refusal in REFUSALS:
-        refusal.check(args)
+        refusal.check(args, f"--shortcut is {scmoe.shortcut}")
     for module, reason in _RECOMPUTE_REFUSED.items():
         if args.recompute_granularity == "selective" and module in (args.recompute_modules or ()):
             raise ConfigError(
@@ -275,21 +291,20 @@ def _listed(values: object) -> str:
     return " ".join(map(str, values)) if isinstance(values, list) else str(values)
 
 
-_LONGCAT_REFUSED = (
+LONGCAT_REFUSALS = (
     Refusal("--moe-router-score-function", "it is a softmax over all experts", "use softmax", ("softmax",)),
     Refusal("--moe-expert-capacity-factor", "it would count the tokens of zero experts, which need no room"),
-    Refusal("--moe-router-padding-for-quantization", "it would pad the tokens of zero experts, which do not travel"),
-    Refusal("--moe-router-padding-for-fp8", "it would pad the tokens of zero experts, which do not travel"),
     Refusal("--moe-router-num-groups", "zero experts belong to no group"),
     Refusal("--moe-router-fusion", "the fused choice has no bias beside a softmax"),
     Refusal("--moe-enable-routing-replay", "the choice with a bias stands where a replay would"),
     Refusal("--moe-router-force-biased", "it is a benchmark of the stock router"),
 )
+"""What cannot be combined with --router longcat."""
 
 
 def _check_longcat_router(args: Namespace) -> None:
-    for refusal in _LONGCAT_REFUSED:
-        refusal.check(args, "router")
+    for refusal in LONGCAT_REFUSALS:
+        refusal.check(args, f"--router is {args.router}")
     for kind in ("sinkhorn", "quantile_balancing"):
         if kind in _balancing(args):
             raise ConfigError(
@@ -312,7 +327,7 @@ def _check_latent_scaling(args: Namespace) -> None:
         )
 
 
-_TWO_GATES_REFUSED = (
+TWO_GATES_REFUSALS = (
     Refusal("--moe-shared-expert-intermediate-size", "dgmoe has no shared expert"),
     Refusal("--moe-router-topk", "dgmoe's two gates take one expert each", "use --moe-router-topk 2", (2,)),
     Refusal("--moe-router-group-topk", "each of dgmoe's gates takes one expert, which lies in one group anyway"),
@@ -321,11 +336,12 @@ _TWO_GATES_REFUSED = (
     Refusal("--moe-router-force-biased", "it is a benchmark of the stock router"),
     Refusal("--calculate-per-token-loss", "the balance loss counts the tokens of both gates, it would scale twice"),
 )
+"""What cannot be combined with --shortcut dgmoe."""
 
 
 def _check_two_gates(args: Namespace) -> None:
-    for refusal in _TWO_GATES_REFUSED:
-        refusal.check(args)
+    for refusal in TWO_GATES_REFUSALS:
+        refusal.check(args, f"--shortcut is {args.shortcut}")
     for kind in ("sinkhorn", "quantile_balancing"):
         if kind in _balancing(args):
             raise ConfigError(

@@ -34,8 +34,14 @@ REFUSED = {
     "--overlap-chunks 2 --expert-slot 1,2,3": ["--overlap-chunks is 2", "give one slot, or 2"],
     "--a2a-codec lsh --lsh-rank 16": ["learned maps", "--lsh-rank is 16", "add --lsh-compensation lowrank"],
     "--a2a-codec lsh --lsh-compensation lowrank --lsh-rank 12": ["multiples of 8", "--lsh-rank is 12", "use 8 or 16"],
-    "--a2a-codec lsh --moe-router-padding-for-fp8": ["padding rows", "--moe-router-padding-for-fp8 is set"],
-    "--a2a-codec lsh --moe-apply-probs-on-input": ["many gate weights", "--moe-apply-probs-on-input is set"],
+    "--moe-router-padding-for-fp8": ["counts are exchanged", "--moe-router-padding-for-fp8 is True", "drop it"],
+    "--moe-router-padding-for-quantization": ["counts are exchanged", "--moe-router-padding-for-quantization is True"],
+    "--fp8-format hybrid": ["low precision", "--fp8-format is hybrid and --shortcut is scmoe", "drop it"],
+    "--fp4-format e2m1": ["low precision", "--fp4-format is e2m1"],
+    "--a2a-codec lsh --moe-apply-probs-on-input": [
+        "many gate weights",
+        "--moe-apply-probs-on-input is True and --a2a-codec is lsh",
+    ],
     "--lsh-kind spherical": ["belongs to the codec lsh", "--a2a-codec is none"],
     "--a2a-codec lsh --lsh-hashes 0": ["1 to 64 functions", "--lsh-hashes is 0", "use 6"],
     "--a2a-codec lsh --lsh-hashes 65": ["1 to 64 functions", "--lsh-hashes is 65"],
@@ -75,7 +81,7 @@ REFUSED = {
         "drop --qk-layernorm",
     ],
     "--moe-share-groups 2": ["sharing is part of dgmoe", "--shortcut is scmoe", "use --shortcut dgmoe"],
-    "--sft": ["--sft is True", "drop it"],
+    "--sft": ["--sft is True; drop it"],
     "--fim-data": ["--fim-data is True", "drop it"],
     "--hybrid-layer-pattern M*": ["--hybrid-layer-pattern is M*", "drop it"],
     "--use-distributed-optimizer --save /nowhere --save-interval 1": [
@@ -123,7 +129,11 @@ STOCK_REFUSED = {
     "--a2a-codec lsh --moe-token-dispatcher-type allgather": ["only the all-to-all", "is allgather"],
     "--lsh-hashes 4": ["--lsh-hashes belongs to the codec lsh", "is set to 4", "add --a2a-codec lsh"],
     "--overlap-report report": ["reports nothing", "--overlap-report is report"],
-    "--overlap-chunks 2 --moe-token-dispatcher-type allgather": ["only the all-to-all", "is allgather"],
+    "--overlap-chunks 2 --moe-token-dispatcher-type allgather": [
+        "only the all-to-all",
+        "is allgather and --overlap-chunks is 2 and --a2a-codec is none",
+    ],
+    "--overlap-chunks 2 --moe-router-padding-for-fp8": ["counts are exchanged", "--moe-router-padding-for-fp8 is True"],
     "--overlap-chunks 2 --moe-latent-size 16": ["latent projections", "--moe-latent-size is 16"],
     "--overlap-chunks 0": ["one at least", "--overlap-chunks is 0"],
     "--expert-slot 2": ["--expert-slot needs a shortcut"],
@@ -383,3 +393,19 @@ def test_torchrun_turns_a_refusal_into_1_and_the_line_is_there():
     refused = run_script(with_flags(SCMOE, "--moe-every 5"), *torchrun, "pretrain_gpt_scmoe.py")
     assert refused.returncode == 1
     assert refused.stderr.count("pretrain_gpt_scmoe.py: refused:") == 1
+
+
+def warnings_of_one_queue() -> list[str | None]:
+    from megatron_scmoe.arguments import one_queue_warning
+    from megatron_scmoe.config import Overlap, ScMoEConfig, Shortcut
+
+    scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE)
+    off = dataclasses.replace(scmoe, overlap=Overlap.OFF)
+    cases = ((scmoe, "1"), (scmoe, "32"), (scmoe, None), (off, "1"), (ScMoEConfig(), "1"))
+    return [one_queue_warning(settings, connections) for settings, connections in cases]
+
+
+def test_one_queue_is_warned_of_where_something_overlaps():
+    first, *others = ranks.run(warnings_of_one_queue, 1)[0]
+    assert first.startswith("CUDA_DEVICE_MAX_CONNECTIONS is 1") and "set it to 32" in first
+    assert others == [None] * 4

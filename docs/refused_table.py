@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""Write docs/refused.md, Megatron's flags that are refused, from ``megatron_scmoe.refusals``; a test compares both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_scmoe import refusals
+
+DOCUMENT = Path(__file__).resolve().parent / "refused.md"
+HEAD = """\
+# Megatron's flags that are refused
+
+Written by `make docs` from `megatron_scmoe/refusals.py`; do not edit. What is not here is Megatron's own and works as
+ever. Rules about several settings at once (recomputation, stages of a pipeline and groups, formats of optimizer
+checkpoints) are in `docs/parallelism.md`, those about our own flags in the errors themselves: each says the rule, the
+values and the fix, and comes before any process group starts.
+"""
+SECTIONS = {
+    "Always": refusals.HOOK_REFUSALS,
+    "With `--shortcut scmoe` or `dgmoe`": refusals.REFUSALS,
+    "With `--shortcut dgmoe`, also": refusals.TWO_GATES_REFUSALS,
+    "With `--router longcat`, also": refusals.LONGCAT_REFUSALS,
+    "With `--shortcut none` and `--overlap-chunks` above 1, or `--a2a-codec lsh`": refusals.PIPELINED_REFUSALS,
+    "With `--a2a-codec lsh`, also": refusals.CODEC_REFUSALS,
+}
+
+
+def document() -> str:
+    """A table for each section: flag, values that are allowed (none but the default for nothing), why."""
+    parts = [HEAD]
+    for title, rules in SECTIONS.items():
+        rows = [f"| `{rule.flag}` | {_allowed(rule)} | {rule.reason} |" for rule in rules]
+        parts.append("\n".join([f"## {title}\n", "| flag | allowed | why |", "|---|---|---|", *rows, ""]))
+    return "\n".join(parts)
+
+
+def _allowed(rule: refusals.Refusal) -> str:
+    values = [f"`{value}`" for value in rule.allowed if value not in (None, False)]
+    return ", ".join(values)
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document())
+    print(f"wrote {DOCUMENT}")
