@@ -17,7 +17,8 @@ BIN := $(VENV)/bin
 
 # What the layout matrix depends on, and with which contents of it test-full has passed.
 MATRIX := $(sort $(wildcard megatron_scmoe/*.py)) pretrain_gpt_scmoe.py requirements.txt
-MATRIX += $(addprefix tests/,models.py ranks.py test_adaptive.py test_layouts.py training.py)
+MATRIX += $(addprefix tests/,conftest.py models.py ranks.py reference.py test_adaptive.py test_arguments.py)
+MATRIX += $(addprefix tests/,test_costs.py test_layouts.py training.py)
 PASSED := tests/layouts-passed.sha256
 
 .DEFAULT_GOAL := help
@@ -69,9 +70,10 @@ format: $(INSTALLED) ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED) ## draw docs/timeline.svg and write the README's flags table anew
+docs: $(INSTALLED) ## draw docs/timeline.svg and write the README's flags table and docs/refused.md anew
 	$(BIN)/python docs/draw_timeline.py
 	$(BIN)/python docs/flags_table.py
+	$(BIN)/python docs/refused_table.py
 
 clean: ## remove data, checkpoints and logs of make pretrain
 	rm -rf $(RUN)

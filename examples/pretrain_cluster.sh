@@ -4,7 +4,12 @@
 #   MASTER_ADDR=host NNODES=4 NODE_RANK=0 DATA=/data/corpus SAVE=/checkpoints/scmoe examples/pretrain_cluster.sh [flags ...]
 #
 # DATA is a folder that tools/preprocess_data.py wrote. Flags given here come last and win. As it stands the model has about 8
-# billion parameters, of which about 1.5 billion work on a token (with a vocabulary of 32,000). It has not run on GPUs yet: see the README.
+# billion parameters, of which about 1.5 billion work on a token (with a vocabulary of 32,000). It has not run on GPUs yet: see
+# the README.
+#
+# GPUs: 8 to 512, a power of two, since --global-batch-size 512 is a multiple of them and 8 share the experts. With others raise
+# that flag; where they are no power of two, see "padded gradient bucket" in docs/parallelism.md. Without Apex add
+# --no-gradient-accumulation-fusion, which Megatron then asks for.
 set -euo pipefail
 if [[ ${1:-} == --help ]]; then
   sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"
@@ -16,7 +21,8 @@ node_rank=${NODE_RANK:-${SLURM_NODEID:-0}}
 gpus=${GPUS_PER_NODE:-8}
 root=$(dirname "$(dirname "$(realpath "$0")")")
 
-# With 1, CUDA would launch kernels in one queue, and collectives would not overlap with what is launched after them.
+# With 1, CUDA would launch kernels in one queue, and collectives would not overlap with what is launched after them. Up to
+# Hopper, Megatron insists on 1 with tensor or context parallelism: set it before you call this script.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-32}
 
 exec torchrun --nnodes "$nodes" --node-rank "$node_rank" --nproc-per-node "$gpus" \

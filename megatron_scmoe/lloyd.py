@@ -16,7 +16,7 @@ from megatron_scmoe.lsh import Clusters, means, owners
 
 _STAYS = 1e-3
 """Of a row's squared length: what a move has to gain. Above rounding, so that a row that is its own mean stays."""
-_FOUR = 4  # grouped matrix products want rows of 16 bytes
+_ALIGNMENT = 4  # grouped matrix products want rows of 16 bytes
 
 
 @torch.no_grad()
@@ -30,7 +30,8 @@ def refined(clusters: Clusters, sketches: Tensor, rows_per_expert: Tensor, num_c
         clusters: of n rows.
         sketches: of the rows, fp32, [n, w].
         rows_per_expert: rows are in the order of their experts, these many for each, [e].
-        num_clusters: m. The host has waited for it, so that one more number from the device costs no wait.
+        num_clusters: m. The host has waited for it; on a GPU it waits once more here, for the sketches before them, and
+            in the products of fp32, which CUDA computes expert by expert.
     """
     if not num_clusters:
         return clusters
@@ -63,7 +64,7 @@ class _Seating:
 def _seating(clusters: Clusters, num_clusters: int) -> _Seating:
     num_experts = clusters.per_expert.shape[1]
     per_expert = clusters.per_expert.sum(dim=0)
-    seats = -(-int(per_expert.max()) // _FOUR) * _FOUR
+    seats = -(-int(per_expert.max()) // _ALIGNMENT) * _ALIGNMENT
     experts = owners(clusters.per_expert.flatten(), num_clusters) % num_experts
     by_expert = experts.argsort(stable=True)
     experts = experts[by_expert]
@@ -79,7 +80,7 @@ def _scores(rows: Tensor, rows_per_expert: Tensor, centres: Tensor, seating: _Se
     One more column of both factors makes the second term, and keeps rows off empty seats.
     """
     width, num_experts = rows.shape[1], rows_per_expert.shape[0]
-    columns = -(-(width + 1) // _FOUR) * _FOUR
+    columns = -(-(width + 1) // _ALIGNMENT) * _ALIGNMENT
     left = rows.new_zeros(rows.shape[0], columns)
     left[:, :width] = rows
     left[:, width] = 1

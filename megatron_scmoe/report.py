@@ -15,12 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TextIO
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
 
 from megatron_scmoe.costs import GroupPass
 from megatron_scmoe.observe import Compression, Load, Recording
 from megatron_scmoe.plan import Plan
-from megatron_scmoe.spans import communication_s, exposed_s, share_hidden
+from megatron_scmoe.spans import communication_s, exposed_s, hidden_share
 
 MARGIN = 0.10
 """The measured hidden share may be this far below the predicted one before a warning says so."""
@@ -85,8 +88,8 @@ def _row(
 ) -> GroupRow:
     communication = sum(communication_s(one.spans) for one in passes)
     exposed = sum(exposed_s(one.spans) for one in passes)
-    tokens = [sum(counts) for counts in zip(*(one.tokens_per_expert.tolist() for one in loads), strict=True)]
-    dropped = sum(int(one.dropped) for one in loads)
+    tokens = _sum([one.tokens_per_expert for one in loads])
+    dropped = sum(_sum([one.dropped.unsqueeze(0) for one in loads]))
     kept = sum(tokens)
     routed = sum(one.rows for one in compressions)
     return GroupRow(
@@ -94,15 +97,20 @@ def _row(
         slots=plan.slots,
         communication_ms=communication * 1e3,
         exposed_ms=exposed * 1e3,
-        hidden_share=share_hidden(exposed, communication),
+        hidden_share=hidden_share(exposed, communication),
         sent_bytes=sum(one.sent_bytes for one in passes),
         tokens_per_expert=tuple(tokens),
         tokens_max_over_mean=max(tokens) * len(tokens) / kept if kept else 0.0,
         dropped_share=dropped / (kept + dropped) if kept + dropped else 0.0,
         sent_rate=sum(one.clusters for one in compressions) / routed if routed else 1.0,
-        largest_cluster=max((int(one.largest) for one in compressions), default=1),
-        residual=sum(one.rows * float(one.residual) for one in compressions) / routed if routed else 0.0,
+        largest_cluster=int(torch.stack([one.largest for one in compressions]).max()) if compressions else 1,
+        residual=sum(_sum([one.rows * one.residual.double().unsqueeze(0) for one in compressions])) / (routed or 1),
     )
+
+
+def _sum(counts: Sequence[Tensor]) -> list[Any]:
+    """The sum of vectors, in one copy from the device; nothing of none."""
+    return torch.stack(list(counts)).sum(dim=0).tolist() if counts else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +147,7 @@ def summarize(rows_of_ranks: Sequence[Sequence[GroupRow]]) -> Summary:
     return Summary(
         communication_ms=communication,
         exposed_ms=exposed,
-        hidden_share=share_hidden(exposed, communication),
+        hidden_share=hidden_share(exposed, communication),
         sent_mib=max(sum(row.sent_bytes for row in rows) for rows in rows_of_ranks) / 2**20,
         tokens_max_over_mean=max(imbalances, default=0.0),
         dropped_share=max((row.dropped_share for row in every_row), default=0.0),

@@ -23,7 +23,7 @@ from itertools import combinations, combinations_with_replacement
 from typing import NamedTuple
 
 from megatron_scmoe.plan import CURRENT, GroupShape, Plan
-from megatron_scmoe.spans import Lane, Span, communication_s, exposed_s, share_hidden
+from megatron_scmoe.spans import Lane, Span, communication_s, exposed_s, hidden_share
 
 TIE = 1e-9
 """Plans whose predicted times differ by less than this part count as equal: far above rounding, far below measuring."""
@@ -150,7 +150,7 @@ def predicted_hidden_share(shape: GroupShape, costs: GroupCosts, plan: Plan, *, 
         backward = schedule(shape, costs.backward, plan, backward=True)
         exposed = costs.training_s(exposed, exposed_s(backward))
         communication = costs.training_s(communication, communication_s(backward))
-    return share_hidden(exposed, communication)
+    return hidden_share(exposed, communication)
 
 
 def schedule(shape: GroupShape, costs: PassCosts, plan: Plan, *, backward: bool) -> list[Span]:

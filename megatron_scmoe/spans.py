@@ -89,13 +89,13 @@ def exposed_s(spans: Sequence[Span]) -> float:
     return length(communication) - length(intersection(communication, _lane(spans, Lane.COMPUTE)))
 
 
-def hidden_share(spans: Sequence[Span]) -> float:
-    """Part of the communication, from 0 to 1, that ran beside computation; 1 where there was none to hide."""
-    return share_hidden(exposed_s(spans), communication_s(spans))
+def hidden_share(exposed: float, communication: float) -> float:
+    """Part of the communication, from 0 to 1, that ran beside computation; 1 where there was none to hide.
 
-
-def share_hidden(exposed: float, communication: float) -> float:
-    """:func:`hidden_share` from its two times, which may be sums over groups or steps."""
+    Args:
+        exposed: its seconds beside no computation, of a group, or summed over groups or steps.
+        communication: all of its seconds.
+    """
     return 1 - exposed / communication if communication else 1.0
 
 

@@ -3,7 +3,7 @@
     python tests/check_transformer_engine.py
 
 Builds stock and shortcut models of every position from Transformer Engine's modules on the CPU, where they can be
-Builds stock and shortcut models of every position from Transformer Engine modules on the CPU, where they can be
+constructed though not run, and compares the keys and global shapes of their checkpoints. Exits with 1 where they
 differ. Not part of `make test`, whose environment has no Transformer Engine.
 """
 

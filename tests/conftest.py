@@ -1,4 +1,4 @@
-"""Pytest set-up: importable test modules, the ``gpu`` and ``full`` markers, the end of the rank pool."""
+"""Pytest set-up: importable test modules, the ``full`` marker, the end of the rank pool."""
 
 from __future__ import annotations
 
@@ -12,23 +12,14 @@ sys.path.insert(0, str(_TESTS))  # the rank processes import test modules by the
 sys.path.append(str(_TESTS.parent))  # last, so that an installed megatron_scmoe is preferred
 
 import ranks  # noqa: E402
-import torch  # noqa: E402
 
 _executed: set[str] = set()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device, skipped where there is none")
     config.addinivalue_line("markers", "full: of make test-full alone, left out unless -m is given")
     if not config.option.markexpr:
         config.option.markexpr = "not full"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

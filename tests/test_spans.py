@@ -32,7 +32,7 @@ def test_hand_made_spans():
     ]
     assert communication_s(spans) == 12 + 7
     assert exposed_s(spans) == 6 + 0 + 5
-    assert hidden_share(spans) == 1 - 11 / 19
+    assert hidden_share(exposed_s(spans), communication_s(spans)) == 1 - 11 / 19
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_hand_made_spans():
 )
 def test_edges(spans, exposed, share):
     assert exposed_s(spans) == exposed
-    assert hidden_share(spans) == share
+    assert hidden_share(exposed_s(spans), communication_s(spans)) == share
 
 
 def test_union_and_intersection():
@@ -73,4 +73,4 @@ def test_equals_counting_on_a_grid(busy, flying):
     spans = [compute(*interval) for interval in busy] + [communication(*interval) for interval in flying]
     assert communication_s(spans) == len(cells(flying))
     assert exposed_s(spans) == len(cells(flying) - cells(busy))
-    assert 0 <= hidden_share(spans) <= 1
+    assert 0 <= hidden_share(exposed_s(spans), communication_s(spans)) <= 1

@@ -9,7 +9,7 @@ from functools import cache
 from statistics import median
 from typing import Any
 
-from megatron_scmoe.spans import share_hidden
+from megatron_scmoe.spans import hidden_share
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -97,7 +97,7 @@ def _row(point: int, arm: Mapping[str, Any], base: Mapping[str, Any], kind: str)
     limit = median(base_seconds) / arm["limit_s"][kind] if arm["limit_s"] else None
     part = Estimate(speedup.value / limit, speedup.low / limit, speedup.high / limit) if limit else None
     communication, exposed = _steps(arm["communication_s"].get(kind)), _steps(arm["exposed_s"].get(kind))
-    hidden = [share_hidden(*step) for step in zip(exposed, communication, strict=True)]
+    hidden = [hidden_share(*step) for step in zip(exposed, communication, strict=True)]
     return Row(
         point=point,
         arm=arm["arm"]["name"],
