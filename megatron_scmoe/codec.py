@@ -5,14 +5,13 @@ The flights of one routing (``dispatch.py``) share one cargo, which is made, and
     (counts of all ranks are exchanged)  pack ~~ dispatch ~~> unpack -> experts ~~ combine ~~> deliver ... join
 
 LSH-MoE (arXiv 2411.08446): tokens x bound for one expert are hashed, those of one bucket form a cluster, and its mean c
-alone travels, in backward as well. The residual x - c stays home and is added to what the expert made of c, before the
-gate weight p, which stays home too::
+alone travels, in backward as well. The residual x - c and the gate weight p stay home; in the paper::
 
     y = sum over the token's experts of  p (E(c) + (x - c))
 
-``compensation.py`` has what else may stand in the place of x - c. With --lsh-refinement lloyd, tokens join the
-nearest mean before they are packed, which the paper does not do. In evaluation tokens travel as they are, unless
---lsh-evaluation centroids asks for what training does.
+What stands in the place of x - c says --lsh-compensation: nothing by default, or a learned map of it
+(``compensation.py``). With --lsh-refinement lloyd, tokens join the nearest mean before they are packed, which the paper
+does not do. In evaluation tokens travel as they are, unless --lsh-evaluation centroids asks for what training does.
 """
 
 from __future__ import annotations

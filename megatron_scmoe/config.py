@@ -193,7 +193,8 @@ class ScMoEConfig:
     Default: spread evenly over the window."""
 
     overlap_interval: int = 1000
-    """Steps after which --overlap adaptive measures again. 0: only once."""
+    """Steps after which --overlap adaptive measures again, which takes 3 steps for each number of chunks that it tries;
+    they hide nothing. 0: only once."""
 
     overlap_report: str = ""
     """Folder for a report of every step's communication: milliseconds, exposed milliseconds, hidden share, bytes and
@@ -202,9 +203,10 @@ class ScMoEConfig:
 
     a2a_codec: Codec = Codec.NONE
     """What the all-to-all carries. none: tokens. lsh: tokens of one expert that hash alike travel as one row, their
-    mean, in forward and backward, and each token's difference from it stays at home (LSH-MoE, arXiv 2411.08446). How
-    many rows are left is an outcome, which the log says; TensorBoard and W&B get rate, largest cluster and residual of
-    each group (W&B not of the last step). With --shortcut none it works in the stock MoE layers."""
+    mean, in forward and backward (LSH-MoE, arXiv 2411.08446); what becomes of a token's difference from it says
+    --lsh-compensation: nothing, by default. How many rows are left is an outcome, which the log says; TensorBoard and
+    W&B get rate, largest cluster and residual of each group (W&B not of the last step). With --shortcut none it works
+    in the stock MoE layers."""
 
     lsh_kind: HashKind = HashKind.CROSS_POLYTOPE
     """Hash functions of --a2a-codec lsh. cross-polytope: the nearest of the 2 x --lsh-width directions of a random
@@ -217,8 +219,8 @@ class ScMoEConfig:
     prevents. spherical needs about twice as many."""
 
     lsh_width: int = 2
-    """Coordinates of a cross-polytope hash function: more of them send more rows and change less. Try 4 for 4096 or
-    more tokens for each expert on each rank."""
+    """Coordinates of a cross-polytope hash function: more of them send more rows and change less. With more tokens for
+    each expert on each rank 4 may be better, as more of them are alike; no training has tried it."""
 
     lsh_refinement: Refinement = Refinement.NONE
     """What becomes of the clusters that hashing found. none: they stay; lloyd: each token then joins the nearest mean
