@@ -119,6 +119,15 @@ def make_result(models=("top-2", "pos2"), wanted=()):
     return {"meta": meta, "runs": runs, "encoding": None}
 
 
+def keep(result, study):
+    """Leave a result as a call does that has trained it."""
+    for run in result["runs"]:
+        place = study / "runs" / Run(run["model"], by_name(run["arm"]), run["seed"]).name
+        place.mkdir(parents=True)
+        (place / "result.json").write_text(json.dumps(run))
+    (study / "meta.json").write_text(json.dumps(result["meta"]))
+
+
 @pytest.fixture(scope="module")
 def result():
     return make_result()
@@ -531,16 +540,16 @@ def test_second_call_trains_only_what_is_missing(fake, tmp_path, data, capsys):
     assert call(fake, study, data, *FEW) == 0
     # All arms of a seed before the next seed.
     assert fake.started == [f"top-2-{arm}-{seed}" for seed in (1, 2) for arm in ("none", "control", "lsh_q6")]
-    first = json.loads((study / "result.json").read_text())
+    first = folder.read(study)
     assert len(first["runs"]) == 6 and first["meta"]["seeds"] == 2 and len(first["meta"]["commit"]) >= 7
     fake.started.clear()
     assert call(fake, study, data, *FEW) == 0
     assert fake.started == []
     assert "6 of 6 runs were done before" in capsys.readouterr().out
-    assert json.loads((study / "result.json").read_text())["runs"] == first["runs"]
+    assert folder.read(study)["runs"] == first["runs"]
     assert call(fake, study, data, "--arms", "none", "--seeds", "3") == 0
     assert fake.started == ["top-2-none-3"]
-    assert len(json.loads((study / "result.json").read_text())["runs"]) == 7
+    assert len(folder.read(study)["runs"]) == 7
 
 
 def test_a_run_that_was_killed_begins_anew(fake, tmp_path, data):
@@ -564,7 +573,7 @@ def test_a_failed_run_is_shown_and_the_others_go_on(fake, tmp_path, data, capsys
     said = capsys.readouterr().out
     assert "top-2-control-1 failed (exit code 3)" in said and "  | some words" in said
     assert "1 of 6 trainings failed: top-2-control-1" in said
-    assert len(json.loads((tmp_path / "study" / "result.json").read_text())["runs"]) == 5
+    assert len(folder.read(tmp_path / "study")["runs"]) == 5
     fake.failing, fake.started = set(), []
     assert call(fake, tmp_path / "study", data, *FEW) == 0
     assert fake.started == ["top-2-control-1"]
@@ -577,7 +586,7 @@ def test_unreadable_records_are_a_failure(fake, tmp_path, data, monkeypatch, cap
     monkeypatch.setattr(jobs, "read_run", torn)
     assert call(fake, tmp_path / "study", data, "--arms", "none", "--seeds", "1") == 1
     assert "what it recorded cannot be read: ValueError('no validation loss')" in capsys.readouterr().out
-    assert not (tmp_path / "study" / "result.json").exists()
+    assert not (tmp_path / "study" / "meta.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -779,7 +788,7 @@ def test_csv_has_a_row_for_each_run(result, tmp_path):
     assert float(rows[-1]["percent_above_none"]) == pytest.approx(-0.8) and rows[0]["percent_above_none"] == "0.0"
     assert rows[0]["tokens"] == "2048000" and rows[-1]["arm"] == PAPER
     assert float(rows[-1]["final_validation_of_tokens"]) == few["runs"][-1]["final_validation_of_tokens"]
-    assert json.loads((tmp_path / "result.json").read_text()) == {name: few[name] for name in ("meta", "runs")}
+    assert json.loads((tmp_path / "meta.json").read_text()) == few["meta"]
     assert output.csv_row(make_result(("top-2",), (PAPER,)), few["runs"][-1])["percent_above_control"] is None
 
 
@@ -847,25 +856,37 @@ def test_the_link_nearest_to_the_wanted_share_is_taken(tmp_path):
 
 
 def test_wall_time_is_in_report_and_document(result, tmp_path, capsys):
-    (tmp_path / "result.json").write_text(json.dumps(result))
+    keep(result, tmp_path)
     document = tmp_path / "results.md"
     document.write_text(f"{goals.BEGIN}\n{goals.END}\n")
     request = ["--from", str(tmp_path), "--write-results", str(document)]
     assert tool.main(request) == 0
     assert "wall time" not in document.read_text() + (tmp_path / "report.html").read_text()
     assert tool.main([*request, "--step-times", str(ablation_of(tmp_path / "ablation"))]) == 0
-    said = "top-2, lsh q6: final loss -"
+    said = "negative where the arm is better: lsh q2 -"
     assert said in document.read_text() and said in capsys.readouterr().out.replace("\n", " ")
     page = (tmp_path / "report.html").read_text()
     assert said in page and "Validation loss against wall time" in page
-    assert "step_times" not in (tmp_path / "result.json").read_text()
 
 
 def test_step_times_are_refused_in_one_line(result, tmp_path, capsys):
-    (tmp_path / "result.json").write_text(json.dumps(result))
+    keep(result, tmp_path)
     check_refusal(["--output", "x", "--step-times", "y"], "--step-times needs --from DIR", capsys)
     check_refusal(["--from", str(tmp_path), "--step-times", str(tmp_path / "none")], "cannot be read", capsys)
+    (tmp_path / "result.json").write_text(json.dumps({"points": []}))
     check_refusal(["--from", str(tmp_path), "--step-times", str(tmp_path)], "no link whose share", capsys)
+
+
+def test_a_folder_that_is_no_study_is_refused(result, tmp_path, capsys):
+    fix = "name a folder of this tool's"
+    check_refusal(["--from", str(tmp_path)], fix, capsys)
+    keep({**result, "runs": []}, tmp_path)
+    check_refusal(["--from", str(tmp_path)], f"there is no runs/*/result.json; {fix}", capsys)
+    (tmp_path / "meta.json").write_text("{")
+    check_refusal(["--from", str(tmp_path)], fix, capsys)
+    keep(result, tmp_path)
+    check_refusal(["--from", str(tmp_path), "--write-results", str(tmp_path / "none.md")], "cannot be read", capsys)
+    assert not (tmp_path / "report.html").exists()
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------------
@@ -873,7 +894,7 @@ def test_step_times_are_refused_in_one_line(result, tmp_path, capsys):
 
 def test_earlier_run_is_written_into_a_document(result, tmp_path, capsys):
     few = make_result(("top-2",), (NONE, CONTROL, PAPER, UNCOMPENSATED))
-    (tmp_path / "result.json").write_text(json.dumps(few))
+    keep(few, tmp_path)
     document = tmp_path / "results.md"
     document.write_text(f"# Results\n\n{goals.BEGIN}\nold\n{goals.END}\n\nCauses, by hand.\n")
     for _ in range(2):
@@ -890,7 +911,7 @@ def test_earlier_run_is_written_into_a_document(result, tmp_path, capsys):
 
 def test_a_short_run_says_that_it_is_one(result):
     short = {**result, "meta": {**result["meta"], "seeds": 1, "iterations": 30}}
-    said = "The goals are for at least 3 seeds and 1000 iterations; here there are 1 seeds and 30 iterations."
+    said = "The goals are for at least 3 seeds and 1000 iterations; some arms have 1 seeds and 30 iterations here."
     assert said in goals.section(short) and said not in goals.section(result)
     assert said in render.html({**short, "runs": short["runs"][:3]})
 
@@ -902,7 +923,7 @@ def test_runs_of_another_commit_are_named(result):
 
 @pytest.mark.parametrize("text", ["", f"{goals.END} {goals.BEGIN}"])
 def test_document_without_its_marks_is_refused_and_kept(result, text, tmp_path, capsys):
-    (tmp_path / "result.json").write_text(json.dumps(result))
+    keep(result, tmp_path)
     (tmp_path / "results.md").write_text(text)
     arguments = ["--from", str(tmp_path), "--write-results", str(tmp_path / "results.md")]
     check_refusal(arguments, "it lacks the two marks", capsys)
@@ -936,7 +957,7 @@ def test_tiny_study(tiny_data, tmp_path):
         list(map(str, command)), capture_output=True, text=True, timeout=200, check=False, env=environment
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    made = json.loads((tmp_path / "study" / "result.json").read_text())
+    made = folder.read(tmp_path / "study")
     none, control, lsh = made["runs"]
     assert [run["arm"] for run in made["runs"]] == [NONE, CONTROL, "lsh q2"]
     # The same parameters to begin with: what travels makes the difference.
@@ -993,7 +1014,7 @@ def study(result, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "cost_of_encoding", lambda repetitions: COST)
     made = tmp_path / "study"
     made.mkdir()
-    (made / "result.json").write_text(json.dumps({name: result[name] for name in ("meta", "runs")}))
+    keep(result, made)
     (tmp_path / "results.md").write_text(f"{goals.BEGIN}\n{goals.END}\n")
     return made
 
@@ -1030,7 +1051,7 @@ def test_a_cost_that_cannot_be_read_is_refused_before_anything_starts(study, dat
     (study / "encoding.json").write_text(text)
     for words_given in (["--from", str(study)], ["--output", str(study), "--data", str(data)]):
         check_refusal(words_given, "remove it, or measure anew with --encoding-cost", capsys)
-    assert {path.name for path in study.iterdir()} == {"result.json", "encoding.json"}
+    assert {path.name for path in study.iterdir()} == {"meta.json", "runs", "encoding.json"}
 
 
 @pytest.mark.parametrize("words_given", [["--from", "x"], ["--write-results", "x.md"], ["--step-times", "x"]])

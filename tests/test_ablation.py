@@ -666,9 +666,10 @@ def test_document_without_its_marks_is_refused_and_kept(result, text, tmp_path, 
 
 
 def test_folder_without_a_result_is_refused(tmp_path, monkeypatch, capsys):
-    check_refusal(["--from", str(tmp_path)], "cannot read it", monkeypatch, capsys)
-    (tmp_path / "result.json").write_text("{")
-    check_refusal(["--from", str(tmp_path)], "cannot read it", monkeypatch, capsys)
+    check_refusal(["--from", str(tmp_path)], "cannot be read", monkeypatch, capsys)
+    for text in ("{", "[]", '{"runs": []}'):
+        (tmp_path / "result.json").write_text(text)
+        check_refusal(["--from", str(tmp_path)], "name a folder of this tool's", monkeypatch, capsys)
 
 
 # --- stopped ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any
 
 import atomic
 import provenance
-from codec_study import cost
+from codec_study import cost, folder
 from codec_study.analysis import rows
 from codec_study.arms import MODELS, SIZES, Arm, Run, Settings, all_arms
 from codec_study.folder import MANIFEST, described_data, made_data, settings_difference
@@ -143,13 +143,13 @@ def _make_folder(parser: argparse.ArgumentParser, output: Path) -> None:
         parser.error(f"--output {str(output)!a} cannot be made: {error.strerror}; name another folder")
 
 
-def _encoding(parser: argparse.ArgumentParser, folder: Path) -> cost.Cost | None:
-    """What encoding costs, as an earlier call has left it in ``folder``."""
+def _encoding(parser: argparse.ArgumentParser, kept: Path) -> cost.Cost | None:
+    """What encoding costs, as an earlier call has left it in the folder ``kept``."""
     try:
-        return cost.read(folder)
+        return cost.read(kept)
     except (OSError, ValueError) as error:
         fix = "remove it, or measure anew with --encoding-cost"
-        parser.error(f"{str(folder / cost.FILE)!a} cannot be read: {str(error)[:200]}; {fix}")
+        parser.error(f"{str(kept / cost.FILE)!a} cannot be read: {str(error)[:200]}; {fix}")
 
 
 def _chosen(parser: argparse.ArgumentParser, flag: str, text: str, known: list[str], fix: str) -> list[str]:
@@ -181,11 +181,11 @@ def study(parser: argparse.ArgumentParser, args: argparse.Namespace, command: Co
     runs = [Run(model, arm, seed) for seed in seeds for model in models for arm in arms]
     commit = {name: meta[name] for name in ("commit", "changed_files")}
     command = command or training_command(settings, data)
-    jobs = Jobs(args.output.resolve() / "runs", settings, command, commit=commit, say=_say)
+    jobs = Jobs(args.output.resolve() / folder.RUNS, settings, command, commit=commit, say=_say)
     try:
         failed = jobs.train(runs, args.jobs)
     finally:  # what there is, after ^C too
-        write(args.output, {**meta, **shared, "sizes": SIZES}, jobs.all_results(), encoding)
+        write(args.output, {**meta, **shared, "sizes": SIZES}, folder.results(args.output), encoding)
     if failed:
         _say(f"ablate_codec.py: {len(failed)} of {len(runs)} trainings failed: {', '.join(run.name for run in failed)}")
     return 1 if failed else 0
@@ -217,6 +217,7 @@ def show_again(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     result = write_again(
         parser,
         args,
+        read=folder.read,
         section=lambda result: goals.section({**result, **beside}),
         marks=(goals.BEGIN, goals.END),
         html=lambda result: render.html({**result, **beside}),

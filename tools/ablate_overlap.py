@@ -48,6 +48,11 @@ arms:
   rows here (as many hash functions count as do that; what it does to a model is another question). --list-arms prints
   them. Routing is forced to balance unless the arm says real routing.
 
+what it does not prove:
+  Under torchrun it times this small model (fp32, Megatron's local spec, all ranks one expert-parallel group, so as many
+  experts as ranks at least) on the cluster's network: which strategy wins there, not how fast your model trains. On slow
+  links of one machine: see tools/slow_link.py --help.
+
 what a step is:
   forward and backward of one micro-batch (training), or forward without gradients (forward). No gradient reduction and
   no optimizer: both are the same in every arm.
@@ -127,11 +132,12 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 def show_again(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Print the tables of an earlier run, write its report anew and, if asked for, its section of a document."""
-    from ablation import render, verdicts  # noqa: PLC0415 - draws pictures, for which a refusal need not wait
+    from ablation import analysis, render, verdicts  # noqa: PLC0415 - draws pictures, for which a refusal need not wait
 
     if args.output is not None:
         parser.error("--from measures nothing; leave --output out")
-    result = write_again(parser, args, section=render.markdown, marks=(verdicts.BEGIN, verdicts.END), html=render.html)
+    marks = (verdicts.BEGIN, verdicts.END)
+    result = write_again(parser, args, read=analysis.read, section=render.markdown, marks=marks, html=render.html)
     for point in range(len(result["points"])):
         render.print_table(result, point)
 

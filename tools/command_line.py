@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import re
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import atomic
@@ -60,26 +60,33 @@ def write_again(
     parser: argparse.ArgumentParser,
     args: argparse.Namespace,
     *,
+    read: Callable[[Path], Any],
     section: Callable[[Any], str],
     marks: tuple[str, str],
     html: Callable[[Any], str],
 ) -> Any:
-    """Do what ``--from DIR`` and ``--write-results FILE`` ask of an earlier run; returns its result.json.
+    """Do what ``--from DIR`` and ``--write-results FILE`` ask of an earlier run; returns its result.
 
     Nothing is written where anything is refused.
 
     Args:
         parser: refuses.
         args: with ``source`` and ``write_results``.
+        read: the result in a folder; raises OSError, ValueError or KeyError where there is none.
         section: of a document, from the result.
         marks: between which it stands there.
         html: the report, from the result.
     """
     try:
-        result = json.loads((args.source / "result.json").read_text(encoding="utf-8"))
-        document = args.write_results and args.write_results.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        parser.error(f"cannot read it: {str(error)[:200]}")
+        result = read(args.source)
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"--from {str(args.source)!a} cannot be read: {str(error)[:200]}; name a folder of this tool's")
+    document = None
+    if args.write_results:
+        try:
+            document = args.write_results.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            parser.error(f"--write-results {str(args.write_results)!a} cannot be read: {str(error)[:200]}")
     if document is not None:
         text = section(result)
         try:

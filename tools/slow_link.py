@@ -63,7 +63,7 @@ what it does not prove:
     waits for it. An idle link saves up no more than --burst bytes.
   - Large bandwidths: the kernel's timers cost some; of 4 MiB, 95% of --rate was seen at 100mbit and 300mbit, 94% at
     1gbit, 83% at 3gbit on the machine where this was written.
-  - Full overlap: TCP takes CPU time from the computation, about 5% of a core at 100mbit and 15% at 300mbit there; far
+  - Full overlap: TCP takes CPU time from the computation, 12% to 18% of a core at 100mbit and 300mbit there; far
     more where ranks share cores. The tool says when there are fewer cores than ranks. Two labs at once share them.
   - Seconds: on a shared machine they drift. Alternate the variants inside one job and compare ratios.
 """

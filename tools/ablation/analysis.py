@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -13,6 +15,18 @@ from megatron_scmoe.spans import hidden_share
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+
+
+def read(folder: Path) -> Any:
+    """What ``output.write_results`` wrote of an earlier run.
+
+    Raises:
+        OSError, ValueError, KeyError: where there is none.
+    """
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    if not isinstance(result, dict) or not result.get("points"):
+        raise ValueError("result.json has no points")
+    return result
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,12 @@
-"""What all runs of a folder share: its data and its settings."""
+"""The folder of a study: data and settings that its runs share, and what they left.
+
+::
+
+    settings.json   what all runs share; another value is refused
+    runs/NAME/      a training each; its result.json is written last and whole
+    meta.json       of the last call: where, when and with what
+    encoding.json   what encoding costs, where --encoding-cost has measured it
+"""
 
 from __future__ import annotations
 
@@ -11,7 +19,10 @@ from typing import Any
 
 import atomic
 
+from codec_study.arms import MODELS, all_arms
+
 ROOT = Path(__file__).resolve().parent.parent.parent
+META, RUNS, RESULT = "meta.json", "runs", "result.json"
 MANIFEST = "manifest.json"
 SETTINGS = "settings.json"
 VOCABULARY = 1024
@@ -50,3 +61,27 @@ def settings_difference(folder: Path, wanted: Mapping[str, Any]) -> str:
         if found.get(name) != value:
             return f"another --{name.replace('_', '-')} ({found.get(name)}, now {value})"
     return ""
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """What all runs of a study left, whichever call trained them: by model, arm and seed."""
+    order = [*MODELS, *(arm.name for arm in all_arms())]
+    places = {name: place for place, name in enumerate(order)}
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / RUNS).glob(f"*/{RESULT}")]
+    return sorted(found, key=lambda one: (places[one["model"]], places.get(one["arm"], len(places)), one["seed"]))
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The ``meta`` and the ``runs`` of a study.
+
+    Args:
+        folder: of the study.
+
+    Raises:
+        OSError, ValueError, KeyError: where there is none.
+    """
+    meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    runs = results(folder)
+    if not runs:
+        raise ValueError(f"there is no {RUNS}/*/{RESULT}")
+    return {"meta": meta, "runs": runs}

@@ -282,7 +282,7 @@ def shortness(meta: Mapping[str, Any]) -> str:
     """What makes a study smaller than the goals want it; '' for nothing."""
     less = [f"{meta[name]} {name}" for name, least in LEAST.items() if meta[name] < least]
     needed = " and ".join(f"{least} {name}" for name, least in LEAST.items())
-    return f"The goals are for at least {needed}; here there are {' and '.join(less)}." if less else ""
+    return f"The goals are for at least {needed}; some arms have {' and '.join(less)} here." if less else ""
 
 
 def _preface(meta: Mapping[str, Any]) -> str:

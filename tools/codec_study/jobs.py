@@ -20,13 +20,13 @@ from typing import Any
 
 import atomic
 
-from codec_study.arms import MODELS, Run, Settings, all_arms, run_flags
+from codec_study.arms import Run, Settings, run_flags
+from codec_study.folder import RESULT
 from codec_study.record import LOG, read_run, steps_done
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 POLL_S, SAY_EVERY_S, GRACE_S = 0.5, 30.0, 10.0
 LAST_LINES = 12
-RESULT = "result.json"
 
 type Command = Callable[[Run, Path], Sequence[str]]
 
@@ -79,13 +79,6 @@ class Jobs:
         """What a run left; None where it is not done."""
         path = self._folder / run.name / RESULT
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-    def all_results(self) -> list[dict[str, Any]]:
-        """What all runs of the folder left, whichever call trained them: by model, arm and seed."""
-        order = [*MODELS, *(arm.name for arm in all_arms())]
-        places = {name: place for place, name in enumerate(order)}
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in self._folder.glob(f"*/{RESULT}")]
-        return sorted(found, key=lambda one: (places[one["model"]], places.get(one["arm"], len(places)), one["seed"]))
 
     def train(self, runs: Sequence[Run], at_once: int) -> list[Run]:
         """Train what is not done yet, ``at_once`` runs at a time; returns those that failed.

@@ -1,4 +1,4 @@
-"""Writing a study: JSON with every curve, a CSV row for each run, the HTML report."""
+"""Writing a study: what it was made with, a CSV row for each run, the HTML report."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import atomic
 
 from codec_study import analysis, render
 from codec_study.arms import CONTROL, NONE
+from codec_study.folder import META
 
 
 def write_results(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write result.json, result.csv and report.html into ``folder``, and print the table.
+    """Write meta.json, result.csv and report.html into ``folder``, and print the table.
 
     Args:
-        folder: that is there.
-        result: of all runs; its ``encoding``, which has a file of its own, is shown and not written.
+        folder: that has the runs.
+        result: what ``folder.read`` says, and ``encoding``.
     """
-    kept = {name: value for name, value in result.items() if name != "encoding"}
-    atomic.write_text(folder / "result.json", json.dumps(kept, indent=1) + "\n")
+    atomic.write_text(folder / META, json.dumps(result["meta"], indent=1) + "\n")
     rows = [csv_row(result, run) for run in result["runs"]]
     with atomic.written(folder / "result.csv") as file:
         writer = csv.DictWriter(file, list(rows[0]))

@@ -1,6 +1,7 @@
 """What people read of a study: a table on the terminal, an HTML report, a section of Markdown.
 
-A result is what result.json holds. Every figure is one of it, or of ``analysis`` made from it.
+A result is what ``folder.read`` says, with ``encoding`` and maybe ``step_times`` beside.
+Every figure is one of it, or of ``analysis`` made from it.
 """
 
 from __future__ import annotations

@@ -130,19 +130,23 @@ def _loss_at(ends: Sequence[tuple[int, float]], steps: float) -> float | None:
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:
-    """What there is to say of a result that has step times: a text for each arm that was faster than none."""
+    """What there is to say of a result that has step times: a text for each model, with the arms faster than none."""
     times: StepTimes | None = result.get("step_times")
     if times is None:
         return []
     runs = result["runs"]
     texts = []
     for model in analysis.models_of(runs):
-        for arm in analysis.arms_of(runs, model):
-            above = percent_above_none(runs, times, model, arm) if arm not in UNCOMPRESSED else None
-            if above is not None:
-                texts.append(
-                    f"{model}, {arm}: final loss {words.figure(above, 'percent')} above that of none, trained for as "
-                    f"many steps as fit the same wall time, where the all-to-all takes {times.step_share:.2f} of a "
-                    f"whole step of top-2 ({times.link})"
-                )
+        found = {
+            arm: percent_above_none(runs, times, model, arm)
+            for arm in analysis.arms_of(runs, model)
+            if arm not in UNCOMPRESSED
+        }
+        figures = [f"{arm} {words.figure(above, 'percent')}" for arm, above in found.items() if above is not None]
+        if figures:
+            texts.append(
+                f"{model}, final loss against that of none, trained for as many steps as fit the same wall time, where "
+                f"the all-to-all takes {times.step_share:.2f} of a whole step of top-2 ({times.link}), negative where "
+                f"the arm is better: {'; '.join(figures)}"
+            )
     return texts

@@ -23,7 +23,8 @@ HEADINGS = (
 """Of ``cells``."""
 
 NOTES = (
-    "Figures are medians over seeds, in brackets the smallest and the largest one; differences are paired by seed. The"
+    "Figures are medians over seeds, in brackets the smallest and the largest one; differences are paired by seed. A"
+    " figure without brackets is of one seed, whatever its row has, or the same for all. The"
     " control has experts that compute E(x) + x and sends every row: the path that the paper's compensation adds,"
     " without the compression; control lsh q6 adds it where centroids travel, E(c) + x. Rows sent and residual are"
     " means of the last tenth of the steps. Seconds are those of one rank without a network beside other jobs: they do"
