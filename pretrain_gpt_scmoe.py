@@ -3,9 +3,9 @@
 
     torchrun --nproc-per-node 8 pretrain_gpt_scmoe.py <Megatron flags> --shortcut scmoe ...
 
-Every flag of Megatron works, because Megatron's own ``pretrain`` runs. Only what its wheel lacks is here: the hooks
-that fetch a batch, run a forward step, reduce the loss and build the datasets. Without an accelerator the same
-trainer runs on gloo ranks (``megatron_scmoe/cpu_backend.py``).
+Megatron's flags work, but those of docs/refused.md: its own ``pretrain`` runs. Only what its wheel lacks is
+here: the hooks that fetch a batch, run a forward step, reduce the loss and build the datasets. Without an accelerator
+the same trainer runs on gloo ranks (``megatron_scmoe/cpu_backend.py``).
 """
 
 from __future__ import annotations

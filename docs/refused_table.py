@@ -11,10 +11,11 @@ DOCUMENT = Path(__file__).resolve().parent / "refused.md"
 HEAD = """\
 # Megatron's flags that are refused
 
-Written by `make docs` from `megatron_scmoe/refusals.py`; do not edit. What is not here is Megatron's own and works as
-ever. Rules about several settings at once (recomputation, stages of a pipeline and groups, formats of optimizer
-checkpoints) are in `docs/parallelism.md`, those about our own flags in the errors themselves: each says the rule, the
-values and the fix, and comes before any process group starts.
+Written by `make docs` from `megatron_scmoe/refusals.py`; do not edit. These are the flags that are refused whatever
+else is set; where no allowed value is named, leave the flag out. Rules that join several settings are in
+`docs/parallelism.md` (recomputation, stages of a pipeline, parallelism, formats of optimizer checkpoints) or in the
+errors alone (what a shortcut asks for, such as `--disable-bias-linear` and a shared expert; which balancing goes with
+which router): each says the rule, the values and the fix.
 """
 SECTIONS = {
     "Always": refusals.HOOK_REFUSALS,
@@ -31,7 +32,7 @@ def document() -> str:
     parts = [HEAD]
     for title, rules in SECTIONS.items():
         rows = [f"| `{rule.flag}` | {_allowed(rule)} | {rule.reason} |" for rule in rules]
-        parts.append("\n".join([f"## {title}\n", "| flag | allowed | why |", "|---|---|---|", *rows, ""]))
+        parts.append("\n".join([f"## {title}\n", "| flag | allowed values | why |", "|---|---|---|", *rows, ""]))
     return "\n".join(parts)
 
 

@@ -9,7 +9,7 @@ alone travels, in backward as well. The residual x - c and the gate weight p sta
 
     y = sum over the token's experts of  p (E(c) + (x - c))
 
-What stands in the place of x - c says --lsh-compensation: nothing by default, or a learned map of it
+--lsh-compensation says what stands in the place of x - c: nothing by default, or a learned map of it
 (``compensation.py``). With --lsh-refinement lloyd, tokens join the nearest mean before they are packed, which the paper
 does not do. In evaluation tokens travel as they are, unless --lsh-evaluation centroids asks for what training does.
 """
@@ -176,7 +176,7 @@ class Centroids:
         if ranks := mcore.ranks_with_bad_rows(self.dispatchers[chunk]):
             raise ValueError(
                 f"group {self._tag.marker.group}: tokens with NaN or infinity cannot be hashed; rank(s) "
-                f"{', '.join(map(str, ranks))} have some: the training has diverged; lower --lr, or load an earlier "
+                f"{', '.join(ranks)} have some: the training has diverged; lower --lr, or load an earlier "
                 "checkpoint (--ckpt-step)"
             )
         if self._centroids is None:

@@ -203,8 +203,8 @@ class ScMoEConfig:
 
     a2a_codec: Codec = Codec.NONE
     """What the all-to-all carries. none: tokens. lsh: tokens of one expert that hash alike travel as one row, their
-    mean, in forward and backward (LSH-MoE, arXiv 2411.08446); what becomes of a token's difference from it says
-    --lsh-compensation: nothing, by default. How many rows are left is an outcome, which the log says; TensorBoard and
+    mean, in forward and backward (LSH-MoE, arXiv 2411.08446); --lsh-compensation says what becomes of a token's
+    difference from it (nothing, by default). How many rows are left is an outcome, which the log says; TensorBoard and
     W&B get rate, largest cluster and residual of each group (W&B not of the last step). With --shortcut none it works
     in the stock MoE layers."""
 

@@ -63,7 +63,11 @@ def _pack(tensors: tuple[Tensor, ...]) -> tuple[Tensor, list[_Column]]:
 def _words(tensor: Tensor, column: _Column) -> Tensor:
     rows = tensor.reshape(tensor.shape[0], column.row_shape.numel()).contiguous()
     missing = column.nbytes // column.dtype.itemsize - rows.shape[1]
-    return (torch.nn.functional.pad(rows, (0, missing)) if missing else rows).view(_WORD)
+    if missing:
+        rows = torch.nn.functional.pad(rows, (0, missing))
+    elif rows.storage_offset() * column.dtype.itemsize % _WORD.itemsize:
+        rows = rows.clone()  # a row of a wider tensor
+    return rows.view(_WORD)
 
 
 def _unpack(payload: Tensor, columns: list[_Column]) -> tuple[Tensor, ...]:

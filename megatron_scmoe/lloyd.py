@@ -30,8 +30,8 @@ def refined(clusters: Clusters, sketches: Tensor, rows_per_expert: Tensor, num_c
         clusters: of n rows.
         sketches: of the rows, fp32, [n, w].
         rows_per_expert: rows are in the order of their experts, these many for each, [e].
-        num_clusters: m. The host has waited for it; on a GPU it waits once more here, for the sketches before them, and
-            in the products of fp32, which CUDA computes expert by expert.
+        num_clusters: m. The host has waited for it. On a GPU it waits again in here: for the largest number of clusters
+            of an expert, and for the grouped products, which CUDA computes expert by expert in fp32.
     """
     if not num_clusters:
         return clusters

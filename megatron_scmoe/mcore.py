@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.metadata
+import importlib.util
 import io
 import re
 from argparse import ArgumentParser, Namespace
@@ -55,6 +56,11 @@ def saved_args(args: Namespace) -> Namespace | None:
     with contextlib.redirect_stdout(io.StringIO()):  # it reports on a load that is not happening yet
         state_dict, *_ = _load_base_checkpoint(args.load, args, rank0=True)
     return state_dict.get("args") if state_dict else None
+
+
+def uses_torch_optimizers() -> bool:
+    """Whether Core has neither Transformer Engine's nor Apex's optimizers to use."""
+    return not any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex"))
 
 
 def mend_help(parser: ArgumentParser) -> None:
@@ -153,10 +159,10 @@ class AttentionInputs:
 def let_experts_run_repeatedly(moe: MoELayer) -> None:
     """Let the experts of ``moe`` run several times for one micro-batch, as those of chunks and of two gates do.
 
-    Core tells Transformer Engine which forward is the first of a micro-batch, and the backward of that one writes
-    weight gradients where all others add to them: of several flights it runs last, so that theirs would be lost. Told
-    nothing, it adds (gradients are zeroed at the begin of a step). In fp8 every forward then casts the experts'
-    weights anew.
+    Core tells Transformer Engine which forward is the first of a step (in bf16, of a run), and the backward of that one
+    writes weight gradients where all others add to them: of several flights it runs last, so that theirs would be
+    lost. Told nothing, it adds (gradients are zeroed at the begin of a step). In fp8 every forward then casts the
+    experts' weights anew.
     """
     for module in moe.experts.modules():
         if hasattr(module, "disable_parameter_transpose_cache"):
@@ -267,15 +273,23 @@ BAD_ROWS = -(1 << 40)
 """Counts that a rank with bad rows gives to ``exchange_row_counts``: any sum with counts of others is negative."""
 
 
-def ranks_with_bad_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> list[int]:
-    """Ranks, of all, that gave ``exchange_row_counts`` BAD_ROWS and send to this one or belong to its tensor group."""
+def ranks_with_bad_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> list[str]:
+    """Who gave ``exchange_row_counts`` BAD_ROWS and sends to this rank, or to another of its expert-tensor group."""
     _, receive_rows = split_rows(dispatcher)
-    counts = [(dispatcher.ep_group, [min(_own_counts(dispatcher))] if receive_rows is None else receive_rows)]
+    bad = _with_negative(dispatcher.ep_group, [min(_own_counts(dispatcher))] if receive_rows is None else receive_rows)
     if dispatcher.tp_size > 1:
-        of_tensor_group = (dispatcher.tp_group, dispatcher.output_splits_tp.tolist())
-        counts = [of_tensor_group] if dispatcher.ep_size == 1 else [*counts, of_tensor_group]
-    ranks = [(dist.get_process_group_ranks(group), rows) for group, rows in counts]
-    return sorted({rank for its, rows in ranks for rank, count in zip(its, rows, strict=True) if count < 0})
+        # Of the others in its tensor group this rank knows what they get from all of their expert-parallel peers.
+        of_group = _with_negative(dispatcher.tp_group, dispatcher.output_splits_tp.tolist())
+        if dispatcher.ep_size == 1:
+            return of_group
+        mine = str(dist.get_rank())
+        bad += [f"{rank} or an expert-parallel peer of it" for rank in of_group if rank != mine]
+    return bad
+
+
+def _with_negative(group: dist.ProcessGroup, counts: list[int]) -> list[str]:
+    ranks = dist.get_process_group_ranks(group)
+    return [str(rank) for rank, count in zip(ranks, counts, strict=True) if count < 0]
 
 
 def _own_counts(dispatcher: MoEAlltoAllTokenDispatcher) -> list[int]:

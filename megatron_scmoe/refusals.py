@@ -1,4 +1,4 @@
-"""What cannot be combined with a shortcut: Megatron's flags that would bypass a group, break it, or be ignored by it.
+"""What cannot be combined with what is ours: Megatron's flags that would bypass a group, break it, or be ignored by it.
 
 Every rule here ends a run before any process group starts, in one line: the rule, the values, the fix.
 """
@@ -56,7 +56,7 @@ class Refusal:
 
 _BYPASS = "it calls inner methods of a block, so that the group would never run"
 _PER_BLOCK_HOOKS = "its hooks expect every block to run its own parameters, and the last block runs the whole group"
-_PER_BLOCK_CONTEXT = "Core decides block by block what runs in low precision, and the last block runs the whole group"
+_UNTRIED_PRECISION = "low precision has not run in groups, where Core's first and last blocks and MLP recompute differ"
 _PADS_AFTER_COUNTS = "it pads the tokens of experts when their counts are exchanged already"
 
 _RECOMPUTE_REFUSED = {
@@ -95,8 +95,8 @@ REFUSALS = (
     Refusal("--moe-use-upcycling", "it writes stock MoE layers"),
     Refusal("--moe-layer-recompute", _RECOMPUTE_REFUSED["moe"]),
     Refusal("--mlp-chunks-for-training", "a group does not cut its MLPs into chunks", "use 1", (1,)),
-    Refusal("--fp8-format", _PER_BLOCK_CONTEXT, name="fp8"),
-    Refusal("--fp4-format", _PER_BLOCK_CONTEXT, name="fp4"),
+    Refusal("--fp8-format", _UNTRIED_PRECISION, name="fp8"),
+    Refusal("--fp4-format", _UNTRIED_PRECISION, name="fp4"),
     Refusal("--moe-router-padding-for-quantization", _PADS_AFTER_COUNTS),
     Refusal("--moe-router-padding-for-fp8", _PADS_AFTER_COUNTS),
     Refusal("--rope-scaling-factor", "Core 0.19.2 leaves it out and stretches rotary positions by 8", "use 8", (8,)),

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.training.utils import print_rank_0
 from torch import nn
 
-from megatron_scmoe import mcore, wheel
+from megatron_scmoe import mcore
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, ConfigError, Resume, ScMoEConfig
 
 _LAYOUT_FLAGS = (
@@ -125,7 +125,7 @@ def _check_position_wise_optimizer(args: Namespace) -> None:
 
 
 def _loses_position_wise_moments(args: Namespace) -> bool:
-    return not (args.bf16 or args.fp16) and not wheel.has_fused_adam()
+    return not (args.bf16 or args.fp16) and mcore.uses_torch_optimizers()
 
 
 def _check_layout(args: Namespace, saved: Namespace) -> None:

@@ -1,6 +1,6 @@
 """What Megatron-Core's wheel lacks, on GPUs and without: a Makefile, and an optimizer of its own.
 
-Where there is CUDA, entry points call ``mend``; elsewhere the CPU's stand-ins do the same, among much else.
+Where there is CUDA, pretrain_gpt_scmoe.py calls ``mend``; elsewhere the CPU's stand-ins do the same, among much else.
 """
 
 from __future__ import annotations
@@ -12,11 +12,6 @@ from typing import Any
 import torch
 
 
-def has_fused_adam() -> bool:
-    """Whether a package is there whose Adam Core takes."""
-    return any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex"))
-
-
 def mend() -> None:
     """Set what is missing; imports Megatron. A second call changes nothing."""
     from megatron.core import optimizer  # noqa: PLC0415 - importing this module imports no Megatron
@@ -24,8 +19,8 @@ def mend() -> None:
     from megatron.core.optimizer import distrib_optimizer  # noqa: PLC0415
 
     utils.compile_helpers = use_shipped_helper(utils.compile_helpers)
-    if has_fused_adam():
-        return
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return  # Transformer Engine's or Apex's, or this has been done
     optimizer.Adam = distrib_optimizer.Adam = GroupStepAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
@@ -58,6 +53,15 @@ class GroupStepAdam(torch.optim.Optimizer):
             )
         super().__init__(params, defaults)  # lr, weight_decay, betas, eps
         self.adam_w_mode = adam_w_mode
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; what its AdamW has counted for each parameter becomes the step of the group."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            states = (self.state[param] for param in group["params"])
+            counted = [int(state.pop("step")) for state in states if "step" in state]
+            if counted:
+                group.setdefault("step", max(counted))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

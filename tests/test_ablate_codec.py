@@ -882,8 +882,9 @@ def test_a_folder_that_is_no_study_is_refused(result, tmp_path, capsys):
     check_refusal(["--from", str(tmp_path)], fix, capsys)
     keep({**result, "runs": []}, tmp_path)
     check_refusal(["--from", str(tmp_path)], f"there is no runs/*/result.json; {fix}", capsys)
-    (tmp_path / "meta.json").write_text("{")
-    check_refusal(["--from", str(tmp_path)], fix, capsys)
+    for text in ("{", "{}", "[]"):
+        (tmp_path / "meta.json").write_text(text)
+        check_refusal(["--from", str(tmp_path)], fix, capsys)
     keep(result, tmp_path)
     check_refusal(["--from", str(tmp_path), "--write-results", str(tmp_path / "none.md")], "cannot be read", capsys)
     assert not (tmp_path / "report.html").exists()
@@ -911,7 +912,7 @@ def test_earlier_run_is_written_into_a_document(result, tmp_path, capsys):
 
 def test_a_short_run_says_that_it_is_one(result):
     short = {**result, "meta": {**result["meta"], "seeds": 1, "iterations": 30}}
-    said = "The goals are for at least 3 seeds and 1000 iterations; some arms have 1 seeds and 30 iterations here."
+    said = "The goals are for at least 3 seeds and 1000 iterations; the least of an arm here: seeds 1, iterations 30."
     assert said in goals.section(short) and said not in goals.section(result)
     assert said in render.html({**short, "runs": short["runs"][:3]})
 
@@ -928,6 +929,11 @@ def test_document_without_its_marks_is_refused_and_kept(result, text, tmp_path, 
     arguments = ["--from", str(tmp_path), "--write-results", str(tmp_path / "results.md")]
     check_refusal(arguments, "it lacks the two marks", capsys)
     assert (tmp_path / "results.md").read_text() == text
+
+
+def test_the_study_of_this_repository_can_be_shown():
+    kept = folder.read(ROOT / "docs" / "codec-study")
+    assert kept["meta"]["seeds"] == min(len(row.seeds) for row in analysis.rows(kept["runs"]))
 
 
 def test_the_document_of_this_repository_has_the_marks(result):

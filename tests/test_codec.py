@@ -497,11 +497,17 @@ def test_bad_tokens_are_named_on_every_rank(value):
 def test_a_bad_token_is_named_on_every_tensor_parallel_rank():
     """Each of them has tokens of its own, and would wait for the others in the next dense op."""
     layout = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
-    assert ranks.run(announced_bad, 2, LSH, layout=layout) == [[1], [1]]
+    assert ranks.run(announced_bad, 2, LSH, layout=layout) == [["1"], ["1"]]
 
 
-def announced_bad(case: Case) -> list[int]:
-    """What this rank makes of counts that rank 1 of an expert-tensor-parallel group announces as bad."""
+def test_bad_tokens_are_named_where_experts_are_split_both_ways():
+    layout = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2, "expert_model_parallel_size": 2}
+    seen = "or an expert-parallel peer of it"
+    assert ranks.run(announced_bad, 4, LSH, 3, layout=layout) == [[f"1 {seen}"], ["3"], [f"3 {seen}"], ["3"]]
+
+
+def announced_bad(case: Case, bad: int = 1) -> list[str]:
+    """What this rank makes of counts that the rank ``bad`` announces as such."""
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -509,8 +515,12 @@ def announced_bad(case: Case) -> list[int]:
 
     config = models.transformer_config(case)
     config.tensor_model_parallel_size = config.expert_tensor_parallel_size = 2
-    dispatcher = MoEAlltoAllTokenDispatcher(4, [0, 1, 2, 3], config, pg_collection=get_default_pg_collection())
-    rows = torch.full((4,), mcore.BAD_ROWS if dist.get_rank() == 1 else 3)
+    groups = get_default_pg_collection()
+    config.expert_model_parallel_size = groups.ep.size()
+    count = 4 // groups.ep.size()
+    here = range(groups.ep.rank() * count, (groups.ep.rank() + 1) * count)
+    dispatcher = MoEAlltoAllTokenDispatcher(len(here), list(here), config, pg_collection=groups)
+    rows = torch.full((4,), mcore.BAD_ROWS if dist.get_rank() == bad else 3)
     mcore.exchange_row_counts(dispatcher, rows, torch.ones(3, 4))
     return mcore.ranks_with_bad_rows(dispatcher)
 

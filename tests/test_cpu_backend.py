@@ -5,6 +5,7 @@ Run by torchrun, this file is a minimal stock trainer: ``test_cpu_backend.py RES
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import json
@@ -377,6 +378,19 @@ def test_adam_is_that_of_torch(adam_w_mode: bool, stock: Any) -> None:
     _steps(wheel.GroupStepAdam(ours, adam_w_mode=adam_w_mode, **_HYPERPARAMETERS), ours, range(5))
     _steps(stock(theirs, foreach=False, **_HYPERPARAMETERS), theirs, range(5))
     assert _same(ours, theirs)
+
+
+def test_adam_goes_on_from_that_of_torch() -> None:
+    """A stock checkpoint has a step for each parameter, where it is not of the distributed optimizer."""
+    theirs = _parameters()
+    stock = torch.optim.AdamW(theirs, foreach=False, **_HYPERPARAMETERS)
+    _steps(stock, theirs, range(3))
+    ours = [torch.nn.Parameter(parameter.detach().clone()) for parameter in theirs]
+    resumed = wheel.GroupStepAdam(ours, **_HYPERPARAMETERS)
+    resumed.load_state_dict(copy.deepcopy(stock.state_dict()))
+    _steps(stock, theirs, range(3, 6))
+    _steps(resumed, ours, range(3, 6))
+    assert _same(ours, theirs) and [group["step"] for group in resumed.param_groups] == [6]
 
 
 def _load_as_the_distributed_optimizer_does(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

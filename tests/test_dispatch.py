@@ -161,6 +161,13 @@ def test_rows_of_a_payload_are_aligned(dtype, shape):
     assert again.is_contiguous() and weights_again.is_contiguous()
 
 
+def test_a_row_of_a_wider_tensor_is_packed():
+    """One row is contiguous wherever it begins, here at an odd place."""
+    rows, weights = torch.randn(1, 9).bfloat16()[:, 1:], torch.ones(1)
+    payload, columns = _pack((rows, weights))
+    assert torch.equal(_unpack(payload, columns)[0], rows)
+
+
 def bytes_of_types(dtype: torch.dtype) -> list[float]:
     """bfloat16 rows of odd width beside float32 weights: nothing is aligned."""
     rank = dist.get_rank()

@@ -50,8 +50,8 @@ arms:
 
 what it does not prove:
   Under torchrun it times this small model (fp32, Megatron's local spec, all ranks one expert-parallel group, so as many
-  experts as ranks at least) on the cluster's network: which strategy wins there, not how fast your model trains. On slow
-  links of one machine: see tools/slow_link.py --help.
+  experts as ranks at least) on the cluster's network: which strategy wins there, not how fast your model trains. On
+  slow links of one machine: see tools/slow_link.py --help.
 
 what a step is:
   forward and backward of one micro-batch (training), or forward without gradients (forward). No gradient reduction and

@@ -81,6 +81,8 @@ def read(folder: Path) -> dict[str, Any]:
         OSError, ValueError, KeyError: where there is none.
     """
     meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    if not isinstance(meta, dict) or "hardware" not in meta:
+        raise ValueError(f"{META} is not that of a study")
     runs = results(folder)
     if not runs:
         raise ValueError(f"there is no {RUNS}/*/{RESULT}")

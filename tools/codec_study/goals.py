@@ -280,9 +280,9 @@ def section(result: Mapping[str, Any]) -> str:
 
 def shortness(meta: Mapping[str, Any]) -> str:
     """What makes a study smaller than the goals want it; '' for nothing."""
-    less = [f"{meta[name]} {name}" for name, least in LEAST.items() if meta[name] < least]
+    less = [f"{name} {meta[name]}" for name, least in LEAST.items() if meta[name] < least]
     needed = " and ".join(f"{least} {name}" for name, least in LEAST.items())
-    return f"The goals are for at least {needed}; some arms have {' and '.join(less)} here." if less else ""
+    return f"The goals are for at least {needed}; the least of an arm here: {', '.join(less)}." if less else ""
 
 
 def _preface(meta: Mapping[str, Any]) -> str:
