@@ -58,7 +58,7 @@ class GroupStepAdam(torch.optim.Optimizer):
         """As torch's; what its AdamW has counted for each parameter becomes the step of the group."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
-            states = (self.state[param] for param in group["params"])
+            states = (self.state.get(param, {}) for param in group["params"])
             counted = [int(state.pop("step")) for state in states if "step" in state]
             if counted:
                 group.setdefault("step", max(counted))
