@@ -329,7 +329,7 @@ def packed(shortcut: str) -> str:
     model = models.build(Case(shortcut=shortcut))
     ((tokens, labels, positions),) = models.my_batch()
     packing = PackedSeqParams(qkv_format="thd", max_seqlen_q=models.SEQ_LENGTH, max_seqlen_kv=models.SEQ_LENGTH)
-    with pytest.raises(ValueError, match="train without packing") as refused:
+    with pytest.raises(ValueError, match="call the model without packed_seq_params") as refused:
         model(tokens, positions, None, labels=labels, packed_seq_params=packing)
     return str(refused.value)
 
