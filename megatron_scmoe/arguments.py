@@ -33,6 +33,7 @@ from megatron_scmoe.config import (
     ScMoEConfig,
     Shortcut,
 )
+from megatron_scmoe.report import ONE_QUEUE
 
 EXIT_REFUSED = 2
 
@@ -150,19 +151,14 @@ def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig]:
 
 
 def one_queue_warning(scmoe: ScMoEConfig, connections: str | None) -> str | None:
-    """What to say where CUDA was told to launch in one queue; no error, since Megatron asks for that, too.
+    """``ONE_QUEUE`` where it would keep something from overlapping.
 
     Args:
         scmoe: the settings of this run.
         connections: CUDA_DEVICE_MAX_CONNECTIONS on a GPU; None elsewhere.
     """
     overlaps = (scmoe.enabled or scmoe.replaces_stock_moe) and scmoe.overlap is not Overlap.OFF
-    if not overlaps or connections != "1":
-        return None
-    return (
-        "CUDA_DEVICE_MAX_CONNECTIONS is 1, so that kernels and collectives wait for one another; set it to 32 (up to "
-        "Hopper, Megatron insists on 1 with tensor or context parallelism)"
-    )
+    return ONE_QUEUE if overlaps and connections == "1" else None
 
 
 def refuse(message: str) -> NoReturn:

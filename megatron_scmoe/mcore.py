@@ -58,16 +58,16 @@ def saved_args(args: Namespace) -> Namespace | None:
     return state_dict.get("args") if state_dict else None
 
 
-def uses_torch_optimizers() -> bool:
-    """Whether Core has neither Transformer Engine's nor Apex's optimizers to use."""
-    return not any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex"))
-
-
 def mend_help(parser: ArgumentParser) -> None:
     """Escape bare percent signs in Megatron's help texts: argparse fails on them, and shows no help at all."""
     for action in parser._actions:
         if action.help:
             action.help = re.sub(r"%(?![%(])", "%%", action.help.replace("%%", "%"))
+
+
+def uses_torch_optimizers() -> bool:
+    """Whether Core has neither Transformer Engine's nor Apex's optimizers to use."""
+    return not any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex"))
 
 
 # --- one block's halves ------------------------------------------------------------------------------------------

@@ -15,10 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
-from torch import Tensor
 
 from megatron_scmoe.costs import GroupPass
 from megatron_scmoe.observe import Compression, Load, Recording
@@ -30,6 +29,12 @@ MARGIN = 0.10
 
 IMBALANCE = 1.5
 """Tokens of the busiest expert over the mean from which imbalance is the likelier cause."""
+
+ONE_QUEUE = (
+    "CUDA_DEVICE_MAX_CONNECTIONS is 1, which serialises kernels and collectives; set it to 32 (up to Hopper, Megatron "
+    "insists on 1 with tensor or context parallelism)"
+)
+"""What to say where CUDA was told to launch in one queue; no error, since Megatron asks for that, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +93,9 @@ def _row(
 ) -> GroupRow:
     communication = sum(communication_s(one.spans) for one in passes)
     exposed = sum(exposed_s(one.spans) for one in passes)
-    tokens = _sum([one.tokens_per_expert for one in loads])
-    dropped = sum(_sum([one.dropped.unsqueeze(0) for one in loads]))
+    # Summed on the device: each number that the host asks for is a copy, and a wait.
+    tokens = torch.stack([one.tokens_per_expert for one in loads]).sum(dim=0).tolist() if loads else []
+    dropped = int(sum(one.dropped for one in loads))
     kept = sum(tokens)
     routed = sum(one.rows for one in compressions)
     return GroupRow(
@@ -104,13 +110,8 @@ def _row(
         dropped_share=dropped / (kept + dropped) if kept + dropped else 0.0,
         sent_rate=sum(one.clusters for one in compressions) / routed if routed else 1.0,
         largest_cluster=int(torch.stack([one.largest for one in compressions]).max()) if compressions else 1,
-        residual=sum(_sum([one.rows * one.residual.double().unsqueeze(0) for one in compressions])) / (routed or 1),
+        residual=float(sum(one.rows * one.residual.double() for one in compressions)) / (routed or 1),
     )
-
-
-def _sum(counts: Sequence[Tensor]) -> list[Any]:
-    """The sum of vectors, in one copy from the device; nothing of none."""
-    return torch.stack(list(counts)).sum(dim=0).tolist() if counts else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +189,7 @@ def warning(summary: Summary, predicted_share: float, *, cuda_connections: str |
     if summary.hidden_share >= predicted_share - MARGIN:
         return None
     if cuda_connections == "1":
-        cause = (
-            "CUDA_DEVICE_MAX_CONNECTIONS is 1, which serialises kernels and collectives; set it to 32 (up to Hopper, "
-            "Megatron insists on 1 with tensor or context parallelism)"
-        )
+        cause = ONE_QUEUE
     elif summary.tokens_max_over_mean > IMBALANCE:
         cause = (
             f"the busiest expert gets {summary.tokens_max_over_mean:.1f} times the mean, so ranks wait for one "

@@ -863,10 +863,11 @@ def test_wall_time_is_in_report_and_document(result, tmp_path, capsys):
     assert tool.main(request) == 0
     assert "wall time" not in document.read_text() + (tmp_path / "report.html").read_text()
     assert tool.main([*request, "--step-times", str(ablation_of(tmp_path / "ablation"))]) == 0
-    said = "negative where the arm is better: lsh q2 -"
-    assert said in document.read_text() and said in capsys.readouterr().out.replace("\n", " ")
-    page = (tmp_path / "report.html").read_text()
-    assert said in page and "Validation loss against wall time" in page
+    page, printed = (tmp_path / "report.html").read_text(), capsys.readouterr().out.replace("\n", " ")
+    for said in ("top-2, final loss against that of none", "negative where the arm is better: lsh q2 -", "; lsh q6 -"):
+        assert said in document.read_text() and said in printed and said in page
+    assert "Validation loss against wall time" in page
+    assert "step_times" not in (tmp_path / "meta.json").read_text()
 
 
 def test_step_times_are_refused_in_one_line(result, tmp_path, capsys):

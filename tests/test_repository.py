@@ -46,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "model": {"config", "layer", "mcore", "specs"},
     "corpus": {"config"},
     "resume": {"config", "mcore"},
-    "arguments": {"config", "corpus", "mcore", "refusals", "resume"},
+    "arguments": {"config", "corpus", "mcore", "refusals", "report", "resume"},
     "costs": {"observe", "plan", "solver", "spans"},
     "adaptive": {"costs", "plan", "solver"},
     "report": {"costs", "observe", "plan", "spans"},

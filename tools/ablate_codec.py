@@ -22,7 +22,6 @@ import provenance
 from codec_study import cost, folder
 from codec_study.analysis import rows
 from codec_study.arms import MODELS, SIZES, Arm, Run, Settings, all_arms
-from codec_study.folder import MANIFEST, described_data, made_data, settings_difference
 from codec_study.jobs import Command, Jobs, training_command
 from command_line import Parser, positive, write_again
 
@@ -121,8 +120,8 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         what = f"what one sequence gives an expert of {model}"
         _check_multiple(parser, "--tokens-per-expert", args.tokens_per_expert, MODELS[model].tokens_per_expert, what)
         _check_multiple(parser, "--eval-sequences", args.eval_sequences, settings.batch(model), f"the batch of {model}")
-    if args.data is not None and not (args.data / MANIFEST).is_file():
-        parser.error(f"--data {str(args.data)!a} has no {MANIFEST}; make it with tools/preprocess_data.py")
+    if args.data is not None and not (args.data / folder.MANIFEST).is_file():
+        parser.error(f"--data {str(args.data)!a} has no {folder.MANIFEST}; make it with tools/preprocess_data.py")
     for package in ("jinja2", "matplotlib", "rich", "tensorboard", "torch", "megatron"):
         if importlib.util.find_spec(package) is None:
             parser.error(f"the Python package {package} is missing; pip install {package}")
@@ -172,9 +171,9 @@ def study(parser: argparse.ArgumentParser, args: argparse.Namespace, command: Co
     encoding = _encoding(parser, args.output)
     meta = provenance.provenance()
     _make_folder(parser, args.output)
-    data = args.data.resolve() if args.data else made_data(args.output.resolve() / "data")
-    shared = {**asdict(settings), "data": described_data(data)}
-    if difference := settings_difference(args.output, shared):
+    data = args.data.resolve() if args.data else folder.made_data(args.output.resolve() / "data")
+    shared = {**asdict(settings), "data": folder.described_data(data)}
+    if difference := folder.settings_difference(args.output, shared):
         parser.error(f"--output {str(args.output)!a} holds runs of {difference}; give the old value, or another folder")
     # All arms of a seed before the next seed: what is there after a while can be compared.
     seeds = range(1, args.seeds + 1)
