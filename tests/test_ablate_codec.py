@@ -44,6 +44,7 @@ from codec_study.arms import (  # noqa: E402
     COMPRESSED_CONTROL,
     CONTROL,
     HELD,
+    HELD_UNCOMPENSATED,
     MODELS,
     NONE,
     PAPER,
@@ -188,6 +189,20 @@ def test_rows_by_hand(result):
     assert (row.seconds.value, row.seconds.low, row.seconds.high) == pytest.approx((0.27, 0.26, 0.28))
 
 
+def test_figures_of_fewer_seeds_say_so(result):
+    def of(runs):
+        row = next(row for row in analysis.rows(runs) if (row.model, row.arm) == ("top-2", PAPER))
+        return dict(zip(words.HEADINGS, words.cells(row), strict=True))
+
+    names = ("evaluated with tokens", "that above none")
+    assert not any("seeds" in figure for figure in of(result["runs"]).values())
+    first = [{name: run[name] for name in run.keys() - {"final_validation_of_tokens"}} for run in result["runs"]]
+    fewer = of([one if one["seed"] == 2 else run for one, run in zip(first, result["runs"], strict=True)])
+    assert {name for name, figure in fewer.items() if "seeds" in figure} == set(names)
+    assert all(fewer[name].endswith("] (2 of 3 seeds)") for name in names)
+    assert {of(first)[name] for name in names} == {"-"}
+
+
 def test_curves_over_steps(result):
     above = analysis.percent_above_over_steps(result["runs"], "top-2", PAPER, NONE)
     assert {step: one.value for step, one in above.items()} == pytest.approx({500: -0.4, 1000: -0.8})
@@ -218,7 +233,8 @@ def test_goals_met(result):
     none, control, rate = quality(result)
     assert none.met and median_said(none) == "-0.80%: met"
     assert control.met and median_said(control) == "+0.20%: met"
-    of_four, of_six = judged(result, *goals.COMPENSATION)
+    of_four, of_six, at_rate = judged(result, *goals.COMPENSATION)
+    assert at_rate.met is False and at_rate.arm == HELD_UNCOMPENSATED  # both are 0.1 above none
     assert of_four.met is False and of_four.arm == uncompensated(4) and median_said(of_four).startswith("+0.00%")
     assert of_six.met and of_six.arm == UNCOMPENSATED and median_said(of_six) == "+1.41%: met"
     assert rate.met and rate.arm == "lsh q6" and rate.words == "0.180 [0.170, 0.190]: met"
@@ -247,7 +263,7 @@ def test_a_loss_against_none_is_said_with_its_figures(result):
 
 def test_negative_control_fails_where_compensation_does_nothing(result):
     useless = changed(result, UNCOMPENSATED, (ABOVE_NONE[PAPER],) * 3)
-    _, of_six = judged(useless, *goals.COMPENSATION)
+    _, of_six, _ = judged(useless, *goals.COMPENSATION)
     assert of_six.met is False and of_six.words == "+0.00%: **missed by 0.00%**"
 
 
@@ -276,8 +292,9 @@ def test_a_target_rate_is_judged_where_it_is_farthest(result, rates, said):
         seed: [[200, 0.9], *zip((300, 600, 1000), mine, strict=True)] for seed, mine in zip(SEEDS, rates, strict=True)
     }
     runs = [{**run, "rate": of_seed[run["seed"]]} if run["arm"] == HELD else run for run in result["runs"]]
-    (outcome,) = judged({"runs": runs}, goals.TARGET)
+    outcome, other = judged({"runs": runs}, *goals.TARGET)
     assert outcome.arm == HELD and outcome.words == said
+    assert other.arm == HELD_UNCOMPENSATED and other.words.startswith("37.50%")  # 0.125 at step 500
 
 
 @pytest.mark.parametrize(
@@ -310,7 +327,7 @@ def test_no_arm_within_the_quality_row(result):
 def test_what_was_not_trained_is_not_judged():
     few = make_result(("top-2",), (NONE, "lsh q2"))
     outcomes = judged(few, *goals.GOALS)
-    assert {outcome.met for outcome in outcomes} == {None} and len(outcomes) == 8
+    assert {outcome.met for outcome in outcomes} == {None} and len(outcomes) == len(goals.GOALS)
     assert {outcome.words for outcome in outcomes} == {"not measured in this run"}
     assert goals.claim(few["runs"], "top-2") == "`top-2`: not enough was trained to say."
 
@@ -319,6 +336,25 @@ def test_the_control_never_counts_as_the_best_setting(result):
     """It sends every row; but a rate of none or control must not be taken even where it is the smallest."""
     runs = [{**run, "final_rate": 0.001} if run["arm"] in (NONE, CONTROL) else run for run in result["runs"]]
     assert quality({"runs": runs})[-1].arm == "lsh q6"
+
+
+def test_the_best_setting_has_all_seeds_and_is_as_good_with_tokens(result):
+    """An arm that is best by means in the evaluation, where fewer seeds say so or tokens say otherwise."""
+
+    def taken(keep=lambda run: True, **figures):
+        runs = [{**run, **figures} if run["arm"] == "lsh q4" else run for run in result["runs"]]
+        return quality({"runs": [run for run in runs if run["arm"] != "lsh q4" or keep(run)]})[-1].arm
+
+    good = {"final_validation": 2.0, "final_validation_of_tokens": 2.0}
+    assert taken(**good) == "lsh q4"
+    assert taken(lambda run: run["seed"] < 3, **good) == PAPER
+    assert taken(**good | {"final_validation_of_tokens": 4.0}) == PAPER
+
+
+def test_nothing_is_missed_where_no_seed_can_be_compared(result):
+    few = [run for run in result["runs"] if run["arm"] in (NONE, CONTROL, PAPER)]
+    runs = [run for run in few if (run["arm"] == PAPER) == (run["seed"] == 2)]
+    assert {outcome.words for outcome in quality({"runs": runs})} == {"not measured in this run"}
 
 
 # --- arms and flags --------------------------------------------------------------------------------------------------
@@ -606,6 +642,19 @@ def test_other_settings_are_refused(fake, tmp_path, data, words_given, said, cap
     assert len(fake.started) == 1
 
 
+@pytest.mark.parametrize("place", ["runs/top-2-none-1/result.json", "settings.json"])
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_what_cannot_be_read_is_refused_before_anything_starts(fake, tmp_path, data, place, text, capsys):
+    assert call(fake, tmp_path / "study", data, "--arms", "none", "--seeds", "1") == 0
+    (tmp_path / "study" / place).write_text(text)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        call(fake, tmp_path / "study", data, "--arms", "none", "--seeds", "2")
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and place in printed and "restore that file" in printed and printed.count("\n") == 1
+    assert len(fake.started) == 1 and (tmp_path / "study" / place).read_text() == text
+
+
 def test_other_data_are_refused(fake, tmp_path, data, capsys):
     assert call(fake, tmp_path / "study", data, "--arms", "none", "--seeds", "1") == 0
     text = (data / "manifest.json").read_text()
@@ -831,6 +880,10 @@ def test_loss_after_the_same_time_by_hand():
     assert above(none, mine) is None
     assert above(none, shorter[1], mine) is None  # none was not trained for as few steps
     assert above(none, *shorter, run(PAPER, 1.1, (200, 3.3))) is None  # the arm is the slower one
+    with_tokens = wall_time.percent_above_none
+    runs = [none, *shorter, mine | {"final_validation_of_tokens": 3.7}]
+    assert with_tokens(runs, TIMES, "top-2", PAPER, analysis.TOKENS_LOSS).value == pytest.approx(100 * (3.7 / loss - 1))
+    assert with_tokens([none, *shorter, mine], TIMES, "top-2", PAPER, analysis.TOKENS_LOSS) is None
     other_seed = [{**one, "seed": 2} for one in (none, *shorter)]
     assert above(*other_seed, mine) is None
 
@@ -863,8 +916,12 @@ def test_wall_time_is_in_report_and_document(result, tmp_path, capsys):
     assert tool.main(request) == 0
     assert "wall time" not in document.read_text() + (tmp_path / "report.html").read_text()
     assert tool.main([*request, "--step-times", str(ablation_of(tmp_path / "ablation"))]) == 0
-    page, printed = (tmp_path / "report.html").read_text(), capsys.readouterr().out.replace("\n", " ")
-    for said in ("top-2, final loss against that of none", "negative where the arm is better: lsh q2 -", "; lsh q6 -"):
+    page, printed = (tmp_path / "report.html").read_text(), " ".join(capsys.readouterr().out.split())
+    for said in (
+        "top-2, final loss, evaluated as trained, against that of none",
+        "top-2, final loss, evaluated with tokens (the seeds that were), against that of none",
+        *("negative where the arm is better: lsh q2 -", "; lsh q6 -"),
+    ):
         assert said in document.read_text() and said in printed and said in page
     assert "Validation loss against wall time" in page
     assert "step_times" not in (tmp_path / "meta.json").read_text()
@@ -876,6 +933,11 @@ def test_step_times_are_refused_in_one_line(result, tmp_path, capsys):
     check_refusal(["--from", str(tmp_path), "--step-times", str(tmp_path / "none")], "cannot be read", capsys)
     (tmp_path / "result.json").write_text(json.dumps({"points": []}))
     check_refusal(["--from", str(tmp_path), "--step-times", str(tmp_path)], "no link whose share", capsys)
+
+
+@pytest.mark.parametrize("flag", ["--arms", "--models", "--seeds", "--iterations"])
+def test_what_is_shown_cannot_be_chosen(flag, tmp_path, capsys):
+    check_refusal(["--from", str(tmp_path), flag, "2"], f"shows all that there is; leave {flag} out", capsys)
 
 
 def test_a_folder_that_is_no_study_is_refused(result, tmp_path, capsys):

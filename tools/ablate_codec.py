@@ -12,7 +12,7 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ ABOUT = """\
 Train a small GPT (4 blocks, width 128, an MoE of 4 experts in every second block) on the Python standard library's
 source, once for each model, arm and seed, and compare validation losses at equal tokens. Arms differ in what the all-
 to-all carries and in nothing else: tokens (none), tokens with experts that compute E(x) + x (control), or the
-centroids of LSH-MoE. Differences are paired by seed; figures are medians over seeds with their range.
+centroids of LSH-MoE. Three more train none for a part of the steps, as what a codec saves time against. Differences are
+paired by seed; figures are medians over seeds with their range.
 """
 EPILOG = """\
 examples:
@@ -61,7 +62,8 @@ what it does not prove:
   depends on model, text, length of training and tokens for each expert: a property of this setting. Seconds of a
   step are those of one rank without a network; tools/ablate_overlap.py measures what sending less saves.
 
-exit codes: 0 done; 1 a training failed (the others went on); 2 bad request or something missing; 130 / 143 stopped.
+exit codes: 0 done; 1 a training failed (the others went on); 2 bad request or something missing; 129 / 130 / 143
+stopped.
 """
 
 
@@ -142,6 +144,15 @@ def _make_folder(parser: argparse.ArgumentParser, output: Path) -> None:
         parser.error(f"--output {str(output)!a} cannot be made: {error.strerror}; name another folder")
 
 
+def _check_kept[T](parser: argparse.ArgumentParser, output: Path, read: Callable[[], T]) -> T:
+    """What ``read`` finds of earlier calls in ``output``."""
+    try:
+        return read()
+    except (OSError, ValueError) as error:
+        fix = "restore that file, remove it if it is a run's, or name another folder"
+        parser.error(f"--output {str(output)!a} cannot be read: {str(error)[:300]}; {fix}")
+
+
 def _encoding(parser: argparse.ArgumentParser, kept: Path) -> cost.Cost | None:
     """What encoding costs, as an earlier call has left it in the folder ``kept``."""
     try:
@@ -169,11 +180,12 @@ def study(parser: argparse.ArgumentParser, args: argparse.Namespace, command: Co
     """Train what is not trained yet and write the results; ``command`` takes the place of the real training."""
     models, arms, settings = check_request(parser, args)
     encoding = _encoding(parser, args.output)
+    _check_kept(parser, args.output, lambda: folder.results(args.output))
     meta = provenance.provenance()
     _make_folder(parser, args.output)
     data = args.data.resolve() if args.data else folder.made_data(args.output.resolve() / "data")
     shared = {**asdict(settings), "data": folder.described_data(data)}
-    if difference := folder.settings_difference(args.output, shared):
+    if difference := _check_kept(parser, args.output, lambda: folder.settings_difference(args.output, shared)):
         parser.error(f"--output {str(args.output)!a} holds runs of {difference}; give the old value, or another folder")
     # All arms of a seed before the next seed: what is there after a while can be compared.
     seeds = range(1, args.seeds + 1)
@@ -205,8 +217,9 @@ def show_again(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     """Print the tables of an earlier call, write its report anew and, if asked for, its section of a document."""
     from codec_study import goals, render, wall_time  # noqa: PLC0415 - as above
 
-    if args.output is not None:
-        parser.error("--from trains nothing; leave --output out")
+    for flag in ("output", "data", "models", "arms", "seeds", "iterations", "eval_every", "eval_sequences"):
+        if getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--from trains nothing and shows all that there is; leave --{flag.replace('_', '-')} out")
     beside: dict[str, Any] = {"encoding": _encoding(parser, args.source)}
     if args.step_times is not None:
         try:

@@ -12,6 +12,9 @@ from codec_study.arms import CONTROL, NONE, UNCOMPRESSED
 type RunResult = Mapping[str, Any]
 """What a run's result.json holds."""
 
+LOSS, TOKENS_LOSS = "final_validation", "final_validation_of_tokens"
+"""What a run ended at, evaluated as it was trained, and with tokens in the place of centroids."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -35,6 +38,7 @@ class Row:
         with_tokens: how much higher the same model's loss is where tokens travel in the evaluation, in percent; None
             where tokens travel anyway, or where no seed was evaluated so, as none of the study's first runs was.
         with_tokens_to_none: how much higher that loss is than that of none, in percent; None where either is missing.
+        seeds_with_tokens: that were evaluated so.
         rate: rows sent over rows routed, in the last tenth of the steps.
         residual: what did not travel, relative to a token, there.
         seconds: of a step, on one rank without any network.
@@ -48,6 +52,7 @@ class Row:
     to_control: Spread | None
     with_tokens: Spread | None
     with_tokens_to_none: Spread | None
+    seeds_with_tokens: int
     rate: Spread
     residual: Spread
     seconds: Spread
@@ -80,13 +85,11 @@ def by_seed(runs: Sequence[RunResult], model: str, arm: str) -> dict[int, RunRes
     return {run["seed"]: run for run in runs if (run["model"], run["arm"]) == (model, arm)}
 
 
-def percent_above(
-    runs: Sequence[RunResult], model: str, arm: str, against: str, loss: str = "final_validation"
-) -> list[float]:
+def percent_above(runs: Sequence[RunResult], model: str, arm: str, against: str, loss: str = LOSS) -> list[float]:
     """How much higher a loss is than the final one of ``against``, in percent, for each seed that has both."""
     mine, others = by_seed(runs, model, arm), by_seed(runs, model, against)
     return [
-        100 * (mine[seed][loss] / others[seed]["final_validation"] - 1)
+        100 * (mine[seed][loss] / others[seed][LOSS] - 1)
         for seed in sorted(mine.keys() & others.keys())
         if loss in mine[seed]
     ]
@@ -124,20 +127,19 @@ def _row(runs: Sequence[RunResult], model: str, arm: str) -> Row:
         assert found is not None
         return found
 
-    def of_tokens(against: str) -> Spread | None:
-        if arm in UNCOMPRESSED:
-            return None
-        return spread(percent_above(runs, model, arm, against, "final_validation_of_tokens"))
+    def of_tokens(against: str) -> list[float]:
+        return [] if arm in UNCOMPRESSED else percent_above(runs, model, arm, against, TOKENS_LOSS)
 
     return Row(
         model=model,
         arm=arm,
         seeds=tuple(sorted(mine)),
-        loss=of("final_validation"),
+        loss=of(LOSS),
         to_none=spread(percent_above(runs, model, arm, NONE)),
         to_control=spread(percent_above(runs, model, arm, CONTROL)),
-        with_tokens=of_tokens(arm),
-        with_tokens_to_none=of_tokens(NONE),
+        with_tokens=spread(of_tokens(arm)),
+        with_tokens_to_none=spread(of_tokens(NONE)),
+        seeds_with_tokens=len(of_tokens(arm)),
         rate=of("final_rate"),
         residual=of("final_residual"),
         seconds=of("seconds_per_step"),

@@ -69,7 +69,8 @@ COMPARED_HASHES = (4, 6)
 """Of the arms that are there with the paper's compensation and without, and those with refined clusters and without."""
 HELD_RATE = 0.2
 HELD = f"lsh q12 at {HELD_RATE:g}"
-"""The arm with a target rate, and the rate."""
+HELD_UNCOMPENSATED = f"{HELD} no compensation"
+"""The arms with a target rate, and the rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,8 @@ def all_arms() -> list[Arm]:
         _lsh(uncompensated(hashes, refined=True), hashes, *_LLOYD, compensation="none") for hashes in COMPARED_HASHES
     ]
     arms.append(_lsh("spherical q12", 12, "--lsh-kind", "spherical"))
-    arms.append(_lsh(HELD, 12, "--lsh-target-rate", f"{HELD_RATE:g}"))
+    target = ("--lsh-target-rate", f"{HELD_RATE:g}")
+    arms += [_lsh(HELD, 12, *target), _lsh(HELD_UNCOMPENSATED, 12, *target, compensation="none")]
     return arms
 
 

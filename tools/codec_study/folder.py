@@ -51,12 +51,15 @@ def settings_difference(folder: Path, wanted: Mapping[str, Any]) -> str:
     """How the settings of the runs in ``folder`` differ from those wanted; '' if they do not.
 
     The first call writes them down.
+
+    Raises:
+        OSError, ValueError: where they cannot be read.
     """
     path = folder / SETTINGS
     if not path.exists():
         atomic.write_text(path, json.dumps(wanted, indent=1) + "\n")
         return ""
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = _object(path)
     for name, value in wanted.items():
         if found.get(name) != value:
             return f"another --{name.replace('_', '-')} ({found.get(name)}, now {value})"
@@ -64,11 +67,32 @@ def settings_difference(folder: Path, wanted: Mapping[str, Any]) -> str:
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    """What all runs of a study left, whichever call trained them: by model, arm and seed."""
+    """What all runs of a study left, whichever call trained them: by model, arm and seed.
+
+    Raises:
+        OSError, ValueError: where one cannot be read.
+    """
     order = [*MODELS, *(arm.name for arm in all_arms())]
     places = {name: place for place, name in enumerate(order)}
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / RUNS).glob(f"*/{RESULT}")]
+    found = [_result(path) for path in sorted((folder / RUNS).glob(f"*/{RESULT}"))]
     return sorted(found, key=lambda one: (places[one["model"]], places.get(one["arm"], len(places)), one["seed"]))
+
+
+def _result(path: Path) -> dict[str, Any]:
+    found = _object(path)
+    if found.get("model") not in MODELS:
+        raise ValueError(f"{path} is not what a training leaves")
+    return found
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no object")
+    return found
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -78,10 +102,10 @@ def read(folder: Path) -> dict[str, Any]:
         folder: of the study.
 
     Raises:
-        OSError, ValueError, KeyError: where there is none.
+        OSError, ValueError: where there is none.
     """
-    meta = json.loads((folder / META).read_text(encoding="utf-8"))
-    if not isinstance(meta, dict) or "hardware" not in meta:
+    meta = _object(folder / META)
+    if "hardware" not in meta:
         raise ValueError(f"{META} is not that of a study")
     runs = results(folder)
     if not runs:

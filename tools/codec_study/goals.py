@@ -17,6 +17,7 @@ from codec_study.arms import (
     CONTROL,
     HELD,
     HELD_RATE,
+    HELD_UNCOMPENSATED,
     NONE,
     PAPER,
     UNCOMPRESSED,
@@ -91,27 +92,34 @@ def _loss_above(arm: str, against: str) -> Figure:
 
 
 def smallest_rate(runs: Sequence[RunResult], model: str) -> tuple[str, Spread | None]:
-    """Of the arms with a codec whose loss is within the tolerance of both none and the control: the smallest rate."""
-    good = [
-        row
-        for row in analysis.rows(runs)
-        if row.model == model
-        and row.arm not in (*UNCOMPRESSED, COMPRESSED_CONTROL)
-        and row.to_none is not None
-        and row.to_control is not None
-        and max(row.to_none.value, row.to_control.value) <= TOLERANCE_PERCENT
-    ]
-    best = min(good, key=lambda row: row.rate.value, default=None)
+    """Of the arms with a codec whose loss is within the tolerance of both none and the control: the smallest rate.
+
+    A loss with means in the evaluation may hide what the model has not learned, so where it was evaluated with tokens,
+    that loss must be within the tolerance of none too. An arm of fewer seeds than none has is not taken.
+    """
+    seeds = analysis.by_seed(runs, model, NONE).keys() & analysis.by_seed(runs, model, CONTROL).keys()
+
+    def within(row: analysis.Row) -> bool:
+        above = (row.to_none, row.to_control, row.with_tokens_to_none)
+        return seeds <= set(row.seeds) and all(one is None or one.value <= TOLERANCE_PERCENT for one in above)
+
+    others = (*UNCOMPRESSED, COMPRESSED_CONTROL)
+    good = [row for row in analysis.rows(runs) if row.model == model and row.arm not in others and within(row)]
+    best = min(good if seeds else (), key=lambda row: row.rate.value, default=None)
     return (best.arm, best.rate) if best else ("no arm is within 0.5% of both", None)
 
 
-def rate_error(runs: Sequence[RunResult], model: str) -> tuple[str, Spread | None]:
-    """Of the arm with a target rate: how far it is from it at most, once a fifth of the steps are over."""
-    found = []
-    for run in analysis.by_seed(runs, model, HELD).values():
-        last, _ = run["rate"][-1]
-        found.append(max(abs(rate / HELD_RATE - 1) for step, rate in run["rate"] if step > SETTLED * last))
-    return HELD, analysis.spread(found)
+def _rate_error(arm: str) -> Figure:
+    """How far an arm is from its target rate at most, once a fifth of the steps are over."""
+
+    def figure(runs: Sequence[RunResult], model: str) -> tuple[str, Spread | None]:
+        found = []
+        for run in analysis.by_seed(runs, model, arm).values():
+            last, _ = run["rate"][-1]
+            found.append(max(abs(rate / HELD_RATE - 1) for step, rate in run["rate"] if step > SETTLED * last))
+        return arm, analysis.spread(found)
+
+    return figure
 
 
 QUALITY = (
@@ -142,30 +150,41 @@ QUALITY = (
 """What the paper claims, and what would explain it away; ``claim`` reads them in this order."""
 COMPENSATION = tuple(
     ModelGoal(
-        text=f"negative control: {uncompensated(hashes)} above {compensated(hashes)}, with the same hash functions",
-        figure=_loss_above(uncompensated(hashes), compensated(hashes)),
+        text=f"negative control: {without} above {with_it}, {alike}",
+        figure=_loss_above(without, with_it),
         sign=">",
         threshold=0.0,
         unit="percent",
     )
-    for hashes in COMPARED_HASHES
+    for without, with_it, alike in (
+        *((uncompensated(number), compensated(number), "with the same hash functions") for number in COMPARED_HASHES),
+        (HELD_UNCOMPENSATED, HELD, "at the same rate"),
+    )
 )
-TARGET = ModelGoal(
-    text=f"{HELD}: largest relative difference of a mean of ten steps from its target, after a fifth of the training",
-    figure=rate_error,
-    sign="<=",
-    threshold=RATE_TOLERANCE,
-    unit="share",
+TARGET = tuple(
+    ModelGoal(
+        text=(
+            f"{arm}: largest relative difference of a mean of ten steps from its target, after a fifth of the training"
+        ),
+        figure=_rate_error(arm),
+        sign="<=",
+        threshold=RATE_TOLERANCE,
+        unit="share",
+    )
+    for arm in (HELD, HELD_UNCOMPENSATED)
 )
 REFINED_WINS_PERCENT = 0.1
-"""What refined clusters must win at the same hash functions to pay at equal time.
+"""What refined clusters must win at the same hash functions to pay at equal time: by arithmetic, no training was timed.
 
-To refine takes 1.3% of an expert MLP's forward, so at most 0.5% of a step, of which that is less than a third; a
-training without a codec that is shorter by a quarter of its steps loses 5%, one by 0.5% so 0.1%.
+At a hidden size of 1024 to refine takes 1.3% of an expert MLP's forward, so at most 0.5% of a step, of which that is
+less than a third; a training without a codec that is shorter by a quarter of its steps loses 5%, one by 0.5% so 0.1%.
 """
 REFINEMENT = tuple(
     ModelGoal(
-        text=f"refined clusters pay at equal time: {uncompensated(hashes, refined=True)} above {uncompensated(hashes)}",
+        text=(
+            "refined clusters win what their time is worth at a hidden size of 1024: "
+            f"{uncompensated(hashes, refined=True)} above {uncompensated(hashes)}"
+        ),
         figure=_loss_above(uncompensated(hashes, refined=True), uncompensated(hashes)),
         sign="<=",
         threshold=-REFINED_WINS_PERCENT,
@@ -173,7 +192,7 @@ REFINEMENT = tuple(
     )
     for hashes in COMPARED_HASHES
 )
-GOALS = (*QUALITY, *COMPENSATION, TARGET, *REFINEMENT)
+GOALS = (*QUALITY, *COMPENSATION, *TARGET, *REFINEMENT)
 """All that is judged for each model."""
 ENCODING = Goal(
     text=(
@@ -208,9 +227,8 @@ def judge(goal: ModelGoal, runs: Sequence[RunResult], model: str) -> Outcome:
     """Whether the median reaches the threshold, and whether the seeds disagree about it."""
     arm, figure = goal.figure(runs, model)
     if figure is None:
-        compared = goal.figure is smallest_rate and all(
-            analysis.by_seed(runs, model, name) for name in (NONE, CONTROL, PAPER)
-        )
+        seeds = (analysis.by_seed(runs, model, name).keys() for name in (NONE, CONTROL, PAPER))
+        compared = goal.figure is smallest_rate and set.intersection(*map(set, seeds))
         return Outcome(arm, False, "**missed**") if compared else NOT_MEASURED
     return _outcome(goal, arm, figure, "the seeds")
 

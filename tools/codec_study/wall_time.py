@@ -100,24 +100,28 @@ def curve(runs: Sequence[RunResult], times: StepTimes, model: str, arm: str) -> 
     return {number * step: one for number, one in analysis.over_steps(runs, model, arm, "validation").items()}
 
 
-def percent_above_none(runs: Sequence[RunResult], times: StepTimes, model: str, arm: str) -> Spread | None:
+def percent_above_none(
+    runs: Sequence[RunResult], times: StepTimes, model: str, arm: str, loss: str = analysis.LOSS
+) -> Spread | None:
     """How much higher an arm's final loss is than what none reaches in the same time, in percent, over the seeds.
 
     Between trainings of none of two lengths its loss is a power of the steps. None where the arm is not the faster one,
-    where no time is known, or where no training of none was so short.
+    where no time or no such loss is known, or where no training of none was so short.
     """
     found = []
     whole, *shorter = (analysis.by_seed(runs, model, name) for name in (NONE, *SHORTER.values()))
     mine = analysis.by_seed(runs, model, arm)
     for seed in sorted(mine.keys() & whole.keys()):
+        if loss not in mine[seed]:
+            continue
         step, its_step = times.step(mine[seed]), times.step(whole[seed])
         if step is None or its_step is None:
             return None
         trainings = [its[seed] for its in (whole, *shorter) if seed in its]
-        ends = sorted((its["validation"][-1][0], its["final_validation"]) for its in trainings)
-        loss = _loss_at(ends, mine[seed]["validation"][-1][0] * step / its_step)
-        if loss is not None:
-            found.append(100 * (mine[seed]["final_validation"] / loss - 1))
+        ends = sorted((its["validation"][-1][0], its[analysis.LOSS]) for its in trainings)
+        reached = _loss_at(ends, mine[seed]["validation"][-1][0] * step / its_step)
+        if reached is not None:
+            found.append(100 * (mine[seed][loss] / reached - 1))
     return analysis.spread(found)
 
 
@@ -130,23 +134,22 @@ def _loss_at(ends: Sequence[tuple[int, float]], steps: float) -> float | None:
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:
-    """What there is to say of a result that has step times: a text for each model, with the arms faster than none."""
+    """What there is to say of a result that has step times: texts for each model, with the arms faster than none."""
     times: StepTimes | None = result.get("step_times")
     if times is None:
         return []
     runs = result["runs"]
     texts = []
     for model in analysis.models_of(runs):
-        found = {
-            arm: percent_above_none(runs, times, model, arm)
-            for arm in analysis.arms_of(runs, model)
-            if arm not in UNCOMPRESSED
-        }
-        figures = [f"{arm} {words.figure(above, 'percent')}" for arm, above in found.items() if above is not None]
-        if figures:
-            texts.append(
-                f"{model}, final loss against that of none, trained for as many steps as fit the same wall time, where "
-                f"the all-to-all takes {times.step_share:.2f} of a whole step of top-2 ({times.link}), negative where "
-                f"the arm is better: {'; '.join(figures)}"
-            )
+        arms = [arm for arm in analysis.arms_of(runs, model) if arm not in UNCOMPRESSED]
+        kinds = {analysis.LOSS: "as trained", analysis.TOKENS_LOSS: "with tokens (the seeds that were)"}
+        for loss, evaluated in kinds.items():
+            found = {arm: percent_above_none(runs, times, model, arm, loss) for arm in arms}
+            figures = [f"{arm} {words.figure(above, 'percent')}" for arm, above in found.items() if above is not None]
+            if figures:
+                texts.append(
+                    f"{model}, final loss, evaluated {evaluated}, against that of none, trained for as many steps as "
+                    f"fit the same wall time, where the all-to-all takes {times.step_share:.2f} of a whole step of "
+                    f"top-2 ({times.link}), negative where the arm is better: {'; '.join(figures)}"
+                )
     return texts

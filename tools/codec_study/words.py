@@ -23,15 +23,16 @@ HEADINGS = (
 """Of ``cells``."""
 
 NOTES = (
-    "Figures are medians over seeds, in brackets the smallest and the largest one; differences are paired by seed. A"
-    " figure without brackets is of one seed, whatever its row has, or the same for all. The"
-    " control has experts that compute E(x) + x and sends every row: the path that the paper's compensation adds,"
-    " without the compression; control lsh q6 adds it where centroids travel, E(c) + x. Rows sent and residual are"
-    " means of the last tenth of the steps. Seconds are those of one rank without a network beside other jobs: they do"
-    " not say what compression saves, nor what an arm costs. A mean is of tokens that may come later in a sequence, so"
-    " the losses of arms that compress are not those of a causal model. Evaluated with tokens: how much higher the"
-    " loss of the same trained model is on the same text where tokens travel in the evaluation, as they will where it"
-    " is used, and how much higher that is than the loss of none; the study's first runs have no such figures."
+    "Figures are medians over seeds, in brackets the smallest and the largest one; differences are paired by seed. "
+    "A figure without brackets is of one seed or the same for all. The control has experts that compute E(x) + x "
+    "and sends every row: the path that the paper's compensation adds, without the compression; control lsh q6 adds "
+    "it where centroids travel, E(c) + x. Rows sent and residual are means of the last tenth of the steps. Seconds "
+    "are those of one rank without a network beside other jobs: they do not say what compression saves, nor what an "
+    "arm costs. A mean is of tokens that may come later in a sequence, so the losses of arms that compress are not "
+    "those of a causal model. Evaluated with tokens: how much higher the loss of the same trained model is on the "
+    "same text where tokens travel in the evaluation, as they will where it is used, and how much higher that is "
+    "than the loss of none. The study's first runs were not evaluated so: where fewer seeds are named there, do not "
+    "compare that figure with the one above none beside it."
 )
 
 
@@ -47,14 +48,15 @@ def figure(one: Spread | None, unit: str) -> str:
 
 def cells(row: Row) -> tuple[str, ...]:
     """The figures of a row, in the order of ``HEADINGS``."""
+    few = f" ({row.seeds_with_tokens} of {len(row.seeds)} seeds)" if 0 < row.seeds_with_tokens < len(row.seeds) else ""
     return (
         figure(row.loss, "loss"),
         figure(row.to_none, "percent"),
         figure(row.to_control, "percent"),
         figure(row.rate, "rate"),
         figure(row.residual, "rate"),
-        figure(row.with_tokens, "percent"),
-        figure(row.with_tokens_to_none, "percent"),
+        figure(row.with_tokens, "percent") + few,
+        figure(row.with_tokens_to_none, "percent") + few,
         figure(row.seconds, "seconds"),
     )
 
