@@ -8,6 +8,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe import mcore
@@ -16,6 +17,7 @@ from megatron_scmoe.config import (
     Compensation,
     ConfigError,
     LatentScaling,
+    Refinement,
     Router,
     ScMoEConfig,
     Shortcut,
@@ -173,6 +175,7 @@ def check_pipelined(args: Namespace, scmoe: ScMoEConfig) -> None:
             f"chunks and codec are those of an MoE layer: --num-experts is {args.num_experts}, {mine}; "
             "add --num-experts 8 or drop them"
         )
+    _check_sequence_parallel(args)
     _check_codec(args, scmoe)
 
 
@@ -196,6 +199,16 @@ def _check_codec(args: Namespace, scmoe: ScMoEConfig) -> None:
         raise ConfigError(
             "grouped matrix products want multiples of 8: --lsh-compensation is lowrank and --hidden-size is "
             f"{args.hidden_size}; use --lsh-compensation none"
+        )
+    multiplies_in_groups = {
+        "--lsh-compensation is lowrank": scmoe.lsh_compensation is Compensation.LOWRANK,
+        "--lsh-refinement is lloyd": scmoe.lsh_refinement is Refinement.LLOYD,
+    }
+    asked_for = " and ".join(words for words, wanted in multiplies_in_groups.items() if wanted)
+    if asked_for and not hasattr(torch.nn.functional, "grouped_mm"):
+        raise ConfigError(
+            f"grouped matrix products came with torch 2.10: {asked_for} and this is torch {torch.__version__}; "
+            "install a newer torch, or drop what needs them"
         )
     for refusal in CODEC_REFUSALS:
         refusal.check(args, f"--a2a-codec is {scmoe.a2a_codec}")
@@ -362,6 +375,12 @@ def _check_parallelism(args: Namespace, scmoe: ScMoEConfig) -> None:
             "the local spec's norm of queries and keys does not know sequence parallelism: --qk-layernorm is set and "
             f"--tensor-model-parallel-size is {args.tensor_model_parallel_size}; drop --qk-layernorm"
         )
+    _check_sequence_parallel(args)
+
+
+def _check_sequence_parallel(args: Namespace) -> None:
+    # Core's own check is in the forward that ours replace. Without it every rank would send the same tokens, and the
+    # gradients of experts would be too large by as many times.
     if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         raise ConfigError(
             "Core trains MoE layers with tensor parallelism only under sequence parallelism: "

@@ -135,6 +135,8 @@ STOCK_REFUSED = {
     ],
     "--overlap-chunks 2 --moe-router-padding-for-fp8": ["counts are exchanged", "--moe-router-padding-for-fp8 is True"],
     "--overlap-chunks 2 --moe-latent-size 16": ["latent projections", "--moe-latent-size is 16"],
+    "--overlap-chunks 2 --tensor-model-parallel-size 2": ["only under sequence", "add --sequence-parallel"],
+    "--a2a-codec lsh --tensor-model-parallel-size 2": ["only under sequence", "add --sequence-parallel"],
     "--overlap-chunks 0": ["one at least", "--overlap-chunks is 0"],
     "--expert-slot 2": ["--expert-slot needs a shortcut"],
     "--moe-every 4": ["--moe-every needs a shortcut"],
@@ -167,6 +169,22 @@ def test_refused_without(flag):
 @pytest.mark.parametrize("flags", DGMOE_REFUSED)
 def test_dgmoe_refused(flags):
     assert_refused(with_flags(DGMOE, *changes(flags)), DGMOE_REFUSED[flags])
+
+
+def refusal_of_older_torch(flags: list[str]) -> tuple[str, int | None]:
+    product = torch.nn.functional.grouped_mm
+    del torch.nn.functional.grouped_mm
+    try:
+        return training.refusal(flags)
+    finally:
+        torch.nn.functional.grouped_mm = product
+
+
+@pytest.mark.parametrize("flag", ["--lsh-compensation lowrank", "--lsh-refinement lloyd"])
+def test_older_torch_is_refused_where_its_products_are_missing(flag):
+    ((message, exit_code),) = ranks.run(refusal_of_older_torch, 1, with_flags(SCMOE, "--a2a-codec lsh", flag))
+    assert exit_code == 2 and f"came with torch 2.10: {flag.replace(' ', ' is ')} and this is torch" in message
+    assert "install a newer torch" in message
 
 
 @pytest.mark.parametrize("flags", STOCK_REFUSED)
