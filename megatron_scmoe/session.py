@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_scmoe import mcore, observe
 from megatron_scmoe.adaptive import Decision, Phase, Plans, Tuner, chunk_counts, from_saved_form, saved_form
-from megatron_scmoe.config import Overlap, ScMoEConfig
+from megatron_scmoe.config import CODEC_FIELDS, Overlap, ScMoEConfig
 from megatron_scmoe.costs import GroupPass, passes_of
 from megatron_scmoe.layer import GroupBlock
 from megatron_scmoe.pipelined import PipelinedMoELayer
@@ -255,6 +255,7 @@ def conditions(args: Namespace, stage: dist.ProcessGroup) -> dict[str, Any]:
     Its answer is the same on all of them: a rank that kept its plans while another measures would hang.
     """
     names = (
+        *CODEC_FIELDS,
         "tensor_model_parallel_size",
         "expert_model_parallel_size",
         "expert_tensor_parallel_size",

@@ -333,7 +333,7 @@ def continued(monkeypatch, now: dict[str, Any], **beside: Any) -> Any:
     return one
 
 
-THERE = {"seq_length": 16, "device": "cpu"}
+THERE = {"seq_length": 16, "a2a_codec": "none", "device": "cpu"}
 
 
 @pytest.mark.parametrize(
@@ -341,10 +341,11 @@ THERE = {"seq_length": 16, "device": "cpu"}
     [
         (THERE, {"conditions": THERE}, None),
         ({**THERE, "seq_length": 32}, {"conditions": THERE}, "seq_length 16, now 32"),
+        ({**THERE, "a2a_codec": "lsh"}, {"conditions": THERE}, "a2a_codec none, now lsh"),
         ({**THERE, "device": "NVIDIA H200"}, {"conditions": THERE}, "device cpu, now NVIDIA H200"),
         (THERE, {}, "seq_length unknown, now 16"),  # a checkpoint of before they were saved
     ],
-    ids=["same", "sizes", "device", "older"],
+    ids=["same", "sizes", "codec", "device", "older"],
 )
 def test_plans_of_a_checkpoint_hold_under_its_conditions(monkeypatch, capsys, here, beside, why):
     one = continued(monkeypatch, here, hidden_share=0.9, **beside)
@@ -383,6 +384,10 @@ SETTLED_AT = WARM_UP_STEPS + MEASURE_STEPS + CHECK_STEPS
 """Steps until a plan is settled on, with one number of chunks."""
 NUM_STEPS = SETTLED_AT + 2
 EXPERT_PARALLEL = ["--expert-model-parallel-size 2"]
+WITHOUT_CODEC = {
+    **{"a2a_codec": "none", "lsh_kind": "cross-polytope", "lsh_hashes": 6, "lsh_width": 2, "lsh_refinement": "none"},
+    **{"lsh_compensation": "none", "lsh_rank": 8, "lsh_target_rate": 0.0, "lsh_seed": 1234},
+}
 TENSOR_PARALLEL = ["--tensor-model-parallel-size 2", "--sequence-parallel"]
 PIPELINE = ["--pipeline-model-parallel-size 2"]
 TRAINING = with_flags(SCMOE, f"--train-iters {NUM_STEPS}", "--expert-tensor-parallel-size 1", "--global-batch-size 4")
@@ -514,6 +519,7 @@ def test_every_plan_on_the_way_gives_the_numbers_of_off(tmp_path, layout):
             "context_parallel_size": 1,
             "micro_batch_size": 2,
             "seq_length": 16,
+            **WITHOUT_CODEC,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         }
 
