@@ -147,17 +147,18 @@ class Centroids:
         self._home = mcore.dispatcher_for_one_flight(moe, keeps_capacity=False)
         if moe.config.moe_pad_expert_input_to_capacity:  # what fills an expert up is no choice of a token's
             routing_map = routing_map & (probs > 0)
-        self._rows, self._weights = mcore.rows_by_expert(
+        rows, self._weights = mcore.rows_by_expert(
             self._home, hidden_states, routing_map, probs, travels_topk=travels_topk
         )
+        self._rows: Tensor | None = rows
         level = rate_control.level_on(hidden_states.device) if rate_control else None
-        keys, finite = hasher.keys(self._rows, level)
+        keys, finite = hasher.keys(rows, level)
         self._rows_per_expert = routing_map.sum(dim=0)
         self._clusters = cluster(keys, self._rows_per_expert, chunks)
         if rate_control and torch.is_grad_enabled():
             rate_control.see(self._clusters)
-        self._centroids: Tensor | None = None
-        self._parts: tuple[Tensor, ...] = ()
+        self._parts: dict[int, Tensor] = {}
+        self._residual: tuple[Tensor, Tensor] | None = None
         self.dispatchers = []
         for rows_per_expert in self._clusters.per_expert:
             dispatcher = mcore.dispatcher_for_one_flight(moe, keeps_capacity=False)
@@ -179,15 +180,21 @@ class Centroids:
                 f"{', '.join(ranks)} have some: the training has diverged; lower --lr, or load an earlier "
                 "checkpoint (--ckpt-step)"
             )
-        if self._centroids is None:
-            rows_of_chunks = [mcore.num_rows_to_send(dispatcher) for dispatcher in self.dispatchers]
-            if self._refinement is Refinement.LLOYD:
-                sketches = self._hasher.sketches(self._rows)
-                self._clusters = refined(self._clusters, sketches, self._rows_per_expert, sum(rows_of_chunks))
-            self._centroids = means(self._rows, self._clusters, sum(rows_of_chunks))
-            self._parts = self._centroids.split(rows_of_chunks)
-            self._tag.marker.compression(self._rows, self._centroids, self._clusters.ids, self._clusters.sizes)
-        return (self._parts[chunk],)
+        if self._rows is not None:
+            self._find_centroids(self._rows)
+            self._rows = None  # what compensation does not need is free while the experts run
+        return (self._parts.pop(chunk),)
+
+    def _find_centroids(self, rows: Tensor) -> None:
+        rows_of_chunks = [mcore.num_rows_to_send(dispatcher) for dispatcher in self.dispatchers]
+        if self._refinement is Refinement.LLOYD:
+            sketches = self._hasher.sketches(rows)
+            self._clusters = refined(self._clusters, sketches, self._rows_per_expert, sum(rows_of_chunks))
+        centroids = means(rows, self._clusters, sum(rows_of_chunks))
+        self._parts = dict(enumerate(centroids.split(rows_of_chunks)))
+        if self._compensation is not Compensation.NONE:
+            self._residual = rows, centroids
+        self._tag.marker.compression(rows, centroids, self._clusters.ids, self._clusters.sizes)
 
     def unpack(self, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """See ``Cargo``."""
@@ -200,14 +207,15 @@ class Centroids:
 
     def join(self, delivered: list[Tensor]) -> Tensor:
         """See ``Cargo``."""
-        assert self._centroids is not None
         marker, step, last = self._tag.marker, self._tag.prefix + DECODE, len(delivered) - 1
         marker.now(step, last)
         outputs = delivered[0] if len(delivered) == 1 else torch.cat(delivered)
-        residual = (self._rows, self._centroids) if self._compensation is Compensation.PAPER else None
-        rows = restore(outputs, self._clusters, self._weights, residual)
+        paper = self._compensation is Compensation.PAPER
+        rows = restore(outputs, self._clusters, self._weights, self._residual if paper else None)
         if self._residual_map is not None:
-            residuals = self._rows - self._centroids[self._clusters.ids]
+            assert self._residual is not None
+            tokens, centroids = self._residual
+            residuals = tokens - centroids[self._clusters.ids]
             mapped = self._residual_map(residuals, self._rows_per_expert)
             rows = rows + (mapped * self._weights.unsqueeze(-1)).to(mapped.dtype)
         output = self._home.combine_postprocess(rows)
@@ -237,15 +245,11 @@ class CargoMaker:
         self._tokens_in_evaluation = scmoe.lsh_evaluation is Evaluation.TOKENS
         self._hasher: Hasher | None = None
         self.rate_control: RateControl | None = None
+        hashes, width = scmoe.lsh_hashes, 1 if scmoe.lsh_kind is HashKind.SPHERICAL else scmoe.lsh_width
         if scmoe.lsh_target_rate:
-            self.rate_control = RateControl(scmoe.lsh_target_rate, scmoe.lsh_hashes)
+            self.rate_control = RateControl(scmoe.lsh_target_rate, hashes, width)
         if scmoe.a2a_codec is Codec.LSH:
-            self._hasher = Hasher(
-                hidden_size,
-                hashes=scmoe.lsh_hashes,
-                width=1 if scmoe.lsh_kind is HashKind.SPHERICAL else scmoe.lsh_width,
-                seed=_seed(scmoe, group),
-            )
+            self._hasher = Hasher(hidden_size, hashes=hashes, width=width, seed=_seed(scmoe, group))
 
     def cargo(
         self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, routing_map: Tensor, *, chunks: int, tag: Tag

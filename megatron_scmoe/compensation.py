@@ -40,5 +40,8 @@ class ResidualMap(MegatronModule):
     def forward(self, residuals: Tensor, rows_per_expert: Tensor) -> Tensor:
         """Map ``residuals`` [n, h], which are in the order of their experts, ``rows_per_expert`` [e] for each."""
         ends = rows_per_expert.cumsum(dim=0).to(torch.int32)
-        inner = torch.nn.functional.grouped_mm(residuals, self.down, offs=ends)
-        return torch.nn.functional.grouped_mm(inner, self.up, offs=ends)
+        # On Blackwell the product leaves gradients of experts without rows unwritten (pytorch/pytorch#172439).
+        has_rows = (rows_per_expert > 0).view(-1, 1, 1)
+        down, up = (torch.where(has_rows, weight, 0) for weight in (self.down, self.up))
+        inner = torch.nn.functional.grouped_mm(residuals, down, offs=ends)
+        return torch.nn.functional.grouped_mm(inner, up, offs=ends)

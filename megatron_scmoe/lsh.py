@@ -84,7 +84,8 @@ class Hasher:
         Args:
             rows: to hash.
             level: how many functions count, from 0 to all, on the rows' device; None for all. Of a fraction, say 4.3,
-                the first four count for every row, and the fifth in three of ten of their buckets.
+                the first four count for every row, and the fifth in a part of their buckets: so many that every tenth
+                of a level multiplies the keys alike, where a function cuts a bucket in all the parts that it can.
 
         Returns:
             One key for each row, int64, [n]: equal where all functions answer alike; and whether all rows are finite
@@ -101,12 +102,12 @@ class Hasher:
     def _combined(self, answers: Tensor, level: Tensor | None) -> Tensor:
         if level is None:
             return answers.sum(dim=-1)
-        whole = level.floor().long()
+        whole, parts = level.floor().long(), 2 * self._width
         counts = torch.arange(self._hashes, device=answers.device) < whole
         keys = (answers * counts).sum(dim=-1)
         # A bucket's own key, scrambled, says whether the next function cuts it: so all of its rows agree.
         chance = (((keys + 1) * _SCRAMBLER) >> 44) & (_CHANCES - 1)  # the upper bits depend on all of the key
-        cuts = chance < (level - whole) * _CHANCES
+        cuts = chance < (torch.pow(parts, level - whole) - 1) / (parts - 1) * _CHANCES
         following = answers.index_select(1, whole.clamp(max=self._hashes - 1).view(1)).squeeze(1)
         return keys + torch.where(cuts, following, 0)
 
@@ -156,9 +157,25 @@ def cluster(keys: Tensor, rows_per_expert: Tensor, chunks: int = 1) -> Clusters:
 
 def means(rows: Tensor, clusters: Clusters, num_clusters: int) -> Tensor:
     """The mean of each cluster, [m, h], from rows [n, h]; summed in fp32 or wider; zeros where there are no rows."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    sums = rows.new_zeros(num_clusters, rows.shape[1], dtype=wide).index_add_(0, clusters.ids, rows.to(wide))
-    return sums.div_(clusters.sizes[:num_clusters, None].clamp(min=1)).to(rows.dtype)
+    return _Means.apply(rows, clusters.ids, clusters.sizes[:num_clusters, None].clamp(min=1))
+
+
+class _Means(torch.autograd.Function):
+    """Torch's own sum by index would keep all rows until backward, in fp32, to know their number."""
+
+    @staticmethod
+    def forward(ctx, rows, ids, sizes):
+        ctx.save_for_backward(ids, sizes)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        sums = rows.new_zeros(sizes.shape[0], rows.shape[1], dtype=wide).index_add_(0, ids, rows.to(wide))
+        return sums.div_(sizes).to(rows.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        ids, sizes = ctx.saved_tensors
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        return grad.to(wide).div(sizes).to(grad.dtype).index_select(0, ids), None, None
 
 
 def restore(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,14 +19,18 @@ class RateControl:
     Args:
         target: rows that travel over rows that are routed.
         hashes: functions that there are.
+        width: coordinates that each of them keeps; 1 for spherical hashing.
 
     Attributes:
         level: how many of them count; see ``Hasher.keys``.
         seen: rows that travelled, and rows that were routed, since the last adjustment.
     """
 
-    def __init__(self, target: float, hashes: int) -> None:
+    def __init__(self, target: float, hashes: int, width: int) -> None:
         self._target, self._hashes = target, hashes
+        # A function more cuts a cluster in up to 2 x width parts, and a part of a function accordingly less
+        # (``Hasher.keys``): to move by this for each factor of e never goes past the target, but for what chance does.
+        self._levels_per_e = 1 / math.log(2 * width)
         self.level = torch.tensor(hashes / 2)
         self.seen = torch.zeros(2)
 
@@ -47,8 +53,8 @@ class RateControl:
     def adjust(self, seen: Tensor) -> None:
         """Move the level by what all ranks saw."""
         self.seen = torch.zeros_like(self.seen)
-        # A function more multiplies the clusters by 1.3 to 1.6 where rates are useful: this is half of Newton's step.
-        change = torch.log(self._target * seen[1] / seen[0].clamp(min=1)).clamp(-1, 1)
+        factor = self._target * seen[1] / seen[0].clamp(min=1)
+        change = (factor.log() * self._levels_per_e).clamp(-1, 1)
         self.level = (self.level + torch.where(seen[1] > 0, change, 0.0)).clamp(0, self._hashes)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import re
 import time
+import weakref
 from collections.abc import Iterator
 from statistics import fmean
 from types import SimpleNamespace
@@ -277,8 +278,43 @@ def test_more_chunks_than_centroids():
     assert_close(run(LSH.replace(chunks=17), 4), run(LSH, 4))
 
 
+def rows_alive_while_experts_run(case: Case) -> set[bool]:
+    """Whether the rows that were clustered are in memory still."""
+    from megatron_scmoe import codec
+    from megatron_scmoe.dispatch import Flight
+    from megatron_scmoe.plan import EXPERTS
+
+    clustered, alive = [], set()
+    means, begin = codec.means, Flight._begin
+
+    def noted(rows, *others):
+        clustered.append(weakref.ref(rows))
+        return means(rows, *others)
+
+    def looked(self, step):
+        if step == EXPERTS:
+            alive.update(rows() is not None for rows in clustered)
+        begin(self, step)
+
+    codec.means, Flight._begin = noted, looked
+    try:
+        model = models.build(case)
+        ((tokens, labels, positions),) = models.my_batch()
+        model(tokens, positions, None, labels=labels).sum().backward()
+    finally:
+        codec.means, Flight._begin = means, begin
+    return alive
+
+
+@pytest.mark.parametrize(("compensation", "alive"), [("none", {False}), ("paper", {True})])
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_rows_are_kept_for_compensation_alone(compensation, alive, chunks):
+    case = LSH.replace(compensation=compensation, chunks=chunks, num_groups=1)
+    assert ranks.run(rows_alive_while_experts_run, 2, case, layout=EP[2]) == [alive] * 2
+
+
 def maps_after_a_step() -> list[torch.Tensor]:
-    """Fresh maps: what they do at first, and the gradients that they get."""
+    """Fresh maps: what they do at first, and the gradients that they get, from products as they are on Blackwell."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_scmoe.compensation import ResidualMap
@@ -288,7 +324,15 @@ def maps_after_a_step() -> list[torch.Tensor]:
     one = ResidualMap(config, 8, seed=1)
     residuals = torch.randn(10, 16)
     rows_per_expert = torch.tensor([4, 0, 6])
-    first = one(residuals, rows_per_expert)
+    product = torch.nn.functional.grouped_mm
+
+    def leaves_unwritten(rows, weights, offs):
+        weights.register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), float("nan")))
+        return product(rows, weights, offs=offs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "grouped_mm", leaves_unwritten)
+        first = one(residuals, rows_per_expert)
     (first * torch.randn(10, 16)).sum().backward()
     return [first, one.up.grad, one.down.grad]
 
@@ -433,7 +477,7 @@ def waits_and_exchanges(case: Case, rate: float | None = None) -> dict[str, int]
     if rate is not None:
         for module in model.modules():
             if isinstance(module, GroupBlock):
-                module.cargo_maker.rate_control = RateControl(rate, case.hashes)
+                module.cargo_maker.rate_control = RateControl(rate, case.hashes, width=2)
                 controls.append(module.cargo_maker.rate_control)
     counted = {"waits": 0, "exchanges": 0}
 
@@ -783,7 +827,7 @@ def levels_of_ranks() -> list[float]:
     from megatron_scmoe.lsh import cluster
     from megatron_scmoe.rate import RateControl, adjust_rates
 
-    control = RateControl(0.25, 8)
+    control = RateControl(0.25, 8, width=2)
     levels = []
     for step in range(4):
         generator = torch.Generator().manual_seed(dist.get_rank() + 10 * step)
