@@ -29,7 +29,7 @@ from megatron_scmoe.compensation import ResidualMap
 from megatron_scmoe.config import Codec, Compensation, Evaluation, HashKind, Refinement, ScMoEConfig
 from megatron_scmoe.exchange import Tag
 from megatron_scmoe.lloyd import refined
-from megatron_scmoe.lsh import Hasher, cluster, means, restore
+from megatron_scmoe.lsh import Hasher, cluster, means, owners, restore
 from megatron_scmoe.plan import DECODE, ENCODE
 from megatron_scmoe.rate import RateControl
 
@@ -151,9 +151,12 @@ class Centroids:
             self._home, hidden_states, routing_map, probs, travels_topk=travels_topk
         )
         self._rows: Tensor | None = rows
-        level = rate_control.level_on(hidden_states.device) if rate_control else None
-        keys, finite = hasher.keys(rows, level)
         self._rows_per_expert = routing_map.sum(dim=0)
+        if rate_control:
+            level = rate_control.level_on(hidden_states.device)
+            keys, finite = hasher.keys(rows, level, owners(self._rows_per_expert, rows.shape[0]))
+        else:
+            keys, finite = hasher.keys(rows)
         self._clusters = cluster(keys, self._rows_per_expert, chunks)
         if rate_control and torch.is_grad_enabled():
             rate_control.see(self._clusters)

@@ -20,6 +20,7 @@ from torch.nn.functional import embedding_bag
 
 _KEY_BITS = 62
 _SCRAMBLER = 0x1E3779B97F4A7C15  # odd, with bits all over: 2^64 over the golden ratio
+_EXPERT_SCRAMBLER = 0x2545F4914F6CDD1D
 _CHANCES = 1 << 20
 _SKETCH_WIDTH = 32
 
@@ -78,7 +79,7 @@ class Hasher:
         return rows.float() @ self._sketch
 
     @torch.no_grad()
-    def keys(self, rows: Tensor, level: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def keys(self, rows: Tensor, level: Tensor | None = None, experts: Tensor | int = 0) -> tuple[Tensor, Tensor]:
         """Hash ``rows``, [n, h].
 
         Args:
@@ -86,6 +87,7 @@ class Hasher:
             level: how many functions count, from 0 to all, on the rows' device; None for all. Of a fraction, say 4.3,
                 the first four count for every row, and the fifth in a part of their buckets: so many that every tenth
                 of a level multiplies the keys alike, where a function cuts a bucket in all the parts that it can.
+            experts: that the rows go to, [n], or one for all: each has buckets of its own, which are cut or not.
 
         Returns:
             One key for each row, int64, [n]: equal where all functions answer alike; and whether all rows are finite
@@ -97,16 +99,17 @@ class Hasher:
         turned = (rows.float() @ self._columns).view(-1, self._hashes, self._width)
         axis = turned.abs().argmax(dim=-1, keepdim=True)
         codes = (2 * axis + (turned.gather(-1, axis) < 0)).squeeze(-1)
-        return self._combined(codes * self._digits, level), turned.isfinite().all()
+        return self._combined(codes * self._digits, level, experts), turned.isfinite().all()
 
-    def _combined(self, answers: Tensor, level: Tensor | None) -> Tensor:
+    def _combined(self, answers: Tensor, level: Tensor | None, experts: Tensor | int) -> Tensor:
         if level is None:
             return answers.sum(dim=-1)
         whole, parts = level.floor().long(), 2 * self._width
         counts = torch.arange(self._hashes, device=answers.device) < whole
         keys = (answers * counts).sum(dim=-1)
-        # A bucket's own key, scrambled, says whether the next function cuts it: so all of its rows agree.
-        chance = (((keys + 1) * _SCRAMBLER) >> 44) & (_CHANCES - 1)  # the upper bits depend on all of the key
+        # A bucket's own key and expert, scrambled, say whether the next function cuts it: so all of its rows agree.
+        scrambled = (keys + 1) * _SCRAMBLER + experts * _EXPERT_SCRAMBLER
+        chance = (scrambled >> 44) & (_CHANCES - 1)  # the upper bits depend on all of both
         cuts = chance < (torch.pow(parts, level - whole) - 1) / (parts - 1) * _CHANCES
         following = answers.index_select(1, whole.clamp(max=self._hashes - 1).view(1)).squeeze(1)
         return keys + torch.where(cuts, following, 0)

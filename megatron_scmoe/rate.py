@@ -28,8 +28,8 @@ class RateControl:
 
     def __init__(self, target: float, hashes: int, width: int) -> None:
         self._target, self._hashes = target, hashes
-        # A function more cuts a cluster in up to 2 x width parts, and a part of a function accordingly less
-        # (``Hasher.keys``): to move by this for each factor of e never goes past the target, but for what chance does.
+        # One level multiplies the clusters by 2 x width at most (``Hasher.keys``), so that many levels for each factor
+        # of e do not overshoot, apart from chance in which buckets are cut.
         self._levels_per_e = 1 / math.log(2 * width)
         self.level = torch.tensor(hashes / 2)
         self.seen = torch.zeros(2)

@@ -642,8 +642,13 @@ def test_other_settings_are_refused(fake, tmp_path, data, words_given, said, cap
     assert len(fake.started) == 1
 
 
-@pytest.mark.parametrize("place", ["runs/top-2-none-1/result.json", "settings.json"])
-@pytest.mark.parametrize("text", ["{", "[]"])
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        *(("runs/top-2-none-1/result.json", text) for text in ("{", "[]", '{"model": "top-2"}')),
+        *(("settings.json", text) for text in ("{", "[]")),
+    ],
+)
 def test_what_cannot_be_read_is_refused_before_anything_starts(fake, tmp_path, data, place, text, capsys):
     assert call(fake, tmp_path / "study", data, "--arms", "none", "--seeds", "1") == 0
     (tmp_path / "study" / place).write_text(text)
@@ -935,9 +940,10 @@ def test_step_times_are_refused_in_one_line(result, tmp_path, capsys):
     check_refusal(["--from", str(tmp_path), "--step-times", str(tmp_path)], "no link whose share", capsys)
 
 
-@pytest.mark.parametrize("flag", ["--arms", "--models", "--seeds", "--iterations"])
-def test_what_is_shown_cannot_be_chosen(flag, tmp_path, capsys):
-    check_refusal(["--from", str(tmp_path), flag, "2"], f"shows all that there is; leave {flag} out", capsys)
+@pytest.mark.parametrize("name", tool.OF_TRAININGS)
+def test_what_is_shown_cannot_be_chosen(name, tmp_path, capsys):
+    flag = f"--{name.replace('_', '-')}"
+    check_refusal(["--from", str(tmp_path), flag, "77"], f"shows all that there is; leave {flag} out", capsys)
 
 
 def test_a_folder_that_is_no_study_is_refused(result, tmp_path, capsys):

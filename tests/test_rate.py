@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_scmoe.lsh import Hasher, cluster
+from megatron_scmoe.lsh import Hasher, cluster, owners
 from megatron_scmoe.rate import RateControl
 
 STEPS, SETTLED, TEN = 40, 15, 10
@@ -19,8 +19,9 @@ def rates_of(width: int, hashes: int, target: float, experts: int, rows: int, *,
     found = []
     for step in range(STEPS):
         tokens = torch.randn(experts * rows, 48, generator=torch.Generator().manual_seed(step)) * scales
-        keys, _ = hasher.keys(tokens, control.level)
-        control.see(cluster(keys, torch.full((experts,), rows)))
+        rows_per_expert = torch.full((experts,), rows)
+        keys, _ = hasher.keys(tokens, control.level, owners(rows_per_expert, experts * rows))
+        control.see(cluster(keys, rows_per_expert))
         found.append((control.seen[0] / control.seen[1]).item())
         control.adjust(control.seen)
     return found
@@ -42,6 +43,9 @@ def farthest(rates: list[float], target: float) -> float:
         pytest.param(4, 8, 0.1, 4, 1024, id="width 4"),
         pytest.param(4, 8, 0.1, 32, 128, id="width 4, many experts"),
         pytest.param(8, 8, 0.1, 4, 1024, id="width 8"),
+        pytest.param(8, 8, 0.1, 64, 64, id="width 8, few tokens for each expert"),
+        pytest.param(4, 8, 0.05, 64, 64, id="less than one function"),
+        pytest.param(2, 12, 0.1, 64, 64, id="hardly more than one function"),
     ],
 )
 def test_a_target_rate_is_held_with_every_width(width, hashes, target, experts, rows):

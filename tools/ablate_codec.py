@@ -66,6 +66,12 @@ exit codes: 0 done; 1 a training failed (the others went on); 2 bad request or s
 stopped.
 """
 
+OF_TRAININGS = (
+    *("output", "data", "models", "arms", "seeds", "iterations", "eval_every", "eval_sequences"),
+    *("tokens_per_expert", "jobs"),
+)
+"""Options that ``--from`` would ignore."""
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -217,7 +223,7 @@ def show_again(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     """Print the tables of an earlier call, write its report anew and, if asked for, its section of a document."""
     from codec_study import goals, render, wall_time  # noqa: PLC0415 - as above
 
-    for flag in ("output", "data", "models", "arms", "seeds", "iterations", "eval_every", "eval_sequences"):
+    for flag in OF_TRAININGS:
         if getattr(args, flag) != parser.get_default(flag):
             parser.error(f"--from trains nothing and shows all that there is; leave --{flag.replace('_', '-')} out")
     beside: dict[str, Any] = {"encoding": _encoding(parser, args.source)}

@@ -80,7 +80,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
 
 def _result(path: Path) -> dict[str, Any]:
     found = _object(path)
-    if found.get("model") not in MODELS:
+    if found.get("model") not in MODELS or not {"arm", "seed"} <= found.keys():
         raise ValueError(f"{path} is not what a training leaves")
     return found
 
