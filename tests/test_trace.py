@@ -136,6 +136,18 @@ def test_chosen_steps_alone(report):
     assert {event["args"]["step"] for event in trace["traceEvents"] if event["ph"] == "X"} == {3}
 
 
+def test_chosen_ranks_alone(report):
+    everyone, one = traced(report), traced(report, "--ranks", "1")
+    opens(one)
+    assert {event["pid"] for event in one["traceEvents"]} == {1}
+    assert times(spans_of(one, 1, "compute")) and spans_of(everyone, 0, "compute")
+
+
+def test_what_is_not_drawn_is_not_kept(report):
+    assert tool.read_report(report, steps=[3]).keys() == {3} < tool.read_report(report).keys()
+    assert tool.read_report(report, ranks=[1])[3].keys() == {1} < tool.read_report(report)[3].keys()
+
+
 # ---- by hand ----------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +258,7 @@ GOOD = line(2, 0, span("MLP", "compute", 0.0, 0.001))
 def test_bad_requests(tmp_path, capsys):
     folder = write_report(tmp_path / "r", GOOD, line(4, 0), line(6, 0, span("MLP", "compute", 0.0, 0.001)))
     assert "no spans of step 4, 9: there are those of 2, 6" in refused(capsys, folder, "--steps", 9, 4, 2)
+    assert "no report of rank 3, 7: there are those of 0" in refused(capsys, folder, "--ranks", 7, 0, 3)
     assert "no folder" in refused(capsys, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "holds no rank*.jsonl" in refused(capsys, tmp_path / "empty")
@@ -259,7 +272,7 @@ def test_bad_requests(tmp_path, capsys):
 def test_a_report_without_spans(tmp_path, capsys):
     folder = write_report(tmp_path / "r", line(2, 0), line(3, 0))
     message = refused(capsys, folder)
-    assert "--log-interval" in message and "not in the first step" in message and "--train-iters" in message
+    assert "--log-interval" in message and "not in the first step" in message and "was killed" in message
 
 
 def test_an_older_trace_is_kept(tmp_path, capsys):

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import atomic
 from ablation.arms import Arm, all_arms, chosen_arms
 from command_line import Parser, positive, stoppable, stopped_by, write_again
 
@@ -115,6 +116,8 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error("--output is missing; name a folder that does not exist yet, such as --output results")
     if args.output.exists():
         parser.error(f"--output {str(args.output)!a} exists; choose another folder or remove it")
+    if reason := atomic.obstacle(args.output):
+        parser.error(f"--output {str(args.output)!a} cannot be written: {reason}; choose another folder")
     if args.hidden % 64:
         parser.error(f"--hidden {args.hidden} is no multiple of 64, the width of an attention head")
     if args.layers % 2:

@@ -43,7 +43,8 @@ what is drawn:
   * A collective lasts from its launch to its completion, so that several are under way at once. A lane shows one
     after the other: what completes later starts where the one before it ended. "launched_us" in its arguments is when
     it was launched; "sent_bytes_of_pass" is what this rank sent in the whole forward or backward of the group.
-  * The first step of a run has no spans, nor has the last one of a run that ended before --train-iters.
+  * The first step of a run has no spans, nor has the last one of a run that was killed.
+  * One step of a thousand ranks is more than Perfetto takes: choose some with --steps and --ranks.
 
 Exit codes: 0 done, 1 unexpected failure, 2 bad input or request.
 """
@@ -92,6 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps", nargs="+", type=int, metavar="N", help="iterations to draw (default: all that have spans)"
     )
+    parser.add_argument("--ranks", nargs="+", type=int, metavar="N", help="ranks to draw (default: all)")
     parser.add_argument("--output", metavar="FILE", help="the trace to write (default: FOLDER/trace.json)")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     return parser
@@ -100,45 +102,67 @@ def make_parser() -> argparse.ArgumentParser:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_report(folder: Path) -> Report:
-    """Every step with spans. A step that was written twice, by a run that was resumed, counts as written last.
+def read_report(folder: Path, steps: Sequence[int] | None = None, ranks: Sequence[int] | None = None) -> Report:
+    """Steps with spans. A step that was written twice, by a run that was resumed, counts as written last.
+
+    Args:
+        folder: what --overlap-report was set to.
+        steps: to keep; None: all.
+        ranks: whose files to read; None: all.
 
     Raises:
-        UserError: where there is nothing to draw, or a file is no report.
+        UserError: where there is nothing to draw, a file is no report, or a step or rank that is asked for is missing.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name the one that --overlap-report was set to")
     files = sorted(folder.glob("rank*.jsonl"))
     if not files:
         raise UserError(f"{folder} holds no rank*.jsonl; name the folder that --overlap-report was set to")
+    if ranks is not None:
+        by_rank = {int(file.stem.removeprefix("rank")): file for file in files}
+        if missing := sorted(set(ranks) - set(by_rank)):
+            raise UserError(
+                f"no report of rank {', '.join(map(str, missing))}: there are those of {described(by_rank)}"
+            )
+        files = [by_rank[rank] for rank in ranks]
     report: Report = defaultdict(dict)
+    drawable: set[int] = set()
     for file in files:
-        for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-            _read_line(text, f"{file} line {number}", report)
-    if not report:
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            for number, text in enumerate(lines, start=1):
+                drawable |= _read_line(text.rstrip("\n"), f"{file} line {number}", report, steps)
+    if not drawable:
         raise UserError(
             f"no line of {folder} has spans: they are kept every --log-interval steps, but not in the first step of a "
-            "run, nor in the last one of a run that ended before --train-iters; train longer or lower --log-interval"
+            "run, nor in the last one of a run that was killed; train longer or lower --log-interval"
         )
+    if unknown := sorted(set(steps or ()) - drawable):
+        raise UserError(f"no spans of step {', '.join(map(str, unknown))}: there are those of {described(drawable)}")
     return dict(report)
 
 
-def _read_line(text: str, where: str, report: Report) -> None:
+def _read_line(text: str, where: str, report: Report, steps: Sequence[int] | None) -> set[int]:
+    """Add to ``report`` what is to be drawn of a line; returns its step where it has spans.
+
+    What is not drawn is not kept: a report of many ranks is larger than memory.
+    """
     try:
         line = json.loads(text)
     except ValueError:
         if not (text.startswith(_LINE_BEGINS) or _LINE_BEGINS.startswith(text)):
             raise UserError(f"{where} is no JSON: not a report of --overlap-report") from None
         print(f"trace.py: warning: {where} is torn, the run was killed while writing it: left out", file=sys.stderr)
-        return
+        return set()
     try:
-        step, rank = _integer(line["iteration"]), _integer(line["rank"])
-        pieces = [piece for one in line["passes"] for piece in _pieces(one, step)]
+        step, rank, passes = _integer(line["iteration"]), _integer(line["rank"]), line["passes"]
+        if not any(one["spans"] for one in passes):
+            return set()
+        if steps is None or step in steps:
+            report[step][rank] = [piece for one in passes for piece in _pieces(one, step)]
     except (KeyError, TypeError, ValueError) as error:
         problem = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(f"{where} is not as --overlap-report writes it: {problem}") from error
-    if pieces:
-        report[step][rank] = pieces
+    return {step}
 
 
 def _pieces(one_pass: dict[str, Any], step: int) -> list[Piece]:
@@ -173,19 +197,6 @@ def _integer(value: Any) -> int:
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
-
-
-def chosen(report: Report, steps: Sequence[int] | None) -> Report:
-    """The part of a report with these steps; None: all.
-
-    Raises:
-        UserError: for a step without spans.
-    """
-    if steps is None:
-        return report
-    if unknown := sorted(set(steps) - set(report)):
-        raise UserError(f"no spans of step {', '.join(map(str, unknown))}: there are those of {described(report)}")
-    return {step: report[step] for step in steps}
 
 
 def described(steps: Iterable[int]) -> str:
@@ -262,7 +273,7 @@ def run(args: argparse.Namespace) -> None:
     """Do what the command line asks. Raises UserError."""
     folder = Path(args.folder)
     target = Path(args.output) if args.output else folder / "trace.json"
-    report = chosen(read_report(folder), args.steps)
+    report = read_report(folder, args.steps, args.ranks)
     if target.is_dir() or not target.parent.is_dir():
         raise UserError(f"--output {target} cannot be a file; name one in a folder that exists")
     if target.exists() and not args.overwrite:
