@@ -10,9 +10,11 @@ the same trainer runs on gloo ranks (``megatron_scmoe/cpu_backend.py``).
 
 from __future__ import annotations
 
+import json
 import time
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -34,7 +36,12 @@ from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.core.utils import (
+    StragglerDetector,
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
@@ -45,6 +52,7 @@ from megatron_scmoe.config import ConfigError
 from megatron_scmoe.model import model_config_from_args
 from megatron_scmoe.session import OverlapSession
 
+_STRAGGLERS = StragglerDetector()  # Core's one of the process, which measures nothing without --log-straggler
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
@@ -137,18 +145,20 @@ def forward_step(
     if session is not None and model.training:
         session.before_micro_batch(model)
     elif session is not None:
-        session.see(model)
+        session.in_evaluation(model)
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    with _STRAGGLERS(bdata=True):
+        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-    )
+    with _STRAGGLERS:
+        output = model(
+            batch["tokens"],
+            batch["position_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+        )
     # Megatron calls the loss on the last stage alone, where the mask is a tensor.
     return output, partial(loss_func, cast(torch.Tensor, batch["loss_mask"]))
 
@@ -164,6 +174,7 @@ def train_valid_test_datasets_provider(
     """
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences = args.per_dataset_sequences_path
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -183,6 +194,9 @@ def train_valid_test_datasets_provider(
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        sequences_per_dataset=json.loads(Path(sequences).read_text(encoding="utf-8")) if sequences else None,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
     )
     print_rank_0("> building train, validation, and test datasets for GPT ...")
     return BlendedMegatronDatasetBuilder(

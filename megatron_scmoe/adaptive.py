@@ -83,7 +83,7 @@ class Tuner:
         plans: what they start with.
         counts: numbers of chunks to choose from.
         interval: steps after which to measure again; 0: never.
-        settled: whether ``plans`` come from a checkpoint and are kept until then.
+        settled_for: steps for which ``plans`` of a checkpoint have been settled; None where they are not from one.
         hidden_share: what was predicted for them; None where nothing was.
 
     Attributes:
@@ -97,17 +97,17 @@ class Tuner:
         *,
         counts: Sequence[int],
         interval: int,
-        settled: bool = False,
+        settled_for: int | None = None,
         hidden_share: float | None = None,
     ) -> None:
-        self.phase = Phase.SETTLED if settled else Phase.WARM_UP
+        self.phase = Phase.WARM_UP if settled_for is None else Phase.SETTLED
         self.decision: Decision | None = None
         self.hidden_share = hidden_share
         self._shapes = dict(shapes)
         self._incumbent = dict(plans)
         self._counts = tuple(counts)
         self._interval = interval
-        self._done = 0
+        self._done = max(settled_for or 0, 0)  # --finetune counts steps from 0 again
         self._measured: dict[int, dict[int, list[GroupPass]]] = defaultdict(lambda: defaultdict(list))
         self._checked: tuple[list[float], list[float]] = ([], [])
 

@@ -16,6 +16,7 @@ every collective has its own, so that any number of them fly at once, in any ord
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple
 
@@ -123,6 +124,7 @@ class _Leg:
         self._backward = backward
         self._state = _State.NEW
         self._work: dist.Work | None = None
+        self._before_wait: Callable[[], None]
         self._sent: Tensor | None = None
         self._received: tuple[Tensor, ...] | Tensor | None = None
         self._columns: list[_Column] = []
@@ -141,7 +143,7 @@ class _Leg:
         self._work = dist.all_to_all_single(
             self._received, self._sent, receive_rows, send_rows, group=exchange.group, async_op=True
         )
-        self._tag.marker.transfer(
+        self._before_wait = self._tag.marker.transfer(
             self._work,
             begin,
             self._tag.prefix + self._tag.name,
@@ -167,6 +169,7 @@ class _Leg:
         # Under NCCL the current stream waits, under gloo the thread does. Each work is waited for exactly once, and
         # what was sent has to live until then.
         if self._work is not None:
+            self._before_wait()
             self._work.wait()
             self._work = self._sent = None
 

@@ -8,7 +8,7 @@ every operation is done when it returns.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -185,6 +185,9 @@ def stop(recorded: Recording) -> None:
     _listeners[:] = [listener for listener in _listeners if listener is not recorded]
 
 
+def _nothing() -> None: ...
+
+
 class Marker:
     """Makes the marks of one group.
 
@@ -215,10 +218,14 @@ class Marker:
 
     def transfer(
         self, work: dist.Work, begin: _Moment | None, name: str, index: int, sent_bytes: int, *, backward: bool
-    ) -> None:
-        """A collective was launched at ``begin``, which ``moment`` returned; its end is noted when it comes."""
+    ) -> Callable[[], None]:
+        """A collective was launched at ``begin``, which ``moment`` returned; its end is noted when it comes.
+
+        Returns:
+            What is to be called just before the collective is waited for.
+        """
         if begin is None:
-            return
+            return _nothing
         flying = _Flying(name, index, self.group, backward, begin, sent_bytes)
         for recorded in _listeners:
             recorded._flying.append(flying)
@@ -226,7 +233,15 @@ class Marker:
         def landed(_future: torch.futures.Future[list[Tensor]]) -> None:
             flying.end = _now()
 
-        work.get_future().then(landed)
+        def listen() -> None:
+            work.get_future().then(landed)
+
+        # Under NCCL a listener is called at once, on a stream that waits for the transfer. Where CUDA has one queue,
+        # what is launched behind that waits, too: so what is to hide the transfer has to be launched before.
+        if torch.cuda.is_available():
+            return listen
+        listen()
+        return _nothing
 
     def load(self, probs: Tensor, routing_map: Tensor, choices: int | None) -> None:
         """A routing was made. Only what gradients will flow through counts: neither evaluation nor, under full

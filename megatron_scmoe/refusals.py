@@ -59,6 +59,8 @@ class Refusal:
 _BYPASS = "it calls inner methods of a block, so that the group would never run"
 _PER_BLOCK_HOOKS = "its hooks expect every block to run its own parameters, and the last block runs the whole group"
 _UNTRIED_PRECISION = "low precision has not run in groups, where Core's first and last blocks and MLP recompute differ"
+_FETCHES_BY_BLOCK = "it fetches weights block by block, and has not run with groups"
+_REDUCES_ONCE = "it reduces an expert's gradients once in a micro-batch, and experts run once for each chunk and gate"
 _PADS_AFTER_COUNTS = "it pads the tokens of experts when their counts are exchanged already"
 
 _RECOMPUTE_REFUSED = {
@@ -73,7 +75,6 @@ REFUSALS = (
         "use --moe-token-dispatcher-type alltoall",
         ("alltoall",),
     ),
-    Refusal("--overlap-moe-expert-parallel-comm", _BYPASS, "drop it: the shortcut overlaps inside one microbatch"),
     Refusal(
         "--moe-shared-expert-overlap", "the shared expert is an op of the dense stream", "drop it: it overlaps anyway"
     ),
@@ -91,8 +92,10 @@ REFUSALS = (
     Refusal("--heterogeneous-layers-config-path", "groups are made of equal blocks"),
     Refusal("--heterogeneous-layers-config-encoded-json", "groups are made of equal blocks"),
     Refusal("--experimental-attention-variant", "its blocks have a spec of their own"),
+    Refusal("--mla-down-proj-fusion", "it fuses the projection with the norm that the experts read"),
+    Refusal("--tensor-parallel-num-weight-shards", _FETCHES_BY_BLOCK),
+    Refusal("--expert-tensor-parallel-num-weight-shards", _REDUCES_ONCE),
     Refusal("--spec", "the shortcut brings its own block spec"),
-    Refusal("--mtp-num-layers", "a prediction layer is not a whole group"),
     Refusal("--moe-latent-size", "latent projections lie outside the two halves of a dispatch"),
     Refusal("--moe-use-upcycling", "it writes stock MoE layers"),
     Refusal("--moe-layer-recompute", _RECOMPUTE_REFUSED["moe"]),
@@ -117,7 +120,6 @@ PIPELINED_REFUSALS = (
         "use --moe-token-dispatcher-type alltoall",
         ("alltoall",),
     ),
-    Refusal("--overlap-moe-expert-parallel-comm", "its halves and those of this script do not mix"),
     Refusal("--moe-shared-expert-overlap", "the shared expert runs while tokens travel anyway"),
     Refusal("--delay-wgrad-compute", "the dispatch halves have no hook for it"),
     Refusal("--overlap-dispatch-backward-with-experts-wgrad", "the dispatch halves have no hook for it"),
@@ -125,6 +127,8 @@ PIPELINED_REFUSALS = (
     Refusal("--enable-cuda-graph", "token counts differ from step to step"),
     Refusal("--external-cuda-graph", "token counts differ from step to step"),
     Refusal("--moe-latent-size", "latent projections lie outside the two halves of a dispatch"),
+    Refusal("--use-megatron-fsdp", "each chunk would overwrite the gradients that an expert has from the others"),
+    Refusal("--expert-tensor-parallel-num-weight-shards", _REDUCES_ONCE),
     Refusal("--moe-layer-recompute", _RECOMPUTE_REFUSED["moe"]),
     Refusal("--fine-grained-activation-offloading", "it calls inner methods of the stock layer"),
     Refusal("--moe-router-padding-for-quantization", _PADS_AFTER_COUNTS),
@@ -133,7 +137,6 @@ PIPELINED_REFUSALS = (
     Refusal("--heterogeneous-layers-config-path", "its blocks have a spec of their own"),
     Refusal("--heterogeneous-layers-config-encoded-json", "its blocks have a spec of their own"),
     Refusal("--experimental-attention-variant", "its blocks have a spec of their own"),
-    Refusal("--mtp-num-layers", "a prediction layer has an MoE of its own"),
     Refusal(
         "--transformer-impl",
         "inference layers do not train",
@@ -150,6 +153,15 @@ HOOK_REFUSALS = (
     Refusal("--hybrid-context-parallel", "the batch hook does not pack sequences"),
     Refusal("--perform-rl-step", "the forward hook computes a language-model loss"),
     Refusal("--hybrid-layer-pattern", "this script builds GPT models"),
+    Refusal("--mtp-num-layers", "the batch hook has no tokens for prediction layers, and groups no place"),
+    Refusal(
+        "--overlap-moe-expert-parallel-comm",
+        "the forward hook has no schedule of two micro-batches",
+        "drop it: a shortcut, or --overlap-chunks 2, overlaps inside one",
+    ),
+    Refusal("--check-for-spiky-loss", "the loss hook does not look at the loss, which would wait for the GPU"),
+    Refusal("--logits-load-dir", "the loss hook does not distil"),
+    Refusal("--inprocess-restart", "this script is not wrapped for it", "restart the job from its last checkpoint"),
     Refusal("--yaml-cfg", "settings are flags here", "give flags instead"),
 )
 """What the hooks of pretrain_gpt_scmoe.py do not do, with or without a shortcut."""
@@ -254,6 +266,7 @@ def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
             "Megatron's shared-expert gate is cg1: --moe-shared-expert-gate is set and --shortcut-combine is "
             f"{scmoe.shortcut_combine}; use --shortcut-combine cg1 or drop --moe-shared-expert-gate"
         )
+    _check_recomputed_blocks(args, scmoe)
     _check_router(args)
     if scmoe.router is Router.LONGCAT:
         _check_longcat_router(args)
@@ -261,6 +274,16 @@ def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
         _check_latent_scaling(args)
     _check_parallelism(args, scmoe)
     _check_codec(args, scmoe)
+
+
+def _check_recomputed_blocks(args: Namespace, scmoe: ScMoEConfig) -> None:
+    blocks, unit = args.recompute_num_layers, scmoe.moe_every
+    if args.recompute_granularity == "full" and args.recompute_method == "block" and (blocks or 0) % unit:
+        raise ConfigError(
+            "a group is recomputed as a whole, with its last block: --recompute-method is block, "
+            f"--recompute-num-layers is {blocks} and --moe-every is {unit}; use --recompute-num-layers "
+            f"{blocks // unit * unit + unit}"
+        )
 
 
 def _balancing(args: Namespace) -> list[str]:

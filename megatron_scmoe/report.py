@@ -196,7 +196,7 @@ def warning(summary: Summary, predicted_share: float, *, cuda_connections: str |
             "another; raise --moe-aux-loss-coeff"
         )
     else:
-        cause = "the plan was made for other times; lower --overlap-interval"
+        cause = "the plan was made for other times; let --overlap-interval measure again sooner"
     return f"{summary.hidden_share:.0%} of the communication is hidden, {predicted_share:.0%} was predicted: {cause}"
 
 

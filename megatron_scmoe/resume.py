@@ -40,8 +40,11 @@ def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace]
     saved = mcore.saved_args(args) if args.load else None
     if saved is None:
         return None
-    _check_architecture(args, scmoe, read_config(saved))
-    if args.use_distributed_optimizer and not args.dist_ckpt_optim_fully_reshardable:
+    trained = read_config(saved)
+    _check_architecture(args, scmoe, trained)
+    # Core loads by the format of the checkpoint, whatever this run saves in.
+    if getattr(saved, "use_distributed_optimizer", False) and not saved.dist_ckpt_optim_fully_reshardable:
+        _check_places(args, scmoe, trained)
         _check_layout(args, saved)
     _check_expert_optimizer(args, saved)
     return saved
@@ -128,8 +131,25 @@ def _loses_position_wise_moments(args: Namespace) -> bool:
     return not (args.bf16 or args.fp16) and mcore.uses_torch_optimizers()
 
 
+def _check_places(args: Namespace, scmoe: ScMoEConfig, trained: ScMoEConfig) -> None:
+    """Which norms Transformer Engine fuses with the products behind them, and with it the order of the parameters,
+    follows from what the experts read.
+    """
+    if args.finetune or args.no_load_optim or args.transformer_impl != "transformer_engine":
+        return
+    for name in ("shortcut", "shortcut_position", "moe_every"):
+        now, then = getattr(scmoe, name), getattr(trained, name)
+        if now != then:
+            raise ConfigError(
+                "the position-wise format of the distributed optimizer loads moments into the wrong parameters where "
+                f"Transformer Engine fuses other norms: --{name.replace('_', '-')} is {_words(now)} and the checkpoint "
+                f"in {args.load} has {_words(then)}; save it with --dist-ckpt-optim-fully-reshardable before, or add "
+                "--no-load-optim"
+            )
+
+
 def _check_layout(args: Namespace, saved: Namespace) -> None:
-    if args.finetune or args.no_load_optim:
+    if args.finetune or args.no_load_optim or not args.use_distributed_optimizer:
         return
     for name in _LAYOUT_FLAGS:
         now, then = getattr(args, name), getattr(saved, name, None)
@@ -137,7 +157,7 @@ def _check_layout(args: Namespace, saved: Namespace) -> None:
             raise ConfigError(
                 "the position-wise format of the distributed optimizer loads moments into the wrong parameters in "
                 f"another layout: {name} is {now} and the checkpoint in {args.load} has {then}; "
-                "save with --dist-ckpt-optim-fully-reshardable, or add --no-load-optim"
+                "save it with --dist-ckpt-optim-fully-reshardable in the old layout before, or add --no-load-optim"
             )
 
 

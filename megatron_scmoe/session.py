@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_scmoe import mcore, observe
 from megatron_scmoe.adaptive import Decision, Phase, Plans, Tuner, chunk_counts, from_saved_form, saved_form
-from megatron_scmoe.config import CODEC_FIELDS, Overlap, ScMoEConfig
+from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, Overlap, ScMoEConfig
 from megatron_scmoe.costs import GroupPass, passes_of
 from megatron_scmoe.layer import GroupBlock
 from megatron_scmoe.pipelined import PipelinedMoELayer
@@ -63,6 +63,12 @@ class OverlapSession:
         if self._scalars is not None:
             self._scalars.close()
 
+    def in_evaluation(self, model: torch.nn.Module) -> None:
+        """Called before every micro-batch of an evaluation: the step before it is over, and its recording with it."""
+        if self._recording is not None:
+            observe.stop(self._recording)
+        self.see(model)
+
     def before_micro_batch(self, model: torch.nn.Module) -> None:
         """Called before every micro-batch; does its work where it is the first one of a step.
 
@@ -76,6 +82,7 @@ class OverlapSession:
                 self._mail = mcore.StageMail("megatron_scmoe/to_save")
             if self._scmoe.overlap is Overlap.ADAPTIVE:
                 self._conditions = conditions(self._args, mcore.stage_group())
+                self._keep_what_all_have(mcore.stage_group())
             if self._scmoe.overlap_report:
                 self._file = ReportFile(Path(self._scmoe.overlap_report), dist.get_rank())
         elif ended != self._iteration:
@@ -98,6 +105,16 @@ class OverlapSession:
                 control, levels = module.cargo_maker.rate_control, getattr(self._args, "lsh_levels", {})
                 if control is not None and str(module.group_index) in levels:
                     control.level = torch.tensor(levels[str(module.group_index)])
+
+    def _keep_what_all_have(self, stage: dist.ProcessGroup) -> None:
+        """Ranks that read plans of different checkpoints, as a network folder's caches may make them, keep none.
+
+        They would hang in the first all-to-all of another size.
+        """
+        if len(set(_digests(self._kept, stage))) > 1:
+            self._kept, self._saved = {}, {}
+            if mcore.is_stage_root():
+                print(" > overlap: ranks found plans of different checkpoints: measuring anew", flush=True)
 
     def _saved_plans(self, group: Group) -> Plans | None:
         """Its plans in the checkpoint, where this run could have found them too and ops take as long as they did."""
@@ -122,8 +139,8 @@ class OverlapSession:
         """All of ``iteration`` steps are done and the next one has not begun."""
         if self._scmoe.lsh_target_rate:
             self._adjust_rates(iteration)
-        if self._tuner is None and self._scmoe.overlap is Overlap.ADAPTIVE:
-            self._tuner = self._new_tuner()
+        if self._tuner is None and self._scmoe.overlap is Overlap.ADAPTIVE and self._groups:
+            self._tuner = self._new_tuner(iteration)
         elif self._recording is not None:
             observe.stop(self._recording)
             passes = passes_of(self._recording)
@@ -140,21 +157,21 @@ class OverlapSession:
         if self._file is not None or (self._tuner is not None and self._tuner.records) or says_rate:
             self._recording = observe.start()
 
-    def _new_tuner(self) -> Tuner:
+    def _new_tuner(self, iteration: int) -> Tuner:
         known = all(self._saved_plans(group) for group in self._groups.values())
         if self._saved and not known and mcore.is_stage_root():
             changes = [self._changed(group) for index, group in self._groups.items() if index in self._saved]
             changed = next(filter(None, changes), "")
             why = f"were measured with {changed}" if changed else "do not fit --overlap-chunks or the groups"
             print(f" > overlap: the checkpoint's plans {why}: measuring anew")
-        shares = [self._kept[str(index)]["hidden_share"] for index in self._groups] if known else []
+        kept = [self._kept[str(index)] for index in self._groups] if known else []
         return Tuner(
             {index: group.shape for index, group in self._groups.items()},
             {index: Plans(group.plan, group.forward_plan) for index, group in self._groups.items()},
             counts=chunk_counts(self._scmoe.overlap_chunks),
             interval=self._scmoe.overlap_interval,
-            settled=known,
-            hidden_share=min(shares, default=None),
+            settled_for=iteration - 1 - kept[0]["iteration"] if kept else None,
+            hidden_share=min((one["hidden_share"] for one in kept), default=None),
         )
 
     def _agree(self, tuner: Tuner, iteration: int) -> None:
@@ -172,7 +189,7 @@ class OverlapSession:
             print(f" > overlap{stage_name} from iteration {iteration + 1}: {decision.text}", flush=True)
             if tuner.phase is Phase.SETTLED:
                 beside = {"hidden_share": decision.hidden_share, "conditions": self._conditions}
-                self._send({"overlap_plans": saved_form(decision.plans, **beside)})
+                self._send({"overlap_plans": saved_form(decision.plans, iteration=iteration, **beside)})
 
     def _set_plans(self, tuner: Tuner) -> None:
         for index, plans in tuner.plans.items():
@@ -255,16 +272,16 @@ def conditions(args: Namespace, stage: dist.ProcessGroup) -> dict[str, Any]:
     Its answer is the same on all of them: a rank that kept its plans while another measures would hang.
     """
     names = (
+        *ARCHITECTURE_FIELDS,
         *CODEC_FIELDS,
-        "tensor_model_parallel_size",
-        "expert_model_parallel_size",
-        "expert_tensor_parallel_size",
-        "context_parallel_size",
-        "micro_batch_size",
-        "seq_length",
+        *("moe_router_topk", "moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity"),
+        *("tensor_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"),
+        *("context_parallel_size", "micro_batch_size", "seq_length", "transformer_impl", "bf16", "fp16"),
+        *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
     )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {name: getattr(args, name) for name in names} | {"device": ", ".join(sorted(set(_gathered(device, stage))))}
+    found = {name: getattr(args, name) for name in names} | {"device": ", ".join(sorted(set(_gathered(device, stage))))}
+    return json.loads(json.dumps(found))  # as a checkpoint gives them back: no tuples
 
 
 def _gathered(mine: Any, group: dist.ProcessGroup) -> list[Any]:
@@ -273,9 +290,14 @@ def _gathered(mine: Any, group: dist.ProcessGroup) -> list[Any]:
     return everyone
 
 
+def _digests(plans: dict[Any, Any], group: dist.ProcessGroup) -> list[str]:
+    """Of what every rank has."""
+    return _gathered(hashlib.sha256(repr(sorted(plans.items())).encode()).hexdigest(), group)
+
+
 def _check_equal(plans: dict[int, Plans], stage: dist.ProcessGroup) -> None:
     """Different plans on the ranks of a stage would hang in the first collective: stop before it."""
-    digests = _gathered(hashlib.sha256(repr(sorted(plans.items())).encode()).hexdigest(), stage)
+    digests = _digests(plans, stage)
     if len(set(digests)) > 1:
         ranks = dist.get_process_group_ranks(stage)
         odd = [rank for rank, digest in zip(ranks, digests, strict=True) if digest != digests[0]]

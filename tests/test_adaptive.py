@@ -35,7 +35,7 @@ from megatron_scmoe.adaptive import (
     from_saved_form,
     saved_form,
 )
-from megatron_scmoe.config import Overlap, ScMoEConfig, Shortcut
+from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, Overlap, ScMoEConfig, Shortcut
 from megatron_scmoe.costs import GroupPass, mean_costs
 from megatron_scmoe.plan import GroupShape, Plan, even_plan, forward_order
 from megatron_scmoe.report import Summary
@@ -222,10 +222,12 @@ def test_chunks_never_change_where_there_is_one_count():
         run_step(one, {0: LARGE})
 
 
-def test_a_settled_one_keeps_the_plans_of_a_checkpoint():
+@pytest.mark.parametrize(("settled_for", "more"), [(0, 4), (3, 1), (9, 1), (-5, 4)])
+def test_a_settled_one_keeps_the_plans_of_a_checkpoint(settled_for, more):
+    """For the rest of the interval, of which a part may be over."""
     saved = {0: Plans(Plan((1, 3)), Plan((2, 2)))}
-    one = tuner(saved, counts=(1, 2), interval=4, settled=True)
-    for _ in range(4):
+    one = tuner(saved, counts=(1, 2), interval=4, settled_for=settled_for)
+    for _ in range(more):
         assert one.plans == saved and not one.records
         assert run_step(one, {0: LARGE}) is None
     assert one.phase is Phase.MEASURE
@@ -326,13 +328,19 @@ def continued(monkeypatch, now: dict[str, Any], **beside: Any) -> Any:
 
     monkeypatch.setattr(mcore, "is_stage_root", lambda: True)
     scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE, overlap=Overlap.ADAPTIVE)
-    one = session.OverlapSession(Namespace(overlap_plans=saved_form(FIRST, **beside)), scmoe)
+    one = session.OverlapSession(Namespace(overlap_plans=saved_form(FIRST, iteration=5, **beside)), scmoe)
     one._conditions = now
     one._groups[0] = SimpleNamespace(group_index=0, shape=SHAPE, plan=Plan((3,)), forward_plan=Plan((3,)))
-    one._tuner = one._new_tuner()
+    one._tuner = one._new_tuner(iteration=9)
     return one
 
 
+OTHER_CONDITIONS = (
+    *("moe_router_topk", "moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity"),
+    *("tensor_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"),
+    *("context_parallel_size", "micro_batch_size", "seq_length", "transformer_impl", "bf16", "fp16"),
+    *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
+)
 THERE = {"seq_length": 16, "a2a_codec": "none", "device": "cpu"}
 
 
@@ -350,9 +358,47 @@ THERE = {"seq_length": 16, "a2a_codec": "none", "device": "cpu"}
 def test_plans_of_a_checkpoint_hold_under_its_conditions(monkeypatch, capsys, here, beside, why):
     one = continued(monkeypatch, here, hidden_share=0.9, **beside)
     assert one._tuner.phase is (Phase.WARM_UP if why else Phase.SETTLED)
+    assert one._tuner._done == (0 if why else 3)  # of the interval, at the end of step 8
     assert one._saved_plans(one._groups[0]) == (None if why else FIRST[0])
     said = f" > overlap: the checkpoint's plans were measured with {why}: measuring anew\n"
     assert capsys.readouterr().out == (said if why else "")
+
+
+def kept_plans(slots: tuple[int, ...]) -> int:
+    """Of how many groups plans are left where rank 1 has read a checkpoint with ``slots``."""
+    from megatron_scmoe import session
+
+    plans = {0: Plans(Plan(slots if torch.distributed.get_rank() else (2,)), Plan((2,)))}
+    scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE, overlap=Overlap.ADAPTIVE)
+    one = session.OverlapSession(Namespace(overlap_plans=saved_form(plans)), scmoe)
+    one._keep_what_all_have(torch.distributed.group.WORLD)
+    return len(one._saved)
+
+
+@pytest.mark.parametrize(("slots", "left"), [((2,), 1), ((3,), 0)])
+def test_ranks_that_read_different_checkpoints_measure_anew(slots, left):
+    assert ranks.run(kept_plans, 2, slots, layout=EP2) == [left] * 2
+
+
+def test_conditions_are_what_a_checkpoint_gives_back(monkeypatch):
+    from megatron_scmoe import session
+
+    names = (*ARCHITECTURE_FIELDS, *CODEC_FIELDS, *OTHER_CONDITIONS)
+    args = Namespace(**dict.fromkeys(names, 1) | {"shortcut_position": ("pos2", "pos1"), "recompute_modules": ["mlp"]})
+    monkeypatch.setattr(session, "_gathered", lambda mine, _group: [mine, mine])
+    found = session.conditions(args, None)
+    assert found.keys() == {*names, "device"} and json.loads(json.dumps(found)) == found
+
+
+def test_a_recording_ends_where_an_evaluation_begins():
+    from megatron_scmoe import observe, session
+
+    one = session.OverlapSession(Namespace(), ScMoEConfig(shortcut=Shortcut.SCMOE, overlap=Overlap.ADAPTIVE))
+    one._recording = observe.start()
+    observe.Marker(0).now("attention")
+    one.in_evaluation(torch.nn.Identity())
+    observe.Marker(0).now("attention")
+    assert observe._listeners == [] and len(one._recording.marks) == 1  # which is still to be reported
 
 
 def test_a_run_that_continues_warns_by_what_was_predicted_before(monkeypatch, capsys):
@@ -384,10 +430,6 @@ SETTLED_AT = WARM_UP_STEPS + MEASURE_STEPS + CHECK_STEPS
 """Steps until a plan is settled on, with one number of chunks."""
 NUM_STEPS = SETTLED_AT + 2
 EXPERT_PARALLEL = ["--expert-model-parallel-size 2"]
-WITHOUT_CODEC = {
-    **{"a2a_codec": "none", "lsh_kind": "cross-polytope", "lsh_hashes": 6, "lsh_width": 2, "lsh_refinement": "none"},
-    **{"lsh_compensation": "none", "lsh_rank": 8, "lsh_target_rate": 0.0, "lsh_seed": 1234},
-}
 TENSOR_PARALLEL = ["--tensor-model-parallel-size 2", "--sequence-parallel"]
 PIPELINE = ["--pipeline-model-parallel-size 2"]
 TRAINING = with_flags(SCMOE, f"--train-iters {NUM_STEPS}", "--expert-tensor-parallel-size 1", "--global-batch-size 4")
@@ -512,16 +554,23 @@ def test_every_plan_on_the_way_gives_the_numbers_of_off(tmp_path, layout):
     assert slots_of == expected and len(expected) == 2
     for one in seen[0].saved.values():
         assert 0 <= one["hidden_share"] <= 1
-        assert one["conditions"] == {
-            "tensor_model_parallel_size": 2 if "TP2" in layout else 1,
-            "expert_model_parallel_size": 2 if "EP2" in layout else 1,
-            "expert_tensor_parallel_size": 1,
-            "context_parallel_size": 1,
-            "micro_batch_size": 2,
-            "seq_length": 16,
-            **WITHOUT_CODEC,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        }
+        assert one["conditions"].keys() == {*ARCHITECTURE_FIELDS, *CODEC_FIELDS, *OTHER_CONDITIONS, "device"}
+        assert one["iteration"] == SETTLED_AT - 1
+        assert (
+            one["conditions"].items()
+            >= {
+                "tensor_model_parallel_size": 2 if "TP2" in layout else 1,
+                "expert_model_parallel_size": 2 if "EP2" in layout else 1,
+                "expert_tensor_parallel_size": 1,
+                "context_parallel_size": 1,
+                "micro_batch_size": 2,
+                "seq_length": 16,
+                "shortcut": "scmoe",
+                "a2a_codec": "none",
+                "recompute_granularity": None,
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            }.items()
+        )
 
     # The checkpoint has them, and a run that continues neither measures again nor says anything.
     flags = with_flags(flags, f"--load {tmp_path / 'saved'}", f"--train-iters {NUM_STEPS + 3}")
@@ -598,7 +647,7 @@ RECOMPUTE = {
     "none": [],
     "full": ["--recompute-granularity full", "--recompute-method uniform", "--recompute-num-layers 1"],
     "two": ["--recompute-granularity full", "--recompute-method uniform", "--recompute-num-layers 2"],
-    "block": ["--recompute-granularity full", "--recompute-method block", "--recompute-num-layers 3"],
+    "block": ["--recompute-granularity full", "--recompute-method block", "--recompute-num-layers 2"],
     "selective": ["--recompute-granularity selective", "--recompute-modules core_attn mlp shared_experts"],
 }
 SWITCHED = [

@@ -53,7 +53,17 @@ REFUSED = {
     "--expert-slot two": ["a slot is a number", "--expert-slot is two"],
     "--overlap off --expert-slot 2": ["--overlap is off and --expert-slot is 2", "drop --expert-slot"],
     "--moe-token-dispatcher-type allgather": ["all-to-all", "allgather", "scmoe", "use --moe-token-dispatcher-type"],
-    "--overlap-moe-expert-parallel-comm": ["--overlap-moe-expert-parallel-comm is True", "scmoe", "drop it"],
+    "--overlap-moe-expert-parallel-comm": ["--overlap-moe-expert-parallel-comm is True", "drop it: a shortcut"],
+    "--mla-down-proj-fusion": ["--mla-down-proj-fusion is True", "the norm that the experts read", "drop it"],
+    "--tensor-parallel-num-weight-shards 2": ["--tensor-parallel-num-weight-shards is 2", "drop it"],
+    "--expert-tensor-parallel-num-weight-shards 2": ["once in a micro-batch", "num-weight-shards is 2", "drop it"],
+    "--check-for-spiky-loss": ["--check-for-spiky-loss is True", "drop it"],
+    "--logits-load-dir x": ["--logits-load-dir is x", "drop it"],
+    "--inprocess-restart": ["--inprocess-restart is True", "restart the job"],
+    "--recompute-granularity full --recompute-method block --recompute-num-layers 3": [
+        "--recompute-num-layers is 3 and --moe-every is 2",
+        "use --recompute-num-layers 4",
+    ],
     "--moe-shared-expert-overlap": ["--moe-shared-expert-overlap is True", "drop it"],
     "--delay-wgrad-compute": ["--delay-wgrad-compute is True", "drop it"],
     "--cuda-graph-impl local": ["--cuda-graph-impl is local", "use --cuda-graph-impl none"],
@@ -134,6 +144,9 @@ STOCK_REFUSED = {
         "is allgather and --overlap-chunks is 2 and --a2a-codec is none",
     ],
     "--overlap-chunks 2 --moe-router-padding-for-fp8": ["counts are exchanged", "--moe-router-padding-for-fp8 is True"],
+    "--overlap-chunks 2 --use-megatron-fsdp": ["--use-megatron-fsdp is True", "overwrite the gradients"],
+    "--a2a-codec lsh --expert-tensor-parallel-num-weight-shards 2": ["once in a micro-batch", "drop it"],
+    "--mtp-num-layers 1": ["--mtp-num-layers is 1", "drop it"],
     "--overlap-chunks 2 --moe-latent-size 16": ["latent projections", "--moe-latent-size is 16"],
     "--overlap-chunks 2 --tensor-model-parallel-size 2": ["only under sequence", "add --sequence-parallel"],
     "--a2a-codec lsh --tensor-model-parallel-size 2": ["only under sequence", "add --sequence-parallel"],
@@ -319,15 +332,40 @@ def test_overlap_may_change_on_resume(checkpoint):
     assert ranks.run(training.refusal, 1, flags) == [("", None)]
 
 
-def test_position_wise_optimizer_in_another_layout_is_refused(checkpoint):
+@pytest.mark.parametrize("saves", [[], ["--dist-ckpt-optim-fully-reshardable"]], ids=["", "saves otherwise"])
+def test_position_wise_optimizer_in_another_layout_is_refused(checkpoint, saves):
+    """Core loads by the format of the checkpoint, whatever the run saves in."""
     flags = with_flags(
-        SCMOE, f"--load {checkpoint}", "--bf16", "--use-distributed-optimizer", "--expert-model-parallel-size 2"
+        SCMOE, f"--load {checkpoint}", "--bf16", "--use-distributed-optimizer", "--expert-model-parallel-size 2", *saves
     )
     results = ranks.run(training.refusal, 2, flags)
     assert [code for _, code in results] == [2, 2]
     assert "expert_model_parallel_size is 2 and the checkpoint" in results[0][0]
     assert "--dist-ckpt-optim-fully-reshardable" in results[0][0]
     assert results[1][0] == ""  # one line for each machine, not for each rank
+
+
+PLACES = {
+    # implementation, flags, this run's position -> refused
+    "another position": ("transformer_engine", {}, "pos1", True),
+    "the same": ("transformer_engine", {}, "pos2", False),
+    "local": ("local", {}, "pos1", False),
+    "weights only": ("transformer_engine", {"no_load_optim": True}, "pos1", False),
+}
+
+
+@pytest.mark.parametrize(("implementation", "more", "position", "refused"), PLACES.values(), ids=PLACES)
+def test_moments_by_place_need_the_norms_that_were_fused(implementation, more, position, refused):
+    from megatron_scmoe import config, resume
+
+    flags = {"finetune": False, "no_load_optim": False, "transformer_impl": implementation, "load": "run"}
+    now, then = (
+        config.ScMoEConfig(shortcut=config.Shortcut.SCMOE, shortcut_position=(config.Position(one),))
+        for one in (position, "pos2")
+    )
+    expected = pytest.raises(config.ConfigError, match="--shortcut-position is pos1 and the checkpoint in run has pos2")
+    with expected if refused else contextlib.nullcontext():
+        resume._check_places(argparse.Namespace(**flags | more), now, then)
 
 
 def restored(flags: list[str]) -> tuple[list[str], str, object]:

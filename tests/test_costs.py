@@ -537,6 +537,23 @@ def test_a_transfer_begins_before_its_launch(monkeypatch):
     assert transfer.end_s - transfer.start_s == pytest.approx(10)
 
 
+def test_on_a_gpu_nobody_listens_before_the_wait(monkeypatch):
+    """With one CUDA queue, what is launched behind a listener would wait for the transfer."""
+    from megatron_scmoe import observe
+
+    heard: list[int] = []
+    work: Any = SimpleNamespace(get_future=lambda: SimpleNamespace(then=lambda _landed: heard.append(1)))
+    monkeypatch.setattr(observe, "_now", lambda: 1.0)
+    for on_gpu, at_launch in ((True, 0), (False, 1)):
+        heard.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
+            before_wait = observe.Marker(0).transfer(work, 1.0, "dispatch", 0, 1, backward=False)
+        assert len(heard) == at_launch
+        before_wait()
+        assert len(heard) == 1
+
+
 class Untouchable:
     """Stands for a tensor that may not be looked at."""
 
