@@ -264,6 +264,8 @@ def test_refusals_are_one_line_and_exit_2(words_given, said, tmp_path, monkeypat
 def test_output_is_needed_and_must_be_new(tmp_path, monkeypatch, capsys):
     check_refusal([], "--output is missing", monkeypatch, capsys)
     check_refusal(["--output", str(tmp_path)], "exists; choose another", monkeypatch, capsys)
+    (tmp_path / "file").write_text("")
+    check_refusal(["--output", str(tmp_path / "file" / "x")], "is no folder; choose another", monkeypatch, capsys)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_refusal(["--output", str(tmp_path)], "exists; choose another", monkeypatch, capsys)
