@@ -21,7 +21,7 @@ node_rank=${NODE_RANK:-${SLURM_NODEID:-0}}
 gpus=${GPUS_PER_NODE:-8}
 root=$(dirname "$(dirname "$(realpath "$0")")")
 
-# With 1, CUDA would launch kernels in one queue, and collectives would not overlap with what is launched after them. Up to
+# With 1, all streams would share one queue, in which a collective that waits holds up what is launched after it. Up to
 # Hopper, Megatron insists on 1 with tensor or context parallelism: set it before you call this script.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-32}
 

@@ -107,7 +107,7 @@ class Tuner:
         self._incumbent = dict(plans)
         self._counts = tuple(counts)
         self._interval = interval
-        self._done = max(settled_for or 0, 0)  # --finetune counts steps from 0 again
+        self._done = settled_for or 0
         self._measured: dict[int, dict[int, list[GroupPass]]] = defaultdict(lambda: defaultdict(list))
         self._checked: tuple[list[float], list[float]] = ([], [])
 

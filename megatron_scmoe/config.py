@@ -253,7 +253,8 @@ class ScMoEConfig:
     """Checkpoints to continue from. same: refuse one that was trained with other values of --shortcut,
     --shortcut-position, --shortcut-combine, --moe-every, --moe-share-groups, --router, --zero-experts,
     --latent-scaling, --a2a-codec, --lsh-compensation or --lsh-rank. changed: load it all the same, optimizer
-    included, and say so: this is how a stock shared-expert checkpoint becomes ScMoE, or the other way round."""
+    included (with Transformer Engine where --dist-ckpt-optim-fully-reshardable saved it), and say so: this is how a
+    stock shared-expert checkpoint becomes ScMoE, or the other way round."""
 
     @property
     def enabled(self) -> bool:

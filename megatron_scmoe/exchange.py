@@ -124,7 +124,7 @@ class _Leg:
         self._backward = backward
         self._state = _State.NEW
         self._work: dist.Work | None = None
-        self._before_wait: Callable[[], None]
+        self._before_wait: Callable[[dist.Work], None]
         self._sent: Tensor | None = None
         self._received: tuple[Tensor, ...] | Tensor | None = None
         self._columns: list[_Column] = []
@@ -169,7 +169,7 @@ class _Leg:
         # Under NCCL the current stream waits, under gloo the thread does. Each work is waited for exactly once, and
         # what was sent has to live until then.
         if self._work is not None:
-            self._before_wait()
+            self._before_wait(self._work)
             self._work.wait()
             self._work = self._sent = None
 

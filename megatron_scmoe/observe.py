@@ -185,7 +185,7 @@ def stop(recorded: Recording) -> None:
     _listeners[:] = [listener for listener in _listeners if listener is not recorded]
 
 
-def _nothing() -> None: ...
+def _nothing(_work: dist.Work) -> None: ...
 
 
 class Marker:
@@ -218,11 +218,11 @@ class Marker:
 
     def transfer(
         self, work: dist.Work, begin: _Moment | None, name: str, index: int, sent_bytes: int, *, backward: bool
-    ) -> Callable[[], None]:
+    ) -> Callable[[dist.Work], None]:
         """A collective was launched at ``begin``, which ``moment`` returned; its end is noted when it comes.
 
         Returns:
-            What is to be called just before the collective is waited for.
+            What is to be called with the collective just before it is waited for.
         """
         if begin is None:
             return _nothing
@@ -233,14 +233,14 @@ class Marker:
         def landed(_future: torch.futures.Future[list[Tensor]]) -> None:
             flying.end = _now()
 
-        def listen() -> None:
+        def listen(work: dist.Work) -> None:  # which must not be kept alive from here: it holds what arrives
             work.get_future().then(landed)
 
         # Under NCCL a listener is called at once, on a stream that waits for the transfer. Where CUDA has one queue,
         # what is launched behind that waits, too: so what is to hide the transfer has to be launched before.
         if torch.cuda.is_available():
             return listen
-        listen()
+        listen(work)
         return _nothing
 
     def load(self, probs: Tensor, routing_map: Tensor, choices: int | None) -> None:

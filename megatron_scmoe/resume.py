@@ -42,11 +42,11 @@ def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace]
         return None
     trained = read_config(saved)
     _check_architecture(args, scmoe, trained)
-    # Core loads by the format of the checkpoint, whatever this run saves in.
-    if getattr(saved, "use_distributed_optimizer", False) and not saved.dist_ckpt_optim_fully_reshardable:
-        _check_places(args, scmoe, trained)
-        _check_layout(args, saved)
-    _check_expert_optimizer(args, saved)
+    if _loads_moments(args, saved):
+        if args.use_distributed_optimizer and _is_position_wise(saved):
+            _check_places(args, scmoe, trained)
+            _check_layout(args, saved)
+        _check_expert_optimizer(args, saved)
     return saved
 
 
@@ -118,6 +118,18 @@ def _check_architecture(args: Namespace, scmoe: ScMoEConfig, trained: ScMoEConfi
         )
 
 
+def _loads_moments(args: Namespace, saved: Namespace) -> bool:
+    return not (args.finetune or args.no_load_optim or getattr(saved, "no_save_optim", False))
+
+
+def _is_position_wise(saved: Namespace) -> bool:
+    """How the checkpoint keeps moments; Core loads by that, whatever this run saves in."""
+    if not getattr(saved, "use_distributed_optimizer", False):
+        return False
+    by_parameter = getattr(saved, "ckpt_fully_parallel_save", False)  # of before there was a flag for it
+    return not getattr(saved, "dist_ckpt_optim_fully_reshardable", by_parameter)
+
+
 def _check_position_wise_optimizer(args: Namespace) -> None:
     if _loses_position_wise_moments(args) and (args.save or args.load):
         raise ConfigError(
@@ -135,9 +147,9 @@ def _check_places(args: Namespace, scmoe: ScMoEConfig, trained: ScMoEConfig) -> 
     """Which norms Transformer Engine fuses with the products behind them, and with it the order of the parameters,
     follows from what the experts read.
     """
-    if args.finetune or args.no_load_optim or args.transformer_impl != "transformer_engine":
+    if args.transformer_impl != "transformer_engine":
         return
-    for name in ("shortcut", "shortcut_position", "moe_every"):
+    for name in ("shortcut", "shortcut_position", "moe_every", "latent_scaling"):
         now, then = getattr(scmoe, name), getattr(trained, name)
         if now != then:
             raise ConfigError(
@@ -149,8 +161,6 @@ def _check_places(args: Namespace, scmoe: ScMoEConfig, trained: ScMoEConfig) -> 
 
 
 def _check_layout(args: Namespace, saved: Namespace) -> None:
-    if args.finetune or args.no_load_optim or not args.use_distributed_optimizer:
-        return
     for name in _LAYOUT_FLAGS:
         now, then = getattr(args, name), getattr(saved, name, None)
         if then is not None and now != then:
@@ -166,8 +176,6 @@ def _check_expert_optimizer(args: Namespace, saved: Namespace) -> None:
     can load the moments of both, or of one for all, but not the one into the other. So does the stock model.
     """
     if not args.num_experts or args.use_megatron_fsdp:
-        return
-    if args.finetune or args.no_load_optim or getattr(saved, "no_save_optim", False):
         return
     now, then = _has_expert_optimizer(args), _has_expert_optimizer(saved)
     if now == then:

@@ -165,6 +165,9 @@ class OverlapSession:
             why = f"were measured with {changed}" if changed else "do not fit --overlap-chunks or the groups"
             print(f" > overlap: the checkpoint's plans {why}: measuring anew")
         kept = [self._kept[str(index)] for index in self._groups] if known else []
+        if kept and kept[0]["iteration"] >= iteration:  # --finetune counts from 0 again
+            for one in self._kept.values():
+                one["iteration"] = iteration - 1
         return Tuner(
             {index: group.shape for index, group in self._groups.items()},
             {index: Plans(group.plan, group.forward_plan) for index, group in self._groups.items()},

@@ -346,26 +346,39 @@ def test_position_wise_optimizer_in_another_layout_is_refused(checkpoint, saves)
 
 
 PLACES = {
-    # implementation, flags, this run's position -> refused
-    "another position": ("transformer_engine", {}, "pos1", True),
-    "the same": ("transformer_engine", {}, "pos2", False),
-    "local": ("local", {}, "pos1", False),
-    "weights only": ("transformer_engine", {"no_load_optim": True}, "pos1", False),
+    # implementation, other flags of this run, its position, what the checkpoint's arguments hold -> refused
+    "another position": ("transformer_engine", {}, "pos1", {}, True),
+    "the same": ("transformer_engine", {}, "pos2", {}, False),
+    "local": ("local", {}, "pos1", {}, False),
+    "weights only": ("transformer_engine", {"no_load_optim": True}, "pos1", {}, False),
+    "nothing but weights saved": ("transformer_engine", {}, "pos1", {"no_save_optim": True}, False),
+    "by parameter": ("transformer_engine", {}, "pos1", {"dist_ckpt_optim_fully_reshardable": True}, False),
+    "by parameter, older": ("transformer_engine", {}, "pos1", {"ckpt_fully_parallel_save": True}, False),
+    "other optimizer": ("transformer_engine", {}, "pos1", {"use_distributed_optimizer": False}, False),
 }
 
 
-@pytest.mark.parametrize(("implementation", "more", "position", "refused"), PLACES.values(), ids=PLACES)
-def test_moments_by_place_need_the_norms_that_were_fused(implementation, more, position, refused):
+@pytest.mark.parametrize(("implementation", "more", "position", "saved", "refused"), PLACES.values(), ids=PLACES)
+def test_moments_by_place_need_the_norms_that_were_fused(monkeypatch, implementation, more, position, saved, refused):
     from megatron_scmoe import config, resume
 
-    flags = {"finetune": False, "no_load_optim": False, "transformer_impl": implementation, "load": "run"}
+    flags = dict.fromkeys((*resume._LAYOUT_FLAGS, "use_distributed_optimizer", "dist_ckpt_optim_fully_reshardable"), 1)
+    flags |= {"finetune": False, "no_load_optim": False, "load": "run", "num_experts": None}
     now, then = (
-        config.ScMoEConfig(shortcut=config.Shortcut.SCMOE, shortcut_position=(config.Position(one),))
+        config.ScMoEConfig(
+            shortcut=config.Shortcut.SCMOE,
+            shortcut_position=(config.Position(one),),
+            shortcut_resume=config.Resume.CHANGED,
+        )
         for one in (position, "pos2")
     )
+    kept = argparse.Namespace(**{"use_distributed_optimizer": True} | saved)
+    monkeypatch.setattr(resume.mcore, "saved_args", lambda _args: kept)
+    monkeypatch.setattr(resume, "print_rank_0", lambda _text: None)
+    args = argparse.Namespace(transformer_impl=implementation, **flags | more)
     expected = pytest.raises(config.ConfigError, match="--shortcut-position is pos1 and the checkpoint in run has pos2")
     with expected if refused else contextlib.nullcontext():
-        resume._check_places(argparse.Namespace(**flags | more), now, then)
+        assert resume.check(args, now, lambda _saved: then) is kept
 
 
 def restored(flags: list[str]) -> tuple[list[str], str, object]:

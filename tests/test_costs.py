@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -513,45 +514,47 @@ def test_nothing_is_added_while_nobody_listens():
             )  # negative control: they are seen where there are any
 
 
-def test_a_transfer_begins_before_its_launch(monkeypatch):
-    """A fake clock, and a launch of 10 s behind which the transfer is over, as a short one on a GPU may be."""
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_transfer_begins_before_its_launch_and_its_end_is_noted(monkeypatch, on_gpu):
+    """A fake clock, and a launch of 10 s behind which the transfer is over, as a short one on a GPU may be.
+
+    On a GPU nobody listens before the wait, 5 s later: with one CUDA queue, what is launched behind a listener would
+    wait for the transfer. What arrives is held by nobody then.
+    """
     from megatron_scmoe import exchange, observe
 
-    now_s = 1.0
+    now_s, works = 1.0, []
+
+    class Work:
+        def __init__(self):
+            self.future: torch.futures.Future[None] = torch.futures.Future()
+            self.future.set_result(None)
+            works.append(weakref.ref(self))
+
+        def get_future(self):
+            return self.future
+
+        def wait(self):
+            pass
 
     def launch(*_args, **_kwargs):
         nonlocal now_s
         now_s += 10
-        future: torch.futures.Future[None] = torch.futures.Future()
-        future.set_result(None)
-        return SimpleNamespace(get_future=lambda: future, wait=lambda: None)
+        return Work()
 
     monkeypatch.setattr(observe, "_now", lambda: now_s)
     monkeypatch.setattr(exchange.dist, "all_to_all_single", launch)
     group: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
     tag = exchange.Tag(observe.Marker(0), "dispatch")
-    with observe.recording() as recorded:
-        one = exchange.Exchange(tag=tag, group=group, send_rows=None, receive_rows=None, blocking=True)
-        one.start(torch.zeros(4, 2))
+    with observe.recording() as recorded, monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+        one = exchange.Exchange(tag=tag, group=group, send_rows=None, receive_rows=None, blocking=False)
+        token = one.start(torch.zeros(4, 2))
+        now_s += 5
+        one.finish(token)
+    assert works[0]() is None
     (transfer,) = recorded.transfers
-    assert transfer.end_s - transfer.start_s == pytest.approx(10)
-
-
-def test_on_a_gpu_nobody_listens_before_the_wait(monkeypatch):
-    """With one CUDA queue, what is launched behind a listener would wait for the transfer."""
-    from megatron_scmoe import observe
-
-    heard: list[int] = []
-    work: Any = SimpleNamespace(get_future=lambda: SimpleNamespace(then=lambda _landed: heard.append(1)))
-    monkeypatch.setattr(observe, "_now", lambda: 1.0)
-    for on_gpu, at_launch in ((True, 0), (False, 1)):
-        heard.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
-            before_wait = observe.Marker(0).transfer(work, 1.0, "dispatch", 0, 1, backward=False)
-        assert len(heard) == at_launch
-        before_wait()
-        assert len(heard) == 1
+    assert transfer.end_s - transfer.start_s == pytest.approx(15 if on_gpu else 10)
 
 
 class Untouchable:

@@ -116,7 +116,7 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error("--output is missing; name a folder that does not exist yet, such as --output results")
     if args.output.exists():
         parser.error(f"--output {str(args.output)!a} exists; choose another folder or remove it")
-    if reason := atomic.obstacle(args.output):
+    if os.environ.get("RANK", "0") == "0" and (reason := atomic.obstacle(args.output)):  # which writes
         parser.error(f"--output {str(args.output)!a} cannot be written: {reason}; choose another folder")
     if args.hidden % 64:
         parser.error(f"--hidden {args.hidden} is no multiple of 64, the width of an attention head")
