@@ -31,7 +31,7 @@ IMBALANCE = 1.5
 """Tokens of the busiest expert over the mean from which imbalance is the likelier cause."""
 
 ONE_QUEUE = (
-    "CUDA_DEVICE_MAX_CONNECTIONS is 1: all streams share one queue, in which one that waits holds up the others; set it "
+    "CUDA_DEVICE_MAX_CONNECTIONS is 1: all streams share a queue, in which one that waits holds up the others; set it "
     "to 32 (up to Hopper, Megatron insists on 1 with tensor or context parallelism)"
 )
 """What to say where CUDA was told to launch in one queue; no error, since Megatron asks for that, too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -296,6 +297,18 @@ def test_one_process_at_a_time(tmp_path, source):
     ):
         convert(source, tmp_path / "new", "hf")
     assert (tmp_path / ".new.partial" / "plan.json").exists()
+
+
+def test_without_locks_nothing_is_begun(tmp_path, source, monkeypatch):
+    """As on Lustre without -o flock."""
+
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(journal.fcntl, "flock", no_locks)
+    with pytest.raises(CheckpointError, match=r"has no locks \(Function not implemented\).* -o flock"):
+        convert(source, tmp_path / "new", "hf")
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
 def test_a_source_that_changes_meanwhile_is_noticed(tmp_path, source):

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -403,6 +404,15 @@ def test_tokenizers_of_folders(tmp_path, tokenizer):
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>").save_pretrained(tmp_path / "b")
     found = inputs.find_tokenizer(None, tmp_path / "b", None)
     assert (found.encode("line <s> x"), found.separator, found.vocab_size) == ([1, 0, 2], 0, 3)
+    # Megatron ends documents with EOS, and knows no BOS.
+    words.add_special_tokens(["</s>"])
+    both = transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+    both.save_pretrained(tmp_path / "c")
+    trained = SimpleNamespace(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "c"))
+    converted = SimpleNamespace(tokenizer_type=None, tokenizer_model=None)
+    for named, saved, separator in ((None, trained, 3), ("c", trained, 3), ("c", converted, 0), ("c", None, 0)):
+        name = named and str(tmp_path / named)
+        assert inputs.find_tokenizer(name, tmp_path, saved).separator == separator
 
 
 def test_under_torchrun(tmp_path, checkpoints, two_files):
@@ -491,6 +501,52 @@ def test_code_in_a_folder_does_not_run_unless_it_is_trusted(tmp_path):
     assert code == 2 and "transformers cannot load" in said  # negative control: trusted code does run
     assert (tmp_path / "ran").exists()
     assert "\\x1b[2J and" in said and "\x1b" not in said  # what it says reaches no terminal unescaped
+
+
+OUR_MAP = {
+    "AutoConfig": "configuration_scmoe.ScMoEConfig",
+    "AutoModel": "modeling_scmoe.ScMoEModel",
+    "AutoModelForCausalLM": "modeling_scmoe.ScMoEForCausalLM",
+}
+FOLDERS = {
+    # auto_map, other files -> may run without trust; None: says that it may not
+    "ours": (OUR_MAP, [], True),
+    "no code": (None, [], False),
+    "changed": (OUR_MAP, ["modeling_scmoe.py"], None),
+    "another file": (OUR_MAP, ["evil.py"], None),
+    "a folder below": ({"AutoModelForCausalLM": "sub/evil.C"}, ["sub/evil.py"], None),
+    "another folder": ({**OUR_MAP, "AutoModel": "../evil.C"}, [], None),
+    "the Hub": ({"AutoModelForCausalLM": "repository--module.C"}, [], None),
+    "custom generation": (OUR_MAP, ["custom_generate/generate.py"], None),
+}
+
+
+@pytest.mark.parametrize(("auto_map", "files", "may_run"), FOLDERS.values(), ids=FOLDERS)
+def test_no_code_but_ours_runs_without_trust(tmp_path, auto_map, files, may_run):
+    """transformers takes classes from folders below and elsewhere, and runs custom_generate where code is trusted."""
+    from checkpoints.running import model
+    from checkpoints.tensors import CheckpointError
+
+    if auto_map == OUR_MAP:
+        for name in ("configuration_scmoe.py", "modeling_scmoe.py"):
+            shutil.copy(TOOL.parent / "checkpoints/mappings/hf_scmoe" / name, tmp_path)
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise SystemExit")
+    config = {} if auto_map is None else {"auto_map": auto_map}
+    if may_run is not None:
+        assert model._own_code_may_run(tmp_path, config, trust=False) == may_run
+    else:
+        with pytest.raises(CheckpointError, match="then add --trust-remote-code"):
+            model._own_code_may_run(tmp_path, config, trust=False)
+        assert model._own_code_may_run(tmp_path, config, trust=True)
+
+
+def test_a_result_is_made_without_git(monkeypatch):
+    import provenance
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert provenance.commit() == {"commit": "unknown", "changed_files": 0}
 
 
 def test_missing_weights_are_not_random(tmp_path):

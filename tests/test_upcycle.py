@@ -320,7 +320,7 @@ def test_a_stock_moe_keeps_its_experts(stock_moe_folder, tmp_path):
 STOCK_WRONG = {
     "--experts 16": "the checkpoint has experts already",
     "--drop-ratio 0.5": "the checkpoint has experts already",
-    "--moe-every 4": "an MoE stays where it is",
+    "--moe-every 4": "use --moe-every 2",
     "--shortcut-combine add": "has no place for",
 }
 

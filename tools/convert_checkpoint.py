@@ -229,6 +229,7 @@ def show_dry_run(job: Job) -> None:
     """Print the account, and every name that keeps it from being balanced; raises CheckpointError if it is not."""
     from checkpoints import engine
     from checkpoints.plan import account
+    from provenance import provenance
 
     found = account(job.conversion, job.source.infos)
     if not found.balanced:
@@ -236,7 +237,7 @@ def show_dry_run(job: Job) -> None:
             for name in getattr(found, fault):
                 print(f"{fault}: {name}")
     job.account()
-    receipt = engine.make_receipt(job, found)
+    receipt = engine.make_receipt(job, found, provenance())
     print("\n".join(table(receipt)))
     print(f"dry run: {len(job.parts())} files would be written to {job.target}")
 

@@ -17,7 +17,10 @@ def commit() -> dict[str, Any]:
     """The commit of this repository, and how many of its files are changed."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:  # there is no git
+            return ""
         return done.stdout.strip()
 
     return {

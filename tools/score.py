@@ -57,8 +57,9 @@ windows:
   A model reads --seq-length tokens at once. Every token is scored once. The first window of a document scores all of
   its tokens; each later one begins --stride tokens further on and scores the --stride tokens that are new, with the
   others as context. With the default stride, the sequence length, the first tokens of a window have little context,
-  as in training. A text begins behind the tokenizer's end-of-document token, as in training, so that its first token
-  is scored; the first of token ids as such is not, and its loss is NaN.
+  as in training. A text begins behind the token that stood before documents in training, so that its first token is
+  scored: the end of document of what Megatron trained, else BOS where the tokenizer has one ("separator" in
+  summary.json). The first of token ids as such is not scored, and its loss is NaN.
   Capacity limits and the codec of training are off here: a loss depends on the tokens before it and on nothing else.
 
 output: a new folder with
@@ -176,6 +177,7 @@ def run(args: argparse.Namespace) -> int:
                     "layout": dict(model.layout),
                 },
                 "tokenizer": tokenizer and tokenizer.path,
+                "separator": tokenizer and tokenizer.separator,
                 "files": [
                     {"name": tokens.name, "sha256": tokens.sha256, **output.figures([tokens], [its])}
                     for tokens, its in zip(files, losses, strict=True)

@@ -140,7 +140,7 @@ def run(job: Job) -> dict[str, Any]:
         MismatchError: from ``Job.verify``.
         OSError: where reading or writing fails; a second call continues.
     """
-    start_s = time.monotonic()
+    start_s, origin = time.monotonic(), provenance()
     journal.check_target(job.target)
     account, plan, parts = job.account(), job.plan(), job.parts()
     paths = [job.writer.part_path(number, len(parts)) for number in range(len(parts))]
@@ -161,7 +161,7 @@ def run(job: Job) -> dict[str, Any]:
         entries = {path: finished[number] for number, path in enumerate(paths)}
         job.writer.finish(log.payload, {path: entry["contents"] for path, entry in entries.items()})
         figures = job.verify(log.payload) if job.verify else None
-        receipt = make_receipt(job, account) | {
+        receipt = make_receipt(job, account, origin) | {
             "source": {"folder": str(job.source.folder), "files": plan["source"]},
             "files": _files(log.payload, entries),
             "not_finite": dict(sum((Counter(entry["not_finite"]) for entry in entries.values()), Counter())),
@@ -178,7 +178,7 @@ def num_bytes(pieces: Sequence[Piece]) -> int:
     return sum(piece.info.nbytes for piece in pieces)
 
 
-def make_receipt(job: Job, account: Account) -> dict[str, Any]:
+def make_receipt(job: Job, account: Account, origin: Mapping[str, Any]) -> dict[str, Any]:
     """What is known before anything is written: both sides in numbers and names, and where all this comes from."""
     infos, dropped = job.source.infos, {**job.source.others, **account.dropped}
     by_reason: dict[str, list[str]] = {}
@@ -190,7 +190,6 @@ def make_receipt(job: Job, account: Account) -> dict[str, Any]:
         for name in ("safetensors", "transformers")
         if any(importlib.metadata.distributions(name=name))
     }
-    origin = provenance()
     return {
         "format_version": _FORMAT_VERSION,
         "options": dict(job.options),

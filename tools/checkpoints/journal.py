@@ -57,6 +57,14 @@ class Journal:
         except BlockingIOError:
             self._lock.close()
             raise CheckpointError(f"another process is writing {target}; wait for it") from None
+        except OSError as error:  # Lustre without -o flock, for one
+            self._lock.close()
+            if not has_begun(target):
+                self.remove()
+            raise CheckpointError(
+                f"{self.folder.parent} has no locks ({error.strerror}), without which two processes could write one "
+                "checkpoint; mount it with them (Lustre: -o flock), or convert to another disk"
+            ) from None
         plan = json.loads(json.dumps({**plan, "version": _VERSION}))
         if has_begun(target):
             self._check_plan(_noted(self.folder / _PLAN), plan)

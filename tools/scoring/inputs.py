@@ -167,11 +167,11 @@ def find_tokenizer(named: str | None, folder: Path, saved: Namespace | None) -> 
     Raises:
         UserError: where there is none that can be used.
     """
+    kind, path = getattr(saved, "tokenizer_type", None), getattr(saved, "tokenizer_model", None)
     if named is not None:
-        return _open_tokenizer(Path(named))
+        return _open_tokenizer(Path(named), by_megatron=path is not None)
     if saved is None:
         return _open_tokenizer(folder)
-    kind, path = getattr(saved, "tokenizer_type", None), getattr(saved, "tokenizer_model", None)
     if path is None and (folder / companions.FOLDER).is_dir():  # of a checkpoint that was converted
         return _open_tokenizer(folder / companions.FOLDER)
     if kind not in _TOKENIZERS or not path:
@@ -183,12 +183,13 @@ def find_tokenizer(named: str | None, folder: Path, saved: Namespace | None) -> 
         raise UserError(
             f"text needs a tokenizer, and that of training is gone: {shown(path)}; name it with --tokenizer"
         )
-    return _open_tokenizer(Path(path))
+    return _open_tokenizer(Path(path), by_megatron=True)
 
 
-def _open_tokenizer(path: Path) -> Tokenizer:
+def _open_tokenizer(path: Path, *, by_megatron: bool = False) -> Tokenizer:
+    """Args: by_megatron: whether Megatron has trained with it, whose documents end with the tokenizer's EOS."""
     if path.is_dir() and any((path / name).exists() for name in ("tokenizer.json", "vocab.json")):
-        return _hugging_face(path)
+        return _hugging_face(path, by_megatron=by_megatron)
     model = path / "tokenizer.model" if path.is_dir() else path
     try:
         processor = load_tokenizer(model)
@@ -205,7 +206,7 @@ def _open_tokenizer(path: Path) -> Tokenizer:
     )
 
 
-def _hugging_face(path: Path) -> Tokenizer:
+def _hugging_face(path: Path, *, by_megatron: bool) -> Tokenizer:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
@@ -216,7 +217,8 @@ def _hugging_face(path: Path) -> Tokenizer:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
         message = f"{shown(path)}: transformers cannot load its tokenizer ({shown(reason)}); name another"
         raise UserError(message) from error
-    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    separator = next((one for one in (reversed(ends) if by_megatron else ends) if one is not None), None)
 
     def encode(text: str) -> list[int]:
         encoded: Mapping[str, Any] = tokenizer(text, add_special_tokens=False)

@@ -23,10 +23,15 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -66,6 +71,8 @@ def read_header(path: Path) -> dict[str, Place]:
         header = json.loads(text, object_pairs_hook=_unique)
         places = {_printable(name): _place(entry, begin) for name, entry in header.items() if name != "__metadata__"}
         end = _end(places, begin)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         raise CheckpointError(f"{path}: its header is damaged ({reason}); get it anew") from None
@@ -93,7 +100,9 @@ def _place(entry: Mapping[str, Any], begin: int) -> Place:
     for number in (*shape, start, stop):
         if type(number) is not int or number < 0:
             raise ValueError(f"{number!r} is no size")
-    info = TensorInfo(shape, _DTYPES[entry["dtype"]])
+    if (dtype := entry["dtype"]) not in _DTYPES:
+        raise CheckpointError(f"dtype {dtype!r:.40} is not read here; get the weights in another one, such as BF16")
+    info = TensorInfo(shape, _DTYPES[dtype])
     if stop - start != info.nbytes:
         raise ValueError(f"{stop - start} bytes for a tensor of {info.nbytes}")
     return Place(info, begin + start)

@@ -199,7 +199,8 @@ def hf_config(args: Namespace) -> dict[str, Any]:
     """config.json of a checkpoint: the one it was made from, if any, with the sizes and settings that it has now."""
     config = json.loads(getattr(args, "hf_config", "{}"))
     config.pop("auto_map", None)  # names Python files, which are not here
-    config.pop("rope_scaling", None)
+    for name in ("rope_scaling", *_OLDER_NAMES):  # which would be another word for what is written below
+        config.pop(name, None)
     theta = {"rope_type": "default", "rope_theta": float(args.rotary_base)}
     return {
         "pad_token_id": None,
@@ -225,5 +226,6 @@ def hf_config(args: Namespace) -> dict[str, Any]:
         "routed_scaling_factor": args.moe_router_topk_scaling_factor or 1.0,
         "rms_norm_eps": args.layernorm_epsilon,
         "rope_parameters": theta,
+        "rope_theta": theta["rope_theta"],  # for readers of before rope_parameters
         "tie_word_embeddings": False,
     }

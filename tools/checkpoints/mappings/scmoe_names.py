@@ -41,6 +41,12 @@ from checkpoints.tensors import CheckpointError
 
 CODE = Path(__file__).with_name("hf_scmoe")
 CODE_FILES = ("configuration_scmoe.py", "modeling_scmoe.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_scmoe.ScMoEConfig",
+    "AutoModel": "modeling_scmoe.ScMoEModel",
+    "AutoModelForCausalLM": "modeling_scmoe.ScMoEForCausalLM",
+}
+"""Which class of these files transformers takes for what."""
 
 _COMPENSATION = "a learned compensation of the codec lsh: the Hugging Face model sends nothing, and so has no residuals"
 _TIED = "the output layer is the embedding"
@@ -152,11 +158,7 @@ def _files(config: dict[str, Any], tokenizer: Tokenizer, dtype: torch.dtype) -> 
     config = {
         "model_type": "scmoe",
         "architectures": ["ScMoEForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_scmoe.ScMoEConfig",
-            "AutoModel": "modeling_scmoe.ScMoEModel",
-            "AutoModelForCausalLM": "modeling_scmoe.ScMoEForCausalLM",
-        },
+        "auto_map": AUTO_MAP,
         "dtype": str(dtype).removeprefix("torch."),
         **config,
         **tokenizer.ids,

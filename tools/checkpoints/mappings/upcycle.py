@@ -29,6 +29,7 @@ from checkpoints.mappings.norms import carries_moe, renamed_norms
 from checkpoints.plan import Conversion, Piece, Read, as_it_is
 from checkpoints.settings import check_layers
 from checkpoints.tensors import CheckpointError, TensorInfo
+from megatron_scmoe.config import MOE_EVERY_CHOICES
 
 EXPERTS, TOPK = 8, 1  # unless something else is asked for
 
@@ -145,9 +146,11 @@ def _upcycled(
     moe_blocks = range(options.moe_every - 1, args.num_layers, options.moe_every)
     then_moe = [block for block in range(args.num_layers) if carries_moe(args, block)]
     if then_moe and then_moe != list(moe_blocks):
+        fitting = [n for n in MOE_EVERY_CHOICES if then_moe == list(range(n - 1, args.num_layers, n))]
+        fix = f"use --moe-every {fitting[0]}" if fitting else "no way known: groups have theirs in their last block"
         raise CheckpointError(
             f"an MoE stays where it is: the checkpoint has one in the blocks {then_moe}, and --moe-every "
-            f"{options.moe_every} wants them in {list(moe_blocks)}; change --moe-every"
+            f"{options.moe_every} wants them in {list(moe_blocks)}; {fix}"
         )
     if then_moe:
         _check_experts_stay(args, options)

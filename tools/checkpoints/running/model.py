@@ -6,7 +6,6 @@ Only what a folder needs is imported: Megatron and transformers take seconds eac
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -237,12 +236,16 @@ def _own_code_may_run(folder: Path, config: Mapping[str, Any], *, trust: bool) -
     """
     if "auto_map" not in config:
         return False
-    elsewhere = "--" in json.dumps(config["auto_map"])  # "repository--module.Class" is code of the Hub
-    if trust or (not elsewhere and all(_is_ours(path) for path in folder.glob("*.py"))):
+    from checkpoints.mappings.scmoe_names import AUTO_MAP
+
+    # A class may be named in a folder below, in another one, or on the Hub ("repository--module.Class"); and
+    # custom_generate/generate.py runs while a model is loaded, whoever's classes it has.
+    ours = config["auto_map"] == AUTO_MAP and all(_is_ours(path) for path in folder.glob("*.py"))
+    if trust or (ours and not os.path.lexists(folder / "custom_generate")):
         return True
     raise CheckpointError(
-        f"{folder} brings Python code of its own, which would run with your rights: {CONFIG} has auto_map; read its "
-        "*.py files, then add --trust-remote-code"
+        f"{folder} brings Python code of its own, which would run with your rights: {CONFIG} has auto_map; read what "
+        "it names, and custom_generate if there is one, then add --trust-remote-code"
     )
 
 
