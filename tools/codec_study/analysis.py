@@ -130,6 +130,7 @@ def _row(runs: Sequence[RunResult], model: str, arm: str) -> Row:
     def of_tokens(against: str) -> list[float]:
         return [] if arm in UNCOMPRESSED else percent_above(runs, model, arm, against, TOKENS_LOSS)
 
+    with_tokens = of_tokens(arm)
     return Row(
         model=model,
         arm=arm,
@@ -137,9 +138,9 @@ def _row(runs: Sequence[RunResult], model: str, arm: str) -> Row:
         loss=of(LOSS),
         to_none=spread(percent_above(runs, model, arm, NONE)),
         to_control=spread(percent_above(runs, model, arm, CONTROL)),
-        with_tokens=spread(of_tokens(arm)),
+        with_tokens=spread(with_tokens),
         with_tokens_to_none=spread(of_tokens(NONE)),
-        seeds_with_tokens=len(of_tokens(arm)),
+        seeds_with_tokens=len(with_tokens),
         rate=of("final_rate"),
         residual=of("final_residual"),
         seconds=of("seconds_per_step"),

@@ -187,7 +187,6 @@ def find_tokenizer(named: str | None, folder: Path, saved: Namespace | None) -> 
 
 
 def _open_tokenizer(path: Path, *, by_megatron: bool = False) -> Tokenizer:
-    """Args: by_megatron: whether Megatron has trained with it, whose documents end with the tokenizer's EOS."""
     if path.is_dir() and any((path / name).exists() for name in ("tokenizer.json", "vocab.json")):
         return _hugging_face(path, by_megatron=by_megatron)
     model = path / "tokenizer.model" if path.is_dir() else path
@@ -217,8 +216,9 @@ def _hugging_face(path: Path, *, by_megatron: bool) -> Tokenizer:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
         message = f"{shown(path)}: transformers cannot load its tokenizer ({shown(reason)}); name another"
         raise UserError(message) from error
-    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    separator = next((one for one in (reversed(ends) if by_megatron else ends) if one is not None), None)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    first, second = (eos, bos) if by_megatron else (bos, eos)  # Megatron ends documents with EOS, and knows no BOS
+    separator = second if first is None else first
 
     def encode(text: str) -> list[int]:
         encoded: Mapping[str, Any] = tokenizer(text, add_special_tokens=False)

@@ -26,8 +26,6 @@ _LAYERS = ("num_hidden_layers", "num_layers", "n_layer")  # in config.json of on
 USUAL_LENGTH = 2048
 """Tokens of a window where a checkpoint does not say on how many it was trained."""
 
-_OUR_CODE = Path(__file__).resolve().parents[1] / "mappings/hf_scmoe"
-
 
 class Scores(NamedTuple):
     """What a model makes of one micro-batch, on the CPU.
@@ -236,11 +234,11 @@ def _own_code_may_run(folder: Path, config: Mapping[str, Any], *, trust: bool) -
     """
     if "auto_map" not in config:
         return False
-    from checkpoints.mappings.scmoe_names import AUTO_MAP
+    from checkpoints.mappings.scmoe_names import AUTO_MAP, CODE
 
     # A class may be named in a folder below, in another one, or on the Hub ("repository--module.Class"); and
     # custom_generate/generate.py runs while a model is loaded, whoever's classes it has.
-    ours = config["auto_map"] == AUTO_MAP and all(_is_ours(path) for path in folder.glob("*.py"))
+    ours = config["auto_map"] == AUTO_MAP and all(_is_copy(path, CODE / path.name) for path in folder.glob("*.py"))
     if trust or (ours and not os.path.lexists(folder / "custom_generate")):
         return True
     raise CheckpointError(
@@ -249,6 +247,5 @@ def _own_code_may_run(folder: Path, config: Mapping[str, Any], *, trust: bool) -
     )
 
 
-def _is_ours(path: Path) -> bool:
-    ours = _OUR_CODE / path.name
-    return not path.is_symlink() and ours.is_file() and ours.read_bytes() == path.read_bytes()
+def _is_copy(path: Path, original: Path) -> bool:
+    return not path.is_symlink() and original.is_file() and original.read_bytes() == path.read_bytes()
