@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 
 # What the layout matrix depends on, and with which contents of it test-full has passed.
-MATRIX := $(sort $(wildcard megatron_scmoe/*.py)) pretrain_gpt_scmoe.py requirements.txt
+MATRIX := $(sort $(shell find megatron_scmoe -name "*.py")) pretrain_gpt_scmoe.py requirements.txt
 MATRIX += $(addprefix tests/,conftest.py models.py ranks.py reference.py test_adaptive.py test_arguments.py)
 MATRIX += $(addprefix tests/,test_costs.py test_layouts.py training.py)
 PASSED := tests/layouts-passed.sha256

@@ -5,7 +5,7 @@
 
 Megatron's flags work, but those of docs/refused.md: its own ``pretrain`` runs. Only what its wheel lacks is
 here: the hooks that fetch a batch, run a forward step, reduce the loss and build the datasets. Without an accelerator
-the same trainer runs on gloo ranks (``megatron_scmoe/cpu_backend.py``).
+the same trainer runs on gloo ranks (``megatron_scmoe/cpu/backend.py``).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
 if torch.cuda.is_available():
-    from megatron_scmoe import wheel
+    from megatron_scmoe.mcore import wheel
 
     wheel.mend()
 else:
     # Before any import of Megatron, which decides at import time what it finds.
-    from megatron_scmoe import cpu_backend
+    from megatron_scmoe.cpu import backend as cpu_backend
 
     cpu_backend.install()
 

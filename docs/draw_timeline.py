@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Draw docs/timeline.svg: one group's forward with and without overlap, laid out from its plan.
 
-The order of the steps is that of ``megatron_scmoe.plan``, which the layer runs. The lengths are an illustration, not a
-measurement: attention, MLP and shared expert one unit each, an all-to-all 1.3 units, the experts 0.7.
+The order of the steps is that of ``megatron_scmoe.overlap.plan``, which the layer runs. The lengths are an
+illustration, not a measurement: attention, MLP and shared expert one unit each, an all-to-all 1.3, the experts 0.7.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from megatron_scmoe.plan import (
+from megatron_scmoe.overlap.plan import (
     EXPERTS,
     FINISH_COMBINE,
     FINISH_DISPATCH,

@@ -2,7 +2,7 @@
 
 Reading order: ``layer.py`` (how one group runs), ``exchange.py`` (the two halves of a collective), ``dispatch.py``
 (tokens on their way to the experts and back), ``config.py`` (what a user can set), ``specs.py`` and ``model.py`` (how
-Core's model gets our layers), ``mcore.py`` (the seam to Core).
+Core's model gets our layers), ``mcore/`` (the seam to Core).
 """
 
 __version__ = "0.1.0"

@@ -22,7 +22,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 
-from megatron_scmoe import corpus, mcore, refusals, resume
+from megatron_scmoe import corpus, refusals, resume
 from megatron_scmoe.config import (
     ARCHITECTURE_FIELDS,
     CODEC_FIELDS,
@@ -33,6 +33,7 @@ from megatron_scmoe.config import (
     ScMoEConfig,
     Shortcut,
 )
+from megatron_scmoe.mcore import checkpoints, version
 from megatron_scmoe.report import ONE_QUEUE
 
 EXIT_REFUSED = 2
@@ -89,7 +90,7 @@ class _FlagFactory(ArgumentGroupFactory):
 
 def add_scmoe_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add our flags to Megatron's parser, and let it show its help."""
-    mcore.mend_help(parser)
+    version.mend_help(parser)
     _FlagFactory(ScMoEConfig).build_group(parser, title="shortcut-connected MoE (megatron_scmoe)")
     return parser
 
@@ -119,7 +120,7 @@ def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig]:
     """
     args = parse_args(add_scmoe_arguments)
     try:
-        mcore.check_core_version()
+        version.check_core_version()
         refusals.check_hooks(args)
         if args.use_checkpoint_args:
             _restore_args(args)
@@ -179,7 +180,7 @@ def _restore_args(args: Namespace) -> None:
     if args.load is None:
         raise ConfigError("--use-checkpoint-args reads the arguments of a checkpoint: --load is None; add --load DIR")
     load_args_from_checkpoint(args)
-    saved = mcore.saved_args(args)
+    saved = checkpoints.saved_args(args)
     if saved is None:
         return
     for name in dict.fromkeys((*CORE_FORGETS, *ARCHITECTURE_FIELDS, *CODEC_FIELDS, *OF_CONVERSION)):

@@ -24,13 +24,13 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_scmoe import mcore
 from megatron_scmoe.compensation import ResidualMap
 from megatron_scmoe.config import Codec, Compensation, Evaluation, HashKind, Refinement, ScMoEConfig
 from megatron_scmoe.exchange import Tag
 from megatron_scmoe.lloyd import refined
 from megatron_scmoe.lsh import Hasher, cluster, means, owners, restore
-from megatron_scmoe.plan import DECODE, ENCODE
+from megatron_scmoe.mcore import token_dispatcher
+from megatron_scmoe.overlap.plan import DECODE, ENCODE
 from megatron_scmoe.rate import RateControl
 
 
@@ -86,8 +86,8 @@ class Tokens:
         self.dispatchers = []
         for _, part_map, _ in self._parts:
             # Padding filled every expert's capacity before tokens were cut into chunks, of which none has that many.
-            dispatcher = mcore.dispatcher_for_one_flight(moe, keeps_capacity=chunks == 1)
-            mcore.exchange_counts(dispatcher, part_map, travels_topk=travels_topk)
+            dispatcher = token_dispatcher.dispatcher_for_one_flight(moe, keeps_capacity=chunks == 1)
+            token_dispatcher.exchange_counts(dispatcher, part_map, travels_topk=travels_topk)
             self.dispatchers.append(dispatcher)
 
     def pack(self, chunk: int) -> tuple[Tensor, ...]:
@@ -144,10 +144,10 @@ class Centroids:
         self._tag = tag
         self._compensation, self._residual_map = compensation, residual_map
         self._hasher, self._refinement = hasher, refinement
-        self._home = mcore.dispatcher_for_one_flight(moe, keeps_capacity=False)
+        self._home = token_dispatcher.dispatcher_for_one_flight(moe, keeps_capacity=False)
         if moe.config.moe_pad_expert_input_to_capacity:  # what fills an expert up is no choice of a token's
             routing_map = routing_map & (probs > 0)
-        rows, self._weights = mcore.rows_by_expert(
+        rows, self._weights = token_dispatcher.rows_by_expert(
             self._home, hidden_states, routing_map, probs, travels_topk=travels_topk
         )
         self._rows: Tensor | None = rows
@@ -164,10 +164,10 @@ class Centroids:
         self._residual: tuple[Tensor, Tensor] | None = None
         self.dispatchers = []
         for rows_per_expert in self._clusters.per_expert:
-            dispatcher = mcore.dispatcher_for_one_flight(moe, keeps_capacity=False)
+            dispatcher = token_dispatcher.dispatcher_for_one_flight(moe, keeps_capacity=False)
             # Bad tokens are announced as negative counts: the hosts learn of them where they wait anyway.
-            announced = torch.where(finite, rows_per_expert, mcore.BAD_ROWS)
-            mcore.exchange_row_counts(dispatcher, announced, probs)
+            announced = torch.where(finite, rows_per_expert, token_dispatcher.BAD_ROWS)
+            token_dispatcher.exchange_row_counts(dispatcher, announced, probs)
             self.dispatchers.append(dispatcher)
 
     def pack(self, chunk: int) -> tuple[Tensor, ...]:
@@ -177,7 +177,7 @@ class Centroids:
             ValueError: for tokens with NaN or infinity, on every rank of the expert-parallel group and of the
                 expert-tensor-parallel one.
         """
-        if ranks := mcore.ranks_with_bad_rows(self.dispatchers[chunk]):
+        if ranks := token_dispatcher.ranks_with_bad_rows(self.dispatchers[chunk]):
             raise ValueError(
                 f"group {self._tag.marker.group}: tokens with NaN or infinity cannot be hashed; rank(s) "
                 f"{', '.join(ranks)} have some: the training has diverged; lower --lr, or load an earlier "
@@ -189,7 +189,7 @@ class Centroids:
         return (self._parts.pop(chunk),)
 
     def _find_centroids(self, rows: Tensor) -> None:
-        rows_of_chunks = [mcore.num_rows_to_send(dispatcher) for dispatcher in self.dispatchers]
+        rows_of_chunks = [token_dispatcher.num_rows_to_send(dispatcher) for dispatcher in self.dispatchers]
         if self._refinement is Refinement.LLOYD:
             sketches = self._hasher.sketches(rows)
             self._clusters = refined(self._clusters, sketches, self._rows_per_expert, sum(rows_of_chunks))

@@ -11,11 +11,11 @@ from __future__ import annotations
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
-from megatron_scmoe import mcore
 from megatron_scmoe.codec import Cargo, CargoMaker
 from megatron_scmoe.exchange import Exchange, ExchangeOrderError, Rows, Tag
-from megatron_scmoe.observe import Marker
-from megatron_scmoe.plan import DECODE, ENCODE, EXPERTS, Plan
+from megatron_scmoe.mcore import token_dispatcher
+from megatron_scmoe.overlap.observe import Marker
+from megatron_scmoe.overlap.plan import DECODE, ENCODE, EXPERTS, Plan
 
 
 class Flight:
@@ -42,7 +42,7 @@ class Flight:
         self._begin(ENCODE)
         packed = self._cargo.pack(self._tag.chunk)
         self._tag.marker.in_backward(self._tag.prefix + ENCODE, packed[0], self._tag.chunk)
-        send_rows, receive_rows = mcore.split_rows(self._dispatcher)
+        send_rows, receive_rows = token_dispatcher.split_rows(self._dispatcher)
         self._start("dispatch", packed, send_rows, receive_rows)
 
     def run_experts(self) -> None:
@@ -54,7 +54,7 @@ class Flight:
         assert bias is None  # refused: experts with a bias of their own
         output = self._dispatcher.combine_preprocess(output)
         self._tag.marker.in_backward(self._tag.prefix + EXPERTS, output, self._tag.chunk)
-        receive_rows, send_rows = mcore.split_rows(self._dispatcher)
+        receive_rows, send_rows = token_dispatcher.split_rows(self._dispatcher)
         self._start("combine", (output,), send_rows, receive_rows)
 
     def finish_combine(self) -> Tensor:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_scmoe.observe import Marker
+from megatron_scmoe.overlap.observe import Marker
 
 
 class ExchangeOrderError(RuntimeError):

@@ -26,13 +26,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_scmoe import mcore
 from megatron_scmoe.codec import CargoMaker, residual_map_of
 from megatron_scmoe.config import Combine, ScMoEConfig, Shortcut
 from megatron_scmoe.dispatch import Flights
 from megatron_scmoe.gating import CoefficientGate
-from megatron_scmoe.observe import BEGIN, END, Marker
-from megatron_scmoe.plan import ATTENTION, CURRENT, MLP, ROUTE, SHARED_EXPERT, TAIL, GroupShape, Plan
+from megatron_scmoe.mcore import blocks
+from megatron_scmoe.overlap.observe import BEGIN, END, Marker
+from megatron_scmoe.overlap.plan import ATTENTION, CURRENT, MLP, ROUTE, SHARED_EXPERT, TAIL, GroupShape, Plan
 from megatron_scmoe.router import Routing, ZeroRouting
 
 
@@ -42,13 +42,13 @@ class DenseOp:
 
     name: str
     norm: Callable[[Tensor], Tensor]
-    run: Callable[[Tensor, Tensor, mcore.AttentionInputs], Tensor]
+    run: Callable[[Tensor, Tensor, blocks.AttentionInputs], Tensor]
 
 
 def _block_ops(block: TransformerLayer) -> list[DenseOp]:
     return [
-        DenseOp(ATTENTION, partial(mcore.attention_norm, block), partial(mcore.attention_residual, block)),
-        DenseOp(MLP, partial(mcore.mlp_norm, block), partial(mcore.mlp_residual, block)),
+        DenseOp(ATTENTION, partial(blocks.attention_norm, block), partial(blocks.attention_residual, block)),
+        DenseOp(MLP, partial(blocks.mlp_norm, block), partial(blocks.mlp_residual, block)),
     ]
 
 
@@ -85,7 +85,7 @@ class GroupBlock(TransformerLayer):
         self._dense_ops: tuple[DenseOp, ...] = ()
         self._moe_holder = (self.mlp,)  # in a tuple, so that a borrowed MoE stays its owner's alone
         if isinstance(self.mlp, MoELayer):
-            mcore.let_experts_run_repeatedly(self.mlp)
+            blocks.let_experts_run_repeatedly(self.mlp)
 
     @property
     def moe(self) -> MoELayer:
@@ -106,7 +106,7 @@ class GroupBlock(TransformerLayer):
             self._moe_holder = preceding._moe_holder
         ops = [op for block in (*leading, self) for op in _block_ops(block)]
         # In the MoE's own block the shared expert stands where the dense MLP would; its residual is added at the end.
-        shared_expert = DenseOp(SHARED_EXPERT, ops[-1].norm, partial(mcore.shared_expert, self))
+        shared_expert = DenseOp(SHARED_EXPERT, ops[-1].norm, partial(blocks.shared_expert, self))
         self._dense_ops = (*ops[:-1], shared_expert)[: self.scmoe.num_dense_ops]
 
     @property
@@ -132,8 +132,8 @@ class GroupBlock(TransformerLayer):
             raise ValueError(
                 "packed sequences do not reach the routers of a group: call the model without packed_seq_params"
             )
-        inputs = mcore.AttentionInputs(**attention_inputs)
-        padding_mask = mcore.sequence_first(padding_mask)
+        inputs = blocks.AttentionInputs(**attention_inputs)
+        padding_mask = blocks.sequence_first(padding_mask)
         plan, tap = self.plan if self.training else self.forward_plan, self.shape.tap
         begin, begin_backward = self._marker.now, self._marker.in_backward
         begin(BEGIN)
@@ -161,7 +161,7 @@ class GroupBlock(TransformerLayer):
             flights.run_experts(slot=self.shape.num_slots)
             routed = self._combine(normed, hidden_states, flights.finish_combine())
         begin(TAIL)
-        output = mcore.add_mlp_output(self, residual, (routed, None))
+        output = blocks.add_mlp_output(self, residual, (routed, None))
         begin_backward(TAIL, output)
         begin(END)
         return output, context
@@ -193,7 +193,7 @@ class GroupBlock(TransformerLayer):
     ) -> Tensor:
         """End of a DGMoE group: the current layer's tokens fly as well; the sum of both flights' outputs."""
         self._marker.now(CURRENT + ROUTE)
-        normed = mcore.mlp_norm(self, residual)
+        normed = blocks.mlp_norm(self, residual)
         current_routing = self.moe.router(normed, padding_mask, preceding=routing)
         current = self._take_off(normed, current_routing, plan, CURRENT)
         preceding.run_experts(slot=self.shape.num_slots)

@@ -12,9 +12,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from megatron_scmoe import mcore
 from megatron_scmoe.config import Router, ScMoEConfig
 from megatron_scmoe.layer import GroupBlock
+from megatron_scmoe.mcore import blocks
 from megatron_scmoe.specs import pipelined_block_spec, shortcut_block_spec
 
 
@@ -46,7 +46,7 @@ class ScMoEGPTModelBuilder(GPTModelBuilder):
         scmoe = self._model_config.scmoe
         _link_groups(model, scmoe.moe_every)
         if scmoe.router is Router.LONGCAT:
-            mcore.let_expert_biases_move(model)
+            blocks.let_expert_biases_move(model)
         return model
 
 

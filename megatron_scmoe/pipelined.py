@@ -12,12 +12,12 @@ from typing import Any
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
-from megatron_scmoe import mcore
 from megatron_scmoe.codec import CargoMaker, residual_map_of
 from megatron_scmoe.config import Overlap, ScMoEConfig
 from megatron_scmoe.dispatch import Flights
-from megatron_scmoe.observe import BEGIN, END, Marker
-from megatron_scmoe.plan import ROUTE, SHARED_EXPERT, TAIL, GroupShape, Plan
+from megatron_scmoe.mcore import blocks
+from megatron_scmoe.overlap.observe import BEGIN, END, Marker
+from megatron_scmoe.overlap.plan import ROUTE, SHARED_EXPERT, TAIL, GroupShape, Plan
 
 
 class PipelinedMoELayer(MoELayer):
@@ -35,7 +35,7 @@ class PipelinedMoELayer(MoELayer):
         slots = (self.shape.num_slots,) * chunks
         self.plan = self.forward_plan = Plan(slots, blocking=scmoe.overlap is Overlap.OFF)
         self.scmoe = scmoe
-        mcore.let_experts_run_repeatedly(self)
+        blocks.let_experts_run_repeatedly(self)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Core calls it once, behind the constructor."""
@@ -57,7 +57,7 @@ class PipelinedMoELayer(MoELayer):
         marker.in_backward(END, hidden_states)
         plan = self.plan if self.training else self.forward_plan
         marker.now(ROUTE)
-        probs, routing_map = self.route(hidden_states, mcore.sequence_first(padding_mask))
+        probs, routing_map = self.route(hidden_states, blocks.sequence_first(padding_mask))
         marker.in_backward(ROUTE, probs)
         marker.load(probs, routing_map, self.router.topk)
         flights = Flights(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_scmoe import mcore
 from megatron_scmoe.config import (
     Combine,
     Compensation,
@@ -22,6 +21,7 @@ from megatron_scmoe.config import (
     ScMoEConfig,
     Shortcut,
 )
+from megatron_scmoe.mcore import stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,7 +417,7 @@ def check_pipeline(scmoe: ScMoEConfig, config: TransformerConfig) -> None:
     num_virtual = config.virtual_pipeline_model_parallel_size
     for pp_rank in range(config.pipeline_model_parallel_size):
         for vp_stage in range(num_virtual) if num_virtual else (None,):
-            blocks = mcore.blocks_of_stage(config, vp_stage, pp_rank)
+            blocks = stages.blocks_of_stage(config, vp_stage, pp_rank)
             unit = scmoe.moe_every * scmoe.moe_share_groups
             if len(blocks) != unit * len({block // unit for block in blocks}):
                 virtual = "" if vp_stage is None else f", virtual stage {vp_stage},"

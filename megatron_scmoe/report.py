@@ -19,10 +19,10 @@ from typing import TextIO
 
 import torch
 
-from megatron_scmoe.costs import GroupPass
-from megatron_scmoe.observe import Compression, Load, Recording
-from megatron_scmoe.plan import Plan
-from megatron_scmoe.spans import communication_s, exposed_s, hidden_share
+from megatron_scmoe.overlap.costs import GroupPass
+from megatron_scmoe.overlap.observe import Compression, Load, Recording
+from megatron_scmoe.overlap.plan import Plan
+from megatron_scmoe.overlap.spans import communication_s, exposed_s, hidden_share
 
 MARGIN = 0.10
 """The measured hidden share may be this far below the predicted one before a warning says so."""

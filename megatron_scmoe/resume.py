@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron.training.utils import print_rank_0
 from torch import nn
 
-from megatron_scmoe import mcore
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, ConfigError, Resume, ScMoEConfig
+from megatron_scmoe.mcore import checkpoints, version
 
 _LAYOUT_FLAGS = (
     "tensor_model_parallel_size",
@@ -37,7 +37,7 @@ def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace]
     """
     if args.use_distributed_optimizer and not args.dist_ckpt_optim_fully_reshardable:
         _check_position_wise_optimizer(args)
-    saved = mcore.saved_args(args) if args.load else None
+    saved = checkpoints.saved_args(args) if args.load else None
     if saved is None:
         return None
     trained = read_config(saved)
@@ -67,8 +67,8 @@ def check_buckets(args: Namespace, model_chunks: list[nn.Module]) -> list[nn.Mod
     """
     if not _saves_moments_by_parameter(args):
         return model_chunks
-    found: list[list[mcore.PaddedBucket]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, [bucket for chunk in model_chunks for bucket in mcore.padded_buckets(chunk)])
+    found: list[list[checkpoints.PaddedBucket]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, [bucket for chunk in model_chunks for bucket in checkpoints.padded_buckets(chunk)])
     buckets = [(rank, bucket) for rank, of_rank in enumerate(found) for bucket in of_rank]
     if buckets:
         rank, first = buckets[0]
@@ -86,7 +86,7 @@ def _saves_moments_by_parameter(args: Namespace) -> bool:
     return bool(args.save and args.ckpt_format == "torch_dist") or args.ckpt_convert_format == "torch_dist"
 
 
-def _bucket_fix(args: Namespace, buckets: list[mcore.PaddedBucket]) -> str:
+def _bucket_fix(args: Namespace, buckets: list[checkpoints.PaddedBucket]) -> str:
     changes = []
     sizes = [bucket.bucket_size for bucket in buckets if bucket.bucket_size is not None]
     if sizes:
@@ -140,7 +140,7 @@ def _check_position_wise_optimizer(args: Namespace) -> None:
 
 
 def _loses_position_wise_moments(args: Namespace) -> bool:
-    return not (args.bf16 or args.fp16) and mcore.uses_torch_optimizers()
+    return not (args.bf16 or args.fp16) and version.uses_torch_optimizers()
 
 
 def _check_places(args: Namespace, scmoe: ScMoEConfig, trained: ScMoEConfig) -> None:

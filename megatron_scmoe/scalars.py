@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch.distributed as dist
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
-from megatron_scmoe import mcore
 from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.mcore import stages
 
 
 class Scalars:
@@ -27,7 +27,7 @@ class Scalars:
     def __init__(self, args: Namespace, scmoe: ScMoEConfig) -> None:
         # By what all ranks are sure to agree on: only the last one reads where Megatron writes to.
         several = args.pipeline_model_parallel_size > 1 and scmoe.compresses
-        self._mail = mcore.StageMail("megatron_scmoe/scalars") if several else None
+        self._mail = stages.StageMail("megatron_scmoe/scalars") if several else None
 
     def add(self, iteration: int, of_stage: Mapping[str, float], of_groups: Mapping[str, float]) -> None:
         """Every rank calls it, with the same figures on all ranks of a stage.
@@ -39,7 +39,7 @@ class Scalars:
         """
         _write(iteration, {**of_stage, **of_groups})
         # The last rank of a stage is in one pipeline with the last one of all, which cannot be ahead of it.
-        if self._mail is not None and of_groups and mcore.is_last_of_stage() and not _has_writers():
+        if self._mail is not None and of_groups and stages.is_last_of_stage() and not _has_writers():
             self._mail.send(json.dumps({"iteration": iteration, "scalars": of_groups}))
         self._write_received()
 

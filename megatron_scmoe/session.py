@@ -18,11 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_scmoe import mcore, observe
-from megatron_scmoe.adaptive import Decision, Phase, Plans, Tuner, chunk_counts, from_saved_form, saved_form
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, Overlap, ScMoEConfig
-from megatron_scmoe.costs import GroupPass, passes_of
 from megatron_scmoe.layer import GroupBlock
+from megatron_scmoe.mcore import stages
+from megatron_scmoe.overlap import observe
+from megatron_scmoe.overlap.adaptive import Decision, Phase, Plans, Tuner, chunk_counts, from_saved_form, saved_form
+from megatron_scmoe.overlap.costs import GroupPass, passes_of
 from megatron_scmoe.pipelined import PipelinedMoELayer
 from megatron_scmoe.rate import adjust_rates
 from megatron_scmoe.report import GroupRow, ReportFile, Summary, codec_scalars, rows_of, summarize, warning
@@ -52,7 +53,7 @@ class OverlapSession:
         self._iteration: int | None = None
         self._file: ReportFile | None = None
         self._scalars: Scalars | None = None  # it and the mail need the process group's store
-        self._mail: mcore.StageMail | None = None
+        self._mail: stages.StageMail | None = None
 
     def close(self) -> None:
         """Report what the last step measured; every rank calls it when training, and W&B's run, are over."""
@@ -79,10 +80,10 @@ class OverlapSession:
         if ended is None:
             self._scalars = Scalars(self._args, self._scmoe)
             if self._scmoe.overlap is Overlap.ADAPTIVE or self._scmoe.lsh_target_rate:
-                self._mail = mcore.StageMail("megatron_scmoe/to_save")
+                self._mail = stages.StageMail("megatron_scmoe/to_save")
             if self._scmoe.overlap is Overlap.ADAPTIVE:
-                self._conditions = conditions(self._args, mcore.stage_group())
-                self._keep_what_all_have(mcore.stage_group())
+                self._conditions = conditions(self._args, stages.stage_group())
+                self._keep_what_all_have(stages.stage_group())
             if self._scmoe.overlap_report:
                 self._file = ReportFile(Path(self._scmoe.overlap_report), dist.get_rank())
         elif ended != self._iteration:
@@ -113,7 +114,7 @@ class OverlapSession:
         """
         if len(set(_digests(self._kept, stage))) > 1:
             self._kept, self._saved = {}, {}
-            if mcore.is_stage_root():
+            if stages.is_stage_root():
                 print(" > overlap: ranks found plans of different checkpoints: measuring anew", flush=True)
 
     def _saved_plans(self, group: Group) -> Plans | None:
@@ -159,7 +160,7 @@ class OverlapSession:
 
     def _new_tuner(self, iteration: int) -> Tuner:
         known = all(self._saved_plans(group) for group in self._groups.values())
-        if self._saved and not known and mcore.is_stage_root():
+        if self._saved and not known and stages.is_stage_root():
             changes = [self._changed(group) for index, group in self._groups.items() if index in self._saved]
             changed = next(filter(None, changes), "")
             why = f"were measured with {changed}" if changed else "do not fit --overlap-chunks or the groups"
@@ -179,7 +180,7 @@ class OverlapSession:
 
     def _agree(self, tuner: Tuner, iteration: int) -> None:
         """One rank of the stage decides from what all measured; all adopt it."""
-        stage = mcore.stage_group()
+        stage = stages.stage_group()
         evidence = _gathered(tuner.evidence(), stage)
         root = dist.get_process_group_ranks(stage)[0]
         message: list[Any] = [tuner.conclude(evidence) if dist.get_rank() == root else None]
@@ -188,7 +189,7 @@ class OverlapSession:
         tuner.adopt(decision)
         _check_equal(tuner.plans, stage)
         if dist.get_rank() == root:
-            stage_name = "" if self._args.pipeline_model_parallel_size == 1 else f" of stage {mcore.stage_rank()}"
+            stage_name = "" if self._args.pipeline_model_parallel_size == 1 else f" of stage {stages.stage_rank()}"
             print(f" > overlap{stage_name} from iteration {iteration + 1}: {decision.text}", flush=True)
             if tuner.phase is Phase.SETTLED:
                 beside = {"hidden_share": decision.hidden_share, "conditions": self._conditions}
@@ -201,8 +202,8 @@ class OverlapSession:
     def _adjust_rates(self, iteration: int) -> None:
         controls = {index: group.cargo_maker.rate_control for index, group in sorted(self._groups.items())}
         found = {index: control for index, control in controls.items() if control is not None}
-        adjust_rates(list(found.values()), mcore.stage_group())
-        if iteration % self._args.log_interval == 0 and mcore.is_stage_root():
+        adjust_rates(list(found.values()), stages.stage_group())
+        if iteration % self._args.log_interval == 0 and stages.is_stage_root():
             levels = {index: control.level.item() for index, control in found.items()}
             self._send({"lsh_levels": {str(index): level for index, level in levels.items()}})
             for index, level in levels.items():
@@ -233,7 +234,7 @@ class OverlapSession:
             self._file.write(iteration, rows, passes if logs else [])
         if not logs:
             return
-        rows_of_ranks = _gathered(rows, mcore.stage_group())
+        rows_of_ranks = _gathered(rows, stages.stage_group())
         summary = summarize(rows_of_ranks)
         codec = self._scmoe.compresses
         self._scalars.add(
@@ -241,7 +242,7 @@ class OverlapSession:
             {f"overlap/{name}": value for name, value in summary.scalars(codec=codec).items()},
             {f"codec/{name}": value for name, value in codec_scalars(rows_of_ranks).items()} if codec else {},
         )
-        if mcore.is_stage_root():
+        if stages.is_stage_root():
             measuring = " (sequential for once, to measure)" if self._tuner and self._tuner.sequential else ""
             print(
                 f" > overlap at iteration {iteration}: {summary.communication_ms:.1f} ms of communication, "

@@ -25,10 +25,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_scmoe import mcore
 from megatron_scmoe.attention import LatentCoreAttention, LatentSelfAttention, longcat_norm
 from megatron_scmoe.config import LatentScaling, Router, ScMoEConfig, Shortcut
 from megatron_scmoe.layer import GroupBlock, LeadingBlock
+from megatron_scmoe.mcore import stages
 from megatron_scmoe.norm import SequenceParallelNorm
 from megatron_scmoe.pipelined import PipelinedMoELayer
 from megatron_scmoe.router import DualGateRouter, LongcatRouter
@@ -45,7 +45,7 @@ def shortcut_block_spec(
         scmoe: the groups' settings.
     """
     block_spec = default_layer_spec(model_config, vp_stage)
-    blocks = mcore.blocks_of_stage(model_config.transformer, vp_stage)
+    blocks = stages.blocks_of_stage(model_config.transformer, vp_stage)
     fused = model_config.transformer.transformer_impl == "transformer_engine"
     layer_specs = [
         _shortcut_layer_spec(layer_spec, block, scmoe, unfuse_tap=fused)

@@ -122,7 +122,7 @@ def _prepare() -> None:
     """Do once what every job would do anew and takes seconds: imports, parsing, and what a save starts."""
     if _cuda_devices == 0:
         # Must precede the first import of Megatron, which expects a CUDA device.
-        importlib.import_module("megatron_scmoe.cpu_backend").install()
+        importlib.import_module("megatron_scmoe.cpu.backend").install()
     for name in _IMPORTED_EARLY:
         importlib.import_module(name)
     # Megatron reads help texts from the sources of its classes, and each parser parses whole files anew.

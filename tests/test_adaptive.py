@@ -23,7 +23,8 @@ from test_arguments import DGMOE
 from test_costs import simulated
 from training import SCMOE, with_flags
 
-from megatron_scmoe.adaptive import (
+from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, Overlap, ScMoEConfig, Shortcut
+from megatron_scmoe.overlap.adaptive import (
     CHECK_STEPS,
     MEASURE_STEPS,
     WARM_UP_STEPS,
@@ -35,11 +36,10 @@ from megatron_scmoe.adaptive import (
     from_saved_form,
     saved_form,
 )
-from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, Overlap, ScMoEConfig, Shortcut
-from megatron_scmoe.costs import GroupPass, mean_costs
-from megatron_scmoe.plan import GroupShape, Plan, even_plan, forward_order
+from megatron_scmoe.overlap.costs import GroupPass, mean_costs
+from megatron_scmoe.overlap.plan import GroupShape, Plan, even_plan, forward_order
+from megatron_scmoe.overlap.solver import GroupCosts, PassCosts, candidate_plans, predicted_hidden_share, predicted_s
 from megatron_scmoe.report import Summary
-from megatron_scmoe.solver import GroupCosts, PassCosts, candidate_plans, predicted_hidden_share, predicted_s
 
 EP2 = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 
@@ -324,9 +324,10 @@ def test_plans_are_saved_as_builtin_types_and_come_back():
 
 def continued(monkeypatch, now: dict[str, Any], settled_at: int = 5, **beside: Any) -> Any:
     """A session that continues from a checkpoint with ``beside`` beside its plans, under the conditions ``now``."""
-    from megatron_scmoe import mcore, session
+    from megatron_scmoe import session
+    from megatron_scmoe.mcore import stages
 
-    monkeypatch.setattr(mcore, "is_stage_root", lambda: True)
+    monkeypatch.setattr(stages, "is_stage_root", lambda: True)
     scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE, overlap=Overlap.ADAPTIVE)
     one = session.OverlapSession(Namespace(overlap_plans=saved_form(FIRST, iteration=settled_at, **beside)), scmoe)
     one._conditions = now
@@ -399,7 +400,8 @@ def test_conditions_are_what_a_checkpoint_gives_back(monkeypatch):
 
 
 def test_a_recording_ends_where_an_evaluation_begins():
-    from megatron_scmoe import observe, session
+    from megatron_scmoe import session
+    from megatron_scmoe.overlap import observe
 
     one = session.OverlapSession(Namespace(), ScMoEConfig(shortcut=Shortcut.SCMOE, overlap=Overlap.ADAPTIVE))
     one._recording = observe.start()
@@ -479,8 +481,9 @@ def train_and_look(flags: list[str], found: tuple[int, ...] = (), other_on_rank:
     import torch.distributed as dist
     from megatron.training import get_args
 
-    from megatron_scmoe import adaptive, session
-    from megatron_scmoe.solver import Solution
+    from megatron_scmoe import session
+    from megatron_scmoe.overlap import adaptive
+    from megatron_scmoe.overlap.solver import Solution
 
     if found:
         adaptive.solve = lambda *_, forward_only=False: Solution(Plan((1,) if forward_only else found), 1.0, 0.5)
@@ -623,7 +626,7 @@ def test_ranks_with_different_plans_stop(tmp_path):
 
 def both_modes(case: Case) -> list[list[str]]:
     """The recorded order in evaluation, in training, and in evaluation again."""
-    from megatron_scmoe import observe
+    from megatron_scmoe.overlap import observe
 
     model = models.build(case)
     group = model.decoder.layers[-1]

@@ -373,7 +373,7 @@ def test_moments_by_place_need_the_norms_that_were_fused(monkeypatch, implementa
         for one in (position, "pos2")
     )
     kept = argparse.Namespace(**{"use_distributed_optimizer": True} | saved)
-    monkeypatch.setattr(resume.mcore, "saved_args", lambda _args: kept)
+    monkeypatch.setattr(resume.checkpoints, "saved_args", lambda _args: kept)
     monkeypatch.setattr(resume, "print_rank_0", lambda _text: None)
     args = argparse.Namespace(transformer_impl=implementation, **flags | more)
     expected = pytest.raises(config.ConfigError, match="--shortcut-position is pos1 and the checkpoint in run has pos2")

@@ -282,7 +282,7 @@ def rows_alive_while_experts_run(case: Case) -> set[bool]:
     """Whether the rows that were clustered are in memory still."""
     from megatron_scmoe import codec
     from megatron_scmoe.dispatch import Flight
-    from megatron_scmoe.plan import EXPERTS
+    from megatron_scmoe.overlap.plan import EXPERTS
 
     clustered, alive = [], set()
     means, begin = codec.means, Flight._begin
@@ -409,7 +409,8 @@ def test_one_token_in_each_cluster_equals_no_codec_bit_for_bit(compensation, ref
 
 def step_with_counts(case: Case) -> dict[str, object]:
     """One step: bytes handed to the all-to-all, counted here, those reported, and what was recorded of clusters."""
-    from megatron_scmoe import codec, observe
+    from megatron_scmoe import codec
+    from megatron_scmoe.overlap import observe
 
     model = models.build(case)
     counted = {"collectives": 0, "bytes": 0}
@@ -555,7 +556,7 @@ def announced_bad(case: Case, bad: int = 1) -> list[str]:
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    from megatron_scmoe import mcore
+    from megatron_scmoe.mcore import token_dispatcher
 
     config = models.transformer_config(case)
     config.tensor_model_parallel_size = config.expert_tensor_parallel_size = 2
@@ -564,9 +565,9 @@ def announced_bad(case: Case, bad: int = 1) -> list[str]:
     count = 4 // groups.ep.size()
     here = range(groups.ep.rank() * count, (groups.ep.rank() + 1) * count)
     dispatcher = MoEAlltoAllTokenDispatcher(len(here), list(here), config, pg_collection=groups)
-    rows = torch.full((4,), mcore.BAD_ROWS if dist.get_rank() == bad else 3)
-    mcore.exchange_row_counts(dispatcher, rows, torch.ones(3, 4))
-    return mcore.ranks_with_bad_rows(dispatcher)
+    rows = torch.full((4,), token_dispatcher.BAD_ROWS if dist.get_rank() == bad else 3)
+    token_dispatcher.exchange_row_counts(dispatcher, rows, torch.ones(3, 4))
+    return token_dispatcher.ranks_with_bad_rows(dispatcher)
 
 
 # ---- through the entry script -----------------------------------------------------------------------------------
@@ -632,15 +633,16 @@ def steps_of_figures(flags: list[str]) -> list[int]:
 
     Whoever writes without having waited for another stage writes too little, or an earlier step behind a later one.
     """
-    from megatron_scmoe import mcore, scalars
+    from megatron_scmoe import scalars
+    from megatron_scmoe.mcore import stages
 
-    send, steps = mcore.StageMail.send, list[int]()
+    send, steps = stages.StageMail.send, list[int]()
 
-    def send_late(mail: mcore.StageMail, text: str) -> None:
+    def send_late(mail: stages.StageMail, text: str) -> None:
         time.sleep(0.5)
         send(mail, text)
 
-    mcore.StageMail.send = send_late
+    stages.StageMail.send = send_late
     scalars.get_wandb_writer = lambda: SimpleNamespace(run=object(), log=lambda _values, step: steps.append(step))
     train(flags)
     return steps

@@ -20,11 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import Case
 
-from megatron_scmoe.costs import GroupPass, costs_of, mean_costs, passes_of
-from megatron_scmoe.observe import BEGIN, END, Mark, Transfer
-from megatron_scmoe.plan import ATTENTION, CURRENT, TAIL, GroupShape, Plan
-from megatron_scmoe.solver import GroupCosts, PassCosts, schedule
-from megatron_scmoe.spans import Lane, Span, communication_s, exposed_s
+from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs, passes_of
+from megatron_scmoe.overlap.observe import BEGIN, END, Mark, Transfer
+from megatron_scmoe.overlap.plan import ATTENTION, CURRENT, TAIL, GroupShape, Plan
+from megatron_scmoe.overlap.solver import GroupCosts, PassCosts, schedule
+from megatron_scmoe.overlap.spans import Lane, Span, communication_s, exposed_s
 
 EP2 = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 
@@ -432,7 +432,7 @@ def timed_collectives(seconds: list[float]) -> Iterator[None]:
 
 def timed_step(case: Case, chunks: int) -> GroupCosts | None:
     """What a few steps under the sequential plan are measured to cost, when their ops take the times above."""
-    from megatron_scmoe import observe
+    from megatron_scmoe.overlap import observe
 
     model = models.build(case)
     group = model.decoder.layers[-1]
@@ -484,7 +484,7 @@ def test_known_times_are_measured(chunks):
 
 def hooks_of_a_step(case: Case, listen: bool) -> tuple[int, int, int]:
     """Tensor hooks that a step adds, what a recording of it heard, and listeners that are left."""
-    from megatron_scmoe import observe
+    from megatron_scmoe.overlap import observe
 
     model = models.build(case)
     hooks = 0
@@ -521,7 +521,8 @@ def test_a_transfer_begins_before_its_launch_and_its_end_is_noted(monkeypatch, o
     On a GPU nobody listens before the wait, 5 s later: with one CUDA queue, what is launched behind a listener would
     wait for the transfer. What arrives is held by nobody then.
     """
-    from megatron_scmoe import exchange, observe
+    from megatron_scmoe import exchange
+    from megatron_scmoe.overlap import observe
 
     now_s, works = 1.0, []
 
@@ -565,7 +566,7 @@ class Untouchable:
 
 
 def test_a_mark_without_a_listener_looks_at_nothing():
-    from megatron_scmoe import observe
+    from megatron_scmoe.overlap import observe
 
     marker, tensor = observe.Marker(0), Untouchable()
     marker.now("attention")

@@ -27,7 +27,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.append(str(_ROOT))
 
-from megatron_scmoe import cpu_backend, wheel  # noqa: E402
+from megatron_scmoe.cpu import backend as cpu_backend  # noqa: E402
+from megatron_scmoe.mcore import wheel  # noqa: E402
 
 _MODEL_FLAGS = (
     "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --ffn-hidden-size 32 --seq-length 8 "
@@ -132,7 +133,7 @@ def test_stock_trainer_resumes_exactly_with_few_interceptions(tmp_path: Path) ->
 
 _FAULTS = """
 import ctypes, resource, sys, torch
-from megatron_scmoe import cpu_backend
+from megatron_scmoe.cpu import backend as cpu_backend
 PR_SET_THP_DISABLE = 41  # of linux/prctl.h: with huge pages one fault brings 2 MiB
 ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 if sys.argv[1] == "kept":
@@ -188,7 +189,7 @@ def test_uninstall_and_failure_restore_every_attribute_by_identity(tmp_path: Pat
     code = """
 import os
 import torch
-from megatron_scmoe import cpu_backend
+from megatron_scmoe.cpu import backend as cpu_backend
 from test_cpu_backend import changed_names, replaced_attributes
 from megatron.core.fusions.fused_bias_dropout import bias_dropout_add_fused_train as compiled_before_install
 
@@ -224,7 +225,7 @@ def test_import_alone_changes_nothing(tmp_path: Path) -> None:
 import inspect, pkgutil, sys, torch
 names = ["torch." + name for name in ("compile", "zeros", "cuda.device_count", "cuda.Stream", "distributed.all_gather")]
 before = [pkgutil.resolve_name(name) for name in names]
-from megatron_scmoe import cpu_backend
+from megatron_scmoe.cpu import backend as cpu_backend
 assert all(value is pkgutil.resolve_name(name) for name, value in zip(names, before))
 assert "cuda" not in vars(torch.Tensor)
 assert not cpu_backend.is_installed()
@@ -266,7 +267,7 @@ def test_transformer_engine_on_the_path_is_hidden(tmp_path: Path) -> None:
     (package / "__init__.py").write_text("print('transformer_engine was imported')\n")
     assert "was imported" in _python("import transformer_engine", tmp_path)  # the trap works
     code = """
-from megatron_scmoe import cpu_backend
+from megatron_scmoe.cpu import backend as cpu_backend
 cpu_backend.install()
 import megatron.training.training
 from megatron.core.utils import get_te_version

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_scmoe.exchange import Exchange, ExchangeOrderError, Tag, _pack, _unpack
-from megatron_scmoe.observe import Marker
+from megatron_scmoe.overlap.observe import Marker
 
 
 def make_exchange(name: str = "test", *, blocking: bool = False) -> tuple[Exchange, torch.Tensor, torch.Tensor]:

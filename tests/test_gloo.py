@@ -8,7 +8,7 @@ import ranks
 import torch
 import torch.distributed as dist
 
-from megatron_scmoe import gloo
+from megatron_scmoe.cpu import gloo
 
 ROWS = {  # rows that each rank sends to each, one list for each rank
     "uneven": [[1, 2, 3], [0, 4, 1], [5, 0, 2]],

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from models import Case
 
-from megatron_scmoe.plan import (
+from megatron_scmoe.overlap.plan import (
     CURRENT,
     EXPERTS,
     FINISH_COMBINE,
@@ -158,7 +158,7 @@ def order_of(marks, *, backward: bool, dense: list[str]) -> list[Step]:
 
 
 def recorded_order(case: Case) -> tuple[list[Step], list[Step], list[str], int]:
-    from megatron_scmoe import observe
+    from megatron_scmoe.overlap import observe
 
     model = models.build(case)
     group = model.decoder.layers[case.moe_every - 1]
@@ -312,7 +312,7 @@ class SlowWork:
 
 def slow_step(case: Case) -> dict[str, object]:
     """One step in which every all-to-all and every dense op takes a known time, forward and backward."""
-    from megatron_scmoe import observe
+    from megatron_scmoe.overlap import observe
 
     model = models.build(case)
     group = model.decoder.layers[-1]

@@ -15,7 +15,7 @@ from models import BATCH_SIZE, SEQ_LENGTH, VOCAB_SIZE, Case
 from test_overlap import assert_close
 from training import STOCK, with_flags, without_flag
 
-from megatron_scmoe.plan import (
+from megatron_scmoe.overlap.plan import (
     EXPERTS,
     FINISH_COMBINE,
     FINISH_DISPATCH,
@@ -141,7 +141,7 @@ STEPS = {START_DISPATCH, FINISH_DISPATCH, EXPERTS, START_COMBINE, FINISH_COMBINE
 
 
 def orders(kind: str, chunks: int, trains: bool) -> tuple[list, list]:
-    from megatron_scmoe import observe
+    from megatron_scmoe.overlap import observe
 
     model = build(kind, chunks)
     model.train(trains)

@@ -26,7 +26,7 @@ from reference import (
 )
 from torch import Tensor
 
-from megatron_scmoe import cpu_backend
+from megatron_scmoe.cpu import backend as cpu_backend
 
 VOCAB_SIZE, SEQUENCE_LENGTH, BATCH_SIZE = 40, 16, 4
 TOLERANCE = 1e-5  # largest difference, as a share of the largest value of the tensor

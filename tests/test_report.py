@@ -17,11 +17,11 @@ import training
 from test_arguments import DGMOE
 from training import SCMOE, with_flags
 
-from megatron_scmoe.costs import GroupPass
-from megatron_scmoe.observe import Compression, Load, Recording
-from megatron_scmoe.plan import Plan
+from megatron_scmoe.overlap.costs import GroupPass
+from megatron_scmoe.overlap.observe import Compression, Load, Recording
+from megatron_scmoe.overlap.plan import Plan
+from megatron_scmoe.overlap.spans import Lane, Span
 from megatron_scmoe.report import GroupRow, ReportFile, Summary, codec_scalars, rows_of, summarize, warning
-from megatron_scmoe.spans import Lane, Span
 
 # ---- by hand ----------------------------------------------------------------------------------------------------
 

@@ -422,7 +422,7 @@ def test_every_end_of_every_link_has_the_rate():
 LATE = """
 sys.path.insert(0, {root!r})
 import torch, torch.distributed as dist
-from megatron_scmoe import gloo
+from megatron_scmoe.cpu import gloo
 own = dist.all_to_all_single
 dist.init_process_group("gloo")
 tensor, result = torch.ones(1 << 17), torch.zeros(1 << 17)  # 256 KiB for the other rank

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_scmoe.plan import CURRENT, Plan, Step, backward_order, forward_order
-from megatron_scmoe.solver import (
+from megatron_scmoe.overlap.plan import CURRENT, Plan, Step, backward_order, forward_order
+from megatron_scmoe.overlap.solver import (
     GroupCosts,
     GroupShape,
     PassCosts,
@@ -27,7 +27,7 @@ from megatron_scmoe.solver import (
     schedule,
     solve,
 )
-from megatron_scmoe.spans import Lane
+from megatron_scmoe.overlap.spans import Lane
 
 FLIGHT_OPS = ("encode", "dispatch", "experts", "combine", "decode")
 OTHER_OPS = ("route", "tail")

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_scmoe.spans import Lane, Span, communication_s, exposed_s, hidden_share, intersection, length, union
+from megatron_scmoe.overlap.spans import (
+    Lane,
+    Span,
+    communication_s,
+    exposed_s,
+    hidden_share,
+    intersection,
+    length,
+    union,
+)
 
 GRID = 24
 

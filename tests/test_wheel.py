@@ -11,7 +11,7 @@ MEND = """
 from megatron.core import optimizer
 from megatron.core.datasets import utils
 from megatron.core.optimizer import distrib_optimizer
-from megatron_scmoe import wheel
+from megatron_scmoe.mcore import wheel
 
 for _ in range(2):
     try:

@@ -22,8 +22,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, so that an in
 import atomic
 from command_line import Parser
 
-from megatron_scmoe.plan import CURRENT, DECODE, ENCODE, EXPERTS, ROUTE, TAIL
-from megatron_scmoe.spans import Lane
+from megatron_scmoe.overlap.plan import CURRENT, DECODE, ENCODE, EXPERTS, ROUTE, TAIL
+from megatron_scmoe.overlap.spans import Lane
 
 EPILOG = """\
 where the report comes from:

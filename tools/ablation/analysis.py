@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megatron_scmoe.spans import hidden_share
+from megatron_scmoe.overlap.spans import hidden_share
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95

@@ -9,11 +9,11 @@ from typing import Any
 from ablation.arms import Arm
 from ablation.bench import KINDS, Bench, gathered
 from ablation.link import Link
-from megatron_scmoe.adaptive import Plans
-from megatron_scmoe.costs import passes_of
-from megatron_scmoe.plan import Plan
-from megatron_scmoe.solver import limit_s, predicted_s, solve
-from megatron_scmoe.spans import communication_s, exposed_s
+from megatron_scmoe.overlap.adaptive import Plans
+from megatron_scmoe.overlap.costs import passes_of
+from megatron_scmoe.overlap.plan import Plan
+from megatron_scmoe.overlap.solver import limit_s, predicted_s, solve
+from megatron_scmoe.overlap.spans import communication_s, exposed_s
 
 CHUNKS = (1, 2, 4)
 RECORDED_STEPS = 5

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 if not torch.cuda.is_available():
     # Before any import of Megatron, which decides at import time what it finds.
-    from megatron_scmoe import cpu_backend
+    from megatron_scmoe.cpu import backend as cpu_backend
 
     cpu_backend.install()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from codec_study.cost import Cost
-from megatron_scmoe import cpu_backend
+from megatron_scmoe.cpu import backend as cpu_backend
 from megatron_scmoe.lloyd import refined
 from megatron_scmoe.lsh import Clusters, Hasher, cluster, means, restore
 

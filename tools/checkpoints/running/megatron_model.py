@@ -18,7 +18,7 @@ from torch import Tensor
 
 if not torch.cuda.is_available():
     # Before any import of Megatron, which decides at import time what it finds.
-    from megatron_scmoe import cpu_backend
+    from megatron_scmoe.cpu import backend as cpu_backend
 
     cpu_backend.install()
 

@@ -168,7 +168,7 @@ class HFModel:
         Raises:
             CheckpointError: where weights are missing or do not fit, or code is not trusted.
         """
-        stand_ins = sys.modules.get("megatron_scmoe.cpu_backend")
+        stand_ins = sys.modules.get("megatron_scmoe.cpu.backend")
         if stand_ins is not None and stand_ins.is_installed():
             raise CheckpointError("transformers goes wrong where CUDA is replaced for Megatron; use another process")
         source = HFFolder(folder)

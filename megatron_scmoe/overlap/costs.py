@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from statistics import fmean, median
 
-from megatron_scmoe.observe import BEGIN, END, Mark, Recording, Transfer
-from megatron_scmoe.plan import (
+from megatron_scmoe.overlap.observe import BEGIN, END, Mark, Recording, Transfer
+from megatron_scmoe.overlap.plan import (
     CURRENT,
     DECODE,
     ENCODE,
@@ -26,8 +26,8 @@ from megatron_scmoe.plan import (
     TAIL,
     GroupShape,
 )
-from megatron_scmoe.solver import GroupCosts, PassCosts
-from megatron_scmoe.spans import Lane, Span
+from megatron_scmoe.overlap.solver import GroupCosts, PassCosts
+from megatron_scmoe.overlap.spans import Lane, Span
 
 # Packing precedes a start and unpacking follows a finish: here are the ops that they belong to, in each direction.
 _OP_OF = {

@@ -22,8 +22,8 @@ from enum import Enum, auto
 from itertools import combinations, combinations_with_replacement
 from typing import NamedTuple
 
-from megatron_scmoe.plan import CURRENT, GroupShape, Plan
-from megatron_scmoe.spans import Lane, Span, communication_s, exposed_s, hidden_share
+from megatron_scmoe.overlap.plan import CURRENT, GroupShape, Plan
+from megatron_scmoe.overlap.spans import Lane, Span, communication_s, exposed_s, hidden_share
 
 TIE = 1e-9
 """Plans whose predicted times differ by less than this part count as equal: far above rounding, far below measuring."""

@@ -20,9 +20,9 @@ from itertools import groupby
 from statistics import fmean, median
 from typing import Any
 
-from megatron_scmoe.costs import GroupPass, costs_of, mean_costs
-from megatron_scmoe.plan import GroupShape, Plan
-from megatron_scmoe.solver import GroupCosts, predicted_hidden_share, solve
+from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs
+from megatron_scmoe.overlap.plan import GroupShape, Plan
+from megatron_scmoe.overlap.solver import GroupCosts, predicted_hidden_share, solve
 
 WARM_UP_STEPS = 3
 MEASURE_STEPS = 3

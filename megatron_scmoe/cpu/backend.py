@@ -30,8 +30,8 @@ from typing import Any
 
 import torch
 
-from megatron_scmoe import gloo
-from megatron_scmoe.wheel import GroupStepAdam, use_shipped_helper
+from megatron_scmoe.cpu import gloo
+from megatron_scmoe.mcore.wheel import GroupStepAdam, use_shipped_helper
 
 # Megatron takes CUDA-only paths as soon as it can import one of these.
 HIDDEN_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")

@@ -1,0 +1,115 @@
+"""One block of Core in pieces: norms and residual ops, which a group runs one by one; what its MoE has to be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+
+def attention_norm(layer: TransformerLayer, hidden_states: Tensor) -> Tensor:
+    """The normed tensor that the attention of ``layer`` reads, [s, b, h]."""
+    return layer.input_layernorm(hidden_states)
+
+
+def attention_residual(
+    layer: TransformerLayer, hidden_states: Tensor, normed: Tensor, inputs: AttentionInputs
+) -> Tensor:
+    """``hidden_states`` plus the attention of ``layer`` on ``normed``; what Core's ``_forward_attention`` does to it.
+
+    Core has no method that takes the normed tensor, which the routed experts read as well, so this is its attention
+    without what a GPT block never has (cross attention) and without what is refused below (offloading, norm recompute).
+    """
+    attention_output = layer.self_attention(
+        normed,
+        attention_mask=inputs.attention_mask,
+        inference_context=inputs.inference_context,
+        rotary_pos_emb=inputs.rotary_pos_emb,
+        rotary_pos_cos=inputs.rotary_pos_cos,
+        rotary_pos_sin=inputs.rotary_pos_sin,
+        rotary_pos_cos_sin=inputs.rotary_pos_cos_sin,
+        attention_bias=inputs.attention_bias,
+        packed_seq_params=None,
+        sequence_len_offset=inputs.sequence_len_offset,
+    )
+    bias_dropout_add = layer.self_attn_bda(layer.training, layer.config.bias_dropout_fusion)
+    with layer.bias_dropout_add_exec_handler():
+        return bias_dropout_add(attention_output, _residual(layer, hidden_states), layer.hidden_dropout)
+
+
+def mlp_norm(layer: TransformerLayer, hidden_states: Tensor) -> Tensor:
+    """The normed tensor that the MLP, or MoE, of ``layer`` reads, [s, b, h]."""
+    return layer.pre_mlp_layernorm(hidden_states)
+
+
+def mlp_residual(layer: TransformerLayer, hidden_states: Tensor, normed: Tensor, _inputs: AttentionInputs) -> Tensor:
+    """``hidden_states`` plus the dense MLP of ``layer`` on ``normed``."""
+    if layer.recompute_mlp:
+        # The product that Core checkpoints in its ``_forward_mlp``, which would compute the norm a second time.
+        output_with_bias = tensor_parallel.checkpoint(layer.mlp, False, normed)
+    else:
+        output_with_bias = layer.mlp(normed)
+    return add_mlp_output(layer, hidden_states, output_with_bias)
+
+
+def shared_expert(layer: TransformerLayer, _hidden_states: Tensor, normed: Tensor, _inputs: AttentionInputs) -> Tensor:
+    """The output of the shared expert of ``layer`` on ``normed``, gated where Core gates it; no residual yet."""
+    return layer.mlp.shared_experts_compute(normed)
+
+
+def add_mlp_output(
+    layer: TransformerLayer, hidden_states: Tensor, output_with_bias: tuple[Tensor, Tensor | None]
+) -> Tensor:
+    """``hidden_states`` plus the output of an MLP or MoE, with bias and dropout as Core adds them."""
+    return layer._forward_post_mlp(output_with_bias, _residual(layer, hidden_states))
+
+
+def sequence_first(padding_mask: Tensor | None) -> Tensor | None:
+    """A padding mask [b, s] in the layout that routers expect, [s, b]; True marks padding."""
+    return None if padding_mask is None else padding_mask.transpose(0, 1).bool()
+
+
+def _residual(layer: TransformerLayer, hidden_states: Tensor) -> Tensor:
+    return hidden_states.float() if layer.config.fp32_residual_connection else hidden_states
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionInputs:
+    """What Core's ``TransformerBlock`` hands to every layer beside the hidden states; None where it has nothing."""
+
+    attention_mask: Tensor | None = None
+    rotary_pos_emb: Tensor | None = None
+    rotary_pos_cos: Tensor | None = None
+    rotary_pos_sin: Tensor | None = None
+    rotary_pos_cos_sin: Tensor | None = None
+    attention_bias: Tensor | None = None
+    inference_context: Any = None
+    sequence_len_offset: Tensor | None = None
+
+
+def let_experts_run_repeatedly(moe: MoELayer) -> None:
+    """Let the experts of ``moe`` run several times for one micro-batch, as those of chunks and of two gates do.
+
+    Core tells Transformer Engine which forward is the first of a step (in bf16, of a run), and the backward of that one
+    writes weight gradients where all others add to them: of several flights it runs last, so that theirs would be
+    lost. Told nothing, it adds (gradients are zeroed at the begin of a step). In fp8 every forward then casts the
+    experts' weights anew.
+    """
+    for module in moe.experts.modules():
+        if hasattr(module, "disable_parameter_transpose_cache"):
+            module.disable_parameter_transpose_cache = True
+
+
+def let_expert_biases_move(model: torch.nn.Module) -> None:
+    """Let Core update the bias of every router of ``model`` at the end of a step, at --moe-router-bias-update-rate.
+
+    Core's configuration refuses this flag beside a softmax, which its own router could not combine with a bias. Behind
+    the model's construction the flag means nothing but that biases are updated.
+    """
+    config: Any = model.config
+    config.moe_router_enable_expert_bias = True

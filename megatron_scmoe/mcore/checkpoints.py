@@ -1,0 +1,58 @@
+"""Checkpoints as Core keeps them: the arguments in one, and the gradient buckets by which it saves moments."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from argparse import Namespace
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.training.checkpointing import _load_base_checkpoint
+
+
+def saved_args(args: Namespace) -> Namespace | None:
+    """The arguments saved in the checkpoint that ``args`` would load; None where there is no checkpoint."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports on a load that is not happening yet
+        state_dict, *_ = _load_base_checkpoint(args.load, args, rank0=True)
+    return state_dict.get("args") if state_dict else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaddedBucket:
+    """A gradient bucket that ends in padding and has another behind it.
+
+    Attributes:
+        place: which bucket of how many, in words.
+        numel: elements of its parameters.
+        numel_padded: elements that it takes.
+        bucket_size: the bucket size at which its buffer would be one bucket; None where it ends because a tied
+            embedding, which has a bucket of its own, begins or ends there.
+    """
+
+    place: str
+    numel: int
+    numel_padded: int
+    bucket_size: int | None
+
+
+def padded_buckets(model_chunk: torch.nn.Module) -> list[PaddedBucket]:
+    """Buckets of ``model_chunk`` that end in padding and are not the last of their buffer; none if nothing trains."""
+    found: list[PaddedBucket] = []
+    if not isinstance(model_chunk, DistributedDataParallel):
+        return found
+    for buffer in model_chunk.buffers + model_chunk.expert_parallel_buffers:
+        tied = [any(getattr(param, "shared_embedding", False) for param in bucket.params) for bucket in buffer.buckets]
+        for i, bucket in enumerate(buffer.buckets[:-1]):
+            numel_padded = bucket.grad_data.numel()
+            if bucket.numel_unpadded != numel_padded:
+                found.append(
+                    PaddedBucket(
+                        place=f"bucket {i + 1} of {len(buffer.buckets)}",
+                        numel=bucket.numel_unpadded,
+                        numel_padded=numel_padded,
+                        bucket_size=None if tied[i] or tied[i + 1] else buffer.numel,
+                    )
+                )
+    return found
