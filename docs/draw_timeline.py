@@ -14,13 +14,13 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
+from megatron_scmoe.contracts import Plan
 from megatron_scmoe.overlap.plan import (
     EXPERTS,
     FINISH_COMBINE,
     FINISH_DISPATCH,
     START_COMBINE,
     START_DISPATCH,
-    Plan,
     forward_order,
 )
 

@@ -1,8 +1,4 @@
-"""What travels in the place of tokens: the tokens themselves, or centroids of clusters of them (LSH-MoE).
-
-The flights of one routing (``dispatch.py``) share one cargo, which is made, and then asked, in this order::
-
-    (counts of all ranks are exchanged)  pack ~~ dispatch ~~> unpack -> experts ~~ combine ~~> deliver ... join
+"""What travels in the place of tokens: centroids of clusters of them (LSH-MoE).
 
 LSH-MoE (arXiv 2411.08446): tokens x bound for one expert are hashed, those of one bucket form a cluster, and its mean c
 alone travels, in backward as well. The residual x - c and the gate weight p stay home; in the paper::
@@ -16,96 +12,18 @@ does not do. In evaluation tokens travel as they are, unless --lsh-evaluation ce
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_scmoe.compensation import ResidualMap
-from megatron_scmoe.config import Codec, Compensation, Evaluation, HashKind, Refinement, ScMoEConfig
+from megatron_scmoe.config import Compensation, Refinement
 from megatron_scmoe.exchange import Tag
 from megatron_scmoe.lloyd import refined
 from megatron_scmoe.lsh import Hasher, cluster, means, owners, restore
 from megatron_scmoe.mcore import token_dispatcher
 from megatron_scmoe.overlap.plan import DECODE, ENCODE
 from megatron_scmoe.rate import RateControl
-
-
-class Cargo(Protocol):
-    """What the flights of one routing carry, a chunk each, of n tokens of width h.
-
-    Attributes:
-        dispatchers: of each chunk's flight.
-    """
-
-    dispatchers: list[MoEAlltoAllTokenDispatcher]
-
-    def pack(self, chunk: int) -> tuple[Tensor, ...]:
-        """What travels to the experts, [rows, ...] each, in the order of the experts."""
-
-    def unpack(self, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Rows for the experts, [rows, h], and the weight of each row's output, [rows], from what arrived."""
-
-    def deliver(self, chunk: int, outputs: Tensor) -> Tensor:
-        """What can be done at home with the outputs of one chunk, [rows, h], before the others are there."""
-
-    def join(self, delivered: list[Tensor]) -> Tensor:
-        """Each token's sum over its experts, in the shape of the tokens, from what all chunks delivered."""
-
-
-class Tokens:
-    """Tokens as they are, with their gate weights (``--a2a-codec none``).
-
-    Args:
-        moe: the layer whose experts run.
-        hidden_states: what the experts read, [..., h], n tokens.
-        probs: gate weights, [n, experts].
-        routing_map: which expert gets which token, bool, [n, experts].
-        chunks: that the tokens travel in.
-        travels_topk: whether every token goes to as many experts as the router chose, unless capacity drops some.
-    """
-
-    def __init__(
-        self,
-        moe: MoELayer,
-        hidden_states: Tensor,
-        probs: Tensor,
-        routing_map: Tensor,
-        *,
-        chunks: int,
-        travels_topk: bool = True,
-    ) -> None:
-        self._shape = hidden_states.shape
-        self._parts = [(hidden_states, routing_map, probs)]
-        if chunks > 1:
-            rows = hidden_states.view(-1, hidden_states.shape[-1])
-            self._parts = list(zip(*(x.tensor_split(chunks) for x in (rows, routing_map, probs)), strict=True))
-        self.dispatchers = []
-        for _, part_map, _ in self._parts:
-            # Padding filled every expert's capacity before tokens were cut into chunks, of which none has that many.
-            dispatcher = token_dispatcher.dispatcher_for_one_flight(moe, keeps_capacity=chunks == 1)
-            token_dispatcher.exchange_counts(dispatcher, part_map, travels_topk=travels_topk)
-            self.dispatchers.append(dispatcher)
-
-    def pack(self, chunk: int) -> tuple[Tensor, ...]:
-        """See ``Cargo``."""
-        return self.dispatchers[chunk].dispatch_preprocess(*self._parts[chunk])
-
-    def unpack(self, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """See ``Cargo``."""
-        tokens, weights = arrived
-        return tokens, weights
-
-    def deliver(self, chunk: int, outputs: Tensor) -> Tensor:
-        """See ``Cargo``."""
-        return self.dispatchers[chunk].combine_postprocess(outputs)
-
-    def join(self, delivered: list[Tensor]) -> Tensor:
-        """See ``Cargo``."""
-        return delivered[0] if len(delivered) == 1 else torch.cat(delivered).view(self._shape)
 
 
 class Centroids:
@@ -171,7 +89,7 @@ class Centroids:
             self.dispatchers.append(dispatcher)
 
     def pack(self, chunk: int) -> tuple[Tensor, ...]:
-        """See ``Cargo``.
+        """See ``contracts.Cargo``.
 
         Raises:
             ValueError: for tokens with NaN or infinity, on every rank of the expert-parallel group and of the
@@ -200,16 +118,16 @@ class Centroids:
         self._tag.marker.compression(rows, centroids, self._clusters.ids, self._clusters.sizes)
 
     def unpack(self, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """See ``Cargo``."""
+        """See ``contracts.Cargo``."""
         (centroids,) = arrived
         return centroids, centroids.new_ones(centroids.shape[0])
 
     def deliver(self, _chunk: int, outputs: Tensor) -> Tensor:
-        """See ``Cargo``."""
+        """See ``contracts.Cargo``."""
         return outputs
 
     def join(self, delivered: list[Tensor]) -> Tensor:
-        """See ``Cargo``."""
+        """See ``contracts.Cargo``."""
         marker, step, last = self._tag.marker, self._tag.prefix + DECODE, len(delivered) - 1
         marker.now(step, last)
         outputs = delivered[0] if len(delivered) == 1 else torch.cat(delivered)
@@ -224,62 +142,3 @@ class Centroids:
         output = self._home.combine_postprocess(rows)
         marker.in_backward(step, output, last)
         return output
-
-
-class CargoMaker:
-    """Makes what the flights of one group carry.
-
-    Args:
-        scmoe: the codec and its settings.
-        hidden_size: width of a token.
-        group: whose flights they are; each group has rotations of its own.
-        residual_map: the group's own, where compensation is lowrank.
-
-    Attributes:
-        rate_control: where a target rate is set.
-    """
-
-    def __init__(
-        self, scmoe: ScMoEConfig, hidden_size: int, group: int, residual_map: ResidualMap | None = None
-    ) -> None:
-        self._compensation, self._residual_map = scmoe.lsh_compensation, residual_map
-        self._refinement = scmoe.lsh_refinement
-        self._travels_topk = not scmoe.zero_experts
-        self._tokens_in_evaluation = scmoe.lsh_evaluation is Evaluation.TOKENS
-        self._hasher: Hasher | None = None
-        self.rate_control: RateControl | None = None
-        hashes, width = scmoe.lsh_hashes, 1 if scmoe.lsh_kind is HashKind.SPHERICAL else scmoe.lsh_width
-        if scmoe.lsh_target_rate:
-            self.rate_control = RateControl(scmoe.lsh_target_rate, hashes, width)
-        if scmoe.a2a_codec is Codec.LSH:
-            self._hasher = Hasher(hidden_size, hashes=hashes, width=width, seed=_seed(scmoe, group))
-
-    def cargo(
-        self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, routing_map: Tensor, *, chunks: int, tag: Tag
-    ) -> Cargo:
-        """The cargo of one routing, whose counts are exchanged here; see ``Centroids`` for the arguments."""
-        routed = moe, hidden_states, probs, routing_map
-        if self._hasher is None or (self._tokens_in_evaluation and not moe.training):
-            return Tokens(*routed, chunks=chunks, travels_topk=self._travels_topk)
-        return Centroids(
-            *routed,
-            chunks=chunks,
-            travels_topk=self._travels_topk,
-            hasher=self._hasher,
-            rate_control=self.rate_control,
-            refinement=self._refinement,
-            compensation=self._compensation,
-            residual_map=self._residual_map,
-            tag=tag,
-        )
-
-
-def residual_map_of(scmoe: ScMoEConfig, config: TransformerConfig, group: int) -> ResidualMap | None:
-    """The learned map of one group, for its module tree; None where compensation has none."""
-    if scmoe.lsh_compensation is not Compensation.LOWRANK:
-        return None
-    return ResidualMap(config, scmoe.lsh_rank, seed=_seed(scmoe, group))
-
-
-def _seed(scmoe: ScMoEConfig, group: int) -> int:
-    return scmoe.lsh_seed * 100_003 + group

@@ -7,7 +7,8 @@ Positions, taps, slots and groups are the words of the ScMoE paper (arXiv 2404.0
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
-from megatron_scmoe.overlap.plan import Plan, even_plan
+from megatron_scmoe.contracts import Plan
+from megatron_scmoe.overlap.plan import even_plan
 
 
 class ConfigError(ValueError):

@@ -3,7 +3,7 @@
 The stages of a flight are those of Core's token dispatcher, and its own code runs them on a copy of it, one for each
 flight (Core's keeps its state on itself, so one object cannot carry two). Only the two stages that communicate are
 ours: they are split in a start and a finish (``exchange.py``), so that other things run in between. What travels is
-the cargo's business (``codec.py``).
+the cargo's business (``contracts.py``).
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from __future__ import annotations
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
-from megatron_scmoe.codec import Cargo, CargoMaker
+from megatron_scmoe.contracts import Cargo, Plan
 from megatron_scmoe.exchange import Exchange, ExchangeOrderError, Rows, Tag
 from megatron_scmoe.mcore import token_dispatcher
-from megatron_scmoe.overlap.observe import Marker
-from megatron_scmoe.overlap.plan import DECODE, ENCODE, EXPERTS, Plan
+from megatron_scmoe.overlap.plan import DECODE, ENCODE, EXPERTS
 
 
 class Flight:
@@ -25,7 +24,7 @@ class Flight:
         moe: the layer whose experts run.
         cargo: what flies, of which this flight has the chunk of its tag.
         plan: blocking or not; where the experts run is the caller's business.
-        tag: whose flight it is; its name is replaced.
+        tag: whose flight it is, and which chunk; its name is replaced.
     """
 
     def __init__(self, moe: MoELayer, cargo: Cargo, plan: Plan, tag: Tag) -> None:
@@ -95,34 +94,24 @@ class Flights:
 
     Args:
         moe: the layer whose router decided and whose experts run.
-        hidden_states: what the experts read, [s, b, h].
-        probs: gate weights, [s b, experts].
-        routing_map: which expert gets which token, bool, [s b, experts].
+        cargo: of all tokens. It was made with the counts of every chunk, which are exchanged before the first payload
+            flies, behind which they would queue.
         plan: chunks, the slots of their experts, and whether collectives are waited for where they start.
-        cargo_maker: of the group.
-        marker: of the group.
-        prefix: whose flights they are, where a layer has several.
+        tag: whose flights they are; its name and chunk are replaced.
         at_home: what zero experts made of the tokens, which did not travel, [s, b, h]; None where there are none.
     """
 
     def __init__(
         self,
         moe: MoELayer,
-        hidden_states: Tensor,
-        probs: Tensor,
-        routing_map: Tensor,
+        cargo: Cargo,
         *,
         plan: Plan,
-        cargo_maker: CargoMaker,
-        marker: Marker,
-        prefix: str = "",
+        tag: Tag,
         at_home: Tensor | None = None,
     ) -> None:
-        self._plan, self._at_home = plan, at_home
-        tag = Tag(marker, "", prefix)
-        # The counts of every chunk are exchanged before the first payload flies, behind which they would queue.
-        self._cargo = cargo_maker.cargo(moe, hidden_states, probs, routing_map, chunks=plan.chunks, tag=tag)
-        self._flights = [Flight(moe, self._cargo, plan, tag._replace(chunk=chunk)) for chunk in range(plan.chunks)]
+        self._plan, self._cargo, self._at_home = plan, cargo, at_home
+        self._flights = [Flight(moe, cargo, plan, tag._replace(chunk=chunk)) for chunk in range(plan.chunks)]
         for flight in self._flights:
             flight.start_dispatch()
 

@@ -101,7 +101,7 @@ class Tag(NamedTuple):
     """
 
     marker: Marker
-    name: str
+    name: str = ""
     prefix: str = ""
     chunk: int = 0
 

@@ -16,8 +16,7 @@ model. Only who runs them changes: the leading blocks of a group pass their inpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -26,23 +25,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_scmoe.codec import CargoMaker, residual_map_of
 from megatron_scmoe.config import Combine, ScMoEConfig, Shortcut
+from megatron_scmoe.contracts import DenseOp, GroupShape, Plan, RoutedCall
 from megatron_scmoe.dispatch import Flights
+from megatron_scmoe.exchange import Tag
 from megatron_scmoe.gating import CoefficientGate
+from megatron_scmoe.maker import CargoMaker, residual_map_of
 from megatron_scmoe.mcore import blocks
 from megatron_scmoe.overlap.observe import BEGIN, END, Marker
-from megatron_scmoe.overlap.plan import ATTENTION, CURRENT, MLP, ROUTE, SHARED_EXPERT, TAIL, GroupShape, Plan
+from megatron_scmoe.overlap.plan import ATTENTION, CURRENT, MLP, ROUTE, SHARED_EXPERT, TAIL
 from megatron_scmoe.router import Routing, ZeroRouting
-
-
-@dataclass(frozen=True, slots=True)
-class DenseOp:
-    """One residual op of the dense stream: ``run(hidden, norm(hidden), inputs)`` is the next hidden state."""
-
-    name: str
-    norm: Callable[[Tensor], Tensor]
-    run: Callable[[Tensor, Tensor, blocks.AttentionInputs], Tensor]
 
 
 def _block_ops(block: TransformerLayer) -> list[DenseOp]:
@@ -166,27 +158,19 @@ class GroupBlock(TransformerLayer):
         begin(END)
         return output, context
 
-    def _take_off(self, source: Tensor, routing: tuple[Tensor, ...], plan: Plan, prefix: str = "") -> Flights:
+    def _take_off(self, source: Tensor, routing: tuple[Tensor, ...], plan: Plan, prefix: str = "") -> RoutedCall:
         probs, routing_map = routing[:2]
         self._marker.in_backward(prefix + ROUTE, probs)
         at_home = routing.at_home(source) if isinstance(routing, ZeroRouting) else None
         self._marker.load(probs, routing_map, self.moe.router.topk if at_home is None else None)
-        return Flights(
-            self.moe,
-            source,
-            probs,
-            routing_map,
-            plan=plan,
-            cargo_maker=self.cargo_maker,
-            marker=self._marker,
-            prefix=prefix,
-            at_home=at_home,
-        )
+        tag = Tag(self._marker, prefix=prefix)
+        cargo = self.cargo_maker.cargo(self.moe, source, probs, routing_map, chunks=plan.chunks, tag=tag)
+        return Flights(self.moe, cargo, plan=plan, tag=tag, at_home=at_home)
 
     def _run_second_gate(
         self,
         residual: Tensor,
-        preceding: Flights,
+        preceding: RoutedCall,
         routing: Routing,
         padding_mask: Tensor | None,
         plan: Plan,

@@ -12,12 +12,14 @@ from typing import Any
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
-from megatron_scmoe.codec import CargoMaker, residual_map_of
 from megatron_scmoe.config import Overlap, ScMoEConfig
+from megatron_scmoe.contracts import GroupShape, Plan
 from megatron_scmoe.dispatch import Flights
+from megatron_scmoe.exchange import Tag
+from megatron_scmoe.maker import CargoMaker, residual_map_of
 from megatron_scmoe.mcore import blocks
 from megatron_scmoe.overlap.observe import BEGIN, END, Marker
-from megatron_scmoe.overlap.plan import ROUTE, SHARED_EXPERT, TAIL, GroupShape, Plan
+from megatron_scmoe.overlap.plan import ROUTE, SHARED_EXPERT, TAIL
 
 
 class PipelinedMoELayer(MoELayer):
@@ -60,9 +62,9 @@ class PipelinedMoELayer(MoELayer):
         probs, routing_map = self.route(hidden_states, blocks.sequence_first(padding_mask))
         marker.in_backward(ROUTE, probs)
         marker.load(probs, routing_map, self.router.topk)
-        flights = Flights(
-            self, hidden_states, probs, routing_map, plan=plan, cargo_maker=self.cargo_maker, marker=marker
-        )
+        tag = Tag(marker)
+        cargo = self.cargo_maker.cargo(self, hidden_states, probs, routing_map, chunks=plan.chunks, tag=tag)
+        flights = Flights(self, cargo, plan=plan, tag=tag)
         shared = None
         if self.use_shared_expert:
             flights.run_experts(slot=1)

@@ -19,9 +19,9 @@ from typing import TextIO
 
 import torch
 
+from megatron_scmoe.contracts import Plan
 from megatron_scmoe.overlap.costs import GroupPass
 from megatron_scmoe.overlap.observe import Compression, Load, Recording
-from megatron_scmoe.overlap.plan import Plan
 from megatron_scmoe.overlap.spans import communication_s, exposed_s, hidden_share
 
 MARGIN = 0.10

@@ -24,6 +24,7 @@ from test_costs import simulated
 from training import SCMOE, with_flags
 
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, Overlap, ScMoEConfig, Shortcut
+from megatron_scmoe.contracts import GroupShape, Plan
 from megatron_scmoe.overlap.adaptive import (
     CHECK_STEPS,
     MEASURE_STEPS,
@@ -37,7 +38,7 @@ from megatron_scmoe.overlap.adaptive import (
     saved_form,
 )
 from megatron_scmoe.overlap.costs import GroupPass, mean_costs
-from megatron_scmoe.overlap.plan import GroupShape, Plan, even_plan, forward_order
+from megatron_scmoe.overlap.plan import even_plan, forward_order
 from megatron_scmoe.overlap.solver import GroupCosts, PassCosts, candidate_plans, predicted_hidden_share, predicted_s
 from megatron_scmoe.report import Summary
 

@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import Case
 
+from megatron_scmoe.contracts import GroupShape, Plan
 from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs, passes_of
 from megatron_scmoe.overlap.observe import BEGIN, END, Mark, Transfer
-from megatron_scmoe.overlap.plan import ATTENTION, CURRENT, TAIL, GroupShape, Plan
+from megatron_scmoe.overlap.plan import ATTENTION, CURRENT, TAIL
 from megatron_scmoe.overlap.solver import GroupCosts, PassCosts, schedule
 from megatron_scmoe.overlap.spans import Lane, Span, communication_s, exposed_s
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from models import Case
 
+from megatron_scmoe.contracts import Plan
 from megatron_scmoe.overlap.plan import (
     CURRENT,
     EXPERTS,
@@ -18,7 +19,6 @@ from megatron_scmoe.overlap.plan import (
     FINISH_DISPATCH,
     START_COMBINE,
     START_DISPATCH,
-    Plan,
     Step,
     backward_order,
     forward_order,

@@ -15,6 +15,7 @@ from models import BATCH_SIZE, SEQ_LENGTH, VOCAB_SIZE, Case
 from test_overlap import assert_close
 from training import STOCK, with_flags, without_flag
 
+from megatron_scmoe.contracts import Plan
 from megatron_scmoe.overlap.plan import (
     EXPERTS,
     FINISH_COMBINE,
@@ -22,7 +23,6 @@ from megatron_scmoe.overlap.plan import (
     SHARED_EXPERT,
     START_COMBINE,
     START_DISPATCH,
-    Plan,
     backward_order,
     forward_order,
 )

@@ -17,9 +17,9 @@ import training
 from test_arguments import DGMOE
 from training import SCMOE, with_flags
 
+from megatron_scmoe.contracts import Plan
 from megatron_scmoe.overlap.costs import GroupPass
 from megatron_scmoe.overlap.observe import Compression, Load, Recording
-from megatron_scmoe.overlap.plan import Plan
 from megatron_scmoe.overlap.spans import Lane, Span
 from megatron_scmoe.report import GroupRow, ReportFile, Summary, codec_scalars, rows_of, summarize, warning
 

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_scmoe.overlap.plan import CURRENT, Plan, Step, backward_order, forward_order
+from megatron_scmoe.contracts import Plan
+from megatron_scmoe.overlap.plan import CURRENT, Step, backward_order, forward_order
 from megatron_scmoe.overlap.solver import (
     GroupCosts,
     GroupShape,

@@ -20,8 +20,8 @@ from itertools import groupby
 from statistics import fmean, median
 from typing import Any
 
+from megatron_scmoe.contracts import GroupShape, Plan
 from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs
-from megatron_scmoe.overlap.plan import GroupShape, Plan
 from megatron_scmoe.overlap.solver import GroupCosts, predicted_hidden_share, solve
 
 WARM_UP_STEPS = 3

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from statistics import fmean, median
 
+from megatron_scmoe.contracts import GroupShape
 from megatron_scmoe.overlap.observe import BEGIN, END, Mark, Recording, Transfer
 from megatron_scmoe.overlap.plan import (
     CURRENT,
@@ -24,7 +25,6 @@ from megatron_scmoe.overlap.plan import (
     START_COMBINE,
     START_DISPATCH,
     TAIL,
-    GroupShape,
 )
 from megatron_scmoe.overlap.solver import GroupCosts, PassCosts
 from megatron_scmoe.overlap.spans import Lane, Span

@@ -1,14 +1,15 @@
-"""A plan says where, inside a group's dense stream, the routed experts of each token chunk run. Standard library only.
+"""What follows from a plan: the names of a group's steps and their order. Standard library only.
 
-The order of a group's steps follows from the plan alone, in forward and, mirrored, in backward. ``layer.py`` runs that
+The order follows from the plan alone, in forward and, mirrored, in backward. ``layers/group.py`` runs that
 order, the tests compare what every rank recorded with it, and ``docs/draw_timeline.py`` draws it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from megatron_scmoe.contracts import Plan
 
 ATTENTION = "attention"
 MLP = "MLP"
@@ -36,57 +37,6 @@ class Step(NamedTuple):
 
     name: str
     at: int
-
-
-@dataclass(frozen=True, slots=True)
-class GroupShape:
-    """What a plan has to know of a group.
-
-    Attributes:
-        tap: index of the dense op whose normed input the routed experts read; the number of dense ops where they read
-            behind all.
-        num_dense_ops: ops in the dense stream.
-        second_gate: dgmoe: a second flight starts behind the last dense op.
-    """
-
-    tap: int
-    num_dense_ops: int
-    second_gate: bool = False
-
-    @property
-    def num_slots(self) -> int:
-        """Places behind the tap where experts may run."""
-        return self.num_dense_ops - self.tap + 1
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Where the experts of one group run.
-
-    Attributes:
-        slots: for each token chunk, the place behind the tap where its experts run: before the k-th dense op behind the
-            tap (from 1); the last slot lies behind them all. Chunks travel in order, so slots never decrease.
-        blocking: every collective is waited for where it starts: the sequential reference.
-
-    Raises:
-        ValueError: for no chunk, a slot below 1, or a chunk before the one that travels ahead of it.
-    """
-
-    slots: tuple[int, ...]
-    blocking: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.slots or self.slots[0] < 1 or list(self.slots) != sorted(self.slots):
-            raise ValueError(f"a plan needs slots from 1 that never decrease, one for each chunk: not {self.slots}")
-
-    @property
-    def chunks(self) -> int:
-        """Number of token chunks."""
-        return len(self.slots)
-
-    def chunks_at(self, slot: int) -> list[int]:
-        """The chunks whose experts run at ``slot``."""
-        return [chunk for chunk, its_slot in enumerate(self.slots) if its_slot == slot]
 
 
 def even_plan(num_slots: int, chunks: int) -> Plan:

@@ -22,7 +22,8 @@ from enum import Enum, auto
 from itertools import combinations, combinations_with_replacement
 from typing import NamedTuple
 
-from megatron_scmoe.overlap.plan import CURRENT, GroupShape, Plan
+from megatron_scmoe.contracts import GroupShape, Plan
+from megatron_scmoe.overlap.plan import CURRENT
 from megatron_scmoe.overlap.spans import Lane, Span, communication_s, exposed_s, hidden_share
 
 TIE = 1e-9

@@ -9,9 +9,9 @@ from typing import Any
 from ablation.arms import Arm
 from ablation.bench import KINDS, Bench, gathered
 from ablation.link import Link
+from megatron_scmoe.contracts import Plan
 from megatron_scmoe.overlap.adaptive import Plans
 from megatron_scmoe.overlap.costs import passes_of
-from megatron_scmoe.overlap.plan import Plan
 from megatron_scmoe.overlap.solver import limit_s, predicted_s, solve
 from megatron_scmoe.overlap.spans import communication_s, exposed_s
 

@@ -1,0 +1,75 @@
+"""Who makes what the flights of a group carry: tokens as they are, or centroids of them."""
+
+from __future__ import annotations
+
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_scmoe.codec import Centroids
+from megatron_scmoe.compensation import ResidualMap
+from megatron_scmoe.config import Codec, Compensation, Evaluation, HashKind, ScMoEConfig
+from megatron_scmoe.contracts import Cargo
+from megatron_scmoe.exchange import Tag
+from megatron_scmoe.lsh import Hasher
+from megatron_scmoe.rate import RateControl
+from megatron_scmoe.tokens import Tokens
+
+
+class CargoMaker:
+    """Makes what the flights of one group carry.
+
+    Args:
+        scmoe: the codec and its settings.
+        hidden_size: width of a token.
+        group: whose flights they are; each group has rotations of its own.
+        residual_map: the group's own, where compensation is lowrank.
+
+    Attributes:
+        rate_control: where a target rate is set.
+    """
+
+    def __init__(
+        self, scmoe: ScMoEConfig, hidden_size: int, group: int, residual_map: ResidualMap | None = None
+    ) -> None:
+        self._compensation, self._residual_map = scmoe.lsh_compensation, residual_map
+        self._refinement = scmoe.lsh_refinement
+        self._travels_topk = not scmoe.zero_experts
+        self._tokens_in_evaluation = scmoe.lsh_evaluation is Evaluation.TOKENS
+        self._hasher: Hasher | None = None
+        self.rate_control: RateControl | None = None
+        hashes, width = scmoe.lsh_hashes, 1 if scmoe.lsh_kind is HashKind.SPHERICAL else scmoe.lsh_width
+        if scmoe.lsh_target_rate:
+            self.rate_control = RateControl(scmoe.lsh_target_rate, hashes, width)
+        if scmoe.a2a_codec is Codec.LSH:
+            self._hasher = Hasher(hidden_size, hashes=hashes, width=width, seed=_seed(scmoe, group))
+
+    def cargo(
+        self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, routing_map: Tensor, *, chunks: int, tag: Tag
+    ) -> Cargo:
+        """The cargo of one routing, whose counts are exchanged here; see ``Centroids`` for the arguments."""
+        routed = moe, hidden_states, probs, routing_map
+        if self._hasher is None or (self._tokens_in_evaluation and not moe.training):
+            return Tokens(*routed, chunks=chunks, travels_topk=self._travels_topk)
+        return Centroids(
+            *routed,
+            chunks=chunks,
+            travels_topk=self._travels_topk,
+            hasher=self._hasher,
+            rate_control=self.rate_control,
+            refinement=self._refinement,
+            compensation=self._compensation,
+            residual_map=self._residual_map,
+            tag=tag,
+        )
+
+
+def residual_map_of(scmoe: ScMoEConfig, config: TransformerConfig, group: int) -> ResidualMap | None:
+    """The learned map of one group, for its module tree; None where compensation has none."""
+    if scmoe.lsh_compensation is not Compensation.LOWRANK:
+        return None
+    return ResidualMap(config, scmoe.lsh_rank, seed=_seed(scmoe, group))
+
+
+def _seed(scmoe: ScMoEConfig, group: int) -> int:
+    return scmoe.lsh_seed * 100_003 + group
