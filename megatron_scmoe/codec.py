@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_scmoe.compensation import ResidualMap
 from megatron_scmoe.config import Compensation, Refinement
-from megatron_scmoe.exchange import Tag
+from megatron_scmoe.dispatch.exchange import Tag
 from megatron_scmoe.lloyd import refined
 from megatron_scmoe.lsh import Hasher, cluster, means, owners, restore
 from megatron_scmoe.mcore import token_dispatcher

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from megatron_scmoe.config import Combine, ScMoEConfig, Shortcut
 from megatron_scmoe.contracts import DenseOp, GroupShape, Plan, RoutedCall
-from megatron_scmoe.dispatch import Flights
-from megatron_scmoe.exchange import Tag
+from megatron_scmoe.dispatch.exchange import Tag
+from megatron_scmoe.dispatch.flights import Flights
 from megatron_scmoe.gating import CoefficientGate
 from megatron_scmoe.maker import CargoMaker, residual_map_of
 from megatron_scmoe.mcore import blocks

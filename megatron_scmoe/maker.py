@@ -10,10 +10,10 @@ from megatron_scmoe.codec import Centroids
 from megatron_scmoe.compensation import ResidualMap
 from megatron_scmoe.config import Codec, Compensation, Evaluation, HashKind, ScMoEConfig
 from megatron_scmoe.contracts import Cargo
-from megatron_scmoe.exchange import Tag
+from megatron_scmoe.dispatch.exchange import Tag
+from megatron_scmoe.dispatch.tokens import Tokens
 from megatron_scmoe.lsh import Hasher
 from megatron_scmoe.rate import RateControl
-from megatron_scmoe.tokens import Tokens
 
 
 class CargoMaker:

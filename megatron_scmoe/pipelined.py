@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_scmoe.config import Overlap, ScMoEConfig
 from megatron_scmoe.contracts import GroupShape, Plan
-from megatron_scmoe.dispatch import Flights
-from megatron_scmoe.exchange import Tag
+from megatron_scmoe.dispatch.exchange import Tag
+from megatron_scmoe.dispatch.flights import Flights
 from megatron_scmoe.maker import CargoMaker, residual_map_of
 from megatron_scmoe.mcore import blocks
 from megatron_scmoe.overlap.observe import BEGIN, END, Marker

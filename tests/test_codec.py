@@ -281,7 +281,7 @@ def test_more_chunks_than_centroids():
 def rows_alive_while_experts_run(case: Case) -> set[bool]:
     """Whether the rows that were clustered are in memory still."""
     from megatron_scmoe import codec
-    from megatron_scmoe.dispatch import Flight
+    from megatron_scmoe.dispatch.flights import Flight
     from megatron_scmoe.overlap.plan import EXPERTS
 
     clustered, alive = [], set()

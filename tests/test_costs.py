@@ -522,7 +522,7 @@ def test_a_transfer_begins_before_its_launch_and_its_end_is_noted(monkeypatch, o
     On a GPU nobody listens before the wait, 5 s later: with one CUDA queue, what is launched behind a listener would
     wait for the transfer. What arrives is held by nobody then.
     """
-    from megatron_scmoe import exchange
+    from megatron_scmoe.dispatch import exchange
     from megatron_scmoe.overlap import observe
 
     now_s, works = 1.0, []

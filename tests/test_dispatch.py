@@ -9,7 +9,7 @@ import ranks
 import torch
 import torch.distributed as dist
 
-from megatron_scmoe.exchange import Exchange, ExchangeOrderError, Tag, _pack, _unpack
+from megatron_scmoe.dispatch.exchange import Exchange, ExchangeOrderError, Tag, _pack, _unpack
 from megatron_scmoe.overlap.observe import Marker
 
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_scmoe.contracts import Cargo, Plan
-from megatron_scmoe.exchange import Exchange, ExchangeOrderError, Rows, Tag
+from megatron_scmoe.dispatch.exchange import Exchange, ExchangeOrderError, Rows, Tag
 from megatron_scmoe.mcore import token_dispatcher
 from megatron_scmoe.overlap.plan import DECODE, ENCODE, EXPERTS
 
