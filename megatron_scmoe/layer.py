@@ -25,12 +25,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_scmoe.codec.maker import CargoMaker, residual_map_of
 from megatron_scmoe.config import Combine, ScMoEConfig, Shortcut
 from megatron_scmoe.contracts import DenseOp, GroupShape, Plan, RoutedCall
 from megatron_scmoe.dispatch.exchange import Tag
 from megatron_scmoe.dispatch.flights import Flights
 from megatron_scmoe.gating import CoefficientGate
-from megatron_scmoe.maker import CargoMaker, residual_map_of
 from megatron_scmoe.mcore import blocks
 from megatron_scmoe.overlap.observe import BEGIN, END, Marker
 from megatron_scmoe.overlap.plan import ATTENTION, CURRENT, MLP, ROUTE, SHARED_EXPERT, TAIL

@@ -12,11 +12,11 @@ from typing import Any
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
+from megatron_scmoe.codec.maker import CargoMaker, residual_map_of
 from megatron_scmoe.config import Overlap, ScMoEConfig
 from megatron_scmoe.contracts import GroupShape, Plan
 from megatron_scmoe.dispatch.exchange import Tag
 from megatron_scmoe.dispatch.flights import Flights
-from megatron_scmoe.maker import CargoMaker, residual_map_of
 from megatron_scmoe.mcore import blocks
 from megatron_scmoe.overlap.observe import BEGIN, END, Marker
 from megatron_scmoe.overlap.plan import ROUTE, SHARED_EXPERT, TAIL

@@ -438,7 +438,7 @@ def controls_and_input(kind):
     """What one MoE layer gives for every cargo, by its name, with gradients; and each token times its gate weights."""
     from codec_study.train import CARGOES
 
-    from megatron_scmoe.maker import CargoMaker
+    from megatron_scmoe.codec.maker import CargoMaker
     from megatron_scmoe.pipelined import PipelinedMoELayer
 
     found, package = {}, CargoMaker.cargo

@@ -49,7 +49,7 @@ CASES = {
 
 
 def hashers_of_groups(case: Case) -> list:
-    from megatron_scmoe.lsh import Hasher
+    from megatron_scmoe.codec.lsh import Hasher
 
     seeds = (1234 * 100_003 + group for group in range(case.num_groups))
     return [Hasher(16, hashes=case.hashes, width=case.width, seed=seed) for seed in seeds]
@@ -280,7 +280,7 @@ def test_more_chunks_than_centroids():
 
 def rows_alive_while_experts_run(case: Case) -> set[bool]:
     """Whether the rows that were clustered are in memory still."""
-    from megatron_scmoe import codec
+    from megatron_scmoe.codec import centroids as codec
     from megatron_scmoe.dispatch.flights import Flight
     from megatron_scmoe.overlap.plan import EXPERTS
 
@@ -317,7 +317,7 @@ def maps_after_a_step() -> list[torch.Tensor]:
     """Fresh maps: what they do at first, and the gradients that they get, from products as they are on Blackwell."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_scmoe.compensation import ResidualMap
+    from megatron_scmoe.codec.compensation import ResidualMap
 
     torch.manual_seed(0)
     config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1, num_moe_experts=3)
@@ -409,7 +409,7 @@ def test_one_token_in_each_cluster_equals_no_codec_bit_for_bit(compensation, ref
 
 def step_with_counts(case: Case) -> dict[str, object]:
     """One step: bytes handed to the all-to-all, counted here, those reported, and what was recorded of clusters."""
-    from megatron_scmoe import codec
+    from megatron_scmoe.codec import centroids as codec
     from megatron_scmoe.overlap import observe
 
     model = models.build(case)
@@ -470,8 +470,8 @@ def waits_and_exchanges(case: Case, rate: float | None = None) -> dict[str, int]
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    from megatron_scmoe.codec.rate import RateControl
     from megatron_scmoe.layer import GroupBlock
-    from megatron_scmoe.rate import RateControl
 
     model = models.build(case)
     controls = []
@@ -688,7 +688,7 @@ def test_the_log_says_the_rate_where_nothing_was_asked_for(skipped):
 
 def train_maps(flags: list[str]) -> tuple[str, list[torch.Tensor]]:
     """What was printed, and the learned maps of this rank when training is over."""
-    from megatron_scmoe.compensation import ResidualMap
+    from megatron_scmoe.codec.compensation import ResidualMap
 
     with instances_of(ResidualMap) as made:
         printed = train(flags)
@@ -759,7 +759,7 @@ def instances_of(kind: type) -> Iterator[list]:
 
 def evaluated_levels(flags: list[str]) -> tuple[str, list[float]]:
     """What was printed, and how many hash functions counted in each group at the end."""
-    from megatron_scmoe.rate import RateControl
+    from megatron_scmoe.codec.rate import RateControl
 
     with instances_of(RateControl) as made:
         printed = training.train(flags)
@@ -826,8 +826,8 @@ def test_a_rate_out_of_reach_is_said(rate, why):
 
 def levels_of_ranks() -> list[float]:
     """Ranks see different tokens and end at one level."""
-    from megatron_scmoe.lsh import cluster
-    from megatron_scmoe.rate import RateControl, adjust_rates
+    from megatron_scmoe.codec.lsh import cluster
+    from megatron_scmoe.codec.rate import RateControl, adjust_rates
 
     control = RateControl(0.25, 8, width=2)
     levels = []

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_lsh import cases, experts_of, number_of, untimed
 
-from megatron_scmoe.lloyd import _STAYS, refined
-from megatron_scmoe.lsh import means
+from megatron_scmoe.codec.lloyd import _STAYS, refined
+from megatron_scmoe.codec.lsh import means
 
 ROUNDING = 1e-5  # of a row's squared length
 
@@ -92,7 +92,7 @@ def test_a_row_that_is_its_own_mean_stays(case):
 
 def test_a_cluster_of_two_heaps_is_split_and_one_is_left_empty():
     """Rows at -1 and 1 that hashing put together move to the clusters that are there already; by hand."""
-    from megatron_scmoe.lsh import Clusters
+    from megatron_scmoe.codec.lsh import Clusters
 
     rows = torch.tensor([[-1.0, 0.0], [1.0, 0.1], [-1.0, 0.1], [1.0, 0.0]])
     together = Clusters(torch.tensor([0, 0, 1, 2]), torch.tensor([2, 1, 1, 0]), torch.tensor([[3]]))

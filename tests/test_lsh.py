@@ -15,7 +15,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_scmoe.lsh import Clusters, Hasher, cluster, means, restore
+from megatron_scmoe.codec.lsh import Clusters, Hasher, cluster, means, restore
 
 MARGIN = 1e-5  # of a row's length; fp32 products of the widths below are right to 1e-6 of it
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

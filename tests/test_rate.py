@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_scmoe.lsh import Hasher, cluster, owners
-from megatron_scmoe.rate import RateControl
+from megatron_scmoe.codec.lsh import Hasher, cluster, owners
+from megatron_scmoe.codec.rate import RateControl
 
 STEPS, SETTLED, TEN = 40, 15, 10
 

@@ -20,6 +20,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch import Tensor
 
 from ablation.arms import COST_MODEL, MODELS, Arm, Model
+from megatron_scmoe.codec.rate import adjust_rates
 from megatron_scmoe.config import Codec, Combine, Evaluation, Position, ScMoEConfig, Shortcut
 from megatron_scmoe.contracts import Plan
 from megatron_scmoe.layer import GroupBlock
@@ -30,7 +31,6 @@ from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs, pass_c
 from megatron_scmoe.overlap.solver import GroupCosts
 from megatron_scmoe.overlap.spans import communication_s
 from megatron_scmoe.pipelined import PipelinedMoELayer
-from megatron_scmoe.rate import adjust_rates
 
 KINDS = ("training", "forward")
 COST_STEPS = 3

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from codec_study.cost import Cost
+from megatron_scmoe.codec.lloyd import refined
+from megatron_scmoe.codec.lsh import Clusters, Hasher, cluster, means, restore
 from megatron_scmoe.cpu import backend as cpu_backend
-from megatron_scmoe.lloyd import refined
-from megatron_scmoe.lsh import Clusters, Hasher, cluster, means, restore
 
 ROWS, HIDDEN, EXPERTS = 8192, 1024, 8
 HASHES, WIDTH = 6, 2

@@ -19,9 +19,9 @@ from torch import Tensor
 
 import pretrain_gpt_scmoe  # before anything that imports Megatron
 from codec_study.record import TOKENS_LOSS
+from megatron_scmoe.codec.maker import CargoMaker
 from megatron_scmoe.contracts import Cargo
 from megatron_scmoe.dispatch.tokens import Tokens
-from megatron_scmoe.maker import CargoMaker
 
 if TYPE_CHECKING:
     from megatron.core.transformer.moe.moe_layer import MoELayer

@@ -6,14 +6,14 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_scmoe.codec import Centroids
-from megatron_scmoe.compensation import ResidualMap
+from megatron_scmoe.codec.centroids import Centroids
+from megatron_scmoe.codec.compensation import ResidualMap
+from megatron_scmoe.codec.lsh import Hasher
+from megatron_scmoe.codec.rate import RateControl
 from megatron_scmoe.config import Codec, Compensation, Evaluation, HashKind, ScMoEConfig
 from megatron_scmoe.contracts import Cargo
 from megatron_scmoe.dispatch.exchange import Tag
 from megatron_scmoe.dispatch.tokens import Tokens
-from megatron_scmoe.lsh import Hasher
-from megatron_scmoe.rate import RateControl
 
 
 class CargoMaker:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_scmoe.lsh import Clusters, means, owners
+from megatron_scmoe.codec.lsh import Clusters, means, owners
 
 _STAYS = 1e-3
 """Of a row's squared length: what a move has to gain. Above rounding, so that a row that is its own mean stays."""

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_scmoe.lsh import Clusters
+from megatron_scmoe.codec.lsh import Clusters
 
 
 class RateControl:

@@ -16,14 +16,14 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
-from megatron_scmoe.compensation import ResidualMap
+from megatron_scmoe.codec.compensation import ResidualMap
+from megatron_scmoe.codec.lloyd import refined
+from megatron_scmoe.codec.lsh import Hasher, cluster, means, owners, restore
+from megatron_scmoe.codec.rate import RateControl
 from megatron_scmoe.config import Compensation, Refinement
 from megatron_scmoe.dispatch.exchange import Tag
-from megatron_scmoe.lloyd import refined
-from megatron_scmoe.lsh import Hasher, cluster, means, owners, restore
 from megatron_scmoe.mcore import token_dispatcher
 from megatron_scmoe.overlap.plan import DECODE, ENCODE
-from megatron_scmoe.rate import RateControl
 
 
 class Centroids:

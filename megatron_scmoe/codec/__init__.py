@@ -1,0 +1,1 @@
+"""Cargos that are smaller than the tokens they stand for, and who makes them."""
