@@ -13,7 +13,7 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_scmoe.config import Router, ScMoEConfig
-from megatron_scmoe.layer import GroupBlock
+from megatron_scmoe.layers.group import GroupBlock
 from megatron_scmoe.mcore import blocks
 from megatron_scmoe.specs import pipelined_block_spec, shortcut_block_spec
 

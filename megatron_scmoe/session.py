@@ -20,12 +20,12 @@ import torch.distributed as dist
 
 from megatron_scmoe.codec.rate import adjust_rates
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, Overlap, ScMoEConfig
-from megatron_scmoe.layer import GroupBlock
+from megatron_scmoe.layers.group import GroupBlock
+from megatron_scmoe.layers.pipelined import PipelinedMoELayer
 from megatron_scmoe.mcore import stages
 from megatron_scmoe.overlap import observe
 from megatron_scmoe.overlap.adaptive import Decision, Phase, Plans, Tuner, chunk_counts, from_saved_form, saved_form
 from megatron_scmoe.overlap.costs import GroupPass, passes_of
-from megatron_scmoe.pipelined import PipelinedMoELayer
 from megatron_scmoe.report import GroupRow, ReportFile, Summary, codec_scalars, rows_of, summarize, warning
 from megatron_scmoe.scalars import Scalars
 

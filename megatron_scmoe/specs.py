@@ -25,13 +25,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_scmoe.attention import LatentCoreAttention, LatentSelfAttention, longcat_norm
 from megatron_scmoe.config import LatentScaling, Router, ScMoEConfig, Shortcut
-from megatron_scmoe.layer import GroupBlock, LeadingBlock
+from megatron_scmoe.layers.attention import LatentCoreAttention, LatentSelfAttention, longcat_norm
+from megatron_scmoe.layers.group import GroupBlock, LeadingBlock
+from megatron_scmoe.layers.norm import SequenceParallelNorm
+from megatron_scmoe.layers.pipelined import PipelinedMoELayer
+from megatron_scmoe.layers.router import DualGateRouter, LongcatRouter
 from megatron_scmoe.mcore import stages
-from megatron_scmoe.norm import SequenceParallelNorm
-from megatron_scmoe.pipelined import PipelinedMoELayer
-from megatron_scmoe.router import DualGateRouter, LongcatRouter
 
 
 def shortcut_block_spec(

@@ -439,7 +439,7 @@ def controls_and_input(kind):
     from codec_study.train import CARGOES
 
     from megatron_scmoe.codec.maker import CargoMaker
-    from megatron_scmoe.pipelined import PipelinedMoELayer
+    from megatron_scmoe.layers.pipelined import PipelinedMoELayer
 
     found, package = {}, CargoMaker.cargo
     for codec, named in CODEC_AND_CARGO.items():

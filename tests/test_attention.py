@@ -28,7 +28,7 @@ def attend() -> tuple[torch.Tensor, torch.Tensor]:
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_scmoe.attention import LatentCoreAttention
+    from megatron_scmoe.layers.attention import LatentCoreAttention
 
     config = TransformerConfig(
         num_layers=1, hidden_size=12, num_attention_heads=HEADS, attention_dropout=0.0, masked_softmax_fusion=False

@@ -120,7 +120,7 @@ def stock_and_loops(kind: str, compensation: str) -> tuple[list[tuple[torch.Tens
     Also how many choices of all tokens capacity dropped.
     """
     from megatron_scmoe.config import Codec, Compensation
-    from megatron_scmoe.pipelined import PipelinedMoELayer
+    from megatron_scmoe.layers.pipelined import PipelinedMoELayer
 
     settings = {"a2a_codec": Codec.LSH, "lsh_hashes": 1, "lsh_compensation": Compensation(compensation)}
     model = test_pipelined.build(kind, 2, **settings)
@@ -471,7 +471,7 @@ def waits_and_exchanges(case: Case, rate: float | None = None) -> dict[str, int]
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from megatron_scmoe.codec.rate import RateControl
-    from megatron_scmoe.layer import GroupBlock
+    from megatron_scmoe.layers.group import GroupBlock
 
     model = models.build(case)
     controls = []

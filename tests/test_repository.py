@@ -19,11 +19,7 @@ STANDARD_LIBRARY_ONLY = ("config", "overlap/plan", "overlap/solver", "overlap/sp
 
 # Room -> rooms that it may import, from the ground up; docs/architecture.md draws these arrows.
 ARROWS: dict[str, set[str]] = {
-    "attention": set(),
     "contracts": set(),
-    "gating": set(),
-    "norm": set(),
-    "router": set(),
     "overlap": {"contracts"},
     "config": {"contracts", "overlap"},
     "report": {"contracts", "overlap"},
@@ -36,11 +32,10 @@ ARROWS: dict[str, set[str]] = {
     "scalars": {"config", "mcore"},
     "arguments": {"config", "corpus", "mcore", "refusals", "report", "resume"},
     "codec": {"config", "contracts", "dispatch", "mcore", "overlap"},
-    "layer": {"codec", "config", "contracts", "dispatch", "gating", "mcore", "overlap", "router"},
-    "pipelined": {"codec", "config", "contracts", "dispatch", "mcore", "overlap"},
-    "session": {"codec", "config", "layer", "mcore", "overlap", "pipelined", "report", "scalars"},
-    "specs": {"attention", "config", "layer", "mcore", "norm", "pipelined", "router"},
-    "model": {"config", "layer", "mcore", "specs"},
+    "layers": {"codec", "config", "contracts", "dispatch", "mcore", "overlap"},
+    "session": {"codec", "config", "layers", "mcore", "overlap", "report", "scalars"},
+    "specs": {"config", "layers", "mcore"},
+    "model": {"config", "layers", "mcore", "specs"},
 }
 
 

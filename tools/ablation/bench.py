@@ -23,14 +23,14 @@ from ablation.arms import COST_MODEL, MODELS, Arm, Model
 from megatron_scmoe.codec.rate import adjust_rates
 from megatron_scmoe.config import Codec, Combine, Evaluation, Position, ScMoEConfig, Shortcut
 from megatron_scmoe.contracts import Plan
-from megatron_scmoe.layer import GroupBlock
+from megatron_scmoe.layers.group import GroupBlock
+from megatron_scmoe.layers.pipelined import PipelinedMoELayer
 from megatron_scmoe.model import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_chunks, with_shortcut
 from megatron_scmoe.overlap import observe
 from megatron_scmoe.overlap.adaptive import Plans
 from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs, pass_costs_of, passes_of
 from megatron_scmoe.overlap.solver import GroupCosts
 from megatron_scmoe.overlap.spans import communication_s
-from megatron_scmoe.pipelined import PipelinedMoELayer
 
 KINDS = ("training", "forward")
 COST_STEPS = 3

@@ -30,11 +30,11 @@ from megatron_scmoe.config import Combine, ScMoEConfig, Shortcut
 from megatron_scmoe.contracts import DenseOp, GroupShape, Plan, RoutedCall
 from megatron_scmoe.dispatch.exchange import Tag
 from megatron_scmoe.dispatch.flights import Flights
-from megatron_scmoe.gating import CoefficientGate
+from megatron_scmoe.layers.gating import CoefficientGate
+from megatron_scmoe.layers.router import Routing, ZeroRouting
 from megatron_scmoe.mcore import blocks
 from megatron_scmoe.overlap.observe import BEGIN, END, Marker
 from megatron_scmoe.overlap.plan import ATTENTION, CURRENT, MLP, ROUTE, SHARED_EXPERT, TAIL
-from megatron_scmoe.router import Routing, ZeroRouting
 
 
 def _block_ops(block: TransformerLayer) -> list[DenseOp]:

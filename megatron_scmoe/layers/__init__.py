@@ -1,0 +1,1 @@
+"""A group of blocks and its parts; ``group.py`` is the file to read first."""
