@@ -49,7 +49,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from megatron_scmoe import resume
 from megatron_scmoe.arguments import parse_and_validate_args, refuse
 from megatron_scmoe.config import ConfigError
-from megatron_scmoe.model import model_config_from_args
+from megatron_scmoe.models.gpt import model_config_from_args
 from megatron_scmoe.session import OverlapSession
 
 _STRAGGLERS = StragglerDetector()  # Core's one of the process, which measures nothing without --log-straggler

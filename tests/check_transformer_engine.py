@@ -54,7 +54,7 @@ def keys_and_shapes(position: str, moe_every: int, *, grouped_gemm: bool, shortc
     from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
     from megatron_scmoe.config import Position, ScMoEConfig, Shortcut
-    from megatron_scmoe.model import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_shortcut
+    from megatron_scmoe.models.gpt import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_shortcut
 
     transformer = models.transformer_config(models.Case(position=(position,), moe_every=moe_every, num_groups=1))
     transformer.transformer_impl = "transformer_engine"

@@ -38,7 +38,7 @@ def describe(implementation: str, position: str, moe_every: int) -> dict[str, li
     from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
     from megatron_scmoe.config import Position, ScMoEConfig, Shortcut
-    from megatron_scmoe.specs import shortcut_block_spec
+    from megatron_scmoe.models.specs import shortcut_block_spec
 
     case = models.Case(position=(position,), moe_every=moe_every, num_groups=1)
     transformer = models.transformer_config(case)

@@ -118,7 +118,7 @@ def build(case: Case):
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_scmoe.config import Codec, Combine, Overlap, Position, Router, ScMoEConfig, Shortcut
-    from megatron_scmoe.model import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_shortcut
+    from megatron_scmoe.models.gpt import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_shortcut
 
     scmoe = ScMoEConfig(
         shortcut=Shortcut(case.shortcut),

@@ -200,7 +200,7 @@ def train_one(args: Namespace, scmoe: Any, padded: bool) -> dict[str, Any]:
     from megatron.training.initialize import _set_random_seed
     from megatron.training.training import setup_model_and_optimizer, train_step
 
-    from megatron_scmoe.model import model_config_from_args
+    from megatron_scmoe.models.gpt import model_config_from_args
 
     _set_random_seed(args.seed)
     RouterReplay.clear_global_router_replay_instances()

@@ -105,7 +105,7 @@ def build_and_save(flags: list[str], folder: Path, tokens: torch.Tensor) -> torc
     from megatron.training.models.gpt import GPTModelBuilder
 
     from megatron_scmoe.arguments import parse_and_validate_args
-    from megatron_scmoe.model import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, model_config_from_args
+    from megatron_scmoe.models.gpt import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, model_config_from_args
 
     with contextlib.redirect_stdout(io.StringIO()):
         args, scmoe = parse_and_validate_args()

@@ -61,7 +61,7 @@ def build(kind: str, chunks: int, **settings):
     from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
     from megatron_scmoe.config import ScMoEConfig
-    from megatron_scmoe.specs import pipelined_block_spec
+    from megatron_scmoe.models.specs import pipelined_block_spec
 
     transformer = models.transformer_config(Case())
     transformer.moe_shared_expert_intermediate_size = None

@@ -33,9 +33,8 @@ ARROWS: dict[str, set[str]] = {
     "arguments": {"config", "corpus", "mcore", "refusals", "report", "resume"},
     "codec": {"config", "contracts", "dispatch", "mcore", "overlap"},
     "layers": {"codec", "config", "contracts", "dispatch", "mcore", "overlap"},
+    "models": {"config", "layers", "mcore"},
     "session": {"codec", "config", "layers", "mcore", "overlap", "report", "scalars"},
-    "specs": {"config", "layers", "mcore"},
-    "model": {"config", "layers", "mcore", "specs"},
 }
 
 

@@ -25,7 +25,7 @@ from megatron_scmoe.config import Codec, Combine, Evaluation, Position, ScMoECon
 from megatron_scmoe.contracts import Plan
 from megatron_scmoe.layers.group import GroupBlock
 from megatron_scmoe.layers.pipelined import PipelinedMoELayer
-from megatron_scmoe.model import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_chunks, with_shortcut
+from megatron_scmoe.models.gpt import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_chunks, with_shortcut
 from megatron_scmoe.overlap import observe
 from megatron_scmoe.overlap.adaptive import Plans
 from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs, pass_costs_of, passes_of

@@ -42,7 +42,7 @@ from checkpoints.mappings.norms import renamed_norms
 from checkpoints.running.megatron_args import EMBEDDING, Layout, arguments
 from checkpoints.running.model import Scores
 from checkpoints.tensors import CheckpointError
-from megatron_scmoe.model import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, model_config_from_args
+from megatron_scmoe.models.gpt import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, model_config_from_args
 
 logging.getLogger("megatron").setLevel(logging.ERROR)  # what else it says is for those who train
 

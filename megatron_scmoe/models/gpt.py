@@ -15,7 +15,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron_scmoe.config import Router, ScMoEConfig
 from megatron_scmoe.layers.group import GroupBlock
 from megatron_scmoe.mcore import blocks
-from megatron_scmoe.specs import pipelined_block_spec, shortcut_block_spec
+from megatron_scmoe.models.specs import pipelined_block_spec, shortcut_block_spec
 
 
 @dataclass(kw_only=True)
@@ -27,7 +27,7 @@ class ScMoEGPTModelConfig(GPTModelConfig):
             ``TransformerConfig``, which Core rebuilds and deep-copies.
     """
 
-    builder: ClassVar[str] = "megatron_scmoe.model.ScMoEGPTModelBuilder"
+    builder: ClassVar[str] = "megatron_scmoe.models.gpt.ScMoEGPTModelBuilder"
     scmoe: ScMoEConfig = field(default_factory=ScMoEConfig)
 
 

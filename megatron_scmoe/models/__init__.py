@@ -1,0 +1,1 @@
+"""Megatron's models with our layers in them: one file for each of its containers."""
