@@ -34,7 +34,7 @@ from megatron_scmoe.config import (
     Shortcut,
 )
 from megatron_scmoe.mcore import checkpoints, version
-from megatron_scmoe.report import ONE_QUEUE
+from megatron_scmoe.report.figures import ONE_QUEUE
 
 EXIT_REFUSED = 2
 

@@ -26,8 +26,8 @@ from megatron_scmoe.mcore import stages
 from megatron_scmoe.overlap import observe
 from megatron_scmoe.overlap.adaptive import Decision, Phase, Plans, Tuner, chunk_counts, from_saved_form, saved_form
 from megatron_scmoe.overlap.costs import GroupPass, passes_of
-from megatron_scmoe.report import GroupRow, ReportFile, Summary, codec_scalars, rows_of, summarize, warning
-from megatron_scmoe.scalars import Scalars
+from megatron_scmoe.report.figures import GroupRow, ReportFile, Summary, codec_scalars, rows_of, summarize, warning
+from megatron_scmoe.report.scalars import Scalars
 
 type Group = GroupBlock | PipelinedMoELayer
 

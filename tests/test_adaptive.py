@@ -40,7 +40,7 @@ from megatron_scmoe.overlap.adaptive import (
 from megatron_scmoe.overlap.costs import GroupPass, mean_costs
 from megatron_scmoe.overlap.plan import even_plan, forward_order
 from megatron_scmoe.overlap.solver import GroupCosts, PassCosts, candidate_plans, predicted_hidden_share, predicted_s
-from megatron_scmoe.report import Summary
+from megatron_scmoe.report.figures import Summary
 
 EP2 = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 

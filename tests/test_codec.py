@@ -25,7 +25,7 @@ from test_overlap import EP, all_to_one_rank, assert_bit_equal, assert_close, ru
 from test_report import read
 from training import SCMOE, STOCK, with_flags, without_flag
 
-from megatron_scmoe.report import GroupRow, codec_scalars
+from megatron_scmoe.report.figures import GroupRow, codec_scalars
 
 LSH = Case(codec="lsh")
 """Few tokens that are not alike: one function of four answers makes them share centroids all the same."""
@@ -633,8 +633,8 @@ def steps_of_figures(flags: list[str]) -> list[int]:
 
     Whoever writes without having waited for another stage writes too little, or an earlier step behind a later one.
     """
-    from megatron_scmoe import scalars
     from megatron_scmoe.mcore import stages
+    from megatron_scmoe.report import scalars
 
     send, steps = stages.StageMail.send, list[int]()
 

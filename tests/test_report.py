@@ -21,7 +21,7 @@ from megatron_scmoe.contracts import Plan
 from megatron_scmoe.overlap.costs import GroupPass
 from megatron_scmoe.overlap.observe import Compression, Load, Recording
 from megatron_scmoe.overlap.spans import Lane, Span
-from megatron_scmoe.report import GroupRow, ReportFile, Summary, codec_scalars, rows_of, summarize, warning
+from megatron_scmoe.report.figures import GroupRow, ReportFile, Summary, codec_scalars, rows_of, summarize, warning
 
 # ---- by hand ----------------------------------------------------------------------------------------------------
 
@@ -316,7 +316,7 @@ def test_a_step_that_was_given_up_is_not_reported():
 
 def logged_by_wandb(runs: bool) -> list[dict[str, float]]:
     """What W&B gets while its run goes on, or when it has ended."""
-    from megatron_scmoe import scalars
+    from megatron_scmoe.report import scalars
 
     logged: list[dict[str, float]] = []
     wandb = SimpleNamespace(run=object() if runs else None, log=lambda values, _iteration: logged.append(values))
