@@ -46,11 +46,11 @@ from megatron.training import get_args, get_timers, get_tokenizer, pretrain, pri
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_scmoe import resume
-from megatron_scmoe.arguments import parse_and_validate_args, refuse
 from megatron_scmoe.config import ConfigError
 from megatron_scmoe.models.gpt import model_config_from_args
-from megatron_scmoe.session import OverlapSession
+from megatron_scmoe.training import resume
+from megatron_scmoe.training.arguments import parse_and_validate_args, refuse
+from megatron_scmoe.training.session import OverlapSession
 
 _STRAGGLERS = StragglerDetector()  # Core's one of the process, which measures nothing without --log-straggler
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")

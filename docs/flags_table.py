@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_scmoe.arguments import add_scmoe_arguments
+from megatron_scmoe.training.arguments import add_scmoe_arguments
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN = "<!-- flags: written by docs/flags_table.py -->\n"

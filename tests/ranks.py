@@ -58,7 +58,7 @@ _IMPORTED_EARLY = (
     # the first tokenizer (it reads all of transformers, half of the time of a short run), the log, and the plugin.
     "megatron.core.tokenizers.text",
     "torch.utils.tensorboard",
-    "megatron_scmoe.session",
+    "megatron_scmoe.training.session",
 )
 _DIED = "died: "
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h

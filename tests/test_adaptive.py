@@ -325,8 +325,8 @@ def test_plans_are_saved_as_builtin_types_and_come_back():
 
 def continued(monkeypatch, now: dict[str, Any], settled_at: int = 5, **beside: Any) -> Any:
     """A session that continues from a checkpoint with ``beside`` beside its plans, under the conditions ``now``."""
-    from megatron_scmoe import session
     from megatron_scmoe.mcore import stages
+    from megatron_scmoe.training import session
 
     monkeypatch.setattr(stages, "is_stage_root", lambda: True)
     scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE, overlap=Overlap.ADAPTIVE)
@@ -376,7 +376,7 @@ def test_the_interval_goes_on_where_the_last_job_ended(monkeypatch, settled_at, 
 
 def kept_plans(slots: tuple[int, ...]) -> int:
     """Of how many groups plans are left where rank 1 has read a checkpoint with ``slots``."""
-    from megatron_scmoe import session
+    from megatron_scmoe.training import session
 
     plans = {0: Plans(Plan(slots if torch.distributed.get_rank() else (2,)), Plan((2,)))}
     scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE, overlap=Overlap.ADAPTIVE)
@@ -391,7 +391,7 @@ def test_ranks_that_read_different_checkpoints_measure_anew(slots, left):
 
 
 def test_conditions_are_what_a_checkpoint_gives_back(monkeypatch):
-    from megatron_scmoe import session
+    from megatron_scmoe.training import session
 
     names = (*ARCHITECTURE_FIELDS, *CODEC_FIELDS, *OTHER_CONDITIONS)
     args = Namespace(**dict.fromkeys(names, 1) | {"shortcut_position": ("pos2", "pos1"), "recompute_modules": ["mlp"]})
@@ -401,8 +401,8 @@ def test_conditions_are_what_a_checkpoint_gives_back(monkeypatch):
 
 
 def test_a_recording_ends_where_an_evaluation_begins():
-    from megatron_scmoe import session
     from megatron_scmoe.overlap import observe
+    from megatron_scmoe.training import session
 
     one = session.OverlapSession(Namespace(), ScMoEConfig(shortcut=Shortcut.SCMOE, overlap=Overlap.ADAPTIVE))
     one._recording = observe.start()
@@ -482,9 +482,9 @@ def train_and_look(flags: list[str], found: tuple[int, ...] = (), other_on_rank:
     import torch.distributed as dist
     from megatron.training import get_args
 
-    from megatron_scmoe import session
     from megatron_scmoe.overlap import adaptive
     from megatron_scmoe.overlap.solver import Solution
+    from megatron_scmoe.training import session
 
     if found:
         adaptive.solve = lambda *_, forward_only=False: Solution(Plan((1,) if forward_only else found), 1.0, 0.5)
@@ -687,7 +687,7 @@ def train_switching(flags: list[str], recompute_experts: bool = False) -> str:
     from megatron.core import tensor_parallel
     from megatron.core.transformer.moe.experts import SequentialMLP
 
-    from megatron_scmoe import session
+    from megatron_scmoe.training import session
 
     between_steps = session.OverlapSession._between_steps
 

@@ -245,7 +245,7 @@ def test_accepted(flags):
 
 
 def saved_namespace(flags: list[str]) -> bytes:
-    from megatron_scmoe.arguments import parse_and_validate_args
+    from megatron_scmoe.training.arguments import parse_and_validate_args
 
     sys.argv[:] = ["pretrain_gpt_scmoe.py", *flags]
     args, _ = parse_and_validate_args()
@@ -262,7 +262,7 @@ def test_the_saved_settings_are_builtin_types():
 
 
 def help_text() -> str:
-    from megatron_scmoe.arguments import parse_and_validate_args
+    from megatron_scmoe.training.arguments import parse_and_validate_args
 
     sys.argv[:] = ["pretrain_gpt_scmoe.py", "--help"]
     printed = io.StringIO()
@@ -282,7 +282,7 @@ def test_help_is_shown():
 
 def test_every_field_is_a_flag_with_its_docstring_as_help():
     from megatron_scmoe import config
-    from megatron_scmoe.arguments import add_scmoe_arguments
+    from megatron_scmoe.training.arguments import add_scmoe_arguments
 
     parser = add_scmoe_arguments(argparse.ArgumentParser())
     actions = {action.dest: action for action in parser._actions}
@@ -360,7 +360,8 @@ PLACES = {
 
 @pytest.mark.parametrize(("implementation", "more", "position", "saved", "refused"), PLACES.values(), ids=PLACES)
 def test_moments_by_place_need_the_norms_that_were_fused(monkeypatch, implementation, more, position, saved, refused):
-    from megatron_scmoe import config, resume
+    from megatron_scmoe import config
+    from megatron_scmoe.training import resume
 
     flags = dict.fromkeys((*resume._LAYOUT_FLAGS, "use_distributed_optimizer", "dist_ckpt_optim_fully_reshardable"), 1)
     flags |= {"finetune": False, "no_load_optim": False, "load": "run", "num_experts": None}
@@ -382,7 +383,7 @@ def test_moments_by_place_need_the_norms_that_were_fused(monkeypatch, implementa
 
 
 def restored(flags: list[str]) -> tuple[list[str], str, object]:
-    from megatron_scmoe.arguments import parse_and_validate_args
+    from megatron_scmoe.training.arguments import parse_and_validate_args
 
     sys.argv[:] = ["pretrain_gpt_scmoe.py", *flags]
     args, scmoe = parse_and_validate_args()
@@ -465,8 +466,8 @@ def test_torchrun_turns_a_refusal_into_1_and_the_line_is_there():
 
 
 def warnings_of_one_queue() -> list[str | None]:
-    from megatron_scmoe.arguments import one_queue_warning
     from megatron_scmoe.config import Overlap, ScMoEConfig, Shortcut
+    from megatron_scmoe.training.arguments import one_queue_warning
 
     scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE)
     off = dataclasses.replace(scmoe, overlap=Overlap.OFF)

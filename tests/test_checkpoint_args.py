@@ -45,7 +45,7 @@ def unclassified(patterns: str) -> list[str]:
     from megatron.core.transformer.transformer_config import MLATransformerConfig
     from megatron.training import arguments, checkpointing
 
-    from megatron_scmoe.arguments import CORE_FORGETS
+    from megatron_scmoe.training.arguments import CORE_FORGETS
 
     parser = argparse.ArgumentParser()
     for add in (arguments._add_moe_args, arguments._add_mla_args, arguments._add_experimental_attention_variant_args):
@@ -70,7 +70,7 @@ def test_every_setting_of_core_s_is_somebody_s():
 
 def all_restored(folder: str) -> dict[str, object]:
     """What the names of ``core_forgets`` are after ``--use-checkpoint-args``, before anything is validated."""
-    from megatron_scmoe import arguments
+    from megatron_scmoe.training import arguments
 
     sys.argv[:] = ["pretrain_gpt_scmoe.py", *SCMOE, "--load", folder, "--use-checkpoint-args"]
     args = arguments.parse_args(arguments.add_scmoe_arguments)
@@ -92,7 +92,7 @@ def test_all_that_core_forgets_is_restored(tmp_path):
 
 
 def core_forgets() -> tuple[str, ...]:
-    from megatron_scmoe.arguments import CORE_FORGETS
+    from megatron_scmoe.training.arguments import CORE_FORGETS
 
     return (*CORE_FORGETS, "hf_config", "hf_has_unused_tensors")
 
@@ -114,7 +114,7 @@ FORGOTTEN = {
 
 def settings_of(flags: list[str]) -> dict[str, str]:
     """What a command line comes to, validated."""
-    from megatron_scmoe.arguments import parse_and_validate_args
+    from megatron_scmoe.training.arguments import parse_and_validate_args
 
     sys.argv[:] = ["pretrain_gpt_scmoe.py", *flags]
     with contextlib.redirect_stdout(io.StringIO()):

@@ -252,8 +252,8 @@ def train_both(flags: list[str], padded: bool) -> list[dict[str, Any]]:
     """What ``train_one`` sees with overlap on, and off."""
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_scmoe.arguments import parse_and_validate_args
     from megatron_scmoe.config import Overlap
+    from megatron_scmoe.training.arguments import parse_and_validate_args
 
     sys.argv[:] = ["pretrain_gpt_scmoe.py", *flags]
     with contextlib.redirect_stdout(io.StringIO()):

@@ -104,8 +104,8 @@ def build_and_save(flags: list[str], folder: Path, tokens: torch.Tensor) -> torc
     from megatron.training.checkpointing import _build_sharded_state_dict_metadata
     from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron_scmoe.arguments import parse_and_validate_args
     from megatron_scmoe.models.gpt import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, model_config_from_args
+    from megatron_scmoe.training.arguments import parse_and_validate_args
 
     with contextlib.redirect_stdout(io.StringIO()):
         args, scmoe = parse_and_validate_args()

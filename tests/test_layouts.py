@@ -565,7 +565,7 @@ def refusal(flags: list[str]) -> tuple[str, int | None]:
 
 
 def train_unchecked(flags: list[str]) -> Result:
-    from megatron_scmoe import resume
+    from megatron_scmoe.training import resume
 
     resume._check_expert_optimizer = lambda args, saved: None
     resume.check_buckets = lambda args, model_chunks: model_chunks

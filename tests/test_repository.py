@@ -22,18 +22,14 @@ ARROWS: dict[str, set[str]] = {
     "contracts": set(),
     "overlap": {"contracts"},
     "config": {"contracts", "overlap"},
-    "corpus": {"config"},
     "mcore": {"config"},
     "cpu": {"mcore"},
     "dispatch": {"contracts", "mcore", "overlap"},
-    "refusals": {"config", "mcore"},
     "report": {"config", "contracts", "mcore", "overlap"},
-    "resume": {"config", "mcore"},
-    "arguments": {"config", "corpus", "mcore", "refusals", "report", "resume"},
     "codec": {"config", "contracts", "dispatch", "mcore", "overlap"},
     "layers": {"codec", "config", "contracts", "dispatch", "mcore", "overlap"},
     "models": {"config", "layers", "mcore"},
-    "session": {"codec", "config", "layers", "mcore", "overlap", "report"},
+    "training": {"codec", "config", "layers", "mcore", "overlap", "report"},
 }
 
 

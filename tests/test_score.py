@@ -126,8 +126,8 @@ def entry_script_losses(flags, tokens, labels):
     from megatron.training.initialize import initialize_megatron
     from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron_scmoe.arguments import parse_and_validate_args
     from megatron_scmoe.models.gpt import ScMoEGPTModelBuilder, model_config_from_args
+    from megatron_scmoe.training.arguments import parse_and_validate_args
 
     with contextlib.redirect_stdout(io.StringIO()):
         args, scmoe = parse_and_validate_args()

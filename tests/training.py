@@ -83,7 +83,7 @@ def train(flags: list[str]) -> str:
 
 def refusal(flags: list[str]) -> tuple[str, int | None]:
     """Parse ``flags`` as the entry script does; returns the refusal on stderr and the exit code (None: accepted)."""
-    from megatron_scmoe.arguments import parse_and_validate_args
+    from megatron_scmoe.training.arguments import parse_and_validate_args
 
     sys.argv[:] = ["pretrain_gpt_scmoe.py", *flags]
     errors, exit_code = io.StringIO(), None

@@ -22,9 +22,9 @@ from megatron.training.arguments import add_megatron_arguments, validate_args
 from checkpoints.disk.torch_dist import MegatronCheckpoint
 from checkpoints.running.model import USUAL_LENGTH
 from checkpoints.tensors import CheckpointError
-from megatron_scmoe import refusals
-from megatron_scmoe.arguments import add_scmoe_arguments, scmoe_config_from_args
 from megatron_scmoe.config import CODEC_FIELDS, ConfigError, ScMoEConfig
+from megatron_scmoe.training import refusals
+from megatron_scmoe.training.arguments import add_scmoe_arguments, scmoe_config_from_args
 
 EMBEDDING = "embedding.word_embeddings.weight"
 

@@ -22,7 +22,6 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 
-from megatron_scmoe import corpus, refusals, resume
 from megatron_scmoe.config import (
     ARCHITECTURE_FIELDS,
     CODEC_FIELDS,
@@ -35,6 +34,7 @@ from megatron_scmoe.config import (
 )
 from megatron_scmoe.mcore import checkpoints, version
 from megatron_scmoe.report.figures import ONE_QUEUE
+from megatron_scmoe.training import corpus, refusals, resume
 
 EXIT_REFUSED = 2
 
