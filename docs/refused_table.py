@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/refused.md, Megatron's flags that are refused, from ``megatron_scmoe.training.refusals``; a test compares both."""
+"""Write docs/refused.md, Megatron's flags that are refused, from the refusals' tables; a test compares both."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ DOCUMENT = Path(__file__).resolve().parent / "refused.md"
 HEAD = """\
 # Megatron's flags that are refused
 
-Written by `make docs` from `megatron_scmoe/training/refusals.py`; do not edit. These are the flags that are refused whatever
-else is set; where no allowed value is named, leave the flag out. Rules that join several settings are in
+Written by `make docs` from the package's refusals; do not edit. These are the flags that are refused whatever else is set; where no allowed value is named, leave the flag out. Rules that join several settings are in
 `docs/parallelism.md` (recomputation, stages of a pipeline, parallelism, formats of optimizer checkpoints) or in the
 errors alone (what a shortcut asks for, such as `--disable-bias-linear` and a shared expert; which balancing goes with
 which router): each says the rule, the values and the fix.

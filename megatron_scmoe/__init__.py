@@ -1,8 +1,8 @@
-"""Shortcut-connected mixture-of-experts layers for NVIDIA Megatron-Core.
+"""Shortcut-connected mixture-of-experts layers for Megatron-Core: the all-to-all runs while the dense ops compute.
 
-Reading order: ``layer.py`` (how one group runs), ``exchange.py`` (the two halves of a collective), ``dispatch.py``
-(tokens on their way to the experts and back), ``config.py`` (what a user can set), ``specs.py`` and ``model.py`` (how
-Core's model gets our layers), ``mcore/`` (the seam to Core).
+Reading order: ``layers/group.py`` (how one group runs), ``contracts.py`` (what the rooms agree on), ``dispatch/`` (how
+tokens travel), ``overlap/`` (where the experts run), ``models/`` (how Core's model gets our layers), ``mcore/`` (the
+seam to Core). docs/architecture.md draws the rooms.
 """
 
 __version__ = "0.1.0"

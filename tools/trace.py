@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Turn the report of ``--overlap-report`` into a timeline for ui.perfetto.dev or chrome://tracing.
 
-The report has one file of JSON lines for each rank (``megatron_scmoe/report/figures.py``), and some of its lines hold the spans
+The report has one file of JSON lines for each rank (``megatron_scmoe/report/``), and some of its lines hold the spans
 of a step. Here each rank becomes a process with two threads, the compute lane and the communication lane. Only the
 standard library is needed, so the tool runs where the report was copied to.
 """
