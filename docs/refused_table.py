@@ -12,6 +12,7 @@ HEAD = """\
 # Megatron's flags that are refused
 
 Written by `make docs` from the package's refusals; do not edit. These are the flags that are refused whatever
+else is set; where no allowed value is named, leave the flag out. Rules that join several settings are in
 `docs/parallelism.md` (recomputation, stages of a pipeline, parallelism, formats of optimizer checkpoints) or in the
 errors alone (what a shortcut asks for, such as `--disable-bias-linear` and a shared expert; which balancing goes with
 which router): each says the rule, the values and the fix.
