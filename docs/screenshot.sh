@@ -1,9 +1,10 @@
 #!/bin/sh
-# docs/ablation-report.png: the report of an ablation, as headless Chromium (Debian: apt-get install chromium) shows it.
-#   docs/screenshot.sh RESULT_FOLDER/report.html docs/ablation-report.png [HEIGHT]
+# docs/results/ablation-report.png: the report of an ablation, as headless Chromium (Debian: apt-get install chromium)
+# shows it.
+#   docs/screenshot.sh RESULT_FOLDER/report.html docs/results/ablation-report.png [HEIGHT]
 set -eu
 if [ $# -lt 2 ]; then
-  echo "screenshot.sh: error: give a report and the PNG to write, e.g. results/report.html docs/ablation-report.png" >&2
+  echo "screenshot.sh: error: give a report and the PNG to write: REPORT.html docs/results/ablation-report.png" >&2
   exit 2
 fi
 browser=$(command -v chromium || command -v chromium-browser || command -v google-chrome) || {

@@ -216,7 +216,7 @@ class ScMoEConfig:
     lsh_hashes: int = 6
     """Hash functions that must agree for tokens to travel together: more of them send more rows and change less.
     With about 1024 tokens for each expert on each rank, 6 functions and a width of 2 sent 0.28 of the rows of a small
-    model after 200 steps and 0.46 after 1000: more as it learns (docs/results-codec.md), which --lsh-target-rate
+    model after 200 steps and 0.46 after 1000: more as it learns (docs/results/codec.md), which --lsh-target-rate
     prevents. spherical needs about twice as many."""
 
     lsh_width: int = 2
@@ -230,7 +230,7 @@ class ScMoEConfig:
 
     lsh_compensation: Compensation = Compensation.NONE
     """What a token gets beside the expert's output for the mean. none: nothing, which lost less than paper in our own
-    study (docs/results-codec.md). paper: its difference from the mean, as LSH-MoE does. lowrank: that through a learned
+    study (docs/results/codec.md). paper: its difference from the mean, as LSH-MoE does. lowrank: that through a learned
     linear map of rank --lsh-rank, one for each expert, which every rank holds for all experts and which starts as zero
     (not in the paper)."""
 

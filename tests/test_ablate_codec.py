@@ -1001,12 +1001,12 @@ def test_document_without_its_marks_is_refused_and_kept(result, text, tmp_path, 
 
 
 def test_the_study_of_this_repository_can_be_shown():
-    kept = folder.read(ROOT / "docs" / "codec-study")
+    kept = folder.read(ROOT / "docs" / "results" / "codec-study")
     assert kept["meta"]["seeds"] == min(len(row.seeds) for row in analysis.rows(kept["runs"]))
 
 
 def test_the_document_of_this_repository_has_the_marks(result):
-    text = (ROOT / "docs" / "results-codec.md").read_text()
+    text = (ROOT / "docs" / "results" / "codec.md").read_text()
     assert text.count(goals.BEGIN) == text.count(goals.END) == 1
 
 

@@ -44,7 +44,7 @@ examples:
   .venv/bin/python tools/ablate_codec.py --output study --seeds 5
 
   # train nothing: show what an earlier call found, and write it into a document
-  .venv/bin/python tools/ablate_codec.py --from study --write-results docs/results-codec.md
+  .venv/bin/python tools/ablate_codec.py --from study --write-results docs/results/codec.md
 
   # what encoding costs, on an otherwise idle machine; --from study judges it, too
   .venv/bin/python tools/ablate_codec.py --encoding-cost --output study

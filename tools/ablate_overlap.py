@@ -40,7 +40,7 @@ examples:
   torchrun --nproc-per-node 8 tools/ablate_overlap.py --output results
 
   # measure nothing: show what an earlier run found, and write it into a document
-  .venv/bin/python tools/ablate_overlap.py --from results --write-results docs/results.md
+  .venv/bin/python tools/ablate_overlap.py --from results --write-results docs/results/links.md
 
 arms:
   Megatron's top-2, top-1 and shared-expert layers as they are, and pipelined in 2 and 4 chunks; shortcut models at
