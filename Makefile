@@ -22,7 +22,7 @@ MATRIX += $(addprefix tests/,test_costs.py test_layouts.py training.py)
 PASSED := tests/layouts-passed.sha256
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain test test-full test-ci lint format docs clean distclean
+.PHONY: help install pretrain test test-full test-ci lint format docs package clean distclean
 
 help: ## this text
 	@echo "make TARGET [VARIABLE=value ...]"; echo
@@ -70,13 +70,18 @@ format: $(INSTALLED) ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED) ## draw docs/timeline.svg and write the README's flags table and docs/refused.md anew
+docs: $(INSTALLED) ## draw docs/timeline.svg, write docs/flags.md and docs/refused.md anew
 	$(BIN)/python docs/draw_timeline.py
 	$(BIN)/python docs/flags_table.py
 	$(BIN)/python docs/refused_table.py
+
+package: $(INSTALLED) ## build sdist and wheel into dist/, and import the package from the wheel
+	rm -rf dist *.egg-info  # an old list of sources would bring files into the wheel that pyproject.toml forgets
+	$(BIN)/python -m build
+	$(BIN)/python .ci/check_wheel.py dist
 
 clean: ## remove data, checkpoints and logs of make pretrain
 	rm -rf $(RUN)
 
 distclean: clean ## and .venv
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

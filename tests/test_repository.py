@@ -14,7 +14,7 @@ import pytest
 from training import ROOT
 
 PACKAGE = ROOT / "megatron_scmoe"
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]
 STANDARD_LIBRARY_ONLY = ("config", "overlap/plan", "overlap/solver", "overlap/spans")
 
 # Room -> rooms that it may import, from the ground up; docs/architecture.md draws these arrows.
@@ -95,6 +95,25 @@ def test_an_arrow_that_points_up_is_noticed(tmp_path):
     assert not without_circles({"ground": {"roof"}, "roof": {"ground"}})
 
 
+def drawn_arrows(text: str) -> dict[str, set[str]]:
+    """Rooms and what they import as a document draws them, a line each, from the ground up."""
+    lines = re.findall(r"^(\w+) .*-> ([\w, ]+)$", text, re.MULTILINE)
+    return {room: set(targets.split(", ")) - {"nothing"} for room, targets in reversed(lines)}
+
+
+def test_architecture_draws_the_arrows():
+    drawn = drawn_arrows((ROOT / "docs" / "architecture.md").read_text())
+    assert drawn == ARROWS and without_circles(drawn)
+
+
+def test_another_drawing_is_noticed():
+    """Negative control of the test above."""
+    assert drawn_arrows("roof  on top -> ground, walls\nground  below -> nothing") == {
+        "ground": set(),
+        "roof": {"ground", "walls"},
+    }
+
+
 @pytest.mark.parametrize("module", STANDARD_LIBRARY_ONLY)
 def test_standard_library_only(module):
     """Nothing of torch or Megatron is loaded, by whatever it imports."""
@@ -123,10 +142,10 @@ def paths_in(text: str) -> set[str]:
     """What looks like a file of this repository in a document."""
     return set(
         re.findall(r"(?:megatron_scmoe|docs|tools|tests|examples|\.ci)/[\w./-]*\w|\b[\w-]+\.(?:txt|toml)\b", text)
-    )
+    ) | {f"megatron_scmoe/{path}" for path in re.findall(rf"`((?:{'|'.join(ARROWS)})/\w+\.py)", text)}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_documents_name_files_that_exist(document):
     named = paths_in(document.read_text())
     assert named
@@ -135,11 +154,49 @@ def test_documents_name_files_that_exist(document):
 
 def test_a_missing_file_is_noticed():
     """Negative control of the test above."""
-    assert paths_in("see `docs/nowhere.md` and tools/gone.py, requirements-no.txt") == {
+    assert paths_in("see `docs/nowhere.md`, `mcore/none.py` and tools/gone.py, requirements-no.txt") == {
         "docs/nowhere.md",
+        "megatron_scmoe/mcore/none.py",
         "tools/gone.py",
         "requirements-no.txt",
     }
+
+
+def links_in(document: Path) -> set[Path]:
+    """Files that a document links to."""
+    targets = re.findall(r"\]\(([^)#:]+)\)", document.read_text())
+    return {(document.parent / target).resolve() for target in targets}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    assert {link for link in links_in(document) if not link.exists()} == set()
+
+
+def not_linked(folder: Path) -> set[Path]:
+    """Documents in a folder and below it that its index has no link to; a folder with an index of its own is one."""
+    nearest = {path for path in folder.glob("*.md") if path.name != "README.md"} | set(folder.glob("*/README.md"))
+    return nearest - links_in(folder / "README.md")
+
+
+@pytest.mark.parametrize("folder", ["docs", "docs/results"])
+def test_every_document_is_in_the_index(folder):
+    assert not_linked(ROOT / folder) == set()
+
+
+def test_a_document_that_no_index_has_is_noticed(tmp_path):
+    """Negative control of the two tests above."""
+    (tmp_path / "README.md").write_text("[one](one.md), [gone](gone.md), [far](https://a.b/c)")
+    for name in ("one.md", "two.md"):
+        (tmp_path / name).write_text("")
+    assert not_linked(tmp_path) == {tmp_path / "two.md"}
+    assert links_in(tmp_path / "README.md") == {tmp_path / "one.md", tmp_path / "gone.md"}
+
+
+@pytest.mark.parametrize("document, most", [("README.md", 150), ("docs/architecture.md", 120)])
+def test_documents_that_people_finish(document, most):
+    lines = (ROOT / document).read_text().splitlines()
+    assert len(lines) <= most and max(map(len, lines)) <= 120
 
 
 def load(path: Path):
@@ -151,9 +208,7 @@ def load(path: Path):
 
 
 def test_flags_table_is_that_of_the_code():
-    program = (
-        "import flags_table as t; assert t.with_table(t.README.read_text()) == t.README.read_text(), 'run make docs'"
-    )
+    program = "import flags_table as t; assert t.document() == t.DOCUMENT.read_text(), 'run make docs'"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT / "docs", check=True)
 
 
