@@ -17,8 +17,9 @@ BIN := $(VENV)/bin
 
 # What the layout matrix depends on, and with which contents of it test-full has passed.
 MATRIX := $(sort $(shell find megatron_scmoe -name "*.py")) pretrain_gpt_scmoe.py requirements.txt
-MATRIX += $(addprefix tests/,conftest.py models.py ranks.py reference.py test_adaptive.py test_arguments.py)
-MATRIX += $(addprefix tests/,test_costs.py test_layouts.py training.py)
+MATRIX += tests/conftest.py $(addprefix tests/support/,models.py ranks.py reference.py training.py)
+MATRIX += tests/config/test_arguments.py tests/overlap/test_adaptive.py tests/overlap/test_costs.py
+MATRIX += tests/training/test_layouts.py
 PASSED := tests/layouts-passed.sha256
 
 .DEFAULT_GOAL := help

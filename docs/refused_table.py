@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_scmoe.training import refusals
+from megatron_scmoe.training import refused_flags
 
 DOCUMENT = Path(__file__).resolve().parent / "refused.md"
 HEAD = """\
@@ -18,12 +18,12 @@ errors alone (what a shortcut asks for, such as `--disable-bias-linear` and a sh
 which router): each says the rule, the values and the fix.
 """
 SECTIONS = {
-    "Always": refusals.HOOK_REFUSALS,
-    "With `--shortcut scmoe` or `dgmoe`": refusals.REFUSALS,
-    "With `--shortcut dgmoe`, also": refusals.TWO_GATES_REFUSALS,
-    "With `--router longcat`, also": refusals.LONGCAT_REFUSALS,
-    "With `--shortcut none` and `--overlap-chunks` above 1, or `--a2a-codec lsh`": refusals.PIPELINED_REFUSALS,
-    "With `--a2a-codec lsh`, also": refusals.CODEC_REFUSALS,
+    "Always": refused_flags.HOOK_REFUSALS,
+    "With `--shortcut scmoe` or `dgmoe`": refused_flags.REFUSALS,
+    "With `--shortcut dgmoe`, also": refused_flags.TWO_GATES_REFUSALS,
+    "With `--router longcat`, also": refused_flags.LONGCAT_REFUSALS,
+    "With `--shortcut none` and `--overlap-chunks` above 1, or `--a2a-codec lsh`": refused_flags.PIPELINED_REFUSALS,
+    "With `--a2a-codec lsh`, also": refused_flags.CODEC_REFUSALS,
 }
 
 
@@ -36,7 +36,7 @@ def document() -> str:
     return "\n".join(parts)
 
 
-def _allowed(rule: refusals.Refusal) -> str:
+def _allowed(rule: refused_flags.Refusal) -> str:
     values = [f"`{value}`" for value in rule.allowed if value not in (None, False)]
     return ", ".join(values)
 

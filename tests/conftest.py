@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 _TESTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(_TESTS))  # the rank processes import test modules by their plain names
+# Test modules import what is in support/ and one another, and the rank processes import them, by their plain names.
+sys.path[:0] = [str(folder) for folder in sorted(_TESTS.iterdir()) if any(folder.glob("*.py"))]
 sys.path.append(str(_TESTS.parent))  # last, so that an installed megatron_scmoe is preferred
 
 import ranks  # noqa: E402

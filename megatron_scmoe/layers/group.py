@@ -36,6 +36,8 @@ from megatron_scmoe.mcore import blocks
 from megatron_scmoe.overlap.observe import BEGIN, END, Marker
 from megatron_scmoe.overlap.plan import ATTENTION, CURRENT, MLP, ROUTE, SHARED_EXPERT, TAIL
 
+_PACKED = "packed sequences do not reach the routers of a group: call the model without packed_seq_params"
+
 
 def _block_ops(block: TransformerLayer) -> list[DenseOp]:
     return [
@@ -121,9 +123,7 @@ class GroupBlock(TransformerLayer):
             ValueError: for packed sequences, whose boundaries the routers of a group do not see.
         """
         if packed_seq_params is not None:
-            raise ValueError(
-                "packed sequences do not reach the routers of a group: call the model without packed_seq_params"
-            )
+            raise ValueError(_PACKED)
         inputs = blocks.AttentionInputs(**attention_inputs)
         padding_mask = blocks.sequence_first(padding_mask)
         plan, tap = self.plan if self.training else self.forward_plan, self.shape.tap

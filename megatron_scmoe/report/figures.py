@@ -8,14 +8,10 @@ of a codec what it did in each group of the model.
 
 from __future__ import annotations
 
-import json
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean
-from typing import TextIO
 
 import torch
 
@@ -134,6 +130,15 @@ class Summary:
         """What TensorBoard and W&B get, with or without what only a codec changes."""
         return {name: value for name, value in asdict(self).items() if codec or name not in ("sent_rate", "residual")}
 
+    def words(self, *, codec: bool) -> str:
+        """The log's line, with or without what only a codec changes."""
+        of_codec = f", {self.sent_rate:.1%} of the rows sent, residual {self.residual:.2f} of a token" if codec else ""
+        return (
+            f"{self.communication_ms:.1f} ms of communication, {self.exposed_ms:.1f} ms exposed, "
+            f"{self.hidden_share:.0%} hidden, {self.sent_mib:.3g} MiB sent, busiest expert "
+            f"{self.tokens_max_over_mean:.2f} x mean, {self.dropped_share:.1%} dropped{of_codec}"
+        )
+
 
 def summarize(rows_of_ranks: Sequence[Sequence[GroupRow]]) -> Summary:
     """Put the rows of all ranks of a stage together."""
@@ -198,46 +203,3 @@ def warning(summary: Summary, predicted_share: float, *, cuda_connections: str |
     else:
         cause = "the plan was made for other times; let --overlap-interval measure again sooner"
     return f"{summary.hidden_share:.0%} of the communication is hidden, {predicted_share:.0%} was predicted: {cause}"
-
-
-class ReportFile:
-    """The JSON lines of one rank. Where a process is killed its last line may be torn; a run that continues in the same
-    folder begins a new one.
-
-    Args:
-        folder: made if need be.
-        rank: names the file.
-    """
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._rank = rank
-        path = folder / f"rank{rank:05d}.jsonl"
-        torn = path.exists() and not _ends_a_line(path)
-        self._file: TextIO = path.open("a", encoding="utf-8")
-        if torn:
-            self._file.write("\n")
-
-    def write(self, iteration: int, rows: Sequence[GroupRow], passes: Sequence[GroupPass]) -> None:
-        """Add a step.
-
-        Args:
-            iteration: that ended.
-            rows: its groups.
-            passes: those whose spans to keep for ``tools/trace.py``; none for a line without spans.
-        """
-        line = {
-            "iteration": iteration,
-            "rank": self._rank,
-            "groups": [asdict(row) for row in rows],
-            "passes": [asdict(one) for one in passes],
-        }
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-
-
-def _ends_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        return file.read() in (b"", b"\n")

@@ -1,4 +1,4 @@
-"""The command line: Megatron's own flags, and one group generated from ``config.ScMoEConfig``.
+"""The command line: Megatron's own flags, and a group generated from each subject of ``config``.
 
 What cannot work is refused here, before any process group starts: one line with the rule, the two values and the fix,
 and exit code 2 (which torchrun turns into 1).
@@ -25,6 +25,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron_scmoe.config import (
     ARCHITECTURE_FIELDS,
     CODEC_FIELDS,
+    SUBJECTS,
     Combine,
     ConfigError,
     Overlap,
@@ -91,7 +92,8 @@ class _FlagFactory(ArgumentGroupFactory):
 def add_scmoe_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add our flags to Megatron's parser, and let it show its help."""
     version.mend_help(parser)
-    _FlagFactory(ScMoEConfig).build_group(parser, title="shortcut-connected MoE (megatron_scmoe)")
+    for subject, settings in SUBJECTS.items():
+        _FlagFactory(settings).build_group(parser, title=f"shortcut-connected MoE (megatron_scmoe): {subject}")
     return parser
 
 

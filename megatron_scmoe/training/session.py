@@ -8,7 +8,6 @@ store.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from argparse import Namespace
@@ -19,17 +18,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_scmoe.codec.rate import adjust_rates
-from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, Overlap, ScMoEConfig
+from megatron_scmoe.config import Overlap, ScMoEConfig
 from megatron_scmoe.layers.group import GroupBlock
 from megatron_scmoe.layers.pipelined import PipelinedMoELayer
 from megatron_scmoe.mcore import stages
 from megatron_scmoe.overlap import observe
-from megatron_scmoe.overlap.adaptive import Decision, Phase, Plans, Tuner, chunk_counts, from_saved_form, saved_form
+from megatron_scmoe.overlap.adaptive import Decision, Phase, Tuner, saved_form
 from megatron_scmoe.overlap.costs import GroupPass, passes_of
-from megatron_scmoe.report.figures import GroupRow, ReportFile, Summary, codec_scalars, rows_of, summarize, warning
+from megatron_scmoe.report.figures import Summary, codec_scalars, rows_of, summarize, warning
+from megatron_scmoe.report.files import ReportFile
 from megatron_scmoe.report.scalars import Scalars
-
-type Group = GroupBlock | PipelinedMoELayer
+from megatron_scmoe.training.agreement import check_equal, gathered
+from megatron_scmoe.training.kept_plans import Group, KeptPlans
 
 
 class OverlapSession:
@@ -43,9 +43,7 @@ class OverlapSession:
     def __init__(self, args: Namespace, scmoe: ScMoEConfig) -> None:
         self._args = args
         self._scmoe = scmoe
-        self._kept: dict[str, dict[str, Any]] = getattr(args, "overlap_plans", {})
-        self._saved = from_saved_form(self._kept)
-        self._conditions: dict[str, Any] = {}  # needs the process group, too
+        self._kept = KeptPlans(args, scmoe)
         self._seen: set[torch.nn.Module] = set()
         self._groups: dict[int, Group] = {}
         self._tuner: Tuner | None = None
@@ -82,8 +80,7 @@ class OverlapSession:
             if self._scmoe.overlap is Overlap.ADAPTIVE or self._scmoe.lsh_target_rate:
                 self._mail = stages.StageMail("megatron_scmoe/to_save")
             if self._scmoe.overlap is Overlap.ADAPTIVE:
-                self._conditions = conditions(self._args, stages.stage_group())
-                self._keep_what_all_have(stages.stage_group())
+                self._kept.agree(stages.stage_group())
             if self._scmoe.overlap_report:
                 self._file = ReportFile(Path(self._scmoe.overlap_report), dist.get_rank())
         elif ended != self._iteration:
@@ -101,47 +98,18 @@ class OverlapSession:
         for module in model.modules():
             if isinstance(module, GroupBlock | PipelinedMoELayer) and module.group_index not in self._groups:
                 self._groups[module.group_index] = module
-                if plans := self._saved_plans(module):
+                if plans := self._kept.of(module):
                     module.plan, module.forward_plan = plans.training, plans.forward
                 control, levels = module.cargo_maker.rate_control, getattr(self._args, "lsh_levels", {})
                 if control is not None and str(module.group_index) in levels:
                     control.level = torch.tensor(levels[str(module.group_index)])
-
-    def _keep_what_all_have(self, stage: dist.ProcessGroup) -> None:
-        """Ranks that read plans of different checkpoints, as a network folder's caches may make them, keep none.
-
-        They would hang in the first all-to-all of another size.
-        """
-        if len(set(_digests(self._kept, stage))) > 1:
-            self._kept, self._saved = {}, {}
-            if stages.is_stage_root():
-                print(" > overlap: ranks found plans of different checkpoints: measuring anew", flush=True)
-
-    def _saved_plans(self, group: Group) -> Plans | None:
-        """Its plans in the checkpoint, where this run could have found them too and ops take as long as they did."""
-        plans = self._saved.get(group.group_index)
-        if plans is None or self._scmoe.overlap is not Overlap.ADAPTIVE or self._changed(group):
-            return None
-        chunks = max(plans.training.chunks, plans.forward.chunks)
-        last_slot = max(*plans.training.slots, *plans.forward.slots)
-        return plans if chunks <= self._scmoe.overlap_chunks and last_slot <= group.shape.num_slots else None
-
-    def _changed(self, group: Group) -> str:
-        """Which condition is not the one under which its plans in the checkpoint were measured; empty if none."""
-        then = self._kept.get(str(group.group_index), {}).get("conditions", {})
-        changes = (
-            f"{name} {then.get(name, 'unknown')}, now {now}"
-            for name, now in self._conditions.items()
-            if then.get(name) != now
-        )
-        return next(changes, "")
 
     def _between_steps(self, iteration: int) -> None:
         """All of ``iteration`` steps are done and the next one has not begun."""
         if self._scmoe.lsh_target_rate:
             self._adjust_rates(iteration)
         if self._tuner is None and self._scmoe.overlap is Overlap.ADAPTIVE and self._groups:
-            self._tuner = self._new_tuner(iteration)
+            self._tuner = self._kept.tuner(self._groups, iteration)
         elif self._recording is not None:
             observe.stop(self._recording)
             passes = passes_of(self._recording)
@@ -158,41 +126,21 @@ class OverlapSession:
         if self._file is not None or (self._tuner is not None and self._tuner.records) or says_rate:
             self._recording = observe.start()
 
-    def _new_tuner(self, iteration: int) -> Tuner:
-        known = all(self._saved_plans(group) for group in self._groups.values())
-        if self._saved and not known and stages.is_stage_root():
-            changes = [self._changed(group) for index, group in self._groups.items() if index in self._saved]
-            changed = next(filter(None, changes), "")
-            why = f"were measured with {changed}" if changed else "do not fit --overlap-chunks or the groups"
-            print(f" > overlap: the checkpoint's plans {why}: measuring anew")
-        kept = [self._kept[str(index)] for index in self._groups] if known else []
-        if kept and kept[0]["iteration"] >= iteration:  # --finetune counts from 0 again
-            for one in self._kept.values():
-                one["iteration"] = iteration - 1
-        return Tuner(
-            {index: group.shape for index, group in self._groups.items()},
-            {index: Plans(group.plan, group.forward_plan) for index, group in self._groups.items()},
-            counts=chunk_counts(self._scmoe.overlap_chunks),
-            interval=self._scmoe.overlap_interval,
-            settled_for=iteration - 1 - kept[0]["iteration"] if kept else None,
-            hidden_share=min((one["hidden_share"] for one in kept), default=None),
-        )
-
     def _agree(self, tuner: Tuner, iteration: int) -> None:
         """One rank of the stage decides from what all measured; all adopt it."""
         stage = stages.stage_group()
-        evidence = _gathered(tuner.evidence(), stage)
+        evidence = gathered(tuner.evidence(), stage)
         root = dist.get_process_group_ranks(stage)[0]
         message: list[Any] = [tuner.conclude(evidence) if dist.get_rank() == root else None]
         dist.broadcast_object_list(message, src=root, group=stage)
         decision: Decision = message[0]
         tuner.adopt(decision)
-        _check_equal(tuner.plans, stage)
+        check_equal(tuner.plans, stage)
         if dist.get_rank() == root:
             stage_name = "" if self._args.pipeline_model_parallel_size == 1 else f" of stage {stages.stage_rank()}"
             print(f" > overlap{stage_name} from iteration {iteration + 1}: {decision.text}", flush=True)
             if tuner.phase is Phase.SETTLED:
-                beside = {"hidden_share": decision.hidden_share, "conditions": self._conditions}
+                beside = {"hidden_share": decision.hidden_share, "conditions": self._kept.conditions}
                 self._send({"overlap_plans": saved_form(decision.plans, iteration=iteration, **beside)})
 
     def _set_plans(self, tuner: Tuner) -> None:
@@ -229,12 +177,12 @@ class OverlapSession:
         logs = iteration % self._args.log_interval == 0
         if self._file is None and not (logs and self._scmoe.compresses):
             return
-        rows = self._rows(passes, self._recording)
+        rows = rows_of(passes, self._recording, {index: group.plan for index, group in self._groups.items()})
         if self._file is not None:
             self._file.write(iteration, rows, passes if logs else [])
         if not logs:
             return
-        rows_of_ranks = _gathered(rows, stages.stage_group())
+        rows_of_ranks = gathered(rows, stages.stage_group())
         summary = summarize(rows_of_ranks)
         codec = self._scmoe.compresses
         self._scalars.add(
@@ -244,22 +192,8 @@ class OverlapSession:
         )
         if stages.is_stage_root():
             measuring = " (sequential for once, to measure)" if self._tuner and self._tuner.sequential else ""
-            print(
-                f" > overlap at iteration {iteration}: {summary.communication_ms:.1f} ms of communication, "
-                f"{summary.exposed_ms:.1f} ms exposed, {summary.hidden_share:.0%} hidden, "
-                f"{summary.sent_mib:.3g} MiB sent, busiest expert {summary.tokens_max_over_mean:.2f} x mean, "
-                f"{summary.dropped_share:.1%} dropped{self._codec_words(summary)}{measuring}",
-                flush=True,
-            )
+            print(f" > overlap at iteration {iteration}: {summary.words(codec=codec)}{measuring}", flush=True)
             self._warn(summary)
-
-    def _rows(self, passes: list[GroupPass], recording: observe.Recording) -> list[GroupRow]:
-        return rows_of(passes, recording, {index: group.plan for index, group in self._groups.items()})
-
-    def _codec_words(self, summary: Summary) -> str:
-        if not self._scmoe.compresses:
-            return ""
-        return f", {summary.sent_rate:.1%} of the rows sent, residual {summary.residual:.2f} of a token"
 
     def _warn(self, summary: Summary) -> None:
         if self._tuner is None or self._tuner.hidden_share is None or self._tuner.records:
@@ -268,41 +202,3 @@ class OverlapSession:
         text = warning(summary, self._tuner.hidden_share, cuda_connections=connections)
         if text is not None:
             print(f" > overlap warning: {text}", flush=True)
-
-
-def conditions(args: Namespace, stage: dist.ProcessGroup) -> dict[str, Any]:
-    """What decides how long an op takes, and with it which plan is best; every rank of the stage calls it.
-
-    Its answer is the same on all of them: a rank that kept its plans while another measures would hang.
-    """
-    names = (
-        *ARCHITECTURE_FIELDS,
-        *CODEC_FIELDS,
-        *("moe_router_topk", "moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity"),
-        *("tensor_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"),
-        *("context_parallel_size", "micro_batch_size", "seq_length", "transformer_impl", "bf16", "fp16"),
-        *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
-    )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    found = {name: getattr(args, name) for name in names} | {"device": ", ".join(sorted(set(_gathered(device, stage))))}
-    return json.loads(json.dumps(found))  # as a checkpoint gives them back: no tuples
-
-
-def _gathered(mine: Any, group: dist.ProcessGroup) -> list[Any]:
-    everyone: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyone, mine, group=group)
-    return everyone
-
-
-def _digests(plans: dict[Any, Any], group: dist.ProcessGroup) -> list[str]:
-    """Of what every rank has."""
-    return _gathered(hashlib.sha256(repr(sorted(plans.items())).encode()).hexdigest(), group)
-
-
-def _check_equal(plans: dict[int, Plans], stage: dist.ProcessGroup) -> None:
-    """Different plans on the ranks of a stage would hang in the first collective: stop before it."""
-    digests = _digests(plans, stage)
-    if len(set(digests)) > 1:
-        ranks = dist.get_process_group_ranks(stage)
-        odd = [rank for rank, digest in zip(ranks, digests, strict=True) if digest != digests[0]]
-        raise RuntimeError(f"ranks {odd} have other plans than rank {ranks[0]}: {plans}")

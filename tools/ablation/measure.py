@@ -12,7 +12,8 @@ from ablation.link import Link
 from megatron_scmoe.contracts import Plan
 from megatron_scmoe.overlap.adaptive import Plans
 from megatron_scmoe.overlap.costs import passes_of
-from megatron_scmoe.overlap.solver import limit_s, predicted_s, solve
+from megatron_scmoe.overlap.limit import limit_s
+from megatron_scmoe.overlap.solver import predicted_s, solve
 from megatron_scmoe.overlap.spans import communication_s, exposed_s
 
 CHUNKS = (1, 2, 4)

@@ -32,7 +32,7 @@ fake_transformer_engine.install()
 def lines(code: str) -> list[str]:
     """What a process without the CPU backend prints, without what make says."""
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n{code}"],
+        [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests/support')!r}]\n{code}"],
         capture_output=True,
         text=True,
         timeout=300,

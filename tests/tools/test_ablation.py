@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "ablate_overlap.py"
 sys.path.insert(0, str(TOOL.parent))
 import ablate_overlap as tool  # noqa: E402

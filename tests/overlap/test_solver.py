@@ -16,13 +16,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_scmoe.contracts import Plan
+from megatron_scmoe.overlap.limit import limit_s
 from megatron_scmoe.overlap.plan import CURRENT, Step, backward_order, forward_order
 from megatron_scmoe.overlap.solver import (
     GroupCosts,
     GroupShape,
     PassCosts,
     candidate_plans,
-    limit_s,
     predicted_hidden_share,
     predicted_s,
     schedule,

@@ -31,6 +31,7 @@ from checkpoint_files import (
     write_hf,
     write_megatron,
 )
+from training import ROOT
 
 sys.path.insert(0, str(TOOLS))
 import convert_checkpoint as tool
@@ -46,7 +47,7 @@ def source(tmp_path) -> Path:
 
 def run_python(program: str, *words: object, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
     """A program in a process of its own that can import the tools and the tests."""
-    paths = os.pathsep.join([str(TOOLS), str(Path(__file__).parent)])
+    paths = os.pathsep.join([str(TOOLS), str(ROOT / "tests/support")])
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, words)],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},

@@ -212,7 +212,7 @@ def test_a_torn_line_is_left_out_with_a_warning(tmp_path, capsys, resumed):
     with (folder / "rank00000.jsonl").open("a") as file:
         file.write(json.dumps(line(3, 0, span("MLP", "compute", 0.0, 0.001)))[:-20])
     if resumed:
-        from megatron_scmoe.report.figures import ReportFile
+        from megatron_scmoe.report.files import ReportFile
 
         ReportFile(folder, 0).write(4, [], [])
     trace = traced(folder)

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "preprocess_data.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 sys.path.insert(0, str(TOOL.parent))
 import preprocess_data as tool  # noqa: E402  (the workers find it through sys.path, too)
 from preprocessing import output as output_folder  # noqa: E402

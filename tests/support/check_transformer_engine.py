@@ -1,6 +1,6 @@
 """Are our Transformer Engine blocks checkpoint-compatible with the stock ones? Needs the package, but no GPU.
 
-    python tests/check_transformer_engine.py
+    python tests/support/check_transformer_engine.py
 
 Builds stock and shortcut models of every position from Transformer Engine's modules on the CPU, where they can be
 constructed though not run, and compares the keys and global shapes of their checkpoints. Exits with 1 where they
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+_HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(_HERE), str(_HERE.parents[1])]
 
 CASES = [("pos1", 1), ("pos1", 2), ("pos2", 2), ("pos3", 2), ("pos2", 4)]
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "slow_link.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "slow_link.py"
 sys.path.insert(0, str(TOOL.parent))
 import atomic  # noqa: E402
 import slow_link as tool  # noqa: E402

@@ -14,7 +14,7 @@ import ranks
 import torch
 import training
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 TOLERANCE = 1e-4

@@ -2,7 +2,7 @@
 
     python describe_specs.py {local,transformer_engine}
 
-With transformer_engine, the fake of tests/fake_transformer_engine.py stands in where the package is not installed.
+With transformer_engine, the fake of fake_transformer_engine.py stands in where the package is not installed.
 """
 
 from __future__ import annotations

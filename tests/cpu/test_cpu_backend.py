@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path.append(str(_ROOT))
 
@@ -160,7 +160,7 @@ def test_large_tensors_take_the_memory_of_freed_ones():
 
 def _python(code: str, tmp_path: Path) -> str:
     """Run code in a fresh interpreter that finds our package and ``tmp_path``; its output."""
-    path = os.pathsep.join([str(_ROOT), str(_ROOT / "tests"), str(tmp_path)])
+    path = os.pathsep.join([str(_ROOT), str(Path(__file__).parent), str(tmp_path)])
     completed = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
     )

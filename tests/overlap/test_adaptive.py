@@ -331,9 +331,9 @@ def continued(monkeypatch, now: dict[str, Any], settled_at: int = 5, **beside: A
     monkeypatch.setattr(stages, "is_stage_root", lambda: True)
     scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE, overlap=Overlap.ADAPTIVE)
     one = session.OverlapSession(Namespace(overlap_plans=saved_form(FIRST, iteration=settled_at, **beside)), scmoe)
-    one._conditions = now
+    one._kept.conditions = now
     one._groups[0] = SimpleNamespace(group_index=0, shape=SHAPE, plan=Plan((3,)), forward_plan=Plan((3,)))
-    one._tuner = one._new_tuner(iteration=9)
+    one._tuner = one._kept.tuner(one._groups, iteration=9)
     return one
 
 
@@ -361,7 +361,7 @@ def test_plans_of_a_checkpoint_hold_under_its_conditions(monkeypatch, capsys, he
     one = continued(monkeypatch, here, hidden_share=0.9, **beside)
     assert one._tuner.phase is (Phase.WARM_UP if why else Phase.SETTLED)
     assert one._tuner._done == (0 if why else 3)  # of the interval, at the end of step 8
-    assert one._saved_plans(one._groups[0]) == (None if why else FIRST[0])
+    assert one._kept.of(one._groups[0]) == (None if why else FIRST[0])
     said = f" > overlap: the checkpoint's plans were measured with {why}: measuring anew\n"
     assert capsys.readouterr().out == (said if why else "")
 
@@ -376,13 +376,13 @@ def test_the_interval_goes_on_where_the_last_job_ended(monkeypatch, settled_at, 
 
 def kept_plans(slots: tuple[int, ...]) -> int:
     """Of how many groups plans are left where rank 1 has read a checkpoint with ``slots``."""
-    from megatron_scmoe.training import session
+    from megatron_scmoe.training.kept_plans import KeptPlans
 
     plans = {0: Plans(Plan(slots if torch.distributed.get_rank() else (2,)), Plan((2,)))}
     scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE, overlap=Overlap.ADAPTIVE)
-    one = session.OverlapSession(Namespace(overlap_plans=saved_form(plans)), scmoe)
-    one._keep_what_all_have(torch.distributed.group.WORLD)
-    return len(one._saved)
+    kept = KeptPlans(Namespace(overlap_plans=saved_form(plans)), scmoe)
+    kept.keep_what_all_have(torch.distributed.group.WORLD)
+    return len(kept._plans)
 
 
 @pytest.mark.parametrize(("slots", "left"), [((2,), 1), ((3,), 0)])
@@ -391,12 +391,12 @@ def test_ranks_that_read_different_checkpoints_measure_anew(slots, left):
 
 
 def test_conditions_are_what_a_checkpoint_gives_back(monkeypatch):
-    from megatron_scmoe.training import session
+    from megatron_scmoe.training import kept_plans
 
     names = (*ARCHITECTURE_FIELDS, *CODEC_FIELDS, *OTHER_CONDITIONS)
     args = Namespace(**dict.fromkeys(names, 1) | {"shortcut_position": ("pos2", "pos1"), "recompute_modules": ["mlp"]})
-    monkeypatch.setattr(session, "_gathered", lambda mine, _group: [mine, mine])
-    found = session.conditions(args, None)
+    monkeypatch.setattr(kept_plans, "gathered", lambda mine, _group: [mine, mine])
+    found = kept_plans.conditions(args, None)
     assert found.keys() == {*names, "device"} and json.loads(json.dumps(found)) == found
 
 

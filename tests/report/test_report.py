@@ -21,7 +21,8 @@ from megatron_scmoe.contracts import Plan
 from megatron_scmoe.overlap.costs import GroupPass
 from megatron_scmoe.overlap.observe import Compression, Load, Recording
 from megatron_scmoe.overlap.spans import Lane, Span
-from megatron_scmoe.report.figures import GroupRow, ReportFile, Summary, codec_scalars, rows_of, summarize, warning
+from megatron_scmoe.report.figures import GroupRow, Summary, codec_scalars, rows_of, summarize, warning
+from megatron_scmoe.report.files import ReportFile
 
 # ---- by hand ----------------------------------------------------------------------------------------------------
 

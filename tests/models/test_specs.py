@@ -27,9 +27,9 @@ TAPS = {
 
 
 def described(implementation: str) -> dict[str, dict[str, list[dict]]]:
-    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    path = os.pathsep.join([str(ROOT / "tests/support"), str(ROOT)])
     result = subprocess.run(
-        [sys.executable, ROOT / "tests" / "describe_specs.py", implementation],
+        [sys.executable, ROOT / "tests/support/describe_specs.py", implementation],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,

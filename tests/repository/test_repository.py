@@ -114,6 +114,26 @@ def test_another_drawing_is_noticed():
     }
 
 
+def too_long(package: Path, file_lines: int, function_lines: int) -> dict[str, int]:
+    """Files and functions above these numbers of lines."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        text = path.read_text()
+        if (lines := text.count("\n")) > file_lines:
+            found[path.name] = lines
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                if lines > function_lines:
+                    found[f"{path.name}:{node.name}"] = lines
+    return found
+
+
+def test_files_and_functions_are_one_idea_each():
+    assert too_long(PACKAGE, file_lines=300, function_lines=50) == {}
+    assert too_long(PACKAGE, file_lines=150, function_lines=30)  # negative control: there is something to measure
+
+
 @pytest.mark.parametrize("module", STANDARD_LIBRARY_ONLY)
 def test_standard_library_only(module):
     """Nothing of torch or Megatron is loaded, by whatever it imports."""

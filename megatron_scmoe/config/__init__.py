@@ -1,0 +1,36 @@
+"""What a user can set, one file for each subject, and the rules that settings keep. Standard library only."""
+
+from megatron_scmoe.config.architecture import (
+    MOE_EVERY_CHOICES,
+    Combine,
+    LatentScaling,
+    Position,
+    Router,
+    Shortcut,
+)
+from megatron_scmoe.config.codec import Codec, CodecConfig, Compensation, Evaluation, HashKind, Refinement
+from megatron_scmoe.config.overlap import Overlap
+from megatron_scmoe.config.rules import ConfigError
+from megatron_scmoe.config.settings import ARCHITECTURE_FIELDS, CODEC_FIELDS, SUBJECTS, Resume, ScMoEConfig
+
+__all__ = [
+    "ARCHITECTURE_FIELDS",
+    "CODEC_FIELDS",
+    "MOE_EVERY_CHOICES",
+    "SUBJECTS",
+    "Codec",
+    "CodecConfig",
+    "Combine",
+    "Compensation",
+    "ConfigError",
+    "Evaluation",
+    "HashKind",
+    "LatentScaling",
+    "Overlap",
+    "Position",
+    "Refinement",
+    "Resume",
+    "Router",
+    "ScMoEConfig",
+    "Shortcut",
+]

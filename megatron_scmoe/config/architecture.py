@@ -1,0 +1,185 @@
+"""Which tensor the routed experts read, and what a group is made of.
+
+Positions, taps, slots and groups are the words of the ScMoE paper (arXiv 2404.05019), as docs/architecture.md has them.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from megatron_scmoe.config.rules import ConfigError, check_length, one_or_each
+
+
+class Shortcut(StrEnum):
+    """The architecture of every group."""
+
+    NONE = "none"
+    SCMOE = "scmoe"
+    DGMOE = "dgmoe"
+
+
+class Position(StrEnum):
+    """The tensor that the routed experts of a group read (ScMoE, section 3.1)."""
+
+    POS1 = "pos1"
+    POS2 = "pos2"
+    POS3 = "pos3"
+
+
+class Combine(StrEnum):
+    """How the outputs of shared and routed experts are added (ScMoE, section 4: coefficient gates)."""
+
+    ADD = "add"
+    CG1 = "cg1"
+    CG2 = "cg2"
+
+
+class Router(StrEnum):
+    """How experts are chosen and weighed."""
+
+    CORE = "core"
+    LONGCAT = "longcat"
+
+
+class LatentScaling(StrEnum):
+    """What multi-latent attention does to its latents behind their norms."""
+
+    NONE = "none"
+    LONGCAT = "longcat"
+
+
+# Dense residual ops that lie behind the tap, the shared expert included, for each position. They lie in the last two
+# blocks of a group whatever its size: pos1 [attention, SE], pos2 [MLP, attention, SE], pos3 [attention, MLP,
+# attention, SE].
+WINDOW_OPS = {Position.POS1: 2, Position.POS2: 3, Position.POS3: 4}
+
+MOE_EVERY_CHOICES = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureConfig:
+    """The architecture of every group."""
+
+    shortcut: Shortcut = Shortcut.NONE
+    """Architecture of the MoE groups. 'none' is the stock Megatron model, bit for bit; 'scmoe' lets the routed experts
+    read an earlier tensor than the dense part of the layer does, so that their all-to-all runs while attention, MLP and
+    shared expert compute (arXiv 2404.05019); 'dgmoe' has no shared expert and two top-1 gates, one of which reads that
+    earlier tensor and the other the current one (--moe-router-topk 2 stands for one expert of each)."""
+
+    shortcut_position: tuple[Position, ...] = (Position.POS2,)
+    """Tensor that the routed experts read. pos1: output of the preceding block; pos2: between attention and MLP of the
+    preceding block; pos3: input of the preceding block. One value for all groups, or one for each group. With
+    --moe-every 1 only pos1 exists."""
+
+    shortcut_combine: Combine = Combine.CG1
+    """How shared and routed experts are added. add: sum; cg1: a sigmoid gate on the shared expert (Megatron's
+    --moe-shared-expert-gate, set for you); cg2: a softmax over two learned coefficients."""
+
+    moe_every: int = 2
+    """Blocks in a group; the last one of each group carries the MoE. Replaces --moe-layer-freq, which is derived from
+    it. 1 puts an MoE in every block."""
+
+    moe_share_groups: int = 1
+    """Neighbouring groups that one MoE serves. 2 is DGMoE-Share: the second group of each pair uses the router and the
+    experts of the first, which appear once in checkpoints, optimizer and gradient reduction. dgmoe only."""
+
+    router: Router = Router.CORE
+    """How experts are chosen. core: by Megatron's router. longcat: as LongCat-Flash does (arXiv 2509.01322, section
+    2.1): by the softmax over all experts plus a bias for each, which takes no part in the weights; they are the softmax
+    times --moe-router-topk-scaling-factor and do not sum to one. The bias moves by --moe-router-bias-update-rate
+    towards balance, as Megatron's does. scmoe only."""
+
+    zero_experts: int = 0
+    """Experts behind the --num-experts real ones that give a token back as it is (LongCat-Flash, section 2.1). They
+    count among what --router longcat chooses from, have no parameters, and their tokens never travel."""
+
+    latent_scaling: LatentScaling = LatentScaling.NONE
+    """What --multi-latent-attention does to its latents. longcat: the norms of the latents of queries and of keys and
+    values have an epsilon of 1e-6, whatever --norm-epsilon is, and their outputs are multiplied by
+    sqrt(hidden size / rank of the latent) (LongCat-Flash, section 2.2)."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the model has any shortcut at all."""
+        return self.shortcut is not Shortcut.NONE
+
+    def borrows_moe(self, group_index: int) -> bool:
+        """Whether group ``group_index`` uses the MoE of the group before it."""
+        return group_index % self.moe_share_groups > 0
+
+    @property
+    def num_dense_ops(self) -> int:
+        """Ops in a group's dense stream. dgmoe has no shared expert, which is the last one of scmoe."""
+        return 2 * self.moe_every - (self.shortcut is Shortcut.DGMOE)
+
+    def tap(self, group_index: int) -> int:
+        """Index in the dense stream of group ``group_index`` at which its routed experts read."""
+        return 2 * self.moe_every - WINDOW_OPS[self.position(group_index)]
+
+    def num_slots(self, group_index: int) -> int:
+        """Places behind the tap of group ``group_index`` where the experts may run."""
+        return self.num_dense_ops - self.tap(group_index) + 1
+
+    def position(self, group_index: int) -> Position:
+        """Position of group ``group_index`` (counted from 0 over the whole model)."""
+        return one_or_each(self.shortcut_position, group_index)
+
+    def validate_architecture(self, num_layers: int) -> None:
+        """Raise ConfigError where no model of ``num_layers`` blocks has these groups."""
+        if self.moe_every not in MOE_EVERY_CHOICES:
+            raise ConfigError(
+                f"a group has 1 to 4 blocks: --moe-every is {self.moe_every}; set it to one of {MOE_EVERY_CHOICES}"
+            )
+        if num_layers % self.moe_every:
+            raise ConfigError(
+                f"groups must be whole: --num-layers {num_layers} is not a multiple of --moe-every {self.moe_every}; "
+                f"use {num_layers // self.moe_every * self.moe_every or self.moe_every} layers or another --moe-every"
+            )
+        if self.shortcut is Shortcut.DGMOE and self.shortcut_combine is not Combine.CG1:
+            raise ConfigError(
+                f"dgmoe has no shared expert to weigh: --shortcut is dgmoe and --shortcut-combine is "
+                f"{self.shortcut_combine}; drop --shortcut-combine"
+            )
+        self._validate_router()
+        num_groups = num_layers // self.moe_every
+        self._validate_sharing(num_groups)
+        check_length("--shortcut-position", self.shortcut_position, num_groups)
+        for group_index in range(num_groups):
+            position = self.position(group_index)
+            if self.moe_every == 1 and position is not Position.POS1:
+                raise ConfigError(
+                    f"{position} reads a preceding block of the same group: --moe-every is 1 and --shortcut-position "
+                    f"of group {group_index} is {position}; use --shortcut-position pos1 or --moe-every 2"
+                )
+
+    def _validate_router(self) -> None:
+        if self.router is Router.LONGCAT and self.shortcut is Shortcut.DGMOE:
+            raise ConfigError(
+                f"dgmoe's two gates choose by scores alone: --router is {self.router} and --shortcut is "
+                f"{self.shortcut}; use --router core or --shortcut scmoe"
+            )
+        if self.zero_experts < 0:
+            raise ConfigError(f"experts are counted from 0: --zero-experts is {self.zero_experts}; use 0 for none")
+        if self.zero_experts and self.router is not Router.LONGCAT:
+            raise ConfigError(
+                f"zero experts are chosen by LongCat-Flash's router: --zero-experts is {self.zero_experts} and "
+                f"--router is {self.router}; add --router longcat"
+            )
+
+    def _validate_sharing(self, num_groups: int) -> None:
+        if self.moe_share_groups not in (1, 2):
+            raise ConfigError(
+                f"an MoE serves one group or two: --moe-share-groups is {self.moe_share_groups} of {num_groups}; "
+                "use 1 or 2"
+            )
+        if self.moe_share_groups == 1:
+            return
+        if self.shortcut is not Shortcut.DGMOE:
+            raise ConfigError(
+                f"sharing is part of dgmoe: --moe-share-groups is 2 and --shortcut is {self.shortcut}; "
+                "use --shortcut dgmoe or drop --moe-share-groups"
+            )
+        if num_groups % 2:
+            raise ConfigError(
+                f"groups share in pairs: --moe-share-groups is 2 and there are {num_groups} groups; "
+                "use an even number of groups"
+            )

@@ -1,0 +1,124 @@
+"""All settings together: one frozen dataclass for each subject, from which the command line is generated.
+
+The docstring below a field is the help text of its flag. Standard library only, so that refusals cost nothing.
+"""
+
+from dataclasses import dataclass, fields
+from enum import StrEnum
+
+from megatron_scmoe.config.architecture import ArchitectureConfig
+from megatron_scmoe.config.codec import CodecConfig
+from megatron_scmoe.config.overlap import Overlap, OverlapConfig
+from megatron_scmoe.config.rules import ConfigError, check_length, flag_of, shown
+from megatron_scmoe.contracts import Plan
+from megatron_scmoe.overlap.plan import even_plan
+
+
+class Resume(StrEnum):
+    """Which checkpoints a run may continue from."""
+
+    SAME = "same"
+    CHANGED = "changed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeConfig:
+    """What a run does with checkpoints of others."""
+
+    shortcut_resume: Resume = Resume.SAME
+    """Checkpoints to continue from. same: refuse one that was trained with other values of --shortcut,
+    --shortcut-position, --shortcut-combine, --moe-every, --moe-share-groups, --router, --zero-experts,
+    --latent-scaling, --a2a-codec, --lsh-compensation or --lsh-rank. changed: load it all the same, optimizer
+    included (with Transformer Engine where --dist-ckpt-optim-fully-reshardable saved it), and say so: this is how a
+    stock shared-expert checkpoint becomes ScMoE, or the other way round."""
+
+
+SUBJECTS = {
+    "architecture": ArchitectureConfig,
+    "overlap": OverlapConfig,
+    "what travels": CodecConfig,
+    "checkpoints": ResumeConfig,
+}
+"""By what the group of its flags is called, in their order."""
+
+ARCHITECTURE_FIELDS = (
+    *(field.name for field in fields(ArchitectureConfig)),
+    *("a2a_codec", "lsh_compensation", "lsh_rank"),
+)
+"""Fields that decide what the parameters mean. A checkpoint of other values loads without an error, since the names and
+shapes are the same, and is wrong: so they are compared on resume."""
+
+CODEC_FIELDS = tuple(field.name for field in fields(CodecConfig) if field.name != "lsh_evaluation")
+"""Fields with which a checkpoint was trained, and goes on."""
+
+_NEEDS_SHORTCUT = (*(field.name for field in fields(ArchitectureConfig) if field.name != "shortcut"), "expert_slot")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScMoEConfig(ResumeConfig, CodecConfig, OverlapConfig, ArchitectureConfig):
+    """Shortcut-connected mixture of experts: which architecture, and how its communication is hidden."""
+
+    def plan(self, group_index: int) -> Plan:
+        """The plan that group ``group_index`` starts with: the one set, else chunks spread evenly over the window."""
+        if self.overlap is Overlap.OFF:
+            return Plan(slots=(1,), blocking=True)
+        if self.overlap is Overlap.ADAPTIVE:
+            return even_plan(self.num_slots(group_index), chunks=1)
+        slots = self.slots(group_index)
+        if not slots:
+            return even_plan(self.num_slots(group_index), self.overlap_chunks)
+        return Plan(slots * self.overlap_chunks if len(slots) == 1 else slots)
+
+    @property
+    def replaces_stock_moe(self) -> bool:
+        """Whether the MoE layers of the stock model are ours: their tokens travel in chunks, or compressed."""
+        return not self.enabled and (self.overlap_chunks > 1 or self.compresses)
+
+    @property
+    def watches_steps(self) -> bool:
+        """Whether anything has to be done between two steps."""
+        return self.overlap is Overlap.ADAPTIVE or bool(self.overlap_report) or self.compresses
+
+    def validate(self, num_layers: int) -> None:
+        """Raise ConfigError where these settings cannot describe a model of ``num_layers`` blocks."""
+        self.validate_codec()
+        self.validate_overlap()
+        if not self.enabled:
+            self._validate_stock()
+            return
+        self.validate_architecture(num_layers)
+        num_groups = num_layers // self.moe_every
+        check_length("--expert-slot", self.expert_slot, num_groups)
+        for group_index in range(num_groups):
+            self._validate_slots(group_index)
+
+    def _validate_stock(self) -> None:
+        """Without a shortcut the other flags of this group have no meaning: refuse rather than ignore them."""
+        if self.watches_steps and not self.replaces_stock_moe:
+            raise ConfigError(
+                f"the stock MoE layer has nothing to choose and reports nothing: --shortcut is none, --overlap is "
+                f"{self.overlap} and --overlap-report is {self.overlap_report or 'not set'}; add --overlap-chunks 2, "
+                "--a2a-codec lsh or --shortcut scmoe"
+            )
+        for name in _NEEDS_SHORTCUT:
+            value, flag = getattr(self, name), flag_of(name)
+            if value != getattr(ScMoEConfig, name):
+                raise ConfigError(
+                    f"{flag} needs a shortcut: it is set to {shown(value)} and --shortcut is none; "
+                    f"add --shortcut scmoe or drop {flag}"
+                )
+
+    def _validate_slots(self, group_index: int) -> None:
+        slots, num_slots = self.slots(group_index), self.num_slots(group_index)
+        value = ",".join(map(str, slots))
+        if any(not 1 <= slot <= num_slots for slot in slots):
+            raise ConfigError(
+                f"{self.position(group_index)} of {self.shortcut} has the slots 1 to {num_slots}: --expert-slot of "
+                f"group {group_index} is {value}; use a value from 1 to {num_slots}"
+            )
+        if slots and (len(slots) not in (1, self.overlap_chunks) or list(slots) != sorted(slots)):
+            raise ConfigError(
+                f"chunks travel in order, each with one slot: --overlap-chunks is {self.overlap_chunks} and "
+                f"--expert-slot of group {group_index} is {value}; give one slot, or {self.overlap_chunks} that never "
+                "decrease"
+            )

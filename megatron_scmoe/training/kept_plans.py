@@ -1,0 +1,116 @@
+"""Plans that a checkpoint keeps: under what they were measured, and whether this run may go on with them."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, Overlap, ScMoEConfig
+from megatron_scmoe.layers.group import GroupBlock
+from megatron_scmoe.layers.pipelined import PipelinedMoELayer
+from megatron_scmoe.mcore import stages
+from megatron_scmoe.overlap.adaptive import Plans, Tuner, chunk_counts, from_saved_form
+from megatron_scmoe.training.agreement import digests, gathered
+
+type Group = GroupBlock | PipelinedMoELayer
+
+
+class KeptPlans:
+    """The plans of a checkpoint, as this rank read them.
+
+    Args:
+        args: Megatron's namespace; ``overlap_plans`` in it is what the checkpoint kept.
+        scmoe: the settings.
+
+    Attributes:
+        conditions: of this run; ``agree`` finds them.
+    """
+
+    def __init__(self, args: Namespace, scmoe: ScMoEConfig) -> None:
+        self._args, self._scmoe = args, scmoe
+        self._entries: dict[str, dict[str, Any]] = getattr(args, "overlap_plans", {})
+        self._plans = from_saved_form(self._entries)
+        self.conditions: dict[str, Any] = {}
+
+    def agree(self, stage: dist.ProcessGroup) -> None:
+        """Find this run's conditions, and drop the plans where ranks have others; every rank of the stage calls it."""
+        self.conditions = conditions(self._args, stage)
+        self.keep_what_all_have(stage)
+
+    def keep_what_all_have(self, stage: dist.ProcessGroup) -> None:
+        """Ranks that read plans of different checkpoints, as a network folder's caches may make them, keep none.
+
+        They would hang in the first all-to-all of another size.
+        """
+        if len(set(digests(self._entries, stage))) > 1:
+            self._entries, self._plans = {}, {}
+            if stages.is_stage_root():
+                print(" > overlap: ranks found plans of different checkpoints: measuring anew", flush=True)
+
+    def of(self, group: Group) -> Plans | None:
+        """The plans of ``group``, where this run could have found them too and ops take as long as they did."""
+        plans = self._plans.get(group.group_index)
+        if plans is None or self._scmoe.overlap is not Overlap.ADAPTIVE or self._changed(group):
+            return None
+        chunks = max(plans.training.chunks, plans.forward.chunks)
+        last_slot = max(*plans.training.slots, *plans.forward.slots)
+        return plans if chunks <= self._scmoe.overlap_chunks and last_slot <= group.shape.num_slots else None
+
+    def _changed(self, group: Group) -> str:
+        """Which condition is not the one under which its plans in the checkpoint were measured; empty if none."""
+        then = self._entries.get(str(group.group_index), {}).get("conditions", {})
+        changes = (
+            f"{name} {then.get(name, 'unknown')}, now {now}"
+            for name, now in self.conditions.items()
+            if then.get(name) != now
+        )
+        return next(changes, "")
+
+    def tuner(self, groups: Mapping[int, Group], iteration: int) -> Tuner:
+        """A tuner of ``groups``, which goes on from these plans where they hold for all of them.
+
+        Args:
+            groups: of this stage, by their index over the whole model.
+            iteration: steps that are done.
+        """
+        known = all(self.of(group) for group in groups.values())
+        if self._plans and not known and stages.is_stage_root():
+            changes = [self._changed(group) for index, group in groups.items() if index in self._plans]
+            changed = next(filter(None, changes), "")
+            why = f"were measured with {changed}" if changed else "do not fit --overlap-chunks or the groups"
+            print(f" > overlap: the checkpoint's plans {why}: measuring anew")
+        kept = [self._entries[str(index)] for index in groups] if known else []
+        if kept and kept[0]["iteration"] >= iteration:  # --finetune counts from 0 again
+            for one in self._entries.values():
+                one["iteration"] = iteration - 1
+        return Tuner(
+            {index: group.shape for index, group in groups.items()},
+            {index: Plans(group.plan, group.forward_plan) for index, group in groups.items()},
+            counts=chunk_counts(self._scmoe.overlap_chunks),
+            interval=self._scmoe.overlap_interval,
+            settled_for=iteration - 1 - kept[0]["iteration"] if kept else None,
+            hidden_share=min((one["hidden_share"] for one in kept), default=None),
+        )
+
+
+def conditions(args: Namespace, stage: dist.ProcessGroup) -> dict[str, Any]:
+    """What decides how long an op takes, and with it which plan is best; every rank of the stage calls it.
+
+    Its answer is the same on all of them: a rank that kept its plans while another measures would hang.
+    """
+    names = (
+        *ARCHITECTURE_FIELDS,
+        *CODEC_FIELDS,
+        *("moe_router_topk", "moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity"),
+        *("tensor_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"),
+        *("context_parallel_size", "micro_batch_size", "seq_length", "transformer_impl", "bf16", "fp16"),
+        *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
+    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    found = {name: getattr(args, name) for name in names} | {"device": ", ".join(sorted(set(gathered(device, stage))))}
+    return json.loads(json.dumps(found))  # as a checkpoint gives them back: no tuples
