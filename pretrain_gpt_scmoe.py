@@ -34,7 +34,7 @@ else:
 
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.utils import (
     StragglerDetector,
@@ -47,6 +47,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_scmoe.config import ConfigError
+from megatron_scmoe.mcore.datasets import HashedDataset, HashedDatasetConfig, index_hashes
 from megatron_scmoe.models.gpt import model_config_from_args
 from megatron_scmoe.training import resume
 from megatron_scmoe.training.arguments import parse_and_validate_args, refuse
@@ -175,7 +176,8 @@ def train_valid_test_datasets_provider(
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = args.per_dataset_sequences_path
-    config = GPTDatasetConfig(
+    prefixes = [prefix for part in (blend, *(blend_per_split or ())) if part for prefix in part[0]]
+    config = HashedDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -197,10 +199,11 @@ def train_valid_test_datasets_provider(
         sequences_per_dataset=json.loads(Path(sequences).read_text(encoding="utf-8")) if sequences else None,
         fast_cache_load=args.dataloader_fast_cache_load,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        index_hashes=index_hashes(prefixes),
     )
     print_rank_0("> building train, validation, and test datasets for GPT ...")
     return BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
+        MockGPTDataset if args.mock_data else HashedDataset,
         num_samples,
         partial(_builds_datasets, vp_stage=vp_stage),
         config,

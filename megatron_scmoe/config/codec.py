@@ -43,6 +43,7 @@ class Evaluation(StrEnum):
 
 
 MAX_HASHES = 64
+MAX_SEED = 1 << 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +133,8 @@ class CodecConfig:
                 f"a rate is a part of all rows: --lsh-target-rate is {self.lsh_target_rate}; use a number such as 0.2, "
                 "or 0 for none"
             )
+        if not 0 <= self.lsh_seed < MAX_SEED:
+            raise ConfigError(f"a seed is a number from 0: --lsh-seed is {self.lsh_seed}; use one below {MAX_SEED}")
         if self.lsh_width < 1:
             raise ConfigError(f"a function keeps a coordinate at least: --lsh-width is {self.lsh_width}; use 2 or 4")
         if self.lsh_kind is HashKind.SPHERICAL and self.lsh_width != CodecConfig.lsh_width:

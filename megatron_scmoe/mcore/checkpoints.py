@@ -4,19 +4,57 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.training.checkpointing import _load_base_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_scmoe.config import ConfigError
 
 
 def saved_args(args: Namespace) -> Namespace | None:
-    """The arguments saved in the checkpoint that ``args`` would load; None where there is no checkpoint."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports on a load that is not happening yet
-        state_dict, *_ = _load_base_checkpoint(args.load, args, rank0=True)
+    """The arguments saved in the checkpoint that ``args`` would load; None where there is no checkpoint.
+
+    Raises:
+        ConfigError: for one that cannot be read, and for none where --exit-on-missing-checkpoint asks for one.
+    """
+    if Path(args.load).exists() and not Path(args.load).is_dir():
+        raise ConfigError(f"a checkpoint is a folder: --load is {args.load}, a file; give the folder that --save wrote")
+    try:
+        with _quiet():  # it reports on a load that is not happening yet
+            state_dict, *_ = _load_base_checkpoint(args.load, args, rank0=True)
+    except SystemExit as end:
+        raise ConfigError(
+            f"--exit-on-missing-checkpoint asks for a checkpoint: --load is {args.load}, where there is none; give the "
+            "folder of one, or drop --exit-on-missing-checkpoint"
+        ) from end
+    except (
+        Exception,
+        CheckpointException,
+    ) as error:  # whatever a damaged or foreign file makes of Core's and torch's readers
+        what = " ".join(str(error).split())
+        raise ConfigError(
+            f"the checkpoint in --load {args.load} cannot be read ({type(error).__name__}: {what[:200]}); give another "
+            "--load, or an older step by --ckpt-step"
+        ) from error
     return state_dict.get("args") if state_dict else None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(level)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,8 @@ from megatron_scmoe.config import (
 )
 from megatron_scmoe.mcore import checkpoints, version
 from megatron_scmoe.report.figures import ONE_QUEUE
-from megatron_scmoe.training import corpus, refusals, resume
+from megatron_scmoe.training import corpus, refusals, resume, script_rules
+from megatron_scmoe.training.unread_flags import UnreadFlags
 
 EXIT_REFUSED = 2
 
@@ -120,37 +121,53 @@ def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig]:
     Returns:
         Megatron's namespace, validated, and our settings.
     """
-    args = parse_args(add_scmoe_arguments)
+    unread: list[UnreadFlags] = []
+
+    def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+        unread.append(UnreadFlags(parser))
+        return add_scmoe_arguments(parser)
+
+    args = parse_args(add_arguments)
     try:
         version.check_core_version()
-        refusals.check_hooks(args)
-        if args.use_checkpoint_args:
-            _restore_args(args)
-        scmoe = scmoe_config_from_args(args)
-        if scmoe.enabled:
-            scmoe.validate(_num_layers(args))
-            refusals.check_megatron_args(args, scmoe)
-            _set_megatron_args(args, scmoe)
-        else:
-            scmoe.validate(num_layers=0)
-            if scmoe.replaces_stock_moe:
-                refusals.check_pipelined(args, scmoe)
-        _by_megatrons_rules(validate_args, args)
-        if scmoe.enabled:
-            refusals.check_pipeline(scmoe, _by_megatrons_rules(core_transformer_config_from_args, args))
-        saved = resume.check(args, scmoe, scmoe_config_from_args)
-        if scmoe.overlap is Overlap.ADAPTIVE:
-            args.overlap_plans = getattr(saved, "overlap_plans", {})
-        if scmoe.lsh_target_rate:
-            args.lsh_levels = getattr(saved, "lsh_levels", {})
+        unread[0].check(args)
+        script_rules.check_hooks(args)
+        scmoe, saved = _validate(args)
         corpus.check_datasets(args)
+        script_rules.check_report_folder(scmoe)
+        set_global_variables(args)  # with the tokenizer, which decides the vocabulary
+        resume.check_vocabulary(args, saved)
     except ConfigError as error:
         refuse(str(error))
-    set_global_variables(args)
     connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") if torch.cuda.is_available() else None
     if args.rank == 0 and (warning := one_queue_warning(scmoe, connections)):
         print(f" > overlap warning: {warning}", flush=True)
     return args, scmoe
+
+
+def _validate(args: Namespace) -> tuple[ScMoEConfig, Namespace | None]:
+    """Complete and validate ``args``; returns our settings, and the arguments of the checkpoint to load."""
+    if args.use_checkpoint_args:
+        _restore_args(args)
+    scmoe = scmoe_config_from_args(args)
+    if scmoe.enabled:
+        scmoe.validate(_num_layers(args))
+        refusals.check_megatron_args(args, scmoe)
+        _set_megatron_args(args, scmoe)
+    else:
+        scmoe.validate(num_layers=0)
+        if scmoe.replaces_stock_moe:
+            refusals.check_pipelined(args, scmoe)
+    _by_megatrons_rules(validate_args, args)
+    script_rules.check_chunks(args, scmoe)
+    if scmoe.enabled:
+        refusals.check_pipeline(scmoe, _by_megatrons_rules(core_transformer_config_from_args, args))
+    saved = resume.check(args, scmoe, scmoe_config_from_args)
+    if scmoe.overlap is Overlap.ADAPTIVE:
+        args.overlap_plans = getattr(saved, "overlap_plans", {})
+    if scmoe.lsh_target_rate:
+        args.lsh_levels = getattr(saved, "lsh_levels", {})
+    return scmoe, saved
 
 
 def one_queue_warning(scmoe: ScMoEConfig, connections: str | None) -> str | None:
@@ -181,8 +198,8 @@ def _restore_args(args: Namespace) -> None:
     """
     if args.load is None:
         raise ConfigError("--use-checkpoint-args reads the arguments of a checkpoint: --load is None; add --load DIR")
+    saved = checkpoints.saved_args(args)  # first, since it says what cannot be read
     load_args_from_checkpoint(args)
-    saved = checkpoints.saved_args(args)
     if saved is None:
         return
     for name in dict.fromkeys((*CORE_FORGETS, *ARCHITECTURE_FIELDS, *CODEC_FIELDS, *OF_CONVERSION)):

@@ -25,12 +25,6 @@ from megatron_scmoe.training import refused_flags
 from megatron_scmoe.training.refused_flags import RECOMPUTE_REFUSED
 
 
-def check_hooks(args: Namespace) -> None:
-    """Raise ConfigError for the first flag in ``args`` that the entry script's hooks do not do."""
-    for refusal in refused_flags.HOOK_REFUSALS:
-        refusal.check(args)
-
-
 def check_pipelined(args: Namespace, scmoe: ScMoEConfig) -> None:
     """Raise ConfigError for the first flag in ``args`` that our stock MoE layer does not do."""
     mine = f"--overlap-chunks is {args.overlap_chunks} and --a2a-codec is {args.a2a_codec}"

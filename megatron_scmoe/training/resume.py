@@ -50,6 +50,30 @@ def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace]
     return saved
 
 
+def check_vocabulary(args: Namespace, saved: Namespace | None) -> None:
+    """Raise ConfigError where the checkpoint's vocabulary is padded to another size than this run's.
+
+    Core loads it all the same: rows that were never trained would take part in the softmax, or trained ones be lost.
+
+    Args:
+        args: Megatron's namespace, with its tokenizer.
+        saved: the arguments of the checkpoint to load; None where there is none.
+    """
+    now, then = getattr(args, "padded_vocab_size", None), getattr(saved, "padded_vocab_size", None)
+    if now is None or then is None or now == then:
+        return
+    divisor, rest = divmod(then, args.tensor_model_parallel_size)
+    fix = f"use --make-vocab-size-divisible-by {divisor}"
+    if rest:
+        fix = (
+            f"use a --tensor-model-parallel-size that divides {then}, and --make-vocab-size-divisible-by {then} over it"
+        )
+    raise ConfigError(
+        "rows of the vocabulary that were never trained would take part in the loss, or trained ones be lost: it is "
+        f"padded to {now} rows here and the checkpoint in {args.load} has {then}; {fix}"
+    )
+
+
 def check_buckets(args: Namespace, model_chunks: list[nn.Module]) -> list[nn.Module]:
     """Raise ConfigError, on every rank alike, where this run would save moments at the wrong places.
 

@@ -1,0 +1,47 @@
+"""Core's GPT datasets, whose cached sample indices are found again only for the data that they were made of.
+
+Core names its cache by path, split, seed and sizes. Data made again under an old name would train with the old ones'
+indices: documents left out, samples across documents, validation on what was trained. Document lengths decide the
+indices, so the hash of the ``.idx`` file, which holds them, goes into the name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+INDEX_HASHES = "index_hashes"
+
+
+@dataclass
+class HashedDatasetConfig(GPTDatasetConfig):
+    """Core's, and what the data are.
+
+    Attributes:
+        index_hashes: SHA-256 of each local dataset's ``.idx`` file, by its prefix.
+    """
+
+    index_hashes: dict[str, str] = field(default_factory=dict)
+
+
+class HashedDataset(GPTDataset):
+    """Core's dataset, whose cache is named by its data, too."""
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        return [*GPTDataset._key_config_attributes(), INDEX_HASHES]
+
+
+def index_hashes(prefixes: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of the ``.idx`` file of each prefix; those that lie elsewhere, as in an object store, have none."""
+    found = {}
+    for prefix in prefixes:
+        path = Path(prefix + ".idx")
+        if path.is_file():
+            with path.open("rb") as file:
+                found[prefix] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
