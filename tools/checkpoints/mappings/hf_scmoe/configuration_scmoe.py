@@ -19,7 +19,20 @@ _CHOICES = {
     "router_score_function": ("softmax", "sigmoid", "sqrtsoftplus"),
     "router_dtype": (None, "float32", "float64"),
 }
-_POSITIONS = ("pos1", "pos2", "pos3")
+# Residual ops of a group that lie behind the tensor which its routed experts read, the shared expert included: pos1
+# [attention, shared expert], pos2 [MLP, attention, shared expert], pos3 [attention, MLP, attention, shared expert].
+_OPS_BEHIND_TAP = {"pos1": 2, "pos2": 3, "pos3": 4}
+_POSITIONS = tuple(_OPS_BEHIND_TAP)
+_LATENT_SIZES = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+_SPLIT = {
+    "q_proj": "colwise",
+    "k_proj": "colwise",
+    "v_proj": "colwise",
+    "q_b_proj": "colwise",
+    "kv_b_proj": "colwise",
+    "o_proj": "rowwise",
+}
+_SPLIT_MLP = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
 
 
 class ScMoEConfig(PretrainedConfig):
@@ -31,6 +44,17 @@ class ScMoEConfig(PretrainedConfig):
 
     model_type = "scmoe"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the name and type are those of transformers)
+    base_model_tp_plan = {  # noqa: RUF012
+        **{f"layers.*.self_attn.{name}": how for name, how in _SPLIT.items()},
+        **{f"layers.*.mlp.{name}": how for name, how in _SPLIT_MLP.items()},
+        **{f"layers.*.moe.shared_expert.{name}": how for name, how in _SPLIT_MLP.items()},
+        **{f"layers.*.moe.experts.*.{name}": how for name, how in _SPLIT_MLP.items()},
+    }
+    base_model_pp_plan = {  # noqa: RUF012
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     vocab_size: int = 32000
     """Rows of the embedding. Megatron pads them to a round number; padded rows are kept, and no token has their ids."""
@@ -89,15 +113,16 @@ class ScMoEConfig(PretrainedConfig):
     q_lora_rank: int | None = None
     """Size of the latent of queries; None: queries are projected from the hidden state."""
 
-    kv_lora_rank: int = 512
-    """Size of the latent of keys and values."""
+    kv_lora_rank: int | None = None
+    """Size of the latent of keys and values; multi_latent only, as the next three. Their defaults are then 512, 128, 64
+    and 128."""
 
-    qk_nope_head_dim: int = 128
-    """Size of a query's or key's part that does not turn; multi_latent only, as the next two."""
+    qk_nope_head_dim: int | None = None
+    """Size of a query's or key's part that does not turn."""
 
-    qk_rope_head_dim: int = 64
+    qk_rope_head_dim: int | None = None
 
-    v_head_dim: int = 128
+    v_head_dim: int | None = None
 
     latent_scaling: str = "none"
     """longcat: norms of latents have an epsilon of 1e-6 and are multiplied by sqrt(hidden size / rank)
@@ -137,7 +162,7 @@ class ScMoEConfig(PretrainedConfig):
     """Width of a routed expert."""
 
     shared_expert_intermediate_size: int | None = None
-    """Width of the shared expert; None: there is none."""
+    """Width of the shared expert; None: that of a routed expert in scmoe, and elsewhere there is none."""
 
     router: str = "core"
     """core: Megatron's; longcat: chosen by softmax plus bias, weighed by the softmax alone (LongCat-Flash)."""
@@ -182,7 +207,12 @@ class ScMoEConfig(PretrainedConfig):
         if not self.moe_layer_pattern:
             self.moe_layer_pattern = [int(self.num_experts > 0)] * self.num_hidden_layers
         if self.attention == "multi_latent":
-            self.head_dim = self.qk_rope_head_dim
+            for name, size in _LATENT_SIZES.items():
+                if getattr(self, name) is None:
+                    setattr(self, name, size)
+            self.head_dim = self.latent_sizes[2]
+        if self.shortcut == "scmoe" and self.shared_expert_intermediate_size is None:
+            self.shared_expert_intermediate_size = self.moe_intermediate_size
         self._check()
         super().__post_init__(**kwargs)
 
@@ -211,14 +241,20 @@ class ScMoEConfig(PretrainedConfig):
         if broken:
             raise ValueError(f"{'; '.join(broken)}: {self.shortcut=}, {self.moe_every=}, {self.num_hidden_layers=}")
 
-    def groups(self) -> list[tuple[range, str | None]]:
-        """The blocks of every group, and the position that its routed experts read; None: the current tensor."""
+    @property
+    def latent_sizes(self) -> tuple[int, int, int, int]:
+        """Of multi-latent attention: latent of keys and values, a query's still part and its turning one, value."""
+        kv_rank, still, turning, value = (int(getattr(self, name)) for name in _LATENT_SIZES)
+        return kv_rank, still, turning, value
+
+    def tapped_op(self, block: int) -> str | None:
+        """Whose normed input, of the ops of ``block``, the routed experts of its group read: attention, mlp or None."""
         if self.shortcut == "none":
-            return [(range(block, block + 1), None) for block in range(self.num_hidden_layers)]
-        size = self.moe_every
-        starts = range(0, self.num_hidden_layers, size)
-        positions = self.shortcut_position * (len(starts) if len(self.shortcut_position) == 1 else 1)
-        return [(range(start, start + size), positions[group]) for group, start in enumerate(starts)]
+            return None
+        group, block_in_group = divmod(block, self.moe_every)
+        position = self.shortcut_position[0 if len(self.shortcut_position) == 1 else group]
+        tapped_block, op = divmod(2 * self.moe_every - _OPS_BEHIND_TAP[position], 2)
+        return ("attention", "mlp")[op] if tapped_block == block_in_group else None
 
     def carries_moe(self, block: int) -> bool:
         """Whether an MoE stands in the place of the MLP of a block, its own or a borrowed one."""

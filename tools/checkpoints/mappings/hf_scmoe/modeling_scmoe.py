@@ -1,13 +1,11 @@
 """Shortcut-connected mixture-of-experts models in plain PyTorch (ScMoE and DGMoE, arXiv 2404.05019).
 
-``run_group`` shows the whole data flow. Shapes: b batch, s sequence, h hidden, d head, n tokens, e experts, k chosen.
+``Block`` shows the whole data flow. Shapes: b batch, s sequence, h hidden, d head, n tokens, e experts, k chosen.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,65 +15,27 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_scmoe import ScMoEConfig
 
-# Residual ops of a group that lie behind the tensor which its routed experts read, the shared expert included: pos1
-# [attention, shared expert], pos2 [MLP, attention, shared expert], pos3 [attention, MLP, attention, shared expert].
-OPS_BEHIND_TAP = {"pos1": 2, "pos2": 3, "pos3": 4}
 LONGCAT_EPSILON = 1e-6
 
 
-# --- the group ---------------------------------------------------------------------------------------------------
+class Block(GradientCheckpointingLayer):
+    """One block: attention, then an MLP or an MoE, whose routed experts may read an earlier tensor of the group.
 
+    A group of two blocks with position pos2::
 
-def run_group(
-    blocks: list[Block], moe: MoE | None, position: str | None, hidden: Tensor, attend: Callable[..., Tensor]
-) -> Tensor:
-    """Run the blocks of a group on ``hidden`` [b, s, h], the last of which carries ``moe``; returns its output.
-
-    Its residual ops form the dense stream; for two blocks and position pos2::
-
-                              tap                                                          output
-        dense stream   attention | MLP ---------- attention -------- shared expert ---------- + -->
-        routed experts           | route, experts ------------------------------------------> |
-
-    Args:
-        blocks: of the group.
-        moe: its own, or that of the group it shares one with; None where the last block has an MLP.
-        position: which tensor the routed experts read; None: the one that the shared expert reads.
-        hidden: input of the first block.
-        attend: ``attend(attention, normed)`` runs one attention.
-    """
-    dense_stream: list[tuple[nn.Module, Any]] = []
-    for block in blocks:
-        dense_stream += [(block.input_layernorm, partial(attend, block.self_attn))]
-        dense_stream += [(block.post_attention_layernorm, block.mlp)]
-    tap = None if position is None else len(dense_stream) - OPS_BEHIND_TAP[position]
-    if moe is not None:
-        # In the MoE's block the shared expert stands where the MLP would; its residual is added at the end.
-        last_norm, _ = dense_stream.pop()
-
-    for index, (norm, op) in enumerate(dense_stream):
-        normed = norm(hidden)
-        if index == tap:
-            source = normed
-        hidden = hidden + op(normed)
-
-    if moe is None:
-        return hidden
-    current = last_norm(hidden)
-    if tap is None:
-        source = current
-    return hidden + moe(source, current)
-
-
-class Block(nn.Module):
-    """Parameters of one block; ``run_group`` runs them.
+                                   block 0        |            block 1
+        dense stream    attention | MLP           |  attention    shared expert ---------- + -->
+        routed experts            | source ------ | ------------> route, experts --------> |
 
     Args:
         config: of the model.
@@ -90,6 +50,46 @@ class Block(nn.Module):
         self.post_attention_layernorm = build_norm(config, config.hidden_size)
         self.mlp = None if config.carries_moe(index) else MLP(config, config.intermediate_size)
         self.moe = MoE(config) if config.carries_moe(index) and not config.borrows_moe(index) else None
+        self.tapped_op = config.tapped_op(index)
+        self.has_shortcut = config.shortcut != "none"
+
+    def forward(
+        self, hidden: Tensor, source: Tensor | None = None, current: Tensor | None = None, **attention_inputs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Run the block, or, with ``current``, its MoE alone for a later block that has none of its own.
+
+        Args:
+            hidden: [b, s, h].
+            source: what the group's routed experts read, [b, s, h], where an earlier block of the group tapped it.
+            current: the normed tensor in front of the later block's MoE, [b, s, h].
+            attention_inputs: angles, mask, past_key_values, and what attention functions take beside them.
+
+        Returns:
+            The next hidden state; ``source`` for the next block of the group; and ``current`` where the MoE of an
+            earlier block has yet to be added. None where there is nothing to hand on.
+
+        Raises:
+            ValueError: where the block that taps ``source`` is not run before this one, as in a part of a pipeline.
+        """
+        if current is not None:
+            assert self.moe is not None
+            return hidden + self.moe(source, current), None, None
+        normed = self.input_layernorm(hidden)
+        if self.tapped_op == "attention":
+            source = normed
+        hidden = hidden + self.self_attn(normed, **attention_inputs)[0]
+        normed = self.post_attention_layernorm(hidden)
+        if self.tapped_op == "mlp":
+            source = normed
+        if self.mlp is not None:
+            return hidden + self.mlp(normed), source, None
+        if source is None and self.has_shortcut:
+            raise ValueError(
+                "the blocks of a group run one after another: give a pipeline stage whole groups of blocks"
+            )
+        if self.moe is None:
+            return hidden, source, normed
+        return hidden + self.moe(normed if source is None else source, normed), None, None
 
 
 def build_norm(config: ScMoEConfig, size: int, eps: float | None = None) -> nn.Module:
@@ -147,8 +147,8 @@ class Router(nn.Module):
         else:
             self.expert_bias = None
 
-    def forward(self, tokens: Tensor, taken: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights [n, k] and experts [n, k] of ``tokens`` [n, h]; experts ``taken`` [n, 1] are not chosen again."""
+    def forward(self, tokens: Tensor, taken: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights [n, k], experts [n, k], logits [n, e] of ``tokens`` [n, h]; ``taken`` [n, 1] is not chosen again."""
         dtype = getattr(torch, self.config.router_dtype) if self.config.router_dtype else tokens.dtype
         logits = functional.linear(tokens.to(dtype), self.weight.to(dtype))
         scores = self._scores(logits)
@@ -163,7 +163,7 @@ class Router(nn.Module):
             weights = weights.softmax(dim=1)
         elif self.config.router_score_function != "softmax" and self.topk > 1:
             weights = weights / (weights.sum(dim=1, keepdim=True) + 1e-20)
-        return (weights * self.config.routed_scaling_factor).to(logits.dtype), chosen
+        return (weights * self.config.routed_scaling_factor).to(logits.dtype), chosen, logits
 
     @property
     def _over_chosen(self) -> bool:
@@ -189,6 +189,53 @@ class Router(nn.Module):
         return grouped.masked_fill(left_out.unsqueeze(-1), -torch.inf).flatten(1)
 
 
+def run_experts(experts: Experts | OtherExperts, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Sum over the experts ``index`` [n, k] of their output for ``hidden_states`` [n, h], times ``weights`` [n, k]."""
+    output = torch.zeros_like(hidden_states)
+    if hidden_states.is_meta:  # no values to route by: shapes are all that is asked for
+        return output
+    counts = weights != 0
+    for expert in index[counts].unique().tolist():
+        mine, choice = torch.where((index == expert) & counts)
+        weighted = experts.get_submodule(str(expert))(hidden_states[mine]) * weights[mine, choice, None]
+        output.index_add_(0, mine, weighted.to(output.dtype))
+    return output
+
+
+class Experts(nn.ModuleList):
+    """Routed experts as programs that serve models know them: they put fused ones in the place of this list.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: ScMoEConfig) -> None:
+        super().__init__(MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See ``run_experts``."""
+        return run_experts(self, hidden_states, top_k_index, top_k_weights)
+
+
+class OtherExperts(nn.Module):
+    """Routed experts with another activation than SwiGLU, which fused ones would compute as if it were SwiGLU.
+
+    No ``ModuleList``, so that programs that serve models leave them as they are.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: ScMoEConfig) -> None:
+        super().__init__()
+        for index in range(config.num_experts):
+            self.add_module(str(index), MLP(config, config.moe_intermediate_size))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See ``run_experts``."""
+        return run_experts(self, hidden_states, top_k_index, top_k_weights)
+
+
 class MoE(nn.Module):
     """Router, routed experts, shared expert, and how they become one.
 
@@ -199,9 +246,9 @@ class MoE(nn.Module):
     def __init__(self, config: ScMoEConfig) -> None:
         super().__init__()
         self.two_gates = config.shortcut == "dgmoe"
-        self.zero_experts = config.zero_experts  # they lie behind the others, and give a token back as it is
+        self.num_experts, self.zero_experts = config.num_experts, config.zero_experts
         self.router = Router(config)
-        self.experts = nn.ModuleList(MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+        self.experts = (Experts if config.activation == "swiglu" else OtherExperts)(config)
         self.shared_expert = self.shared_expert_gate = self.combine_gate = None
         if config.shared_expert_intermediate_size:
             self.shared_expert = MLP(config, config.shared_expert_intermediate_size)
@@ -217,26 +264,27 @@ class MoE(nn.Module):
             source: normed tensor at the shortcut position, [b, s, h].
             current: normed tensor in front of the MoE's place in its block, [b, s, h].
         """
-        weights, chosen = self.router(source.flatten(0, 1))
-        routed = self._run_experts(source, weights, chosen)
         if self.two_gates:
-            weights, chosen = self.router(current.flatten(0, 1), taken=chosen)
-            return routed + self._run_experts(current, weights, chosen)
+            return self._run_two_gates(source.flatten(0, 1), current.flatten(0, 1)).view_as(current)
+        tokens = source.flatten(0, 1)
+        weights, chosen, _ = self.router(tokens)
+        # Zero experts lie behind the others and give a token back as it is: the others never hear of them.
+        is_zero = chosen >= self.num_experts
+        routed = self.experts(tokens, chosen.masked_fill(is_zero, 0), weights.masked_fill(is_zero, 0))
+        if self.zero_experts:
+            routed = routed + (tokens * (weights * is_zero).sum(dim=1, keepdim=True)).to(routed.dtype)
+        routed = routed.view_as(source)
         return routed if self.shared_expert is None else self._combine(current, self.shared_expert(current), routed)
 
-    def _run_experts(self, hidden: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """Sum over the ``chosen`` [n, k] experts of their output, times ``weights`` [n, k]; [b, s, h]."""
-        tokens = hidden.flatten(0, 1)
-        output = torch.zeros_like(tokens)
-        is_zero = chosen >= len(self.experts)
-        for index in chosen[~is_zero].unique().tolist():
-            mine, choice = torch.where(chosen == index)
-            weighted = self.experts[index](tokens[mine]) * weights[mine, choice, None]
-            output.index_add_(0, mine, weighted.to(output.dtype))
-        if self.zero_experts:
-            zero_weights = (weights * is_zero).sum(dim=1, keepdim=True)
-            output = output + (tokens * zero_weights).to(output.dtype)
-        return output.view_as(hidden)
+    def _run_two_gates(self, source: Tensor, current: Tensor) -> Tensor:
+        """One expert for each of two tensors [n, h]: one call, in which a token's other choice weighs nothing."""
+        first_weights, first, _ = self.router(source)
+        second_weights, second, _ = self.router(current, taken=first)
+        nothing = torch.zeros_like(first_weights)
+        chosen = torch.cat((first, second), dim=1).repeat(2, 1)
+        weights = torch.cat((torch.cat((first_weights, nothing), 1), torch.cat((nothing, second_weights), 1)))
+        of_source, of_current = self.experts(torch.cat((source, current)), chosen, weights).chunk(2)
+        return of_source + of_current
 
     def _combine(self, current: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
         if self.shared_expert_gate is not None:
@@ -310,11 +358,13 @@ class Attention(nn.Module):
         self.scaling = config.softmax_scale or query_size**-0.5
         self.num_key_value_groups = 1
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
-        """[b, s, heads * d] of query, key and value [b, heads, s, d]."""
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [b, s, heads * d] of query, key and value [b, heads, s, d], and the weights where they are made."""
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, _ = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0, **kwargs)
-        return output.flatten(2)
+        output, weights = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0, **kwargs)
+        return output.flatten(2), weights
 
 
 class GroupedQueryAttention(Attention):
@@ -338,17 +388,23 @@ class GroupedQueryAttention(Attention):
         self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, hidden: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None, **kwargs: Any
-    ) -> Tensor:
-        """[b, s, h] to [b, s, h]; keys and values join those in ``cache``."""
+        self,
+        hidden: Tensor,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[b, s, h] to [b, s, h], and the weights; keys and values join those in ``past_key_values``."""
         projected = (projection(hidden) for projection in (self.q_proj, self.k_proj, self.v_proj))
         query, key, value = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
         query, key, value = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2), value.transpose(1, 2)
         if self.config.position_embedding == "rope":
             query, key = rotate(query, angles), rotate(key, angles)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        return self.o_proj(self._attend(query, key, value, mask, **kwargs))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        output, weights = self._attend(query, key, value, mask, **kwargs)
+        return self.o_proj(output), weights
 
 
 class LatentAttention(Attention):
@@ -360,40 +416,49 @@ class LatentAttention(Attention):
     """
 
     def __init__(self, config: ScMoEConfig, index: int) -> None:
-        query_size = config.qk_nope_head_dim + config.qk_rope_head_dim
+        kv_rank, still, turning, value_size = config.latent_sizes
+        query_size = still + turning
         super().__init__(config, index, query_size)
-        hidden, heads = config.hidden_size, config.num_attention_heads
-        q_rank, kv_rank = config.q_lora_rank, config.kv_lora_rank
+        hidden, heads, q_rank = config.hidden_size, config.num_attention_heads, config.q_lora_rank
         if q_rank is None:
             self.q_proj = nn.Linear(hidden, heads * query_size, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, q_rank, bias=False)
             self.q_a_layernorm = self._latent_norm(q_rank)
             self.q_b_proj = nn.Linear(q_rank, heads * query_size, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, kv_rank + config.qk_rope_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, kv_rank + turning, bias=False)
         self.kv_a_layernorm = self._latent_norm(kv_rank)
-        self.kv_b_proj = nn.Linear(kv_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
+        self.kv_b_proj = nn.Linear(kv_rank, heads * (still + value_size), bias=False)
+        self.o_proj = nn.Linear(heads * value_size, hidden, bias=False)
 
     def forward(
-        self, hidden: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None, **kwargs: Any
-    ) -> Tensor:
-        """[b, s, h] to [b, s, h]; latents and rotary parts of keys join those in ``cache``."""
-        config = self.config
-        heads, still, turning = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
-        query = self._query(hidden).unflatten(-1, (heads, -1)).transpose(1, 2)
+        self,
+        hidden: Tensor,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[b, s, h] to [b, s, h], and the weights; latents and turned keys join those in ``past_key_values``."""
+        kv_rank, still, turning, value_size = self.config.latent_sizes
+        query = self._query(hidden).unflatten(-1, (-1, still + turning)).transpose(1, 2)
         query_still, query_turning = query.split([still, turning], dim=-1)
         query = torch.cat((query_still, rotate_pairs(query_turning, angles)), dim=-1)
 
         # One head, [b, 1, s, ...], until keys and values of all heads are made of it.
-        latent, key_turning = self.kv_a_proj_with_mqa(hidden).unsqueeze(1).split([config.kv_lora_rank, turning], dim=-1)
+        latent, key_turning = self.kv_a_proj_with_mqa(hidden).unsqueeze(1).split([kv_rank, turning], dim=-1)
         latent, key_turning = self._scaled(self.kv_a_layernorm(latent)), rotate_pairs(key_turning, angles)
-        if cache is not None:
-            latent, key_turning = cache.update(latent, key_turning, self.layer_idx)
-        key_value = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (heads, -1)).transpose(1, 2)
-        key_still, value = key_value.split([still, config.v_head_dim], dim=-1)
-        key = torch.cat((key_still, key_turning.expand(-1, heads, -1, -1)), dim=-1)
-        return self.o_proj(self._attend(query, key, value, mask, **kwargs))
+        if past_key_values is not None:
+            latent, key_turning = past_key_values.update(latent, key_turning, self.layer_idx)
+        key_value = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, still + value_size)).transpose(1, 2)
+        key_still, value = key_value.split([still, value_size], dim=-1)
+        key = torch.cat((key_still, key_turning.expand(-1, key_still.shape[1], -1, -1)), dim=-1)
+        if pads := "flash" in str(self.config._attn_implementation) and value_size < still + turning:
+            value = functional.pad(value, (0, still + turning - value_size))  # flash attention wants equal sizes
+        output, weights = self._attend(query, key, value, mask, **kwargs)
+        if pads:
+            output = output.unflatten(-1, (-1, still + turning))[..., :value_size].flatten(2)
+        return self.o_proj(output), weights
 
     def _query(self, hidden: Tensor) -> Tensor:
         if self.config.q_lora_rank is None:
@@ -419,9 +484,18 @@ class ScMoEPreTrainedModel(PreTrainedModel):
 
     config_class = ScMoEConfig
     base_model_prefix = "model"
+    _no_split_modules = ["Block"]  # noqa: RUF012 (the name and type are those of transformers, as below)
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012
+        "attentions": OutputRecorder(Attention, index=1),
+        "router_logits": OutputRecorder(Router, index=2),
+    }
     # Biases decide between scores that lie close together, whatever the weights are kept in.
-    _keep_in_fp32_modules_strict = ["expert_bias"]  # noqa: RUF012 (the name and type are those of transformers)
+    _keep_in_fp32_modules_strict = ["expert_bias"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
     @torch.no_grad()
@@ -447,6 +521,7 @@ class ScMoEModel(ScMoEPreTrainedModel):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
         self.norm = build_norm(config, config.hidden_size)
+        self.gradient_checkpointing = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -457,7 +532,8 @@ class ScMoEModel(ScMoEPreTrainedModel):
         """Put another embedding of tokens in the place of this one."""
         self.embed_tokens = value
 
-    @can_return_tuple
+    @merge_with_config_defaults
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -469,17 +545,15 @@ class ScMoEModel(ScMoEPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> MoeModelOutputWithPast:
         """Run the model on ``input_ids`` [b, s] or ``inputs_embeds`` [b, s, h].
 
-        ``hidden_states``, if wanted, are the embedding and the output of every group, the last one behind the norm.
+        ``hidden_states``, if wanted, are the embedding and the output of every block, the last one behind the norm.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache is None:
-            use_cache = self.config.use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -495,23 +569,29 @@ class ScMoEModel(ScMoEPreTrainedModel):
         hidden = inputs_embeds
         if self.config.position_embedding == "learned_absolute":
             hidden = hidden + self.embed_positions(position_ids)
-        angles = rotary_angles(self.config, position_ids, hidden.dtype)
-
-        def attend(attention: nn.Module, normed: Tensor) -> Tensor:
-            return attention(normed, angles, mask, past_key_values, **kwargs)
-
+        inputs = {
+            "angles": rotary_angles(self.config, position_ids, hidden.dtype),
+            "mask": mask,
+            "past_key_values": past_key_values,
+            **kwargs,
+        }
         outputs = [hidden]
-        moe = None
-        for indices, position in self.config.groups():
-            blocks = [self.layers[index] for index in indices]
-            if not self.config.borrows_moe(indices[-1]):
-                moe = blocks[-1].moe
-            hidden = run_group(blocks, moe, position, hidden, attend)
+        source: Tensor | None = None
+        lender: nn.Module | None = None
+        for block in self.layers:
+            hidden, source, current = block(hidden, source, **inputs)
+            if current is not None:
+                assert lender is not None  # the configuration has an owner in front of each borrower
+                hidden, source, _ = lender(hidden, source, current)
+            elif block.moe is not None:
+                lender = block
             outputs.append(hidden)
         hidden = self.norm(hidden)
-        return BaseModelOutputWithPast(
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return MoeModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if use_cache else None,
             hidden_states=(*outputs[:-1], hidden) if output_hidden_states else None,
         )
 
@@ -524,6 +604,8 @@ class ScMoEForCausalLM(ScMoEPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
 
     def __init__(self, config: ScMoEConfig) -> None:
         super().__init__(config)
@@ -545,7 +627,7 @@ class ScMoEForCausalLM(ScMoEPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> MoeCausalLMOutputWithPast:
         """Logits [b, s, v], and with ``labels`` [b, s] the mean loss of each next token (-100: does not count)."""
         outputs = self.model(
             input_ids=input_ids,
@@ -562,9 +644,11 @@ class ScMoEForCausalLM(ScMoEPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
         )
