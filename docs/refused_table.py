@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_scmoe.training import refused_flags
+from megatron_scmoe.training import refused_flags, unread_flags
 
 DOCUMENT = Path(__file__).resolve().parent / "refused.md"
 HEAD = """\
@@ -33,7 +33,19 @@ def document() -> str:
     for title, rules in SECTIONS.items():
         rows = [f"| `{rule.flag}` | {_allowed(rule)} | {rule.reason} |" for rule in rules]
         parts.append("\n".join([f"## {title}\n", "| flag | allowed values | why |", "|---|---|---|", *rows, ""]))
-    return "\n".join(parts)
+    return "\n".join([*parts, _without_effect()])
+
+
+def _without_effect() -> str:
+    programs = ", ".join(unread_flags.OTHER_PROGRAMS.values())
+    kept = ", ".join(f"`{flag}`" for flag in unread_flags.READ_ALL_THE_SAME.values())
+    rows = [f"| `--{name.replace('_', '-')}` | {reason} |" for name, reason in unread_flags.LEFTOVERS.items()]
+    head = (
+        "## Without effect\n\nMegatron's parser takes the flags of other programs, which its wheel lacks: all flags of\n"
+        f"its groups for {programs} (but for {kept}).\n"
+        "They are refused where they are not at their default, as are\n"
+    )
+    return "\n".join([head, "| flag | why |", "|---|---|", *rows, ""])
 
 
 def _allowed(rule: refused_flags.Refusal) -> str:

@@ -18,7 +18,12 @@ OTHER_PROGRAMS = {
 }
 """Megatron's groups of flags that belong to programs which its wheel lacks."""
 
-_READ_ALL_THE_SAME = ("data_sharding", "cuda_graph_modules", "perform_rl_step")  # the last has a refusal of its own
+READ_ALL_THE_SAME = {
+    "data_sharding": "--no-data-sharding",
+    "cuda_graph_modules": "--cuda-graph-modules",
+    "perform_rl_step": "--perform-rl-step",
+}
+"""Of those groups, what has an effect, or a refusal of its own: names of values and their flags."""
 
 LEFTOVERS = {
     "rampup_batch_size": "Core 0.19.2 no longer hands it on; use --step-batch-size-schedule",
@@ -53,7 +58,7 @@ class UnreadFlags:
             program = OTHER_PROGRAMS.get(group.title or "")
             for action in group._group_actions:
                 reason = f"it is a flag of {program}" if program else LEFTOVERS.get(action.dest, "")
-                if reason and action.dest not in _READ_ALL_THE_SAME and action.option_strings:
+                if reason and action.dest not in READ_ALL_THE_SAME and action.option_strings:
                     self._found[action.dest] = action.option_strings[0], action.default, reason
 
     def check(self, args: Namespace) -> None:
