@@ -41,8 +41,8 @@ def _without_effect() -> str:
     kept = ", ".join(f"`{flag}`" for flag in unread_flags.READ_ALL_THE_SAME.values())
     rows = [f"| `--{name.replace('_', '-')}` | {reason} |" for name, reason in unread_flags.LEFTOVERS.items()]
     head = (
-        "## Without effect\n\nMegatron's parser takes the flags of other programs, which its wheel lacks: all flags of\n"
-        f"its groups for {programs} (but for {kept}).\n"
+        "## Without effect\n\nMegatron's parser takes the flags of other programs, which its wheel lacks: all flags\n"
+        f"of its groups for {programs} (but for {kept}).\n"
         "They are refused where they are not at their default, as are\n"
     )
     return "\n".join([head, "| flag | why |", "|---|---|", *rows, ""])
