@@ -353,6 +353,7 @@ def hidden_well(elapsed_s: float) -> bool:
     return elapsed_s < in_sequence - 0.8 * 2 * DENSE_OP_S
 
 
+@pytest.mark.alone
 def test_communication_is_hidden():
     """pos2 at slot 3: two dense ops lie in the dispatch, one in the combine; in backward the same, mirrored."""
     case = Case(num_groups=1, expert_slot=(3,))

@@ -745,6 +745,7 @@ def test_the_benchmark_compresses_forward_as_in_training():
         assert found["forward"] == pytest.approx(found["training"], rel=0.02)
 
 
+@pytest.mark.alone
 def test_tiny_run_on_slow_links(tmp_path):
     """Half a minute. A model this small is mostly overhead, so the share may be out of reach: then 1, and no point."""
     try:

@@ -542,6 +542,7 @@ def test_verify_decides_before_the_result_has_its_name(tmp_path, source, mapped,
     assert receipt["verified"]["largest_difference"] == 1e-6
 
 
+@pytest.mark.alone
 def test_help_teaches_and_is_fast():
     start_s = time.monotonic()
     done = subprocess.run(
