@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 
 # Workers that run tests beside one another. A file's tests go to one of them, since they share what was made for them.
 JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 25
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 25
 
 # What tests depend on, and with which contents of it test-full has passed.
 TESTED := pretrain_gpt_scmoe.py requirements.txt pyproject.toml

@@ -570,6 +570,7 @@ def test_a_failed_start_leaves_nothing(monkeypatch, capsys):
     assert traces(os.getpid(), "no process") == []
 
 
+@pytest.mark.alone
 def test_a_killed_lab_is_removed_at_the_next_start(start_lab):
     """And a lab that is alive is not touched: both run at once."""
     killed, alive = start_lab("kill"), start_lab("alive")
