@@ -143,6 +143,23 @@ def test_a_missing_file_is_noticed():
     }
 
 
+def named_tests(text: str) -> set[str]:
+    """What a document says is a test."""
+    return set(re.findall(r"`(test_\w+)`", text))
+
+
+@pytest.mark.parametrize("document", ["parallelism.md", "tests.md"])
+def test_documents_name_tests_that_exist(document):
+    code = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = named_tests((ROOT / "docs" / document).read_text())
+    assert named and {name for name in named if f"\ndef {name}(" not in code} == set()
+
+
+def test_a_missing_test_is_noticed():
+    """Negative control of the test above."""
+    assert named_tests("`test_of_nothing` and `tests/test_nowhere.py`") == {"test_of_nothing"}
+
+
 def load(path: Path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
