@@ -15,12 +15,14 @@ FOLDER = $(RUN)/$(notdir $(CORPUS:/=))
 INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-# What the layout matrix depends on, and with which contents of it test-full has passed.
-MATRIX := $(sort $(shell find megatron_scmoe -name "*.py")) pretrain_gpt_scmoe.py requirements.txt
-MATRIX += tests/conftest.py $(addprefix tests/support/,models.py ranks.py reference.py training.py)
-MATRIX += tests/config/test_arguments.py tests/overlap/test_adaptive.py tests/overlap/test_costs.py
-MATRIX += tests/training/test_layouts.py
-PASSED := tests/layouts-passed.sha256
+# Workers that run tests beside one another. A file's tests go to one of them, since they share what was made for them.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 25
+
+# What tests depend on, and with which contents of it test-full has passed.
+TESTED := pretrain_gpt_scmoe.py requirements.txt pyproject.toml
+TESTED += $(sort $(foreach kind,py sh html css,$(shell find megatron_scmoe tools tests examples -name "*.$(kind)")))
+PASSED := tests/full-passed.sha256
 
 .DEFAULT_GOAL := help
 .PHONY: help install pretrain test test-full test-ci lint format docs package clean distclean
@@ -50,16 +52,16 @@ pretrain: $(INSTALLED) ## pretrain on CORPUS; a second call continues from the l
 	@$(BIN)/python tools/preprocess_data.py --input "$(CORPUS)" --document-kib 4 --output "$(FOLDER)/data"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/pretrain_small.sh "$(FOLDER)" $(ITERS) $(ARGS)
 
-test: $(INSTALLED) ## the test suite, with a covering part of the layouts
-	$(BIN)/python -m pytest
+test: $(INSTALLED) ## the test suite: every module, every refusal, one case of each kind
+	$(PYTEST)
 
-test-full: $(INSTALLED) ## the test suite with every layout
-	$(BIN)/python -m pytest -m "full or not full"
-	sha256sum $(MATRIX) > $(PASSED).new && mv $(PASSED).new $(PASSED)
+test-full: test ## the test suite, and every other case
+	$(PYTEST) -m full
+	sha256sum $(TESTED) > $(PASSED).new && mv $(PASSED).new $(PASSED)
 
-test-ci: $(INSTALLED) ## what CI runs: test, or test-full where files have changed that layouts depend on
-	@if sha256sum $(MATRIX) | cmp -s - $(PASSED); \
-	  then echo "every layout has passed with these sources ($(PASSED)): make test"; $(MAKE) test; \
+test-ci: $(INSTALLED) ## what CI runs: test, or test-full where files have changed that tests depend on
+	@if sha256sum $(TESTED) | cmp -s - $(PASSED); \
+	  then echo "every test has passed with these sources ($(PASSED)): make test"; $(MAKE) test; \
 	  else echo "other sources than $(PASSED) has: make test-full"; $(MAKE) test-full; fi
 
 lint: $(INSTALLED) ## ruff and mypy

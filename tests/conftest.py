@@ -1,8 +1,10 @@
-"""Pytest set-up: importable test modules, the ``full`` marker, the end of the rank pool."""
+"""Pytest set-up: importable test modules, the markers, several workers, the end of the rank pool."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ _TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(folder) for folder in sorted(_TESTS.iterdir()) if any(folder.glob("*.py"))]
 sys.path.append(str(_TESTS.parent))  # last, so that an installed megatron_scmoe is preferred
 
+import alone  # noqa: E402
 import ranks  # noqa: E402
 
 _executed: set[str] = set()
@@ -19,8 +22,19 @@ _executed: set[str] = set()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: of make test-full alone, left out unless -m is given")
+    config.addinivalue_line("markers", "alone: measures time or uses the machine's links; nothing runs beside it")
     if not config.option.markexpr:
         config.option.markexpr = "not full"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    places = Path(tempfile.gettempdir(), f"tests-{item.config.workerinput['testrunuid']}")
+    places.mkdir(exist_ok=True)
+    with alone.place(places, alone=item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import time
@@ -20,6 +21,7 @@ import test_pipelined
 import torch
 import torch.distributed as dist
 import training
+from cases import cases
 from models import BATCH_SIZE, SEQ_LENGTH, Case
 from test_overlap import EP, all_to_one_rank, assert_bit_equal, assert_close, run
 from test_report import read
@@ -192,8 +194,12 @@ def evaluated(case: Case) -> list[torch.Tensor]:
 EVALUATED = ("pos2", "dgmoe", "low rank", "lloyd, low rank")
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-@pytest.mark.parametrize("name", EVALUATED)
+@pytest.mark.parametrize(
+    ("name", "chunks"),
+    cases(
+        [(name, chunks) for chunks in (1, 2) for name in EVALUATED], [*((name, 1) for name in EVALUATED), ("dgmoe", 2)]
+    ),
+)
 def test_evaluation_sends_tokens(name, chunks):
     """It is bit for bit that of the model without a codec, on every rank, and no loss depends on a later token."""
     case = CASES[name].replace(chunks=chunks)
@@ -395,8 +401,10 @@ def ones_for_gates(case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("refinement", ["none", "lloyd"])
-@pytest.mark.parametrize("compensation", ["paper", "none"])
+@pytest.mark.parametrize(
+    ("compensation", "refinement"),
+    cases(itertools.product(("paper", "none"), ("none", "lloyd")), [("paper", "none"), ("none", "lloyd")]),
+)
 def test_one_token_in_each_cluster_equals_no_codec_bit_for_bit(compensation, refinement, dtype):
     many = LSH.replace(hashes=16, width=4, compensation=compensation, refinement=refinement, dtype=dtype)
     one, other = (ranks.run(ones_for_gates, 2, case, layout=EP[2]) for case in (many, Case(dtype=dtype)))
@@ -603,7 +611,10 @@ def train(flags: list[str]) -> str:
     return training.train(flags)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+QUICK = ("stock, padded", "scmoe, adaptive", "dgmoe", "tensor parallel", "pipeline", "spherical")
+
+
+@pytest.mark.parametrize("name", cases(TRAINED, QUICK))
 def test_it_trains_and_reports(name, tmp_path):
     flags = with_flags(
         TRAINED[name],
@@ -648,7 +659,7 @@ def steps_of_figures(flags: list[str]) -> list[int]:
     return steps
 
 
-@pytest.mark.parametrize("name", ["stock top-2", "pipeline", "pipeline and expert parallel"])
+@pytest.mark.parametrize("name", cases(["stock top-2", "pipeline", "pipeline and expert parallel"], ["pipeline"]))
 def test_tensorboard_has_every_group(name, tmp_path):
     """Whichever pipeline stage it is in, of each step that is logged, the last one too."""
     flags = with_flags(
@@ -673,7 +684,7 @@ def test_tensorboard_has_every_group(name, tmp_path):
     assert not any(written.values())
 
 
-@pytest.mark.parametrize("skipped", ["", "--iterations-to-skip 3"])
+@pytest.mark.parametrize("skipped", cases(["", "--iterations-to-skip 3"], [""]))
 def test_the_log_says_the_rate_where_nothing_was_asked_for(skipped):
     flags = with_flags(TRAINED["stock top-2"], "--a2a-codec lsh", "--lsh-hashes 2", "--log-interval 2")
     printed, *_ = ranks.run(train, 2, with_flags(flags, "--train-iters 6", *filter(None, [skipped])))
@@ -717,7 +728,10 @@ def test_a_rate_is_held_where_a_stage_has_no_moe():
         assert "exit code" not in printed, printed[-3000:]
 
 
-@pytest.mark.parametrize("setting", ["compensation paper", "compensation lowrank", "refinement lloyd"])
+SETTINGS = ("compensation paper", "compensation lowrank", "refinement lloyd")
+
+
+@pytest.mark.parametrize("setting", cases(SETTINGS, ["compensation lowrank"]))
 def test_resume_is_exact(tmp_path, setting):
     """Iterations 6 to 10 after a resume at 5 equal those of a run that was not interrupted, bit for bit."""
     codec = ["--a2a-codec lsh", "--lsh-hashes 2", f"--lsh-{setting}"]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import typing
 
+import commands
 import pytest
 import ranks
 import torch
@@ -449,13 +450,15 @@ def run_script(flags: list[str], *command: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_refusal_ends_the_process_with_2_before_any_process_group():
-    python = [sys.executable, "-c", NO_PROCESS_GROUP]
-    refused = run_script(with_flags(SCMOE, "--num-layers 5"), *python)
+def test_refusal_ends_the_process_with_2_before_any_process_group(tmp_path):
+    script = tmp_path / "no_process_group.py"
+    script.write_text(NO_PROCESS_GROUP)
+    refused = commands.run(script, *with_flags(SCMOE, "--num-layers 5"), cwd=ROOT, env={"LOCAL_RANK": "0"})
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith("pretrain_gpt_scmoe.py: refused: groups must be whole")
     # Negative control: a run that is not refused does reach the process group.
-    assert "a process group was started" in run_script(SCMOE, *python).stderr
+    accepted = commands.run(script, *SCMOE, cwd=ROOT, env={"LOCAL_RANK": "0"})
+    assert "a process group was started" in accepted.stderr
 
 
 def test_torchrun_turns_a_refusal_into_1_and_the_line_is_there():

@@ -1,14 +1,10 @@
-"""The CPU backend: what it replaces, that it puts everything back, and that the stock trainer runs and resumes on it.
-
-Run by torchrun, this file is a minimal stock trainer: ``test_cpu_backend.py RESULT_FILE <Megatron flags>``.
-"""
+"""The CPU backend: what it replaces, that it puts everything back, and that the stock trainer trains on with it."""
 
 from __future__ import annotations
 
 import copy
 import importlib
 import inspect
-import json
 import os
 import pkgutil
 import subprocess
@@ -21,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 
-_ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path.append(str(_ROOT))
+from megatron_scmoe.cpu import backend as cpu_backend
+from megatron_scmoe.mcore import wheel
 
-from megatron_scmoe.cpu import backend as cpu_backend  # noqa: E402
-from megatron_scmoe.mcore import wheel  # noqa: E402
+_ROOT = Path(__file__).resolve().parents[2]
 
 _MODEL_FLAGS = (
     "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --ffn-hidden-size 32 --seq-length 8 "
@@ -44,12 +39,13 @@ _RUN_FLAGS = (
 )
 
 
-# ---- the trainer that torchrun starts ---------------------------------------------------------
+# ---- the stock trainer -------------------------------------------------------------------------
 
 
-def _train(result_file: str) -> None:
+def _train(flags: list[str]) -> dict[str, Any]:
+    """On a rank: losses by step, and how many calls of each step were intercepted."""
+    sys.argv[:] = ["stock.py", *flags]
     cpu_backend.install()
-    from megatron.core import parallel_state
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
     from megatron.core.enums import ModelType
@@ -93,35 +89,17 @@ def _train(result_file: str) -> None:
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)
     steps = [after - before for before, after in pairwise(calls_before_each_forward)]
-    rank = parallel_state.get_expert_model_parallel_rank()
-    Path(f"{result_file}.{rank}").write_text(json.dumps({"losses": losses, "calls_per_step": steps}))
+    return {"losses": losses, "calls_per_step": steps}
 
 
-if __name__ == "__main__":
-    _train(sys.argv.pop(1))
-    sys.exit()
-
-
-def _torchrun(result_file: Path, flags: str) -> list[dict[str, Any]]:
-    """Train on two ranks; what each wrote."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    completed = subprocess.run(
-        [*command, str(result_file), *(_MODEL_FLAGS + _RUN_FLAGS + flags).split()],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        cwd=result_file.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert completed.returncode == 0, completed.stdout[-3000:] + completed.stderr[-6000:]
-    return [json.loads(Path(f"{result_file}.{rank}").read_text()) for rank in range(2)]
+def _trained(flags: str) -> list[dict[str, Any]]:
+    return ranks.run(_train, 2, (_MODEL_FLAGS + _RUN_FLAGS + flags).split(), timeout_s=300)
 
 
 def test_stock_trainer_resumes_exactly_with_few_interceptions(tmp_path: Path) -> None:
     flags = "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
-    straight = _torchrun(tmp_path / "straight", f"{flags}--save {tmp_path}/checkpoint")
-    resumed = _torchrun(tmp_path / "resumed", f"{flags}--load {tmp_path}/checkpoint --ckpt-step 3")
+    straight = _trained(f"{flags}--save {tmp_path}/checkpoint")
+    resumed = _trained(f"{flags}--load {tmp_path}/checkpoint --ckpt-step 3")
     for whole, rest in zip(straight, resumed, strict=True):
         assert len(whole["losses"]) == 6
         assert [loss for _, loss in rest["losses"]] == [loss for _, loss in whole["losses"][3:]]
@@ -160,7 +138,7 @@ def test_large_tensors_take_the_memory_of_freed_ones():
 
 def _python(code: str, tmp_path: Path) -> str:
     """Run code in a fresh interpreter that finds our package and ``tmp_path``; its output."""
-    path = os.pathsep.join([str(_ROOT), str(Path(__file__).parent), str(tmp_path)])
+    path = os.pathsep.join([str(_ROOT), *(str(_ROOT / "tests" / name) for name in ("cpu", "support")), str(tmp_path)])
     completed = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
@@ -345,8 +323,6 @@ def gather_unequal() -> list[list[float]]:
 
 
 def test_gathers_unequal_shapes() -> None:
-    import ranks
-
     assert ranks.run(gather_unequal, 2) == [[[1.0, 1.0], [2.0, 2.0, 2.0]]] * 2
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import commands
 import pytest
 from training import ROOT
 
@@ -27,15 +28,20 @@ TAPS = {
 
 
 def described(implementation: str) -> dict[str, dict[str, list[dict]]]:
-    path = os.pathsep.join([str(ROOT / "tests/support"), str(ROOT)])
-    result = subprocess.run(
-        [sys.executable, ROOT / "tests/support/describe_specs.py", implementation],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    """In a process of its own, since Transformer Engine has to be there, or not, when Megatron is imported."""
+    script = ROOT / "tests/support/describe_specs.py"
+    if implementation == "local":
+        result = commands.run(script, implementation)
+    else:
+        path = os.pathsep.join([str(script.parent), str(ROOT)])
+        result = subprocess.run(
+            [sys.executable, script, implementation],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
 

@@ -466,6 +466,7 @@ def about(seconds: float) -> tuple[float, float]:
     return 0.97 * seconds, 1.3 * seconds + 0.02
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_known_times_are_measured(chunks):
     """Each op by itself, so that none is taken for its neighbour: the times differ by more than the bounds."""

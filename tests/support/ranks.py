@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import faulthandler
 import functools
+import gc
 import importlib
 import inspect
 import io
@@ -55,9 +56,16 @@ _IMPORTED_EARLY = (
     "megatron.training.training",
     # What a training run imports on its way, in each rank anew unless it is there: the first optimizer,
     "torch._dynamo",
-    # the first tokenizer (it reads all of transformers, half of the time of a short run), the log, and the plugin.
-    "megatron.core.tokenizers.text",
+    # the first tokenizer (it reads all of transformers, half of the time of a short run), the data, the log,
+    "megatron.core.tokenizers.text.models",
+    "megatron.core.datasets.gpt_dataset",
+    "megatron.core.models.mimo",
+    "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
+    "torch.profiler._cupti_monitor",
     "torch.utils.tensorboard",
+    # and the plugin.
+    "megatron_scmoe.models.gpt",
+    "megatron_scmoe.training.arguments",
     "megatron_scmoe.training.session",
 )
 _DIED = "died: "
@@ -95,6 +103,7 @@ class _Job:
     timeout_s: float
     layout: dict[str, Any] | None
     seed: int
+    distributed: bool
 
 
 def _dump(value: Any) -> bytes:
@@ -132,6 +141,9 @@ def _prepare() -> None:
     # saves alone need it.
     writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     writer._results_queue = queue.Queue()
+    # A collection in a rank would visit all that was imported, and so copy most of the server's memory.
+    gc.collect()
+    gc.freeze()
 
 
 def _serve(control_fd: int, directory: str) -> None:
@@ -216,6 +228,8 @@ def _run_job(job: _Job) -> Any:
     sys.path[:] = job.sys_path
     function = operator.attrgetter(job.qualname)(importlib.import_module(job.module))
     args, kwargs = _load(job.payload)
+    if not job.distributed:
+        return function(*args, **kwargs)
     os.environ.update(RANK=str(job.rank), LOCAL_RANK=str(job.rank), WORLD_SIZE=str(job.world_size))
     torch.set_num_threads(1)
     random.seed(job.seed)
@@ -430,6 +444,7 @@ def run(
     timeout_s: float = 120.0,
     layout: dict[str, Any] | None = None,
     seed: int = 1234,
+    distributed: bool = True,
     **kwargs: Any,
 ) -> list[Any]:
     """Call ``fn(*args, **kwargs)`` on ``world_size`` ranks; return their results by rank.
@@ -438,7 +453,8 @@ def run(
     torch.distributed initialised (NCCL if there is a CUDA device per rank, otherwise gloo) and
     Python, numpy and torch seeded with ``seed``. With ``layout``, also
     ``parallel_state.initialize_model_parallel(**layout)`` and ``model_parallel_cuda_manual_seed``
-    were called. Arguments and results are copied by pickle.
+    were called. Arguments and results are copied by pickle. Without ``distributed``, nothing of that: the
+    function finds a process that is fresh, but for what is imported.
 
     Raises ``RankError`` if a rank raises, dies, or takes more than ``timeout_s`` seconds.
     """
@@ -460,6 +476,7 @@ def run(
         timeout_s=timeout_s,
         layout=layout,
         seed=seed,
+        distributed=distributed,
     )
     with _lock:
         if _pool is None:

@@ -216,6 +216,7 @@ def test_arguments_are_checked() -> None:
         ranks.run(exchange, 1, no_such_argument=1)
 
 
+@pytest.mark.alone
 def test_overhead_of_a_job() -> None:
     ranks.run(process_id, 2)
     started = time.monotonic()

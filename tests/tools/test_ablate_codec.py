@@ -1043,6 +1043,7 @@ def test_tiny_study(tiny_data, tmp_path):
     assert (tmp_path / "study" / "report.html").read_text() == render.html({**made, "encoding": None})
 
 
+@pytest.mark.full
 def test_evaluation_with_tokens_is_that_of_the_same_model_without_a_codec(tiny_data, tmp_path):
     """Nothing is learned, so that arms have the same parameters and differ in what travels alone."""
     settings = Settings(2, 2, 8, 1024)

@@ -755,7 +755,7 @@ def test_tiny_run_on_slow_links(tmp_path):
     command = [sys.executable, TOOL, "--output", tmp_path / "new", "--comm-share", "0.6", "--unlimited"]
     command += ["--arms", "pos2 off,pos2 adaptive,top-2 2 chunks", "--repetitions", "2"]
     command += ["--hidden", "64", "--tokens", "32", "--layers", "2", "--experts", "4"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
     made = json.loads((tmp_path / "new" / "result.json").read_text())
     assert done.returncode == 2 - len(made["points"]), done.stderr[-2000:]
     for point in made["points"]:

@@ -16,6 +16,7 @@ import pytest
 import ranks
 import torch
 import training
+from cases import cases
 from checkpoint_files import (
     ARGS,
     HFFolder,
@@ -320,7 +321,7 @@ def train(flags):
     return training.train(flags)
 
 
-@pytest.mark.parametrize("case", TRAINED)
+@pytest.mark.parametrize("case", cases(TRAINED, list(TRAINED)[:2]))
 def test_trained_checkpoint_reads_and_loads_again(tmp_path, case):
     """What training saved at one layout is read as Core reads it; written anew it continues with the same loss, in
     another layout, with no flag but --load."""

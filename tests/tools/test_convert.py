@@ -369,6 +369,7 @@ def test_memory_depends_on_pieces_alone(tmp_path):
     assert after - before > 128
 
 
+@pytest.mark.full
 def test_memory_of_a_large_checkpoint(tmp_path):
     """At most twice the largest file and 1 GB, libraries included, of a checkpoint five times that size."""
     shard_bytes, tensor_bytes = 1 << 26, 1 << 25
@@ -542,6 +543,7 @@ def test_verify_decides_before_the_result_has_its_name(tmp_path, source, mapped,
     assert receipt["verified"]["largest_difference"] == 1e-6
 
 
+@pytest.mark.alone
 def test_help_teaches_and_is_fast():
     start_s = time.monotonic()
     done = subprocess.run(

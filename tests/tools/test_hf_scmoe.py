@@ -18,6 +18,7 @@ import pytest
 import ranks
 import torch
 import training
+from cases import cases
 from models import parameter
 from training import ROOT, SCMOE, STOCK_SHARED_EXPERT, with_flags, without_flag
 
@@ -521,7 +522,7 @@ def run_alone(folder: Path, home: Path, texts: list[str]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", ["pos2", "longcat"])
+@pytest.mark.parametrize("case", cases(["pos2", "longcat"], ["longcat"]))
 def test_folder_needs_transformers_alone(exported, tmp_path, case):
     _, folder, expected = exported(case)
     result = run_alone(folder, tmp_path, [])

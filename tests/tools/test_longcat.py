@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import numpy
 import pytest
 import ranks
@@ -15,7 +16,9 @@ import torch
 import training
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
+CONVERT = ROOT / "tools/convert_checkpoint.py"
+sys.path.insert(0, str(CONVERT.parent))
+import score  # noqa: E402
 
 TOLERANCE = 1e-4
 VOCAB, LENGTH = 96, 24
@@ -68,15 +71,26 @@ def hf_folder(hf_model, tmp_path_factory):
 
 
 def convert(source: str, target: str, load: Path, save: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/convert_checkpoint.py"), "--from", source, "--to", target]
-    command += ["--load", str(load), "--save", str(save), *more]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return commands.run(CONVERT, "--from", source, "--to", target, "--load", load, "--save", save, *more, timeout_s=300)
 
 
 @pytest.fixture(scope="module")
 def megatron_folder(hf_folder, tmp_path_factory):
+    """As a user converts it, on a command line."""
     folder = tmp_path_factory.mktemp("longcat") / "megatron"
-    done = convert("hf-longcat", "megatron", hf_folder, folder)
+    command = [
+        sys.executable,
+        CONVERT,
+        "--from",
+        "hf-longcat",
+        "--to",
+        "megatron",
+        "--load",
+        hf_folder,
+        "--save",
+        folder,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
@@ -201,10 +215,8 @@ def test_published_checkpoints_have_no_tensors_of_zero_experts(published_folder,
 
 def scored(folder: Path, output: Path) -> dict:
     numpy.save(output.with_suffix(".npy"), tokens().numpy())
-    command = [sys.executable, str(ROOT / "tools/score.py"), "--load", str(folder), "--output", str(output)]
-    command += ["--input", str(output.with_suffix(".npy"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    words = ["--load", str(folder), "--output", str(output), "--input", str(output.with_suffix(".npy"))]
+    assert score.main(words) == 0
     return json.loads((output / "summary.json").read_text())["total"]
 
 

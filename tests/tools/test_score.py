@@ -15,11 +15,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import numpy
 import pytest
 import ranks
 import torch
 import training
+from cases import cases
 from training import ROOT, SCMOE, STOCK, with_flags, without_flag
 
 TOOL = ROOT / "tools" / "score.py"
@@ -144,9 +146,8 @@ def entry_script_losses(flags, tokens, labels):
 
 def convert(source, folder, target, *more):
     """Make a Megatron checkpoint of a folder, in a process of its own; returns the exit code."""
-    command = [sys.executable, ROOT / "tools/convert_checkpoint.py", "--from", source, "--to", "megatron"]
-    done = subprocess.run([*command, "--load", folder, "--save", target, *more], capture_output=True, check=False)
-    return done.returncode
+    words = ["--from", source, "--to", "megatron", "--load", folder, "--save", target, *more]
+    return commands.run(ROOT / "tools/convert_checkpoint.py", *words).returncode
 
 
 # --- the numbers -------------------------------------------------------------------------------------------------
@@ -194,7 +195,7 @@ def on_one_rank(tmp_path_factory, checkpoints, two_files):
     return output
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", cases(LAYOUTS, ["expert tp2", "tp2 ep2", "pp2 ep2"]))
 def test_every_layout_gives_the_same(tmp_path, checkpoints, two_files, on_one_rank, layout):
     num_ranks, flags = LAYOUTS[layout]
     argv = ["--input", *two_files, "--stride", 10, "--logits", "--micro-batch-size", 3, *flags]
@@ -208,8 +209,10 @@ def test_every_layout_gives_the_same(tmp_path, checkpoints, two_files, on_one_ra
         numpy.testing.assert_allclose(logits_of(on_one_rank, name), logits_of(tmp_path / "out", name), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["stock", "dense"])
-@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    cases(itertools.product(("tp2", "pp2"), ("stock", "dense")), [("tp2", "stock"), ("pp2", "dense")]),
+)
 def test_stock_models_too(tmp_path, checkpoints, two_files, name, layout):
     num_ranks, flags = LAYOUTS[layout]
     scores(checkpoints(name), "--input", *two_files, output=tmp_path / "one")

@@ -318,6 +318,7 @@ sys.stdout.write(json.dumps(seen) + "\\n")
     assert [row["exit_code"] for row in json.loads((tmp_path / "r").read_text())["ranks"]] == [0, 0, 0]
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("slow_links")
 def test_rate_limits_and_bytes_are_counted(tmp_path):
     """Two labs at once do not slow each other; what two ranks send to one arrives at the rate of its one link."""
@@ -359,6 +360,7 @@ else:
     assert seconds_of(*start(2, "unlimited")) < seconds[2] / 2
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("slow_links")
 def test_a_rank_changes_the_rate():
     program = """
@@ -439,6 +441,7 @@ for exchange in (own, gloo.all_to_all_single):
 """
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("slow_links")
 def test_a_late_rank_uses_both_directions_of_its_link_at_once():
     """Of ours; gloo's own, the negative control, takes turns, which is why it is replaced."""
@@ -567,6 +570,7 @@ def test_a_failed_start_leaves_nothing(monkeypatch, capsys):
     assert traces(os.getpid(), "no process") == []
 
 
+@pytest.mark.alone
 def test_a_killed_lab_is_removed_at_the_next_start(start_lab):
     """And a lab that is alive is not touched: both run at once."""
     killed, alive = start_lab("kill"), start_lab("alive")

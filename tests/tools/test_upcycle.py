@@ -141,6 +141,7 @@ def losses(folder: Path, log: Path, *flags: str) -> dict[int, float]:
     return training.scalars(log, "lm loss")["lm loss"]
 
 
+@pytest.mark.full
 def test_training_beats_a_start_from_scratch(dense_folder, tmp_path):
     upcycle(dense_folder, tmp_path / "scmoe", "--experts", "4", "--drop-ratio", "0.5")
     found = losses(tmp_path / "scmoe", tmp_path / "log")

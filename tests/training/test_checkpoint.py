@@ -6,6 +6,7 @@ import pytest
 import ranks
 import torch
 import training
+from cases import cases
 from training import SCMOE, STOCK_SHARED_EXPERT, with_flags
 
 EP2 = "--expert-model-parallel-size 2"
@@ -25,7 +26,7 @@ def train(flags, *, world_size=2):
     return outputs
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", cases(OPTIMIZERS, ["fp32", "bf16 distributed reshardable"]))
 def test_resume_is_exact(tmp_path, optimizer):
     """Iterations 6 to 10 after a resume at 5 equal those of a run that was not interrupted, bit for bit."""
     flags = with_flags(SCMOE, EP2, *OPTIMIZERS[optimizer], f"--save {tmp_path}/save", "--save-interval 5")

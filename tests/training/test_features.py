@@ -23,6 +23,7 @@ import ranks
 import torch
 import torch.distributed as dist
 import training
+from cases import cases
 from models import Case
 from test_arguments import DGMOE, assert_refused, changes
 from torch import Tensor
@@ -271,7 +272,13 @@ def trained(flags: tuple[str, ...], padded: bool = False) -> list[list[dict[str,
 WORKING = [(shortcut, name) for name, feature in FEATURES.items() for shortcut in feature.shortcuts]
 
 
-@pytest.mark.parametrize(("shortcut", "name"), WORKING)
+QUICK = [
+    (feature.shortcuts[index % len(feature.shortcuts)], name) for index, (name, feature) in enumerate(FEATURES.items())
+]
+"""Every feature, with one shortcut and then the other."""
+
+
+@pytest.mark.parametrize(("shortcut", "name"), cases(WORKING, QUICK))
 def test_feature(shortcut, name):
     feature = FEATURES[name]
     with_it = trained(tuple(flags_of(shortcut, feature.flags, feature.drop)), feature.padded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -105,3 +106,36 @@ def test_text_in_kill_during_save_and_resume(tmp_path, data):
     assert losses[iteration] < 0.9 * first_loss
     assert re.search(r"validation loss at iteration \d+ on validation set .* PPL: \d", printed)
     assert re.search(r"> \d+ of \d+ iterations done, about 0:\d\d:\d\d left", printed)
+
+
+def losses_of_the_small_example(home: Path, data: Path, iterations: int, *more: str) -> tuple[float, float]:
+    """Of the example script: the first loss that it logs, and that of the validation at its end."""
+    home.mkdir()
+    (home / "data").symlink_to(data)
+    done = subprocess.run(
+        [ROOT / "examples/pretrain_small.sh", home, str(iterations), "--log-interval", "1", *more],
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=600,
+    )
+    first = re.search(r"iteration +1/.* lm loss: (\S+)", done.stdout)
+    last = re.search(
+        rf"validation loss at iteration {iterations} on validation set .*? lm loss value: (\S+)", done.stdout
+    )
+    assert first and last, done.stdout[-3000:]
+    return float(first[1]), float(last[1])
+
+
+@pytest.mark.full
+def test_the_small_example_learns(tmp_path, data):
+    first, last = losses_of_the_small_example(tmp_path / "learns", data, 60)
+    assert last < 0.75 * first
+
+
+@pytest.mark.full
+def test_nothing_is_learned_without_steps(tmp_path, data):
+    """Negative control of the test above: the loss falls by learning alone."""
+    first, last = losses_of_the_small_example(tmp_path / "stays", data, 3, "--lr", "0", "--min-lr", "0")
+    assert last == pytest.approx(first, rel=0.02)

@@ -10,6 +10,7 @@ import pytest
 import ranks
 import torch
 import training
+from cases import cases
 from training import STOCK, with_flags, without_flag
 
 MOE_PATTERN = "--moe-layer-freq [0,1]*2"
@@ -51,7 +52,7 @@ def train_without_plugin(flags: list[str]) -> None:
     assert not hasattr(args, "shortcut")
 
 
-@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("baseline", cases(BASELINES, ["top-2", "shared expert, gated"]))
 def test_shortcut_none_is_stock_megatron(tmp_path, baseline):
     flags = without_flag(STOCK, "--moe-shared-expert-intermediate-size")
     flags = with_flags(flags, *BASELINES[baseline], MOE_PATTERN, "--train-iters 4", "--save-interval 4")
