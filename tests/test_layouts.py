@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import entry
 import pytest
 import ranks
 import torch
@@ -21,6 +22,8 @@ TOLERANCE = 1e-4
 # bfloat16 has 8 bits, so one rounding is up to 0.4%. Gradient norms are sums over many of them.
 BF16_TOLERANCE = {"lm loss": 2e-3, "grad-norm": 3e-2}
 STEPS = 3
+# Megatron's rule for tensor parallelism on GPUs older than Blackwell, and on none.
+ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 NAMES = ("lm loss", "grad-norm")
 
 FULL = "--recompute-granularity full --recompute-method"
@@ -124,8 +127,7 @@ def train(flags: list[str]) -> Result:
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
     from megatron.training import get_args
 
-    # Megatron's rule for tensor parallelism on GPUs older than Blackwell, and on none.
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    os.environ.update(ONE_QUEUE)
     splits: list[list[int]] = []
     counts: list[list[int]] = []
     logits_of: dict[tuple[int, ...], torch.Tensor] = {}
@@ -546,22 +548,10 @@ def test_moments_of_another_number_of_optimizers_are_refused(tmp_path, model, mo
     run(LAYOUTS[move[0]][0], with_flags(source, "--train-iters 1", f"--save {tmp_path}", "--save-interval 1"))
     loading = with_flags(target, f"--load {tmp_path}")
     num_ranks = LAYOUTS[move[1]][0]
-    results = refusals(num_ranks, loading)
     words = ["cannot load the moments", f"the checkpoint in {tmp_path}", "--no-load-optim, or --finetune"]
-    assert [code for _, code in results] == [2] * num_ranks
-    for word in [*words, *REFUSED_MOVES[move]]:
-        assert word in results[0][0], results[0][0]
-    for allowed in ("--no-load-optim", "--finetune"):
-        assert refusals(num_ranks, with_flags(loading, allowed)) == [("", None)] * num_ranks
-
-
-def refusals(num_ranks: int, flags: list[str]) -> list[tuple[str, int | None]]:
-    return ranks.run(refusal, num_ranks, flags, timeout_s=180)
-
-
-def refusal(flags: list[str]) -> tuple[str, int | None]:
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    return training.refusal(flags)
+    entry.assert_all_ranks_refuse(loading, [*words, *REFUSED_MOVES[move]], num_ranks, ONE_QUEUE)
+    allowed = [with_flags(loading, flag) for flag in ("--no-load-optim", "--finetune")]
+    entry.assert_accepted(allowed, ONE_QUEUE | entry.world(num_ranks))
 
 
 def train_unchecked(flags: list[str]) -> Result:
@@ -584,8 +574,8 @@ def test_core_cannot_load_them(tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_recompute_of_grouped_experts_is_refused(architecture):
     """By Megatron's own rule; what we refuse of recompute is tried in test_arguments.py."""
-    ((line, code),) = refusals(1, with_flags(ARCHITECTURES[architecture], *changes(f"{SELECTIVE} moe_act")))
-    assert code == 2 and "Megatron's own rule: moe_act in recompute_modules is only supported with" in line
+    flags = with_flags(ARCHITECTURES[architecture], *changes(f"{SELECTIVE} moe_act"))
+    entry.assert_refused([(flags, ["Megatron's own rule: moe_act in recompute_modules is only supported with"])])
 
 
 # --- gradient buckets that end in padding --------------------------------------------------------------------------
