@@ -477,17 +477,48 @@ WIDE = "--hidden-size 128"
 """Core loses moments where a bucket ends in padding, which it does not at this width: see the last test."""
 
 
+class Saved(NamedTuple):
+    """A checkpoint of two steps, and steps 1 to 4 uninterrupted."""
+
+    folder: Path
+    through: Continued
+
+
+def save(folder: Path, model: str, layout: str, width: str = WIDE) -> Saved:
+    flags = [width, "--train-iters 4", f"--save {folder}/save", "--save-interval 2"]
+    through = continued(folder / "log", model, layout, *flags)
+    (folder / "save" / "latest_checkpointed_iteration.txt").write_text("2")
+    return Saved(folder / "save", through)
+
+
+def assert_loads(saved: Saved, folder: Path, model: str, layout: str, width: str = WIDE) -> None:
+    """Weights and moments bit for bit; logits, losses and gradient norms of the next steps within the tolerance."""
+    load = [width, f"--load {saved.folder}"]
+    found = continued(folder / "log", model, layout, *load, "--train-iters 4")
+    assert sorted(found.scalars["lm loss"]) == [3, 4]
+    assert_agree(found.scalars, {name: {i: saved.through.scalars[name][i] for i in (3, 4)} for name in NAMES})
+    assert_same_logits(logits_at(2, found.results), logits_at(2, saved.through.results))
+
+    convert = ["--ckpt-convert-format torch_dist", f"--ckpt-convert-save {folder}", "--train-iters 2"]
+    ranks.run(train, LAYOUTS[layout][0], flags_of(model, layout, *load, *convert), timeout_s=180)
+    before, after = (
+        ranks.run(training.checkpoint_tensors, 1, path, 2)[0] for path in (saved.folder, folder / "torch_dist")
+    )
+    moments = [key for key in before if "exp_avg" in key]
+    assert moments and all(before[key].abs().sum() > 0 for key in moments)
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert torch.equal(tensor, after[key]), key
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Function of architecture and layout: folder of a checkpoint of two steps, and steps 3 and 4 uninterrupted."""
-    made: dict[tuple[str, str], tuple[Path, Continued]] = {}
+    """Function of architecture and layout."""
+    made: dict[tuple[str, str], Saved] = {}
 
-    def make(architecture: str, layout: str) -> tuple[Path, Continued]:
+    def make(architecture: str, layout: str) -> Saved:
         if (architecture, layout) not in made:
-            folder = tmp_path_factory.mktemp("saved")
-            save = [WIDE, "--train-iters 4", f"--save {folder}/save", "--save-interval 2"]
-            made[architecture, layout] = folder, continued(folder / "log", architecture, layout, *save)
-            (folder / "save" / "latest_checkpointed_iteration.txt").write_text("2")
+            made[architecture, layout] = save(tmp_path_factory.mktemp("saved"), architecture, layout)
         return made[architecture, layout]
 
     return make
@@ -498,24 +529,8 @@ def saved(tmp_path_factory):
     [case(a, *move, quick=a == "scmoe" and move in QUICK_MOVES) for a in ARCHITECTURES for move in MOVES],
 )
 def test_save_at_one_layout_load_at_another(saved, tmp_path, architecture, source, target):
-    """Weights and moments bit for bit; logits, losses and gradient norms of the next steps within the tolerance."""
-    folder, expected = saved(architecture, source)
-    load = [WIDE, f"--load {folder}/save"]
-    found = continued(tmp_path / "log", architecture, target, *load, "--train-iters 4")
-    assert sorted(found.scalars["lm loss"]) == [3, 4]
-    assert_agree(found.scalars, {name: {i: expected.scalars[name][i] for i in (3, 4)} for name in NAMES})
-    assert_same_logits(logits_at(2, found.results), logits_at(2, expected.results))
-
-    convert = ["--ckpt-convert-format torch_dist", f"--ckpt-convert-save {tmp_path}", "--train-iters 2"]
-    ranks.run(train, LAYOUTS[target][0], flags_of(architecture, target, *load, *convert), timeout_s=180)
-    before, after = (
-        ranks.run(training.checkpoint_tensors, 1, path, 2)[0] for path in (folder / "save", tmp_path / "torch_dist")
-    )
-    moments = [key for key in before if "exp_avg" in key]
-    assert moments and all(before[key].abs().sum() > 0 for key in moments)
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        assert torch.equal(tensor, after[key]), key
+    """At other widths: tests/training/test_widths.py."""
+    assert_loads(saved(architecture, source), tmp_path, architecture, target)
 
 
 def logits_at(iteration: int, results: list[Result]) -> dict[tuple[int, ...], torch.Tensor]:
