@@ -13,6 +13,7 @@ import sys
 import typing
 
 import commands
+import entry
 import pytest
 import ranks
 import torch
@@ -157,92 +158,81 @@ STOCK_REFUSED = {
 }
 
 
-def assert_refused(flags: list[str], words: list[str]) -> None:
-    (message, exit_code) = ranks.run(training.refusal, 1, flags)[0]
-    assert exit_code == 2, message
-    (line,) = [line for line in message.splitlines() if "refused" in line]
-    assert line.startswith("pretrain_gpt_scmoe.py: refused: ")
-    for word in words:
-        assert word in line, line
-
-
 def changes(flags: str) -> list[str]:
     return ["--" + change for change in flags.removeprefix("--").split(" --")]
 
 
-@pytest.mark.parametrize("flags", REFUSED)
-def test_refused(flags):
-    assert_refused(with_flags(SCMOE, *changes(flags)), REFUSED[flags])
+def test_refused():
+    entry.assert_refused((with_flags(SCMOE, *changes(flags)), words) for flags, words in REFUSED.items())
 
 
-@pytest.mark.parametrize("flag", REFUSED_WITHOUT)
-def test_refused_without(flag):
-    assert_refused(without_flag(SCMOE, flag), REFUSED_WITHOUT[flag])
+def test_refused_without():
+    entry.assert_refused((without_flag(SCMOE, flag), words) for flag, words in REFUSED_WITHOUT.items())
 
 
-@pytest.mark.parametrize("flags", DGMOE_REFUSED)
-def test_dgmoe_refused(flags):
-    assert_refused(with_flags(DGMOE, *changes(flags)), DGMOE_REFUSED[flags])
+def test_dgmoe_refused():
+    entry.assert_refused((with_flags(DGMOE, *changes(flags)), words) for flags, words in DGMOE_REFUSED.items())
 
 
-def refusal_of_older_torch(flags: list[str]) -> tuple[str, int | None]:
-    product = torch.nn.functional.grouped_mm
+def test_refused_without_a_shortcut():
+    entry.assert_refused((with_flags(STOCK, *changes(flags)), words) for flags, words in STOCK_REFUSED.items())
+
+
+def older_torch() -> None:
     del torch.nn.functional.grouped_mm
-    try:
-        return training.refusal(flags)
-    finally:
-        torch.nn.functional.grouped_mm = product
 
 
-@pytest.mark.parametrize("flag", ["--lsh-compensation lowrank", "--lsh-refinement lloyd"])
-def test_older_torch_is_refused_where_its_products_are_missing(flag):
-    ((message, exit_code),) = ranks.run(refusal_of_older_torch, 1, with_flags(SCMOE, "--a2a-codec lsh", flag))
-    assert exit_code == 2 and f"came with torch 2.10: {flag.replace(' ', ' is ')} and this is torch" in message
-    assert "install a newer torch" in message
+def test_older_torch_is_refused_where_its_products_are_missing():
+    entry.assert_refused(
+        [
+            (
+                with_flags(SCMOE, "--a2a-codec lsh", flag),
+                [f"came with torch 2.10: {flag.replace(' ', ' is ')} and this is torch", "install a newer torch"],
+            )
+            for flag in ("--lsh-compensation lowrank", "--lsh-refinement lloyd")
+        ],
+        before=older_torch,
+    )
 
 
-@pytest.mark.parametrize("flags", STOCK_REFUSED)
-def test_refused_without_a_shortcut(flags):
-    assert_refused(with_flags(STOCK, *changes(flags)), STOCK_REFUSED[flags])
+PIPELINES = {
+    # what cuts a group -> ranks
+    "--pipeline-model-parallel-size 4": 4,
+    "--pipeline-model-parallel-layout Et|ttt|L": 3,
+}
 
 
-@pytest.mark.parametrize("pipeline", ["--pipeline-model-parallel-size 4", "--pipeline-model-parallel-layout Et|ttt|L"])
+@pytest.mark.parametrize("pipeline", PIPELINES)
 def test_refused_where_a_pipeline_stage_would_hold_part_of_a_group(pipeline):
-    flags = with_flags(SCMOE, "--pipeline-model-parallel-size 3" if "layout" in pipeline else pipeline, pipeline)
-    world_size = 3 if "layout" in pipeline else 4
-    for message, exit_code in ranks.run(training.refusal, world_size, flags):
-        assert exit_code == 2
-        if message:
-            assert "a pipeline stage holds whole groups: stage 0 would hold the blocks [0]" in message
-            assert "--moe-every is 2" in message
+    num_ranks = PIPELINES[pipeline]
+    flags = with_flags(SCMOE, f"--pipeline-model-parallel-size {num_ranks}", pipeline)
+    words = ["a pipeline stage holds whole groups: stage 0 would hold the blocks [0]", "--moe-every is 2"]
+    entry.assert_all_ranks_refuse(flags, words, num_ranks)
 
 
 def test_refused_where_a_pipeline_stage_would_split_two_groups_that_share():
     flags = with_flags(DGMOE, "--moe-share-groups 2", "--pipeline-model-parallel-size 2")
-    for message, exit_code in ranks.run(training.refusal, 2, flags):
-        assert exit_code == 2
-        if message:
-            assert "stage 0 would hold the blocks [0, 1] and --moe-every is 2 and --moe-share-groups 2" in message
+    words = ["stage 0 would hold the blocks [0, 1] and --moe-every is 2 and --moe-share-groups 2"]
+    entry.assert_all_ranks_refuse(flags, words, 2)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        SCMOE,
-        with_flags(DGMOE, "--moe-share-groups 2"),
-        STOCK,
-        STOCK_SHARED_EXPERT,
-        DGMOE,
-        with_flags(SCMOE, "--shortcut-position pos1 pos3", "--expert-slot 3 5"),
-        with_flags(SCMOE, "--moe-every 1", "--shortcut-position pos1"),
-        with_flags(SCMOE, "--moe-router-topk 2", "--overlap off"),
-        with_flags(SCMOE, "--a2a-codec lsh", "--lsh-kind spherical", "--lsh-hashes 12", "--lsh-target-rate 0.2"),
-        with_flags(SCMOE, "--recompute-granularity selective", "--recompute-modules core_attn mlp shared_experts"),
-    ],
-)
-def test_accepted(flags):
+ACCEPTED = [
+    SCMOE,
+    with_flags(DGMOE, "--moe-share-groups 2"),
+    STOCK,
+    STOCK_SHARED_EXPERT,
+    DGMOE,
+    with_flags(SCMOE, "--shortcut-position pos1 pos3", "--expert-slot 3 5"),
+    with_flags(SCMOE, "--moe-every 1", "--shortcut-position pos1"),
+    with_flags(SCMOE, "--moe-router-topk 2", "--overlap off"),
+    with_flags(SCMOE, "--a2a-codec lsh", "--lsh-kind spherical", "--lsh-hashes 12", "--lsh-target-rate 0.2"),
+    with_flags(SCMOE, "--recompute-granularity selective", "--recompute-modules core_attn mlp shared_experts"),
+]
+
+
+def test_accepted():
     """Negative control: what works is not refused."""
-    assert ranks.run(training.refusal, 1, flags) == [("", None)]
+    entry.assert_accepted(ACCEPTED)
 
 
 def saved_namespace(flags: list[str]) -> bytes:
@@ -312,25 +302,19 @@ RESUME_REFUSED = {
 }
 
 
-@pytest.mark.parametrize("flags", RESUME_REFUSED)
-def test_resume_with_another_shortcut_is_refused(checkpoint, flags):
-    assert_refused(with_flags(SCMOE, f"--load {checkpoint}", *changes(flags)), RESUME_REFUSED[flags])
+def test_resume_with_another_shortcut_is_refused(checkpoint):
+    resumed = with_flags(SCMOE, f"--load {checkpoint}")
+    refusals = [(with_flags(resumed, *changes(flags)), words) for flags, words in RESUME_REFUSED.items()]
+    stock = with_flags(STOCK_SHARED_EXPERT, f"--load {checkpoint}")
+    entry.assert_refused([*refusals, (stock, ["--shortcut is none", "has scmoe"])])
 
 
-def test_resume_of_a_stock_model_from_scmoe_is_refused(checkpoint):
-    flags = with_flags(STOCK_SHARED_EXPERT, f"--load {checkpoint}")
-    assert_refused(flags, ["--shortcut is none", "has scmoe"])
-
-
-@pytest.mark.parametrize("allowed", ["--finetune", "--shortcut-resume changed", "--shortcut-position pos2"])
-def test_resume_is_accepted(checkpoint, allowed):
-    flags = with_flags(SCMOE, f"--load {checkpoint}", "--shortcut-position pos1", allowed)
-    assert ranks.run(training.refusal, 1, flags) == [("", None)]
-
-
-def test_overlap_may_change_on_resume(checkpoint):
-    flags = with_flags(SCMOE, f"--load {checkpoint}", "--overlap off")
-    assert ranks.run(training.refusal, 1, flags) == [("", None)]
+def test_resume_is_accepted(checkpoint):
+    """Of the same shortcut, of another one where that is asked for, and with another overlap."""
+    resumed = with_flags(SCMOE, f"--load {checkpoint}")
+    another = with_flags(resumed, "--shortcut-position pos1")
+    allowed = ("--finetune", "--shortcut-resume changed", "--shortcut-position pos2")
+    entry.assert_accepted([*(with_flags(another, flag) for flag in allowed), with_flags(resumed, "--overlap off")])
 
 
 @pytest.mark.parametrize("saves", [[], ["--dist-ckpt-optim-fully-reshardable"]], ids=["", "saves otherwise"])
@@ -339,11 +323,8 @@ def test_position_wise_optimizer_in_another_layout_is_refused(checkpoint, saves)
     flags = with_flags(
         SCMOE, f"--load {checkpoint}", "--bf16", "--use-distributed-optimizer", "--expert-model-parallel-size 2", *saves
     )
-    results = ranks.run(training.refusal, 2, flags)
-    assert [code for _, code in results] == [2, 2]
-    assert "expert_model_parallel_size is 2 and the checkpoint" in results[0][0]
-    assert "--dist-ckpt-optim-fully-reshardable" in results[0][0]
-    assert results[1][0] == ""  # one line for each machine, not for each rank
+    words = ["expert_model_parallel_size is 2 and the checkpoint", "--dist-ckpt-optim-fully-reshardable"]
+    entry.assert_all_ranks_refuse(flags, words, 2)
 
 
 PLACES = {
@@ -428,9 +409,9 @@ def test_a_corpus_that_leaves_a_part_without_documents(tmp_path, num_documents, 
         ranks.run(write_dataset, 1, prefix, num_documents)
     flags = with_flags(without_flag(SCMOE, "--mock-data"), f"--data-path {prefix}", f"--split {split}")
     if words:
-        assert_refused(flags, words)
+        entry.assert_refused([(flags, words)])
     else:
-        assert ranks.run(training.refusal, 1, flags) == [("", None)]
+        entry.assert_accepted([flags])
 
 
 # --- the process ---------------------------------------------------------------------------------------------------

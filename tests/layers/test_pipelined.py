@@ -6,6 +6,7 @@ import re
 from functools import partial
 from pathlib import Path
 
+import entry
 import models
 import pytest
 import ranks
@@ -191,10 +192,8 @@ def test_it_trains_like_stock_and_reports(tmp_path: Path):
 
 
 def test_nothing_to_report_without_chunks():
-    message, exit_code = ranks.run(
-        training.refusal, 1, with_flags(without_flag(FLAGS, "--expert-model-parallel-size"), "--overlap adaptive")
-    )[0]
-    assert exit_code == 2 and "add --overlap-chunks 2" in message
+    flags = with_flags(without_flag(FLAGS, "--expert-model-parallel-size"), "--overlap adaptive")
+    entry.assert_refused([(flags, ["add --overlap-chunks 2"])])
 
 
 def experts_that_add(case: Case, kind: str | None) -> set[bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import entry
 import models
 import pytest
 import ranks
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 import training
 from models import BATCH_SIZE, SEQ_LENGTH, Case
-from test_arguments import DGMOE, assert_refused
+from test_arguments import DGMOE
 from test_codec import assert_equals_reference
 from test_layer import EP, largest_difference, run, run_reference
 from test_overlap import assert_bit_equal, assert_close
@@ -204,9 +205,8 @@ def test_biases_move_towards_balance(tmp_path):
         assert group["dropped_share"] == 0 and tokens.sum() < 8 * 16 * 3
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
+def test_refused():
+    refusals = [
         (["--zero-experts 3", "--router core"], "zero experts are chosen by LongCat-Flash's router"),
         (["--zero-experts -1"], "experts are counted from 0"),
         (["--moe-expert-capacity-factor 1.0"], "it would count the tokens of zero experts"),
@@ -214,12 +214,10 @@ def test_biases_move_towards_balance(tmp_path):
         (["--moe-router-score-function sigmoid"], "it is a softmax over all experts"),
         (["--moe-router-load-balancing-type sinkhorn"], "sinkhorn routes in a way of its own"),
         (["--latent-scaling longcat"], "the norms of latents are scaled"),
-    ],
-)
-def test_refused(changes, words):
-    assert_refused(with_flags(FLAGS, *changes), [words])
+    ]
+    entry.assert_refused((with_flags(FLAGS, *changes), [words]) for changes, words in refusals)
 
 
 def test_refused_with_dgmoe_and_without_a_shortcut():
-    assert_refused(with_flags(DGMOE, "--router longcat"), ["dgmoe's two gates choose by scores alone"])
-    assert_refused(with_flags(training.STOCK, "--router longcat"), ["--router needs a shortcut"])
+    refusals = {"dgmoe's two gates choose by scores alone": DGMOE, "--router needs a shortcut": training.STOCK}
+    entry.assert_refused((with_flags(flags, "--router longcat"), [words]) for words, flags in refusals.items())

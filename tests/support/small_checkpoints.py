@@ -42,16 +42,18 @@ def _drawn(all_links: Iterable[Link]) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def dense(folder: Path) -> Path:
-    """A Llama."""
-    args = scmoe_settings.complete(Namespace(**dense_args(DENSE, "here")))
-    return write_hf(folder, _drawn(links(args)), config=DENSE)
+def dense(folder: Path, **sizes: int) -> Path:
+    """A Llama, of other sizes than ``DENSE`` where they are given."""
+    config = DENSE | sizes
+    args = scmoe_settings.complete(Namespace(**dense_args(config, "here")))
+    return write_hf(folder, _drawn(links(args)), config=config)
 
 
-def longcat(folder: Path) -> Path:
-    """A LongCat-Flash, without tensors of zero experts."""
-    args = scmoe_settings.complete(Namespace(**megatron_args(LONGCAT)))
-    return write_hf(folder, _drawn(longcat_links(args)), config=LONGCAT)
+def longcat(folder: Path, **sizes: int) -> Path:
+    """A LongCat-Flash, without tensors of zero experts, of other sizes than ``LONGCAT`` where they are given."""
+    config = LONGCAT | sizes
+    args = scmoe_settings.complete(Namespace(**megatron_args(config)))
+    return write_hf(folder, _drawn(longcat_links(args)), config=config)
 
 
 def all_formats(home: Path) -> dict[str, Path]:

@@ -81,20 +81,6 @@ def train(flags: list[str]) -> str:
     return printed.getvalue()
 
 
-def refusal(flags: list[str]) -> tuple[str, int | None]:
-    """Parse ``flags`` as the entry script does; returns the refusal on stderr and the exit code (None: accepted)."""
-    from megatron_scmoe.training.arguments import parse_and_validate_args
-
-    sys.argv[:] = ["pretrain_gpt_scmoe.py", *flags]
-    errors, exit_code = io.StringIO(), None
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
-        try:
-            parse_and_validate_args()
-        except SystemExit as error:
-            exit_code = error.code
-    return "\n".join(line for line in errors.getvalue().splitlines() if "refused" in line), exit_code
-
-
 def scalars(directory: Path, *names: str) -> dict[str, dict[int, float]]:
     """TensorBoard scalars by name and iteration; float32 as written, so equality is equality of bits."""
     events = _events(directory)

@@ -9,9 +9,8 @@ import os
 import subprocess
 from pathlib import Path
 
+import entry
 import pytest
-import ranks
-import training
 from training import PLAIN, ROOT, with_flags, without_flag
 
 
@@ -28,16 +27,6 @@ def flags_of(script: str, folder: Path) -> list[str]:
     return arguments[arguments.index(str(ROOT / "pretrain_gpt_scmoe.py")) + 1 :]
 
 
-def refusal_in_a_world(flags: list[str], world_size: int) -> tuple[str, int | None]:
-    """As ``training.refusal``, with as many ranks as a cluster has, of which this is one."""
-    before = os.environ["WORLD_SIZE"]
-    os.environ["WORLD_SIZE"] = str(world_size)
-    try:
-        return training.refusal(flags)
-    finally:
-        os.environ["WORLD_SIZE"] = before
-
-
 @pytest.mark.parametrize(
     ("world_size", "rule"),
     [(8, None), (512, None), (1000, "must be divisible by eval_micro_batch_size (1) * data_parallel_size (1000)")],
@@ -48,5 +37,7 @@ def test_flags_of_the_cluster_script(tmp_path, world_size, rule):
     for name in ("--moe-grouped-gemm", "--data-path", "--tokenizer-model", "--load"):
         flags = without_flag(flags, name)
     flags += ["--mock-data", *PLAIN.split(), "--vocab-size", "32000"]
-    message, code = ranks.run(refusal_in_a_world, 1, flags, world_size)[0]
-    assert (message, code) == ("", None) if rule is None else (rule in message and code == 2), message
+    if rule is None:
+        entry.assert_accepted([flags], entry.world(world_size))
+    else:
+        entry.assert_refused([(flags, [rule])], entry.world(world_size))

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import entry
 import models
 import pytest
 import ranks
@@ -25,7 +26,7 @@ import torch.distributed as dist
 import training
 from cases import cases
 from models import Case
-from test_arguments import DGMOE, assert_refused, changes
+from test_arguments import DGMOE, changes
 from torch import Tensor
 from training import SCMOE, with_flags, without_flag
 
@@ -240,8 +241,8 @@ def train_one(args: Namespace, scmoe: Any, padded: bool) -> dict[str, Any]:
         record["losses"].append(float(loss["lm loss"]))
         record["grad_norms"].append(float(grad_norm))
         tracker = get_moe_metrics_tracker()
-        for name, entry in tracker.metrics.items():
-            record.setdefault(name, []).append(entry.values.sum().item())
+        for name, metric in tracker.metrics.items():
+            record.setdefault(name, []).append(metric.values.sum().item())
         tracker.clear()
     tracker.metrics.clear()
     record["expert_bias"] = [router.expert_bias.tolist() for router in routers if router.expert_bias is not None]
@@ -287,8 +288,8 @@ def test_feature(shortcut, name):
         assert on == off
         numbers = on["losses"] + on["grad_norms"]
         assert len(numbers) == 2 * STEPS and all(math.isfinite(number) and number > 0 for number in numbers)
-        for entry in feature.shows:
-            assert on.get(entry) != other.get(entry), entry
+        for name in feature.shows:
+            assert on.get(name) != other.get(name), name
 
 
 def test_no_token_is_dropped_without_a_capacity():
@@ -311,23 +312,21 @@ def test_capacity_pads_and_drops_to_the_counts_computed_by_hand(shortcut):
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("shortcut", "flags"), REFUSED)
-def test_refused(shortcut, flags):
-    base = without_flag(BASE[shortcut], "--expert-model-parallel-size")
-    assert_refused(with_flags(base, *changes(flags)), REFUSED[shortcut, flags])
+def test_refused():
+    bases = {shortcut: without_flag(flags, "--expert-model-parallel-size") for shortcut, flags in BASE.items()}
+    entry.assert_refused(
+        (with_flags(bases[shortcut], *changes(flags)), words) for (shortcut, flags), words in REFUSED.items()
+    )
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--moe-router-load-balancing-type sinkhorn",
-        "--moe-router-topk 3 --moe-router-num-groups 2 --moe-router-group-topk 2",
-    ],
-)
-def test_accepted(flags):
+def test_accepted():
     """Negative control: next to what is refused lies what is not. (Sinkhorn takes no softmax over one logit.)"""
     base = without_flag(without_flag(BASE["scmoe"], "--expert-model-parallel-size"), "--moe-router-pre-softmax")
-    assert ranks.run(training.refusal, 1, with_flags(base, *changes(flags))) == [("", None)]
+    accepted = (
+        "--moe-router-load-balancing-type sinkhorn",
+        "--moe-router-topk 3 --moe-router-num-groups 2 --moe-router-group-topk 2",
+    )
+    entry.assert_accepted([with_flags(base, *changes(flags)) for flags in accepted])
 
 
 def packed(shortcut: str) -> str:

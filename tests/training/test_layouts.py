@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import entry
 import pytest
 import ranks
 import torch
@@ -22,6 +23,8 @@ TOLERANCE = 1e-4
 # bfloat16 has 8 bits, so one rounding is up to 0.4%. Gradient norms are sums over many of them.
 BF16_TOLERANCE = {"lm loss": 2e-3, "grad-norm": 3e-2}
 STEPS = 3
+# Megatron's rule for tensor parallelism on GPUs older than Blackwell, and on none.
+ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 NAMES = ("lm loss", "grad-norm")
 
 FULL = "--recompute-granularity full --recompute-method"
@@ -123,8 +126,7 @@ def train(flags: list[str]) -> Result:
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
     from megatron.training import get_args
 
-    # Megatron's rule for tensor parallelism on GPUs older than Blackwell, and on none.
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    os.environ.update(ONE_QUEUE)
     splits: list[list[int]] = []
     counts: list[list[int]] = []
     logits_of: dict[tuple[int, ...], torch.Tensor] = {}
@@ -474,17 +476,48 @@ WIDE = "--hidden-size 128"
 """Core loses moments where a bucket ends in padding, which it does not at this width: see the last test."""
 
 
+class Saved(NamedTuple):
+    """A checkpoint of two steps, and steps 1 to 4 uninterrupted."""
+
+    folder: Path
+    through: Continued
+
+
+def save(folder: Path, model: str, layout: str, width: str = WIDE) -> Saved:
+    flags = [width, "--train-iters 4", f"--save {folder}/save", "--save-interval 2"]
+    through = continued(folder / "log", model, layout, *flags)
+    (folder / "save" / "latest_checkpointed_iteration.txt").write_text("2")
+    return Saved(folder / "save", through)
+
+
+def assert_loads(saved: Saved, folder: Path, model: str, layout: str, width: str = WIDE) -> None:
+    """Weights and moments bit for bit; logits, losses and gradient norms of the next steps within the tolerance."""
+    load = [width, f"--load {saved.folder}"]
+    found = continued(folder / "log", model, layout, *load, "--train-iters 4")
+    assert sorted(found.scalars["lm loss"]) == [3, 4]
+    assert_agree(found.scalars, {name: {i: saved.through.scalars[name][i] for i in (3, 4)} for name in NAMES})
+    assert_same_logits(logits_at(2, found.results), logits_at(2, saved.through.results))
+
+    convert = ["--ckpt-convert-format torch_dist", f"--ckpt-convert-save {folder}", "--train-iters 2"]
+    ranks.run(train, LAYOUTS[layout][0], flags_of(model, layout, *load, *convert), timeout_s=180)
+    before, after = (
+        ranks.run(training.checkpoint_tensors, 1, path, 2)[0] for path in (saved.folder, folder / "torch_dist")
+    )
+    moments = [key for key in before if "exp_avg" in key]
+    assert moments and all(before[key].abs().sum() > 0 for key in moments)
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert torch.equal(tensor, after[key]), key
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Function of architecture and layout: folder of a checkpoint of two steps, and steps 3 and 4 uninterrupted."""
-    made: dict[tuple[str, str], tuple[Path, Continued]] = {}
+    """Function of architecture and layout."""
+    made: dict[tuple[str, str], Saved] = {}
 
-    def make(architecture: str, layout: str) -> tuple[Path, Continued]:
+    def make(architecture: str, layout: str) -> Saved:
         if (architecture, layout) not in made:
-            folder = tmp_path_factory.mktemp("saved")
-            save = [WIDE, "--train-iters 4", f"--save {folder}/save", "--save-interval 2"]
-            made[architecture, layout] = folder, continued(folder / "log", architecture, layout, *save)
-            (folder / "save" / "latest_checkpointed_iteration.txt").write_text("2")
+            made[architecture, layout] = save(tmp_path_factory.mktemp("saved"), architecture, layout)
         return made[architecture, layout]
 
     return make
@@ -495,24 +528,8 @@ def saved(tmp_path_factory):
     [case(a, *move, quick=a == "scmoe" and move in QUICK_MOVES) for a in ARCHITECTURES for move in MOVES],
 )
 def test_save_at_one_layout_load_at_another(saved, tmp_path, architecture, source, target):
-    """Weights and moments bit for bit; logits, losses and gradient norms of the next steps within the tolerance."""
-    folder, expected = saved(architecture, source)
-    load = [WIDE, f"--load {folder}/save"]
-    found = continued(tmp_path / "log", architecture, target, *load, "--train-iters 4")
-    assert sorted(found.scalars["lm loss"]) == [3, 4]
-    assert_agree(found.scalars, {name: {i: expected.scalars[name][i] for i in (3, 4)} for name in NAMES})
-    assert_same_logits(logits_at(2, found.results), logits_at(2, expected.results))
-
-    convert = ["--ckpt-convert-format torch_dist", f"--ckpt-convert-save {tmp_path}", "--train-iters 2"]
-    ranks.run(train, LAYOUTS[target][0], flags_of(architecture, target, *load, *convert), timeout_s=180)
-    before, after = (
-        ranks.run(training.checkpoint_tensors, 1, path, 2)[0] for path in (folder / "save", tmp_path / "torch_dist")
-    )
-    moments = [key for key in before if "exp_avg" in key]
-    assert moments and all(before[key].abs().sum() > 0 for key in moments)
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        assert torch.equal(tensor, after[key]), key
+    """At other widths: tests/training/test_widths.py."""
+    assert_loads(saved(architecture, source), tmp_path, architecture, target)
 
 
 def logits_at(iteration: int, results: list[Result]) -> dict[tuple[int, ...], torch.Tensor]:
@@ -544,22 +561,10 @@ def test_moments_of_another_number_of_optimizers_are_refused(tmp_path, model, mo
     run(LAYOUTS[move[0]][0], with_flags(source, "--train-iters 1", f"--save {tmp_path}", "--save-interval 1"))
     loading = with_flags(target, f"--load {tmp_path}")
     num_ranks = LAYOUTS[move[1]][0]
-    results = refusals(num_ranks, loading)
     words = ["cannot load the moments", f"the checkpoint in {tmp_path}", "--no-load-optim, or --finetune"]
-    assert [code for _, code in results] == [2] * num_ranks
-    for word in [*words, *REFUSED_MOVES[move]]:
-        assert word in results[0][0], results[0][0]
-    for allowed in ("--no-load-optim", "--finetune"):
-        assert refusals(num_ranks, with_flags(loading, allowed)) == [("", None)] * num_ranks
-
-
-def refusals(num_ranks: int, flags: list[str]) -> list[tuple[str, int | None]]:
-    return ranks.run(refusal, num_ranks, flags, timeout_s=180)
-
-
-def refusal(flags: list[str]) -> tuple[str, int | None]:
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    return training.refusal(flags)
+    entry.assert_all_ranks_refuse(loading, [*words, *REFUSED_MOVES[move]], num_ranks, ONE_QUEUE)
+    allowed = [with_flags(loading, flag) for flag in ("--no-load-optim", "--finetune")]
+    entry.assert_accepted(allowed, ONE_QUEUE | entry.world(num_ranks))
 
 
 def train_unchecked(flags: list[str]) -> Result:
@@ -582,8 +587,8 @@ def test_core_cannot_load_them(tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_recompute_of_grouped_experts_is_refused(architecture):
     """By Megatron's own rule; what we refuse of recompute is tried in test_arguments.py."""
-    ((line, code),) = refusals(1, with_flags(ARCHITECTURES[architecture], *changes(f"{SELECTIVE} moe_act")))
-    assert code == 2 and "Megatron's own rule: moe_act in recompute_modules is only supported with" in line
+    flags = with_flags(ARCHITECTURES[architecture], *changes(f"{SELECTIVE} moe_act"))
+    entry.assert_refused([(flags, ["Megatron's own rule: moe_act in recompute_modules is only supported with"])])
 
 
 # --- gradient buckets that end in padding --------------------------------------------------------------------------

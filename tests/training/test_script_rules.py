@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 
+import entry
 import numpy
 import pytest
 import ranks
 import training
-from test_arguments import assert_refused, changes
+from test_arguments import changes
 from training import SCMOE, with_flags, without_flag
 
 IGNORED = {
@@ -33,21 +34,17 @@ TOO_LATE = {
 }
 
 
-@pytest.mark.parametrize("flags", IGNORED)
-def test_a_flag_without_effect_is_refused(flags):
-    assert_refused(with_flags(SCMOE, *changes(flags)), IGNORED[flags])
-
-
-@pytest.mark.parametrize("flags", TOO_LATE)
-def test_what_would_fail_later_is_refused(flags):
-    assert_refused(with_flags(SCMOE, *changes(flags)), TOO_LATE[flags])
+@pytest.mark.parametrize("refused", [IGNORED, TOO_LATE], ids=["without effect", "that would fail later"])
+def test_flags_are_refused(refused):
+    entry.assert_refused((with_flags(SCMOE, *changes(flags)), words) for flags, words in refused.items())
 
 
 def test_files_in_the_place_of_folders_are_refused(tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
-    assert_refused(with_flags(SCMOE, f"--overlap-report {file}"), ["files in a folder", "give another folder"])
-    assert_refused(with_flags(SCMOE, f"--load {file}"), ["a checkpoint is a folder", "the folder that --save wrote"])
+    report = (with_flags(SCMOE, f"--overlap-report {file}"), ["files in a folder", "give another folder"])
+    load = (with_flags(SCMOE, f"--load {file}"), ["a checkpoint is a folder", "the folder that --save wrote"])
+    entry.assert_refused([report, load])
     assert file.read_text() == "mine"
 
 
@@ -60,7 +57,9 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
         tracker.write_bytes(b"\xff")
     else:
         (tmp_path / "iter_0000001" / damage).write_bytes(b"")
-    assert_refused(with_flags(SCMOE, f"--load {tmp_path}"), [f"--load {tmp_path} cannot be read", "--ckpt-step"])
+    entry.assert_refused(
+        [(with_flags(SCMOE, f"--load {tmp_path}"), [f"--load {tmp_path} cannot be read", "--ckpt-step"])]
+    )
 
 
 def test_a_vocabulary_padded_otherwise_is_refused(tmp_path):
@@ -68,10 +67,8 @@ def test_a_vocabulary_padded_otherwise_is_refused(tmp_path):
     ranks.run(training.train, 1, with_flags(flags, f"--save {tmp_path}", "--save-interval 1"))
     load = with_flags(flags, f"--load {tmp_path}", "--no-load-optim")
     other = with_flags(load, "--make-vocab-size-divisible-by 256")
-    assert_refused(other, ["padded to 768 rows", "has 640", "use --make-vocab-size-divisible-by 640"])
-    assert (
-        "refused" not in ranks.run(training.refusal, 1, with_flags(other, "--make-vocab-size-divisible-by 640"))[0][0]
-    )
+    entry.assert_refused([(other, ["padded to 768 rows", "has 640", "use --make-vocab-size-divisible-by 640"])])
+    entry.assert_accepted([with_flags(other, "--make-vocab-size-divisible-by 640")])
 
 
 def dataset_documents(prefix: str, cache: str, first_id: int, num_documents: int) -> tuple[set[int], set[int]]:
