@@ -39,7 +39,6 @@ from codec_study import (  # noqa: E402
     wall_time,
     words,
 )
-from codec_study.analysis import Spread  # noqa: E402
 from codec_study.arms import (  # noqa: E402
     COMPRESSED_CONTROL,
     CONTROL,
@@ -55,6 +54,7 @@ from codec_study.arms import (  # noqa: E402
     all_arms,
     uncompensated,
 )
+from studies.figures import Figure as Spread  # noqa: E402
 
 from megatron_scmoe.config import Codec, Compensation  # noqa: E402
 
@@ -982,7 +982,7 @@ def test_earlier_run_is_written_into_a_document(result, tmp_path, capsys):
 def test_a_short_run_says_that_it_is_one(result):
     short = {**result, "meta": {**result["meta"], "seeds": 1, "iterations": 30}}
     said = "The goals are for at least 3 seeds and 1000 iterations; the least of an arm here: seeds 1, iterations 30."
-    assert said in goals.section(short) and said not in goals.section(result)
+    assert said in render.markdown(short) and said not in render.markdown(result)
     assert said in render.html({**short, "runs": short["runs"][:3]})
 
 

@@ -28,10 +28,11 @@ TOOL = ROOT / "tools" / "ablate_overlap.py"
 sys.path.insert(0, str(TOOL.parent))
 import ablate_overlap as tool  # noqa: E402
 from ablation import analysis, goals, output, plots, render, timelines, verdicts, words  # noqa: E402
-from ablation.analysis import Estimate  # noqa: E402
 from ablation.arms import BASELINE, MODELS, all_arms, chosen_arms, num_slots  # noqa: E402
 from slow_network.buckets import UserError  # noqa: E402
 from slow_network.network import SlowNetwork  # noqa: E402
+from studies import figures  # noqa: E402
+from studies.figures import Figure as Estimate  # noqa: E402
 
 KINDS = ("training", "forward")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -202,7 +203,7 @@ def test_interval_contains_the_median_and_is_the_same_again(values):
     first = analysis.estimate(values)
     assert first.low <= first.value <= first.high
     assert min(values) <= first.low and first.high <= max(values)
-    analysis._estimate.cache_clear()
+    figures._estimate.cache_clear()
     assert analysis.estimate(values) == first
 
 

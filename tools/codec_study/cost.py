@@ -9,8 +9,7 @@ from statistics import median
 from typing import Any
 
 import atomic
-
-from codec_study.analysis import Spread, spread
+from studies.figures import Figure, ranged
 
 FILE = "encoding.json"
 COMPENSATED = ("encode", "compensate")
@@ -42,12 +41,10 @@ def read(folder: Path) -> Cost | None:
     return cost
 
 
-def share(cost: Cost, *parts: str) -> Spread:
+def share(cost: Cost, *parts: str) -> Figure:
     """Paired ratios of the parts' seconds to the expert MLP's: median, smallest and largest."""
     seconds = cost["seconds"]
-    found = spread(sum(times) / mlp for *times, mlp in zip(*(seconds[part] for part in (*parts, "mlp")), strict=True))
-    assert found is not None
-    return found
+    return ranged(sum(times) / mlp for *times, mlp in zip(*(seconds[part] for part in (*parts, "mlp")), strict=True))
 
 
 def described(cost: Cost) -> str:

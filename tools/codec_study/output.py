@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import atomic
+from studies import report
 
 from codec_study import analysis, render
 from codec_study.arms import CONTROL, NONE
@@ -22,13 +20,8 @@ def write_results(folder: Path, result: Mapping[str, Any]) -> None:
         folder: that has the runs.
         result: what ``folder.read`` says, and ``encoding``.
     """
-    atomic.write_text(folder / META, json.dumps(result["meta"], indent=1) + "\n")
     rows = [csv_row(result, run) for run in result["runs"]]
-    with atomic.written(folder / "result.csv") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    atomic.write_text(folder / "report.html", render.html(result))
+    report.write(folder, (META, result["meta"]), rows, render.html(result))
     render.print_table(result)
 
 
@@ -36,7 +29,8 @@ def csv_row(result: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]
     """One run; its differences are those to the same seed of none and of the control, where these were trained."""
     above = {}
     for against in (NONE, CONTROL):
-        found = analysis.percent_above([run, *_twins(result, run, against)], run["model"], run["arm"], against)
+        twins = [one for one in result["runs"] if (one["arm"], one["seed"]) == (against, run["seed"])]
+        found = analysis.percent_above([run, *twins], run["model"], run["arm"], against)
         above[f"percent_above_{against}"] = found[0] if found else None
     names = ("model", "arm", "seed", "final_validation", "final_rate", "final_residual", "seconds_per_step")
     steps, _ = run["validation"][-1]
@@ -48,8 +42,3 @@ def csv_row(result: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]
         "tokens": steps * run["tokens_per_step"],
         "commit": run["commit"],
     }
-
-
-def _twins(result: Mapping[str, Any], run: Mapping[str, Any], arm: str) -> list[Mapping[str, Any]]:
-    keys = (run["model"], arm, run["seed"])
-    return [one for one in result["runs"] if (one["model"], one["arm"], one["seed"]) == keys]
