@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "ablate_overlap.py"
 sys.path.insert(0, str(TOOL.parent))
 import ablate_overlap as tool  # noqa: E402
-from ablation import analysis, goals, output, plots, render, timelines, verdicts, words  # noqa: E402
+from ablation import analysis, goals, plots, render, timelines, verdicts, words  # noqa: E402
 from ablation.arms import BASELINE, MODELS, all_arms, chosen_arms, num_slots  # noqa: E402
 from slow_network.buckets import UserError  # noqa: E402
 from slow_network.network import SlowNetwork  # noqa: E402
@@ -494,7 +494,7 @@ def test_report_of_few_arms_without_slow_links():
 
 
 def test_csv_has_the_same_columns_in_every_row(result):
-    rows = [output._flat(row) for row in analysis.rows(result["points"], BASELINE)]
+    rows = [render._flat(row) for row in analysis.rows(result["points"], BASELINE)]
     assert len({tuple(row) for row in rows}) == 1
     assert {"seconds_low", "part_of_limit_high", "hidden_share"} <= set(rows[0])
     assert rows[0]["part_of_limit"] is None and rows[-1]["part_of_limit"] > 0

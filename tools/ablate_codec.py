@@ -23,6 +23,7 @@ from codec_study.analysis import rows
 from codec_study.arms import MODELS, SIZES, Arm, Run, Settings, all_arms
 from codec_study.jobs import Command, Jobs, training_command
 from command_line import positive, stoppable, stopped_by
+from studies import kept
 from studies.request import StudyParser
 
 ABOUT = """\
@@ -188,7 +189,7 @@ def study(parser: StudyParser, args: argparse.Namespace, command: Command | None
 
 def write(output: Path, meta: dict[str, Any], results: list[dict[str, Any]], encoding: cost.Cost | None) -> None:
     """Write what all calls have trained into ``output``, where anything is."""
-    from codec_study.output import write_results  # noqa: PLC0415 - draws pictures, for which a refusal need not wait
+    from codec_study.render import write_results  # noqa: PLC0415 - draws pictures, for which a refusal need not wait
 
     if results:
         seeds = min(len(row.seeds) for row in rows(results))  # of the arm that has fewest
@@ -231,7 +232,7 @@ def time_encoding(parser: StudyParser, args: argparse.Namespace) -> None:
     measured = encoding.cost_of_encoding(repetitions=7)
     _say(cost.described(measured))
     if args.output is not None:
-        cost.write(args.output, measured)
+        kept.write(args.output / cost.FILE, measured)
 
 
 def _say(text: str) -> None:

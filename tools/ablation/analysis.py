@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from studies import kept
 from studies.figures import Figure, estimate
 
 from ablation.arms import BASELINE
 from megatron_scmoe.overlap.spans import hidden_share
 
+RESULT = "result.json"
 KINDS = ("training", "forward")
 """Of steps."""
 
@@ -51,15 +52,15 @@ type Rows = Mapping[tuple[str, str], Row]
 """Rows of one link rate by arm and kind."""
 
 
-def read(folder: Path) -> Any:
-    """What ``output.write_results`` wrote of an earlier run.
+def read(folder: Path) -> dict[str, Any]:
+    """What ``render.write_results`` wrote of an earlier run.
 
     Raises:
         OSError, ValueError: where there is none.
     """
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    if not isinstance(result, dict) or not result.get("points"):
-        raise ValueError("result.json has no link whose share was measured")
+    result = kept.read(folder / RESULT)
+    if not result.get("points"):
+        raise ValueError(f"{RESULT} has no link whose share was measured")
     return result
 
 

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 
     cpu_backend.install()
 
+import provenance
 from megatron.core import parallel_state
 from progress import Advance, progress
 from slow_network.control import Control
@@ -26,7 +27,7 @@ from ablation.arms import MODELS, Arm
 from ablation.bench import Bench, Sizes
 from ablation.link import UNLIMITED, Link, find_rate
 from ablation.measure import ArmResult, measure
-from ablation.output import meta_of, write_results
+from ablation.render import write_results
 
 
 def run_rank(args: argparse.Namespace, arms: list[Arm]) -> int:
@@ -34,7 +35,7 @@ def run_rank(args: argparse.Namespace, arms: list[Arm]) -> int:
     sizes = _set_up(args)
     bench = Bench(arms, sizes, args.seed)
     link = Link(Control.from_environment())
-    meta = meta_of(args, sizes, dist.get_world_size())
+    meta = _origin(args, sizes)
     if any(MODELS[arm.model].sent_rate < 1 for arm in arms):
         _say("finding how many hash functions send a part of the rows")
         bench.find_rates()
@@ -59,7 +60,8 @@ def run_rank(args: argparse.Namespace, arms: list[Arm]) -> int:
         point = {"wanted_share": share, "share": measured, "step_share": step_share, "rate": rate, "arms": arm_results}
         points.append(point)
         if dist.get_rank() == 0:
-            write_results(args, meta, points)
+            meta["hardware"]["load"] = os.getloadavg()[0]
+            write_results(args.output, {"meta": meta, "points": points})
     dist.barrier()
     dist.destroy_process_group()
     return 1 if len(points) < len(shares) else 0
@@ -75,6 +77,13 @@ def _set_up(args: argparse.Namespace) -> Sizes:
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks, expert_tensor_parallel_size=1)
     named = {name: getattr(args, name) for name in ("hidden", "experts", "layers", "tokens")}
     return Sizes(**named, ffn=4 * args.hidden, heads=args.hidden // 64)
+
+
+def _origin(args: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
+    """Where results come from, asked when the job begins: the repository may change while it runs."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    named = {name: getattr(args, name) for name in ("seed", "threads", "burst", "repetitions")}
+    return {**provenance.provenance(device), **named, "ranks": dist.get_world_size(), "sizes": asdict(sizes)}
 
 
 def _set_share(bench: Bench, link: Link, share: float | None) -> tuple[str, float]:

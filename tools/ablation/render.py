@@ -1,4 +1,4 @@
-"""What people read of a result: a table on the terminal, an HTML report, a section of Markdown.
+"""What people read of a result: files of a folder, a table on the terminal, an HTML report, a section of Markdown.
 
 A result is what result.json holds. Every figure is one of it, or of ``analysis.rows`` made from it.
 """
@@ -6,11 +6,12 @@ A result is what result.json holds. Every figure is one of it, or of ``analysis.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from studies import report, tables
+from studies import kept, report, tables
 
 from ablation import analysis, goals, plots, timelines, verdicts, words
 from ablation.analysis import KINDS, Point, Row, Rows
@@ -21,6 +22,27 @@ SHAPES = ((4, " ", ","), (4, "\n", ","), (2, "\n", ","))
 """Of the table on the terminal."""
 SUMMARY = ("top-2 4 chunks", "pos2 off", "pos2 adaptive", "pos2 adaptive chunks")
 """Arms of the table at the top of the report; where none of them was timed, all are."""
+
+
+def write_results(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write all that was measured so far: JSON, CSV, HTML; and print the table of the newest link rate."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept.write(folder / analysis.RESULT, result)
+    report.write(folder, [_flat(row) for row in analysis.rows(result["points"])], html(result))
+    print_table(result, len(result["points"]) - 1)
+
+
+def _flat(row: Any) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for field in fields(row):
+        value = getattr(row, field.name)
+        if "Figure" not in str(field.type):
+            flat[field.name] = value
+            continue
+        # The same columns in every row: Megatron's own layers lack some figures.
+        for part, column in (("value", ""), ("low", "_low"), ("high", "_high")):
+            flat[field.name + column] = getattr(value, part) if value else None
+    return flat
 
 
 def print_table(result: Mapping[str, Any], point: int, console: Console | None = None) -> None:

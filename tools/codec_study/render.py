@@ -1,4 +1,4 @@
-"""What people read of a study: a table on the terminal, an HTML report, a section of Markdown.
+"""What people read of a study: files of its folder, a table on the terminal, an HTML report, a section of Markdown.
 
 A result is what ``folder.read`` says, with ``encoding`` and maybe ``step_times`` beside.
 Every figure is one of it, or of ``analysis`` made from it.
@@ -11,14 +11,41 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from studies import report, tables
+from studies import kept, report, tables
 
-from codec_study import analysis, cost, goals, plots, wall_time, words
+from codec_study import analysis, cost, folder, goals, plots, wall_time, words
+from codec_study.arms import CONTROL, NONE
 
 HERE = Path(__file__).parent
 ALL, FEW = len(words.HEADINGS), 4
 SHAPES = ((ALL, " ", ","), (ALL, "\n", ",\n "), (FEW, "\n", ",\n "))
 """Of the table on the terminal."""
+
+
+def write_results(study: Path, result: Mapping[str, Any]) -> None:
+    """Write meta.json, result.csv and report.html into the folder that has the runs, and print the table."""
+    kept.write(study / folder.META, result["meta"])
+    report.write(study, [csv_row(result, run) for run in result["runs"]], html(result))
+    print_table(result)
+
+
+def csv_row(result: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """One run; its differences are those to the same seed of none and of the control, where these were trained."""
+    above = {}
+    for against in (NONE, CONTROL):
+        twins = [one for one in result["runs"] if (one["arm"], one["seed"]) == (against, run["seed"])]
+        found = analysis.percent_above([run, *twins], run["model"], run["arm"], against)
+        above[f"percent_above_{against}"] = found[0] if found else None
+    names = ("model", "arm", "seed", "final_validation", "final_rate", "final_residual", "seconds_per_step")
+    steps, _ = run["validation"][-1]
+    return {
+        **{name: run[name] for name in names},
+        **above,
+        "final_validation_of_tokens": run.get("final_validation_of_tokens"),
+        "steps": steps,
+        "tokens": steps * run["tokens_per_step"],
+        "commit": run["commit"],
+    }
 
 
 def print_table(result: Mapping[str, Any], console: Console | None = None) -> None:

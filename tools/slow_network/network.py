@@ -18,8 +18,10 @@ import sys
 import threading
 from typing import Any, Self
 
+from command_line import UserError
+
 from slow_network import leftovers
-from slow_network.buckets import TokenBucket, UserError, format_rate
+from slow_network.buckets import TokenBucket, format_rate
 from slow_network.control import VARIABLE, ControlServer
 
 MASTER_PORT = 29500  # each rank has all ports for itself
@@ -28,7 +30,7 @@ _SLOW_START = "/proc/sys/net/ipv4/tcp_slow_start_after_idle"
 _PACKAGES = {"ip": "iproute2", "tc": "iproute2", "taskset": "util-linux"}
 
 
-class NetworkError(RuntimeError):
+class NetworkError(OSError):
     """`ip` or `tc` failed on a network that was fine before, or that is gone."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,8 @@ def rendered(template: Path, **values: Any) -> str:
     return environment.get_template(template.name).render(**values).rstrip()
 
 
-def write(folder: Path, kept: tuple[str, Any], rows: Sequence[Mapping[str, Any]], html: str) -> None:
-    """Write what a study found into its folder.
-
-    Args:
-        folder: of the study.
-        kept: name of a JSON file, and what it holds.
-        rows: of result.csv, all with the same columns.
-        html: of the report.
-    """
-    name, value = kept
-    atomic.write_text(folder / name, json.dumps(value, indent=1) + "\n")
+def write(folder: Path, rows: Sequence[Mapping[str, Any]], html: str) -> None:
+    """Write what people read of a study into its folder: result.csv, whose rows have the same columns, and a page."""
     with atomic.written(folder / "result.csv") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
