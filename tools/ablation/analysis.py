@@ -15,6 +15,8 @@ from ablation.arms import BASELINE
 from megatron_scmoe.overlap.spans import hidden_share
 
 RESULT = "result.json"
+SHARE_TOLERANCE = 0.015
+"""How far the share at a link rate may be from the one that was asked for."""
 KINDS = ("training", "forward")
 """Of steps."""
 

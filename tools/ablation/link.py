@@ -7,10 +7,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ablation.analysis import SHARE_TOLERANCE
 from ablation.arms import COST_MODEL
 from ablation.bench import Bench
 
-SHARE_TOLERANCE = 0.015
 TRIES = 8
 UNLIMITED = "unlimited"
 

@@ -9,12 +9,12 @@ from typing import Any
 from studies.figures import NOT_MEASURED, SIGNS, Figure, Outcome
 
 from ablation import analysis, words
-from ablation.analysis import KINDS, Point, Rows
+from ablation.analysis import KINDS, SHARE_TOLERANCE, Point, Rows
 from ablation.goals import Goal, Measure
 
 BEGIN = "<!-- ablation: begin; tools/ablate_overlap.py --write-results writes from here to the end mark -->"
 END = "<!-- ablation: end; what follows is written by hand -->"
-SHARE_TOLERANCE, STEP_SHARE_TOLERANCE = 0.015, 0.05
+STEP_SHARE_TOLERANCE = 0.05
 CONDITIONS = {"hidden": 512, "experts": 8, "tokens": 512}
 """Sizes that the goals are for, or larger."""
 
