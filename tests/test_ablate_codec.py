@@ -305,7 +305,7 @@ def test_a_target_rate_is_judged_where_it_is_farthest(result, rates, said):
     ],
 )
 def test_seeds_disagree_where_some_reach_the_threshold(sign, low, high, disagree):
-    goal = goals.ModelGoal(
+    goal = goals.Goal(
         text="x", figure=lambda *_: (PAPER, Spread(low, low, high)), sign=sign, threshold=0.5, unit="rate"
     )
     assert ("but the seeds disagree" in goals.judge(goal, [], "top-2").words) == disagree

@@ -30,7 +30,7 @@ from megatron_scmoe.models.gpt import ScMoEGPTModelBuilder, ScMoEGPTModelConfig,
 from megatron_scmoe.overlap import observe
 from megatron_scmoe.overlap.adaptive import Plans
 from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs, pass_costs_of, passes_of
-from megatron_scmoe.overlap.solver import GroupCosts
+from megatron_scmoe.overlap.solver import GroupCosts, PassCosts
 from megatron_scmoe.overlap.spans import communication_s
 
 COST_STEPS = 3
@@ -236,11 +236,10 @@ class Bench:
         """Seconds of a step outside its groups, by kind: embedding, leading blocks of the stock model, output, loss."""
         self._run_in_sequence(model)
         rest: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        for _ in range(COST_STEPS):
-            for kind in KINDS:
-                seconds, recording = self.recorded_step(model, kind)
-                groups_s = max(gathered(sum(one.total_s for one in passes_of(recording))))
-                rest[kind].append(max(seconds - groups_s, 0.0))
+        for kind in KINDS * COST_STEPS:
+            seconds, recording = self.recorded_step(model, kind)
+            groups_s = max(gathered(sum(one.total_s for one in passes_of(recording))))
+            rest[kind].append(max(seconds - groups_s, 0.0))
         return {kind: median(values) for kind, values in rest.items()}
 
     def step_share(self) -> float:
@@ -257,8 +256,12 @@ class Bench:
         """The all-to-all's part of the top-2 baseline's forward MoE time, route to decode."""
         forward = [costs.forward for costs in self.costs(COST_MODEL, 1).values()]
         communication = sum(costs.dispatch + costs.combine for costs in forward)
-        compute = sum(costs.route + costs.encode + costs.experts + costs.decode for costs in forward)
-        return communication / (communication + compute)
+        return communication / (communication + sum(map(compute_s, forward)))
+
+
+def compute_s(costs: PassCosts) -> float:
+    """What the compute ops of an MoE layer take, route to decode."""
+    return costs.route + costs.encode + costs.experts + costs.decode
 
 
 def gathered(mine: Any) -> list[Any]:

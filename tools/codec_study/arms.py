@@ -26,7 +26,7 @@ class Model:
     """
 
     topk: int
-    flags: tuple[str, ...]
+    flags: str
 
     @property
     def tokens_per_expert(self) -> int:
@@ -35,17 +35,14 @@ class Model:
 
 
 # The shared expert has the gate that ScMoE's cg1 sets, so that these two differ in what the routed experts read alone.
-_SHARED_EXPERT = ("--moe-shared-expert-intermediate-size", str(SIZES["ffn"]))
-_EVERY_SECOND = ("--moe-layer-freq", f"[0,1]*{NUM_LAYERS // 2}")
+_SHARED = f"--moe-shared-expert-intermediate-size {SIZES['ffn']}"
+_EVERY_SECOND = f"--moe-layer-freq [0,1]*{NUM_LAYERS // 2}"
+# Core wants the softmax before the choice where there is one expert: after it every gate weight would be 1.
+_ONE_EXPERT = "--moe-router-pre-softmax"
 MODELS = {
     "top-2": Model(2, _EVERY_SECOND),
-    # Core wants the softmax before the choice where there is one expert: after it every gate weight would be 1.
-    "shared-expert": Model(
-        1, (*_EVERY_SECOND, *_SHARED_EXPERT, "--moe-shared-expert-gate", "--moe-router-pre-softmax")
-    ),
-    "pos2": Model(
-        1, ("--shortcut", "scmoe", "--shortcut-position", "pos2", *_SHARED_EXPERT, "--moe-router-pre-softmax")
-    ),
+    "shared-expert": Model(1, f"{_EVERY_SECOND} {_SHARED} --moe-shared-expert-gate {_ONE_EXPERT}"),
+    "pos2": Model(1, f"--shortcut scmoe --shortcut-position pos2 {_SHARED} {_ONE_EXPERT}"),
 }
 
 
@@ -218,4 +215,4 @@ def run_flags(run: Run, settings: Settings, folder: Path, data: Path) -> list[st
         "lsh-seed": run.seed,
     }
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    return [run.arm.cargo, *_FLAGS.format(**SIZES).split(), *flags, *MODELS[run.model].flags, *run.arm.flags]
+    return [run.arm.cargo, *_FLAGS.format(**SIZES).split(), *flags, *MODELS[run.model].flags.split(), *run.arm.flags]

@@ -50,6 +50,7 @@ class Goal:
         sign: how its figure must stand to its threshold: ``<=`` or ``>``.
         threshold: in the figure's unit.
         unit: ``percent`` (how much higher a loss is), ``rate`` or ``share``.
+        figure: of a model; None where it is about none.
         published: what the paper says.
     """
 
@@ -57,26 +58,20 @@ class Goal:
     sign: str
     threshold: float
     unit: str
+    figure: FigureOf | None = None
     published: str = "not given"
 
     def __str__(self) -> str:
         return f"{self.text}: {self.sign} {words.WRITE[self.unit](self.threshold).lstrip('+')}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelGoal(Goal):
-    """A goal that is judged for each model, by its ``figure``."""
-
-    figure: FigureOf
-
-
-def _loss(text: str, arm: str, against: str, *, sign: str, percent: float, published: str = "not given") -> ModelGoal:
+def _loss(text: str, arm: str, against: str, *, sign: str, percent: float, published: str = "not given") -> Goal:
     """How much higher the loss of an arm is than that of another one."""
 
     def figure(runs: Sequence[RunResult], model: str) -> tuple[str, Figure | None]:
         return arm, spread(analysis.percent_above(runs, model, arm, against))
 
-    return ModelGoal(text=text, figure=figure, sign=sign, threshold=percent, unit="percent", published=published)
+    return Goal(text=text, figure=figure, sign=sign, threshold=percent, unit="percent", published=published)
 
 
 def smallest_rate(runs: Sequence[RunResult], model: str) -> tuple[str, Figure | None]:
@@ -97,7 +92,7 @@ def smallest_rate(runs: Sequence[RunResult], model: str) -> tuple[str, Figure | 
     return (best.arm, best.rate) if best else ("no arm is within 0.5% of both", None)
 
 
-def _target(arm: str) -> ModelGoal:
+def _target(arm: str) -> Goal:
     """How far an arm is from its target rate at most, once a fifth of the steps are over."""
 
     def figure(runs: Sequence[RunResult], model: str) -> tuple[str, Figure | None]:
@@ -108,7 +103,7 @@ def _target(arm: str) -> ModelGoal:
         return arm, spread(found)
 
     text = f"{arm}: largest relative difference of a mean of ten steps from its target, after a fifth of the training"
-    return ModelGoal(text=text, figure=figure, sign="<=", threshold=RATE_TOLERANCE, unit="share")
+    return Goal(text=text, figure=figure, sign="<=", threshold=RATE_TOLERANCE, unit="share")
 
 
 _ABOVE = f"validation loss at equal tokens, {PAPER} above"
@@ -116,7 +111,7 @@ _HOLDS: Any = {"sign": "<=", "percent": TOLERANCE_PERCENT}
 QUALITY = (
     _loss(f"{_ABOVE} {NONE}", PAPER, NONE, **_HOLDS, published="model quality is maintained"),
     _loss(f"{_ABOVE} {CONTROL} (experts that compute E(x) + x)", PAPER, CONTROL, **_HOLDS, published="not compared"),
-    ModelGoal(
+    Goal(
         text="rows, and so bytes, sent by the best arm whose loss is within 0.5% of both none and the control",
         figure=smallest_rate,
         sign="<=",
@@ -158,8 +153,9 @@ ENCODING = Goal(
 """Judged once, by what ``cost.py`` measured."""
 
 
-def judge(goal: ModelGoal, runs: Sequence[RunResult], model: str) -> Outcome:
+def judge(goal: Goal, runs: Sequence[RunResult], model: str) -> Outcome:
     """Whether the median reaches the threshold, and whether the seeds disagree about it."""
+    assert goal.figure is not None
     arm, figure = goal.figure(runs, model)
     if figure is None:
         seeds = (analysis.by_seed(runs, model, name).keys() for name in (NONE, CONTROL, PAPER))
