@@ -8,11 +8,10 @@ a core for each run -> write JSON, CSV and an HTML report, print a table. The pa
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ from codec_study import cost, folder
 from codec_study.analysis import rows
 from codec_study.arms import MODELS, SIZES, Arm, Run, Settings, all_arms
 from codec_study.jobs import Command, Jobs, training_command
-from command_line import Parser, positive, write_again
+from command_line import positive, stoppable, stopped_by
+from studies import kept
+from studies.request import StudyParser
 
 ABOUT = """\
 Train a small GPT (4 blocks, width 128, an MoE of 4 experts in every second block) on the Python standard library's
@@ -73,49 +74,40 @@ OF_TRAININGS = (
 """Options that ``--from`` would ignore."""
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> StudyParser:
     """The command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("ablate_codec.py", None, ABOUT, EPILOG, formatter_class=raw, allow_abbrev=False)
+    parser = StudyParser("ablate_codec.py", None, ABOUT, EPILOG)
     add = parser.add_argument
     add("--output", type=Path, metavar="DIR", help="folder for runs and results; a second call goes on in it")
     data = "what tools/preprocess_data.py wrote (default: the standard library, made in OUTPUT/data)"
     add("--data", type=Path, metavar="DIR", help=data)
     add("--models", default=",".join(MODELS), metavar="NAME,...", help="of %(default)s (default all)")
     add("--arms", default="", metavar="NAME,...", help="arms to train; --list-arms prints them (default all)")
-    add("--seeds", type=positive, default=3, metavar="N", help="trainings of each arm (default %(default)s)")
-    add("--iterations", type=positive, default=1000, metavar="N", help="steps of a training (default %(default)s)")
-    every = "steps between two evaluations; --iterations is a multiple of it (default %(default)s)"
-    add("--eval-every", type=positive, default=100, metavar="N", help=every)
-    sequences = "held-back sequences of 256 tokens of each evaluation, a multiple of the batch (default %(default)s)"
-    add("--eval-sequences", type=positive, default=320, metavar="N", help=sequences)
-    tokens = "mean tokens of an expert in a step, on which the rate depends; sets the batch (default %(default)s)"
-    add("--tokens-per-expert", type=positive, default=1024, metavar="N", help=tokens)
-    cores = len(os.sched_getaffinity(0))
-    add("--jobs", type=positive, default=cores, metavar="N", help="trainings at once (default %(default)s: the cores)")
-    again = "train nothing; print the tables of this folder of an earlier call and write its report.html anew"
-    add("--from", type=Path, dest="source", metavar="DIR", help=again)
-    section = "with --from: write the figures, and which goals they reach, between the marks in this Markdown file"
-    add("--write-results", type=Path, metavar="FILE", help=section)
+    for name, default, what in (
+        ("seeds", 3, "trainings of each arm"),
+        ("iterations", 1000, "steps of a training"),
+        ("eval-every", 100, "steps between two evaluations; --iterations is a multiple of it"),
+        ("eval-sequences", 320, "held-back sequences of 256 tokens of each evaluation, a multiple of the batch"),
+        ("tokens-per-expert", 1024, "mean tokens of an expert in a step, on which the rate depends; sets the batch"),
+        ("jobs", len(os.sched_getaffinity(0)), "trainings at once; the default is the number of cores"),
+    ):
+        add(f"--{name}", type=positive, default=default, metavar="N", help=f"{what} (default %(default)s)")
+    parser.add_shared(section="the figures, and which goals they reach,")
     times = "with --from: a result of tools/ablate_overlap.py, whose step times make wall time of steps"
     add("--step-times", type=Path, metavar="DIR", help=times)
-    add("--list-arms", action="store_true", help="print the names of all arms and end")
     encoding = "time hashing, centroids and residuals beside an expert MLP on the same 8192 x 1024 rows, and end; "
     encoding += "with --output DIR keep the times there, where --from judges them"
     add("--encoding-cost", action="store_true", help=encoding)
     return parser
 
 
-def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[list[str], list[Arm], Settings]:
+def check_request(parser: StudyParser, args: argparse.Namespace) -> tuple[list[str], list[Arm], Settings]:
     """Refuse before anything starts; returns models, arms and settings."""
     models = _chosen(parser, "--models", args.models, list(MODELS), "give some of " + ", ".join(MODELS))
     arms = all_arms()
     names = _chosen(parser, "--arms", args.arms, [arm.name for arm in arms], "--list-arms prints them")
-    for flag in ("write_results", "step_times"):
-        if getattr(args, flag):
-            parser.error(f"--{flag.replace('_', '-')} needs --from DIR, the folder of an earlier run")
-    if args.output is None:
-        parser.error("--output is missing; name a folder, such as --output study")
+    packages = ("jinja2", "matplotlib", "rich", "tensorboard", "torch", "megatron")
+    parser.check_measuring(args, packages, example="a folder, such as --output study")
     _check_folder(parser, args.output)
     if args.iterations % args.eval_every:
         parser.error(f"--iterations {args.iterations} is no multiple of --eval-every {args.eval_every}; make it one")
@@ -130,45 +122,30 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         _check_multiple(parser, "--eval-sequences", args.eval_sequences, settings.batch(model), f"the batch of {model}")
     if args.data is not None and not (args.data / folder.MANIFEST).is_file():
         parser.error(f"--data {str(args.data)!a} has no {folder.MANIFEST}; make it with tools/preprocess_data.py")
-    for package in ("jinja2", "matplotlib", "rich", "tensorboard", "torch", "megatron"):
-        if importlib.util.find_spec(package) is None:
-            parser.error(f"the Python package {package} is missing; pip install {package}")
     return models, chosen, settings
 
 
-def _check_folder(parser: argparse.ArgumentParser, output: Path) -> None:
+def _check_folder(parser: StudyParser, output: Path) -> None:
     if output.exists() and not output.is_dir():
         parser.error(f"--output {str(output)!a} is a file; name a folder")
     if reason := atomic.obstacle(output / "new"):
         parser.error(f"--output {str(output)!a} cannot be written: {reason}; name another folder")
 
 
-def _make_folder(parser: argparse.ArgumentParser, output: Path) -> None:
+def _make_folder(parser: StudyParser, output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # what does not show before it is tried
         parser.error(f"--output {str(output)!a} cannot be made: {error.strerror}; name another folder")
 
 
-def _check_kept[T](parser: argparse.ArgumentParser, output: Path, read: Callable[[], T]) -> T:
-    """What ``read`` finds of earlier calls in ``output``."""
-    try:
-        return read()
-    except (OSError, ValueError) as error:
-        fix = "restore that file, remove it if it is a run's, or name another folder"
-        parser.error(f"--output {str(output)!a} cannot be read: {str(error)[:300]}; {fix}")
-
-
-def _encoding(parser: argparse.ArgumentParser, kept: Path) -> cost.Cost | None:
+def _encoding(parser: StudyParser, kept: Path) -> cost.Cost | None:
     """What encoding costs, as an earlier call has left it in the folder ``kept``."""
-    try:
-        return cost.read(kept)
-    except (OSError, ValueError) as error:
-        fix = "remove it, or measure anew with --encoding-cost"
-        parser.error(f"{str(kept / cost.FILE)!a} cannot be read: {str(error)[:200]}; {fix}")
+    fix = "remove it, or measure anew with --encoding-cost"
+    return parser.read(f"{str(kept / cost.FILE)!a}", lambda: cost.read(kept), fix)
 
 
-def _chosen(parser: argparse.ArgumentParser, flag: str, text: str, known: list[str], fix: str) -> list[str]:
+def _chosen(parser: StudyParser, flag: str, text: str, known: list[str], fix: str) -> list[str]:
     """The words of ``text``, each of which is known; all that are known for none."""
     chosen = [word.strip() for word in text.split(",") if word.strip()]
     for word in chosen:
@@ -177,22 +154,24 @@ def _chosen(parser: argparse.ArgumentParser, flag: str, text: str, known: list[s
     return chosen or known
 
 
-def _check_multiple(parser: argparse.ArgumentParser, flag: str, value: int, unit: int, what: str) -> None:
+def _check_multiple(parser: StudyParser, flag: str, value: int, unit: int, what: str) -> None:
     if value % unit:
         parser.error(f"{flag} {value} is no multiple of {unit}, {what}; use {max(value // unit, 1) * unit}")
 
 
-def study(parser: argparse.ArgumentParser, args: argparse.Namespace, command: Command | None = None) -> int:
+def study(parser: StudyParser, args: argparse.Namespace, command: Command | None = None) -> int:
     """Train what is not trained yet and write the results; ``command`` takes the place of the real training."""
     models, arms, settings = check_request(parser, args)
     encoding = _encoding(parser, args.output)
-    _check_kept(parser, args.output, lambda: folder.results(args.output))
+    earlier = f"--output {str(args.output)!a}"
+    fix = "restore that file, remove it if it is a run's, or name another folder"
+    parser.read(earlier, lambda: folder.results(args.output), fix, words=300)
     meta = provenance.provenance()
     _make_folder(parser, args.output)
     data = args.data.resolve() if args.data else folder.made_data(args.output.resolve() / "data")
     shared = {**asdict(settings), "data": folder.described_data(data)}
-    if difference := _check_kept(parser, args.output, lambda: folder.settings_difference(args.output, shared)):
-        parser.error(f"--output {str(args.output)!a} holds runs of {difference}; give the old value, or another folder")
+    if difference := parser.read(earlier, lambda: folder.settings_difference(args.output, shared), fix, words=300):
+        parser.error(f"{earlier} holds runs of {difference}; give the old value, or another folder")
     # All arms of a seed before the next seed: what is there after a while can be compared.
     seeds = range(1, args.seeds + 1)
     runs = [Run(model, arm, seed) for seed in seeds for model in models for arm in arms]
@@ -210,7 +189,7 @@ def study(parser: argparse.ArgumentParser, args: argparse.Namespace, command: Co
 
 def write(output: Path, meta: dict[str, Any], results: list[dict[str, Any]], encoding: cost.Cost | None) -> None:
     """Write what all calls have trained into ``output``, where anything is."""
-    from codec_study.output import write_results  # noqa: PLC0415 - draws pictures, for which a refusal need not wait
+    from codec_study.render import write_results  # noqa: PLC0415 - draws pictures, for which a refusal need not wait
 
     if results:
         seeds = min(len(row.seeds) for row in rows(results))  # of the arm that has fewest
@@ -219,7 +198,7 @@ def write(output: Path, meta: dict[str, Any], results: list[dict[str, Any]], enc
         write_results(output, {"meta": meta, "runs": results, "encoding": encoding})
 
 
-def show_again(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def show_again(parser: StudyParser, args: argparse.Namespace) -> None:
     """Print the tables of an earlier call, write its report anew and, if asked for, its section of a document."""
     from codec_study import goals, render, wall_time  # noqa: PLC0415 - as above
 
@@ -228,29 +207,22 @@ def show_again(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"--from trains nothing and shows all that there is; leave --{flag.replace('_', '-')} out")
     beside: dict[str, Any] = {"encoding": _encoding(parser, args.source)}
     if args.step_times is not None:
-        try:
-            beside["step_times"] = wall_time.read(args.step_times)
-        except (OSError, ValueError, KeyError) as error:
-            parser.error(f"--step-times {str(args.step_times)!a} cannot be read: {str(error)[:200]}")
-    result = write_again(
-        parser,
+        flag = f"--step-times {str(args.step_times)!a}"
+        beside["step_times"] = parser.read(flag, lambda: wall_time.read(args.step_times))
+    result = parser.write_again(
         args,
-        read=folder.read,
-        section=lambda result: goals.section({**result, **beside}),
+        read=lambda source: {**folder.read(source), **beside},
+        section=render.markdown,
         marks=(goals.BEGIN, goals.END),
-        html=lambda result: render.html({**result, **beside}),
+        html=render.html,
     )
-    render.print_table({**result, **beside})
+    render.print_table(result)
 
 
-def time_encoding(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def time_encoding(parser: StudyParser, args: argparse.Namespace) -> None:
     """Print what encoding costs, and keep it in ``--output`` if given."""
-    for flag, value in {
-        "--from": args.source,
-        "--write-results": args.write_results,
-        "--step-times": args.step_times,
-    }.items():
-        if value is not None:
+    for flag, name in {"--from": "source", "--write-results": "write_results", "--step-times": "step_times"}.items():
+        if getattr(args, name) is not None:
             parser.error(f"--encoding-cost measures and {flag} shows; leave one of them out")
     if args.output is not None:
         _check_folder(parser, args.output)
@@ -260,15 +232,11 @@ def time_encoding(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     measured = encoding.cost_of_encoding(repetitions=7)
     _say(cost.described(measured))
     if args.output is not None:
-        cost.write(args.output, measured)
+        kept.write(args.output / cost.FILE, measured)
 
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-def _stop(number: int, _frame: Any) -> None:
-    raise KeyboardInterrupt(number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -277,23 +245,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.list_arms:
         print("\n".join(arm.name for arm in all_arms()))
-        return 0
-    if args.encoding_cost:
+    elif args.encoding_cost:
         time_encoding(parser, args)
-        return 0
-    if args.source is not None:
+    elif args.source is not None:
         show_again(parser, args)
-        return 0
-    handlers = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        return study(parser, args)
-    except KeyboardInterrupt as interrupt:
-        number = interrupt.args[0] if interrupt.args else signal.SIGINT
-        _say(f"ablate_codec.py: stopped by {signal.Signals(number).name}; the same command goes on from here")
-        return 128 + number
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    else:
+        with stoppable((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), once=False):
+            try:
+                return study(parser, args)
+            except KeyboardInterrupt as interrupt:
+                number = stopped_by(interrupt)
+                _say(f"ablate_codec.py: stopped by {number.name}; the same command goes on from here")
+                return 128 + number
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ parts are in ablation/.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -18,7 +17,8 @@ from pathlib import Path
 
 import atomic
 from ablation.arms import Arm, all_arms, chosen_arms
-from command_line import Parser, positive, stoppable, stopped_by, write_again
+from command_line import positive, stoppable, stopped_by
+from studies.request import StudyParser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,10 +73,9 @@ def _shares(text: str) -> list[float]:
     return shares
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> StudyParser:
     """The command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("ablate_overlap.py", None, ABOUT, EPILOG, formatter_class=raw, allow_abbrev=False)
+    parser = StudyParser("ablate_overlap.py", None, ABOUT, EPILOG)
     add = parser.add_argument
     add("--output", type=Path, metavar="DIR", help="folder for result.json, result.csv and report.html; must be new")
     share = (
@@ -86,34 +85,32 @@ def make_parser() -> argparse.ArgumentParser:
     add("--comm-share", type=_shares, default=[0.15, 0.5, 0.6], metavar="S,S,...", help=share)
     add("--unlimited", action="store_true", help="measure without any limit, too: nothing to hide")
     add("--arms", default="", metavar="NAME,...", help="arms or models to time beside the baseline (default all)")
-    again = "measure nothing; print the tables of this folder of an earlier run and write its report.html anew"
-    add("--from", type=Path, dest="source", metavar="DIR", help=again)
-    section = "with --from: write what reaches its goal, and what misses it, between the marks in this Markdown file"
-    add("--write-results", type=Path, metavar="FILE", help=section)
-    add("--list-arms", action="store_true", help="print the names of all arms and end")
-    add("--repetitions", type=positive, default=9, metavar="N", help="timed steps of each arm (default %(default)s)")
-    add("--ranks", type=positive, default=2, metavar="N", help="ranks on slow links (default %(default)s)")
-    add("--threads", type=positive, default=1, metavar="N", help="threads of each rank (default %(default)s)")
+    parser.add_shared(section="what reaches its goal, and what misses it,")
+    for name, default, what in (
+        ("repetitions", 9, "timed steps of each arm"),
+        ("ranks", 2, "ranks on slow links"),
+        ("threads", 1, "threads of each rank"),
+        ("hidden", 512, "width of the model"),
+        ("tokens", 512, "tokens of each rank"),
+        ("layers", 4, "blocks of the model"),
+        ("experts", 8, "of each MoE layer"),
+        ("seed", 1234, "of parameters and tokens"),
+    ):
+        add(f"--{name}", type=positive, default=default, metavar="N", help=f"{what} (default %(default)s)")
     add("--burst", default="16kb", metavar="SIZE", help="what an idle link saves up (default %(default)s)")
-    add("--hidden", type=positive, default=512, metavar="N", help="width of the model (default %(default)s)")
-    add("--tokens", type=positive, default=512, metavar="N", help="tokens of each rank (default %(default)s)")
-    add("--layers", type=positive, default=4, metavar="N", help="blocks of the model (default %(default)s)")
-    add("--experts", type=positive, default=8, metavar="N", help="of each MoE layer (default %(default)s)")
-    add("--seed", type=positive, default=1234, metavar="N", help="of parameters and tokens (default %(default)s)")
     return parser
 
 
-def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Arm]:
+def check_request(parser: StudyParser, args: argparse.Namespace) -> list[Arm]:
     """Refuse before anything starts; returns the arms."""
     words = [word.strip() for word in args.arms.split(",") if word.strip()]
     try:
         arms = chosen_arms(words)
     except ValueError as error:
         parser.error(f"--arms has {str(error)[:60]!a}, which is no arm and no model; --list-arms prints them")
-    if args.write_results:
-        parser.error("--write-results needs --from DIR, the folder of an earlier run")
-    if args.output is None:
-        parser.error("--output is missing; name a folder that does not exist yet, such as --output results")
+    parser.check_measuring(
+        args, ("jinja2", "matplotlib", "rich"), example="a folder that does not exist yet, such as --output results"
+    )
     if args.output.exists():
         parser.error(f"--output {str(args.output)!a} exists; choose another folder or remove it")
     if os.environ.get("RANK", "0") == "0" and (reason := atomic.obstacle(args.output)):  # which writes
@@ -127,38 +124,28 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error("--ranks 1 has no link; give 2 or more")
     if args.experts < 2 or args.experts % ranks:
         parser.error(f"--experts {args.experts} cannot be spread over {ranks} ranks; give a multiple, from 2")
-    for package in ("jinja2", "matplotlib", "rich"):
-        if importlib.util.find_spec(package) is None:
-            parser.error(f"the Python package {package} is missing; pip install {package}")
     return arms
 
 
-def show_again(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def show_again(parser: StudyParser, args: argparse.Namespace) -> None:
     """Print the tables of an earlier run, write its report anew and, if asked for, its section of a document."""
     from ablation import analysis, render, verdicts  # noqa: PLC0415 - draws pictures, for which a refusal need not wait
 
     if args.output is not None:
         parser.error("--from measures nothing; leave --output out")
     marks = (verdicts.BEGIN, verdicts.END)
-    result = write_again(parser, args, read=analysis.read, section=render.markdown, marks=marks, html=render.html)
+    result = parser.write_again(args, read=analysis.read, section=render.markdown, marks=marks, html=render.html)
     for point in range(len(result["points"])):
         render.print_table(result, point)
 
 
 def start_on_slow_links(args: argparse.Namespace) -> int:
     """Run this very command on ranks that are joined by links whose rate it can set."""
-    link = [
-        sys.executable,
-        str(ROOT / "tools/slow_link.py"),
-        "--ranks",
-        str(args.ranks),
-        "--threads",
-        str(args.threads),
-    ]
+    link = [sys.executable, ROOT / "tools/slow_link.py", "--ranks", args.ranks, "--threads", args.threads]
     link += ["--rate", "unlimited", "--burst", args.burst, "--output", "rank0"]
     # The ranks write into pipes, and would not know how wide the terminal is.
     environment = {"COLUMNS": str(shutil.get_terminal_size((120, 24)).columns)} | os.environ
-    command = [*link, "--", sys.executable, *sys.argv]
+    command = [*map(str, link), "--", sys.executable, *sys.argv]
     with stoppable():
         process = None
         try:

@@ -14,15 +14,14 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from command_line import Parser, stoppable, stopped_by
+from command_line import Parser, UserError, stoppable, stopped_by, whole
 from preprocessing import encoding, output, sources, workers
 from preprocessing.output import DATA, MANIFEST, MODEL
-from preprocessing.sources import SUFFIXES, Reading, Source, UserError, shown
+from preprocessing.sources import SUFFIXES, Reading, Source, shown
 
 EPILOG = """\
 examples:
@@ -47,20 +46,10 @@ Exit codes: 0 done (or done before), 1 unexpected failure, 2 bad input or reques
 """
 
 
-def _number(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
-            raise argparse.ArgumentTypeError(f"{text!a} is not a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    raw = argparse.RawDescriptionHelpFormatter
     about = "Turn text or JSONL files into a SentencePiece tokenizer and a Megatron-Core indexed dataset."
-    parser = Parser("preprocess_data.py", description=about, epilog=EPILOG, formatter_class=raw, allow_abbrev=False)
+    parser = Parser("preprocess_data.py", description=about, epilog=EPILOG)
     add = parser.add_argument
     words = (
         "text files (one document each), .jsonl or .json files (one object per line), folders (searched; hidden folders"
@@ -69,20 +58,20 @@ def make_parser() -> argparse.ArgumentParser:
     add("--input", nargs="+", required=True, metavar="PATH", help=words)
     add("--output", required=True, metavar="DIR", help=f"new folder for {MODEL}, {DATA}.bin and .idx, {MANIFEST}")
     add("--tokenizer-model", metavar="FILE", help="use this SentencePiece model instead of training one")
-    add("--vocab-size", type=_number(300, 1_000_000), metavar="N", help="vocabulary to train (default 4096)")
+    add("--vocab-size", type=whole(300, 1_000_000), metavar="N", help="vocabulary to train (default 4096)")
     add("--model-type", choices=("bpe", "unigram"), help="kind of model to train (default bpe; unigram is 20x slower)")
     share = "train on about this much text, from the head of each file by its size (default 16, unigram 4)"
-    add("--train-mib", type=_number(1, 10_000), metavar="N", help=share)
+    add("--train-mib", type=whole(1, 10_000), metavar="N", help=share)
     add("--json-key", default="text", metavar="KEY", help="the key of the text in JSON objects (default text)")
     size = "cut text files at line ends into documents of about this size; JSONL is never cut (default 0: no cuts)"
-    add("--document-kib", type=_number(0, 1 << 20), default=0, metavar="N", help=size)
+    add("--document-kib", type=whole(0, 1 << 20), default=0, metavar="N", help=size)
     endings = f"which files of a folder are read, in any case (default {' '.join(SUFFIXES)})"
     add("--suffix", nargs="+", default=list(SUFFIXES), metavar=".S", help=endings)
     skip = "leave out bad files and JSONL lines; each is named, also in the manifest (default: refuse, write nothing)"
     add("--skip-bad", action="store_true", help=skip)
     cpus = len(os.sched_getaffinity(0))
     processes = "processes; each file is read by one (default: %(default)s, the CPUs); the output does not depend on it"
-    add("--workers", type=_number(1, 1024), default=cpus, metavar="N", help=processes)
+    add("--workers", type=whole(1, 1024), default=cpus, metavar="N", help=processes)
     add("--overwrite", action="store_true", help="replace a folder that an earlier run made")
     return parser
 

@@ -24,7 +24,7 @@ def progress(label: str, total: int, done: int = 0, *, in_bytes: bool = True) ->
         in_bytes: whether bytes are counted.
     """
     if not sys.stderr.isatty():
-        yield _line_writer(label, total, done, in_words if in_bytes else "{:,.0f}".format)
+        yield _line_writer(label, total, done, in_words if in_bytes else _count)
         return
     from rich import console
     from rich import progress as rich
@@ -54,6 +54,10 @@ def _line_writer(label: str, total: int, before: int, words: Callable[[float], s
         print(f"{label}: {sizes}{now_s - start_s:.0f} s so far, ETA {left}", file=sys.stderr, flush=True)
 
     return advance
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def in_words(num_bytes: float) -> str:

@@ -2,13 +2,14 @@
 """Run a command on N ranks that are joined by slow links: one network namespace each, rates set by `tc htb`.
 
 Flow: check the request -> remove what killed labs have left -> build the network -> run the ranks -> report -> remove.
-The parts are in slow_network/, and other tools use them from here: `SlowNetwork` to own such a network, `Control` to
-change its rate from a rank that runs in it.
+The parts are in slow_network/, which other tools use: `SlowNetwork` to own such a network, `Control` to change its rate
+from a rank that runs in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import shutil
@@ -17,13 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import atomic
-from command_line import Parser
-from slow_network.buckets import UserError
-from slow_network.control import Control, ControlError
-from slow_network.job import OUTPUTS, Job, Outcome, signals
-from slow_network.network import MAX_RANKS, NetworkError, SlowNetwork
-
-__all__ = ["Control", "ControlError", "NetworkError", "SlowNetwork", "UserError", "main"]
+from command_line import Parser, UserError, exit_code, whole
+from slow_network.job import OUTPUTS, Job, Outcome
+from slow_network.network import MAX_RANKS, SlowNetwork
 
 ABOUT = """\
 Run a command on N ranks joined by slow links, to measure on one machine without a GPU how much communication hides
@@ -69,12 +66,6 @@ what it does not prove:
 """
 
 
-def _whole_number(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_RANKS):
-        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a whole number from 1 to {MAX_RANKS}")
-    return int(text)
-
-
 def _seconds(text: str) -> float:
     try:
         if 0 <= float(text) <= 3600:
@@ -86,16 +77,14 @@ def _seconds(text: str) -> float:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line, without the command behind `--`."""
-    raw = argparse.RawDescriptionHelpFormatter
-    usage = "slow_link.py [options] -- COMMAND [ARGUMENT ...]"
-    parser = Parser("slow_link.py", usage, ABOUT, EPILOG, formatter_class=raw, allow_abbrev=False)
+    parser = Parser("slow_link.py", "slow_link.py [options] -- COMMAND [ARGUMENT ...]", ABOUT, EPILOG)
     add = parser.add_argument
-    add("--ranks", type=_whole_number, default=2, metavar="N", help="how many ranks (default %(default)s)")
+    add("--ranks", type=whole(1, MAX_RANKS), default=2, metavar="N", help="how many ranks (default %(default)s)")
     rate = "of every link, each direction: a number and kbit, mbit or gbit; or 'unlimited' (default %(default)s)"
     add("--rate", default="50mbit", metavar="R", help=rate)
     add("--burst", default="16kb", metavar="SIZE", help="what an idle link saves up (default %(default)s)")
     threads = "OMP_NUM_THREADS, and how many cores each rank is pinned to (default %(default)s)"
-    add("--threads", type=_whole_number, default=1, metavar="N", help=threads)
+    add("--threads", type=whole(1, MAX_RANKS), default=1, metavar="N", help=threads)
     output = (
         "all: every rank's output, as it comes, as torchrun does (default; Megatron logs on the last rank); prefix: the"
         " same with [rank N] before each line; rank0: the others' only if the job fails"
@@ -105,12 +94,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--grace", type=_seconds, default=5.0, metavar="SECONDS", help=grace)
     add("--json", type=Path, metavar="FILE", help="write the report there, too")
     return parser
-
-
-def split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Return what stands before and behind the first `--`."""
-    cut = argv.index("--") if "--" in argv else len(argv)
-    return argv[:cut], argv[cut + 1 :]
 
 
 def check_request(args: argparse.Namespace, command: list[str]) -> None:
@@ -153,7 +136,7 @@ def print_report(report: dict[str, Any]) -> None:
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def run(args: argparse.Namespace, command: list[str]) -> int:
+async def run(args: argparse.Namespace, command: list[str]) -> int:
     """Do what the command line asks and return the exit code. Raises UserError, NetworkError."""
     check_request(args, command)
     network = SlowNetwork(args.ranks, args.rate, burst=args.burst, num_threads=args.threads)
@@ -161,33 +144,28 @@ def run(args: argparse.Namespace, command: list[str]) -> int:
     if num_wanted > num_cores:
         words = f"{args.ranks} ranks of {args.threads} threads share {num_cores} cores"
         print(f"slow_link: {words}; computation will wait for cores, too", file=sys.stderr, flush=True)
-    with signals() as stops:
-        with network:
-            outcome = Job(network, command, output=args.output, grace_s=args.grace).run(stops)
-        report = make_report(args, command, outcome)
-        print_report(report)
-        if args.json is not None:
-            atomic.write_text(args.json, json.dumps(report, indent=2) + "\n")
+    job = Job(network, command, output=args.output, grace_s=args.grace)
+    job.catch_signals()
+    with network:
+        outcome = await job.run()
+    report = make_report(args, command, outcome)
+    print_report(report)
+    if args.json is not None:
+        atomic.write_text(args.json, json.dumps(report, indent=2) + "\n")
     return outcome.exit_code
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` and return the exit code."""
-    options, command = split(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
     parser = make_parser()
-    args, unknown = parser.parse_known_args(options)
+    args, unknown = parser.parse_known_args(argv[:cut])
     if unknown and not unknown[0].startswith("-"):
         parser.error(f"{unknown[0][:200]!a} is no option; the command goes behind --, as in: -- python train.py")
     if unknown:
         parser.error(f"unknown option {unknown[0][:200]!a}")
-    try:
-        return run(args, command)
-    except UserError as exc:
-        code, message = 2, f"{exc}"
-    except (NetworkError, OSError) as exc:
-        code, message = 1, f"{exc}"
-    print(f"slow_link.py: error: {message}", file=sys.stderr)
-    return code
+    return exit_code("slow_link.py", lambda: asyncio.run(run(args, argv[cut + 1 :])))
 
 
 if __name__ == "__main__":

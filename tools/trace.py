@@ -14,13 +14,14 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, so that an installed megatron_scmoe is preferred
 
 import atomic
-from command_line import Parser
+from command_line import Parser, UserError, exit_code
 
 from megatron_scmoe.overlap.plan import CURRENT, DECODE, ENCODE, EXPERTS, ROUTE, TAIL
 from megatron_scmoe.overlap.spans import Lane
@@ -58,10 +59,6 @@ _CUT_IN_CHUNKS = {"dispatch", "combine", ENCODE, EXPERTS, DECODE}
 _NOT_CUT = {ROUTE, TAIL}
 
 
-class UserError(Exception):
-    """Bad input or request: one line for the user."""
-
-
 class Piece(NamedTuple):
     """One span of a step on one rank.
 
@@ -86,16 +83,14 @@ type Report = dict[int, dict[int, list[Piece]]]
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    raw = argparse.RawDescriptionHelpFormatter
     about = "Draw the steps of an overlap report: computation and communication of every rank, as a Perfetto trace."
-    parser = Parser("trace.py", description=about, epilog=EPILOG, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("folder", metavar="FOLDER", help="what --overlap-report was set to; it holds rank00000.jsonl")
-    parser.add_argument(
-        "--steps", nargs="+", type=int, metavar="N", help="iterations to draw (default: all that have spans)"
-    )
-    parser.add_argument("--ranks", nargs="+", type=int, metavar="N", help="ranks to draw (default: all)")
-    parser.add_argument("--output", metavar="FILE", help="the trace to write (default: FOLDER/trace.json)")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    parser = Parser("trace.py", description=about, epilog=EPILOG)
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", type=Path, help="what --overlap-report was set to; it holds rank00000.jsonl")
+    add("--steps", nargs="+", type=int, metavar="N", help="iterations to draw (default: all that have spans)")
+    add("--ranks", nargs="+", type=int, metavar="N", help="ranks to draw (default: all)")
+    add("--output", metavar="FILE", type=Path, help="the trace to write (default: FOLDER/trace.json)")
+    add("--overwrite", action="store_true", help="replace FILE if it exists")
     return parser
 
 
@@ -204,14 +199,11 @@ def described(steps: Iterable[int]) -> str:
     rest, parts = sorted(steps), []
     while rest:
         stride = rest[1] - rest[0] if len(rest) > 1 else 0
-        count = 1
-        while count < len(rest) and rest[count] - rest[count - 1] == stride:
-            count += 1
-        if count < 3:  # two steps are no row
-            count = 1
+        row = list(takewhile(lambda pair: pair[0] == pair[1], zip(rest, count(rest[0], stride), strict=False)))
+        length = len(row) if len(row) > 2 else 1  # two steps are no row
         by = f" by {stride}" if stride > 1 else ""
-        parts.append(str(rest[0]) if count == 1 else f"{rest[0]} to {rest[count - 1]}{by}")
-        rest = rest[count:]
+        parts.append(str(rest[0]) if length == 1 else f"{rest[0]} to {rest[length - 1]}{by}")
+        rest = rest[length:]
     return ", ".join(parts)
 
 
@@ -271,9 +263,8 @@ def _lane_events(rank: int, lane: Lane, pieces: Sequence[Piece], begin_ns: int) 
 
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks. Raises UserError."""
-    folder = Path(args.folder)
-    target = Path(args.output) if args.output else folder / "trace.json"
-    report = read_report(folder, args.steps, args.ranks)
+    target = args.output or args.folder / "trace.json"
+    report = read_report(args.folder, args.steps, args.ranks)
     if target.is_dir() or not target.parent.is_dir():
         raise UserError(f"--output {target} cannot be a file; name one in a folder that exists")
     if target.exists() and not args.overwrite:
@@ -287,16 +278,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` and return the exit code."""
     args = make_parser().parse_args(argv)
-    try:
-        run(args)
-    except UserError as exc:
-        code, message = 2, str(exc)
-    except OSError as exc:
-        code, message = 1, str(exc)
-    else:
-        return 0
-    print(f"trace.py: error: {message}", file=sys.stderr)
-    return code
+    return exit_code("trace.py", lambda: run(args))
 
 
 if __name__ == "__main__":

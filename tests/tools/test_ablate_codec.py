@@ -33,13 +33,11 @@ from codec_study import (  # noqa: E402
     folder,
     goals,
     jobs,
-    output,
     record,
     render,
     wall_time,
     words,
 )
-from codec_study.analysis import Spread  # noqa: E402
 from codec_study.arms import (  # noqa: E402
     COMPRESSED_CONTROL,
     CONTROL,
@@ -55,6 +53,8 @@ from codec_study.arms import (  # noqa: E402
     all_arms,
     uncompensated,
 )
+from studies import kept  # noqa: E402
+from studies.figures import Figure as Spread  # noqa: E402
 
 from megatron_scmoe.config import Codec, Compensation  # noqa: E402
 
@@ -305,7 +305,7 @@ def test_a_target_rate_is_judged_where_it_is_farthest(result, rates, said):
     ],
 )
 def test_seeds_disagree_where_some_reach_the_threshold(sign, low, high, disagree):
-    goal = goals.ModelGoal(
+    goal = goals.Goal(
         text="x", figure=lambda *_: (PAPER, Spread(low, low, high)), sign=sign, threshold=0.5, unit="rate"
     )
     assert ("but the seeds disagree" in goals.judge(goal, [], "top-2").words) == disagree
@@ -835,7 +835,7 @@ def test_table_fits_the_terminal(result, width):
 
 def test_csv_has_a_row_for_each_run(result, tmp_path):
     few = make_result(("top-2",), (NONE, CONTROL, PAPER))
-    output.write_results(tmp_path, few)
+    render.write_results(tmp_path, few)
     with (tmp_path / "result.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 9
@@ -843,7 +843,7 @@ def test_csv_has_a_row_for_each_run(result, tmp_path):
     assert rows[0]["tokens"] == "2048000" and rows[-1]["arm"] == PAPER
     assert float(rows[-1]["final_validation_of_tokens"]) == few["runs"][-1]["final_validation_of_tokens"]
     assert json.loads((tmp_path / "meta.json").read_text()) == few["meta"]
-    assert output.csv_row(make_result(("top-2",), (PAPER,)), few["runs"][-1])["percent_above_control"] is None
+    assert render.csv_row(make_result(("top-2",), (PAPER,)), few["runs"][-1])["percent_above_control"] is None
 
 
 # --- wall time -------------------------------------------------------------------------------------------------------
@@ -982,7 +982,7 @@ def test_earlier_run_is_written_into_a_document(result, tmp_path, capsys):
 def test_a_short_run_says_that_it_is_one(result):
     short = {**result, "meta": {**result["meta"], "seeds": 1, "iterations": 30}}
     said = "The goals are for at least 3 seeds and 1000 iterations; the least of an arm here: seeds 1, iterations 30."
-    assert said in goals.section(short) and said not in goals.section(result)
+    assert said in render.markdown(short) and said not in render.markdown(result)
     assert said in render.html({**short, "runs": short["runs"][:3]})
 
 
@@ -1112,7 +1112,7 @@ def test_cost_of_encoding_is_kept_and_judged(study, tmp_path, capsys):
         (COST["seconds"]["compensate"], "4.00% [4.00%, 4.00%]: **missed by 1.00%** |"),
         ([0.01, 0.04, 0.13], "3.00% [2.00%, 4.00%]: met, but repetitions disagree |"),
     ):
-        cost.write(study, {**COST, "seconds": {**COST["seconds"], "compensate": compensate}})
+        kept.write(study / cost.FILE, {**COST, "seconds": {**COST["seconds"], "compensate": compensate}})
         document, report = shown(study)
         (line,) = (line for line in document.splitlines() if line.startswith("| encode, residual"))
         assert line.split(" | ")[-2].split(": ")[-1] in said and said.split(" [")[0] in line
@@ -1146,5 +1146,5 @@ def test_an_output_that_cannot_be_made_is_refused(tmp_path, capsys):
 def test_rows_of_the_csv_have_the_steps_that_were_trained(result):
     for run in result["runs"]:
         share = next((share for share, name in SHORTER.items() if name == run["arm"]), 1.0)
-        row = output.csv_row(result, run)
+        row = render.csv_row(result, run)
         assert (row["steps"], row["tokens"]) == (1000 * share, 1000 * share * 2048)

@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from studies import kept
+from studies.figures import Figure, estimate
+
+from ablation.arms import BASELINE
 from megatron_scmoe.overlap.spans import hidden_share
 
-RESAMPLES = 2000
-CONFIDENCE = 0.95
-
-
-def read(folder: Path) -> Any:
-    """What ``output.write_results`` wrote of an earlier run.
-
-    Raises:
-        OSError, ValueError, KeyError: where there is none.
-    """
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    if not isinstance(result, dict) or not result.get("points"):
-        raise ValueError("result.json has no points")
-    return result
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A median and the interval that bootstrap gives it at ``CONFIDENCE``."""
-
-    value: float
-    low: float
-    high: float
+RESULT = "result.json"
+SHARE_TOLERANCE = 0.015
+"""How far the share at a link rate may be from the one that was asked for."""
+KINDS = ("training", "forward")
+"""Of steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,46 +39,66 @@ class Row:
     point: int
     arm: str
     kind: str
-    seconds: Estimate
-    speedup: Estimate
+    seconds: Figure
+    speedup: Figure
     limit_speedup: float | None
-    part_of_limit: Estimate | None
-    hidden_share: Estimate | None
-    exposed_s: Estimate | None
-    communication_s: Estimate | None
+    part_of_limit: Figure | None
+    hidden_share: Figure | None
+    exposed_s: Figure | None
+    communication_s: Figure | None
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """The median of ``values`` and its percentile bootstrap interval; the same at every call."""
-    return _estimate(tuple(values))
+type Point = Mapping[str, Any]
+"""One link rate of a result, as result.json holds it."""
+type Rows = Mapping[tuple[str, str], Row]
+"""Rows of one link rate by arm and kind."""
 
 
-@cache
-def _estimate(values: tuple[float, ...]) -> Estimate:
-    # Kept, because the report of a run is written anew after each link rate.
-    generator = random.Random(0)
-    resampled = sorted(median(generator.choices(values, k=len(values))) for _ in range(RESAMPLES))
-    tail = round((1 - CONFIDENCE) / 2 * RESAMPLES)
-    return Estimate(median(values), resampled[tail], resampled[-1 - tail])
+def read(folder: Path) -> dict[str, Any]:
+    """What ``render.write_results`` wrote of an earlier run.
+
+    Raises:
+        OSError, ValueError: where there is none.
+    """
+    result = kept.read(folder / RESULT)
+    if not result.get("points"):
+        raise ValueError(f"{RESULT} has no link whose share was measured")
+    return result
 
 
-def rows(points: Sequence[Mapping[str, Any]], baseline: str) -> list[Row]:
+def rows(points: Sequence[Point], baseline: str = BASELINE) -> list[Row]:
     """All rows of a result file's ``points``."""
     result: list[Row] = []
     for index, point in enumerate(points):
-        base = next(arm for arm in point["arms"] if arm["arm"]["name"] == baseline)
+        base = arm_of(point, baseline)
         for arm in point["arms"]:
             result += [_row(index, arm, base, kind) for kind in arm["seconds"]]
     return result
 
 
-def ratio(point: Mapping[str, Any], kind: str, numerator: str, denominator: str) -> Estimate:
-    """Median of the paired ratios of two arms' seconds, repetition by repetition."""
-    seconds = {arm["arm"]["name"]: arm["seconds"][kind] for arm in point["arms"]}
-    return estimate([a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True)])
+def rows_by_point(points: Sequence[Point]) -> list[Rows]:
+    """The rows of each link rate."""
+    found = rows(points)
+    return [{(row.arm, row.kind): row for row in found if row.point == index} for index in range(len(points))]
 
 
-def best_fixed(point: Mapping[str, Any], model: str, kind: str) -> str | None:
+def arm_of(point: Point, name: str) -> Any:
+    """What an arm did at a link rate; None where it was not timed."""
+    return next((arm for arm in point["arms"] if arm["arm"]["name"] == name), None)
+
+
+def ratios(point: Point, kind: str, numerator: str, denominator: str) -> list[float]:
+    """Paired ratios of two arms' seconds, repetition by repetition."""
+    above, below = (arm_of(point, name)["seconds"][kind] for name in (numerator, denominator))
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def ratio(point: Point, kind: str, numerator: str, denominator: str) -> Figure:
+    """Median of the paired ratios, with its interval."""
+    return estimate(ratios(point, kind, numerator, denominator))
+
+
+def best_fixed(point: Point, model: str, kind: str) -> str | None:
     """The arm with a fixed slot that has the smallest median; None where the model has no such arm."""
     medians = {
         arm["arm"]["name"]: median(arm["seconds"][kind])
@@ -107,23 +110,13 @@ def best_fixed(point: Mapping[str, Any], model: str, kind: str) -> str | None:
 
 def _row(point: int, arm: Mapping[str, Any], base: Mapping[str, Any], kind: str) -> Row:
     seconds, base_seconds = arm["seconds"][kind], base["seconds"][kind]
-    speedup = estimate([b / a for a, b in zip(seconds, base_seconds, strict=True)])
+    speedup = estimate(b / a for a, b in zip(seconds, base_seconds, strict=True))
     limit = median(base_seconds) / arm["limit_s"][kind] if arm["limit_s"] else None
-    part = Estimate(speedup.value / limit, speedup.low / limit, speedup.high / limit) if limit else None
-    communication, exposed = _steps(arm["communication_s"].get(kind)), _steps(arm["exposed_s"].get(kind))
+    communication, exposed = (_steps(arm[name].get(kind)) for name in ("communication_s", "exposed_s"))
     hidden = [hidden_share(*step) for step in zip(exposed, communication, strict=True)]
-    return Row(
-        point=point,
-        arm=arm["arm"]["name"],
-        kind=kind,
-        seconds=estimate(seconds),
-        speedup=speedup,
-        limit_speedup=limit,
-        part_of_limit=part,
-        hidden_share=estimate(hidden) if hidden else None,
-        exposed_s=estimate(exposed) if exposed else None,
-        communication_s=estimate(communication) if communication else None,
-    )
+    of_steps = [estimate(values) if values else None for values in (hidden, exposed, communication)]
+    part = speedup.map(lambda value: value / limit) if limit else None
+    return Row(point, arm["arm"]["name"], kind, estimate(seconds), speedup, limit, part, *of_steps)
 
 
 def _steps(recorded: float | Sequence[float] | None) -> list[float]:

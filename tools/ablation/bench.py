@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch import Tensor
 
+from ablation.analysis import KINDS
 from ablation.arms import COST_MODEL, MODELS, Arm, Model
 from megatron_scmoe.codec.rate import adjust_rates
 from megatron_scmoe.config import Codec, Combine, Evaluation, Position, ScMoEConfig, Shortcut
@@ -29,10 +30,9 @@ from megatron_scmoe.models.gpt import ScMoEGPTModelBuilder, ScMoEGPTModelConfig,
 from megatron_scmoe.overlap import observe
 from megatron_scmoe.overlap.adaptive import Plans
 from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs, pass_costs_of, passes_of
-from megatron_scmoe.overlap.solver import GroupCosts
+from megatron_scmoe.overlap.solver import GroupCosts, PassCosts
 from megatron_scmoe.overlap.spans import communication_s
 
-KINDS = ("training", "forward")
 COST_STEPS = 3
 VOCAB_SIZE = 512
 LSH_HASHES = 12
@@ -61,16 +61,14 @@ class Sizes:
     tokens: int = 512
 
 
-def build(model: Model, sizes: Sizes) -> torch.nn.Module:
-    """The model on this rank, as the training script would build it."""
-    transformer = TransformerConfig(
+def _transformer(model: Model, sizes: Sizes) -> TransformerConfig:
+    return TransformerConfig(
         num_layers=sizes.layers,
         hidden_size=sizes.hidden,
         num_attention_heads=sizes.heads,
         ffn_hidden_size=sizes.ffn,
         moe_ffn_hidden_size=sizes.ffn,
         moe_shared_expert_intermediate_size=sizes.ffn if model.shared_expert else None,
-        moe_shared_expert_gate=False,
         num_moe_experts=sizes.experts,
         moe_router_topk=model.topk,
         moe_router_pre_softmax=True,
@@ -81,21 +79,17 @@ def build(model: Model, sizes: Sizes) -> torch.nn.Module:
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         expert_tensor_parallel_size=1,
         normalization="RMSNorm",
-        activation_func=torch.nn.functional.gelu,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        params_dtype=torch.float32,
         transformer_impl="local",
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
     )
+
+
+def build(model: Model, sizes: Sizes) -> torch.nn.Module:
+    """The model on this rank, as the training script would build it."""
     settings: dict[str, Any] = {
-        "transformer": transformer,
+        "transformer": _transformer(model, sizes),
         "vocab_size": VOCAB_SIZE,
         "seq_length": sizes.tokens,
         "position_embedding_type": "rope",
@@ -211,14 +205,18 @@ class Bench:
             seconds = self.step(model, kind)
         return seconds, recording
 
+    def _run_in_sequence(self, model: str, chunks: int = 1) -> dict[int, GroupBlock | PipelinedMoELayer]:
+        """Let all that flies be waited for at once; returns the groups."""
+        groups, plan = self.groups(model), Plan((1,) * chunks, blocking=True)
+        self.set_plans(model, dict.fromkeys(groups, Plans(plan, plan)))
+        return groups
+
     def costs(self, model: str, chunks: int, kind: str = "training") -> dict[int, GroupCosts]:
         """What each group of a model costs, in sequence, as a mean over the ranks.
 
         Of forward alone nothing runs backward; what that would cost is left at what forward costs.
         """
-        plan = Plan((1,) * chunks, blocking=True)
-        groups = self.groups(model)
-        self.set_plans(model, dict.fromkeys(groups, Plans(plan, plan)))
+        groups = self._run_in_sequence(model, chunks)
         self.step(model, kind)
         passes: list[GroupPass] = []
         for _ in range(COST_STEPS):
@@ -236,20 +234,17 @@ class Bench:
 
     def rest_s(self, model: str) -> dict[str, float]:
         """Seconds of a step outside its groups, by kind: embedding, leading blocks of the stock model, output, loss."""
-        plan = Plan((1,), blocking=True)
-        self.set_plans(model, dict.fromkeys(self.groups(model), Plans(plan, plan)))
+        self._run_in_sequence(model)
         rest: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        for _ in range(COST_STEPS):
-            for kind in KINDS:
-                seconds, recording = self.recorded_step(model, kind)
-                groups_s = max(gathered(sum(one.total_s for one in passes_of(recording))))
-                rest[kind].append(max(seconds - groups_s, 0.0))
+        for kind in KINDS * COST_STEPS:
+            seconds, recording = self.recorded_step(model, kind)
+            groups_s = max(gathered(sum(one.total_s for one in passes_of(recording))))
+            rest[kind].append(max(seconds - groups_s, 0.0))
         return {kind: median(values) for kind, values in rest.items()}
 
     def step_share(self) -> float:
         """The all-to-all's part of the top-2 baseline's whole training step."""
-        plan = Plan((1,), blocking=True)
-        self.set_plans(COST_MODEL, dict.fromkeys(self.groups(COST_MODEL), Plans(plan, plan)))
+        self._run_in_sequence(COST_MODEL)
         shares = []
         for _ in range(COST_STEPS):
             seconds, recording = self.recorded_step(COST_MODEL, "training")
@@ -261,8 +256,12 @@ class Bench:
         """The all-to-all's part of the top-2 baseline's forward MoE time, route to decode."""
         forward = [costs.forward for costs in self.costs(COST_MODEL, 1).values()]
         communication = sum(costs.dispatch + costs.combine for costs in forward)
-        compute = sum(costs.route + costs.encode + costs.experts + costs.decode for costs in forward)
-        return communication / (communication + compute)
+        return communication / (communication + sum(map(compute_s, forward)))
+
+
+def compute_s(costs: PassCosts) -> float:
+    """What the compute ops of an MoE layer take, route to decode."""
+    return costs.route + costs.encode + costs.experts + costs.decode
 
 
 def gathered(mine: Any) -> list[Any]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ablation.analysis import SHARE_TOLERANCE
 from ablation.arms import COST_MODEL
-from ablation.bench import Bench
+from ablation.bench import Bench, compute_s
 
-SHARE_TOLERANCE = 0.015
 TRIES = 8
 UNLIMITED = "unlimited"
 
@@ -56,10 +56,9 @@ def find_rate(bench: Bench, link: Link, share: float, say: Callable[[str], None]
         raise ValueError(f"a share of {share:g} is out of reach: without any limit it is {free:.3f} already")
     # A first guess by arithmetic: half of top-2's tokens leave a rank of two, there and back.
     costs = next(iter(bench.costs(COST_MODEL, 1).values())).forward
-    compute_s = costs.route + costs.encode + costs.experts + costs.decode
     ranks = dist.get_world_size()
     sent_bits = 2 * 2 * bench.sizes.tokens * (ranks - 1) / ranks * (bench.sizes.hidden * 4 + 4) * 8
-    rate = sent_bits / (compute_s * share / (1 - share))
+    rate = sent_bits / (compute_s(costs) * share / (1 - share))
     tried = ""
     for _ in range(TRIES):
         words = f"{max(round(rate / 1e3), 64)}kbit"

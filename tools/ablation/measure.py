@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ablation.arms import Arm
 from ablation.bench import KINDS, Bench, gathered
 from ablation.link import Link
-from megatron_scmoe.contracts import Plan
+from megatron_scmoe.contracts import GroupShape, Plan
+from megatron_scmoe.overlap import observe
 from megatron_scmoe.overlap.adaptive import Plans
 from megatron_scmoe.overlap.costs import passes_of
 from megatron_scmoe.overlap.limit import limit_s
-from megatron_scmoe.overlap.solver import predicted_s, solve
+from megatron_scmoe.overlap.solver import GroupCosts, predicted_s, solve
 from megatron_scmoe.overlap.spans import communication_s, exposed_s
 
 CHUNKS = (1, 2, 4)
@@ -54,16 +56,13 @@ class ArmResult:
     timeline: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
-def measure(
-    bench: Bench, link: Link, results: list[ArmResult], *, repetitions: int, say: Callable[[str], None]
-) -> Iterator[None]:
+def measure(bench: Bench, link: Link, results: list[ArmResult], *, repetitions: int) -> Iterator[None]:
     """Time the arms of ``results`` at the rate that the link has, and fill these; yields after each round of work."""
     plans: dict[str, dict[int, Plans]] = {}
     for name in dict.fromkeys(result.arm.model for result in results):
         if bench.groups(name):
-            say(f"measuring what the ops of {name} cost")
             _solve(bench, name, [result for result in results if result.arm.model == name], plans)
-            yield
+        yield
     for repetition in range(-1, repetitions):
         # Each round begins with another arm, so that none is always behind the same one; round -1 warms up.
         first = repetition % len(results)
@@ -71,16 +70,16 @@ def measure(
         for result in turned:
             _prepare(bench, result.arm, plans)
             for kind in KINDS:
-                if result.arm.recorded:
-                    seconds, _ = bench.recorded_step(result.arm.model, kind)
-                else:
+                with observe.recording() if result.arm.recorded else contextlib.nullcontext():
                     seconds = bench.step(result.arm.model, kind)
                 if repetition >= 0:
                     result.seconds[kind].append(seconds)
         yield
     for result in results:
         _prepare(bench, result.arm, plans)
-        _observe(bench, link, result)
+        for kind in KINDS:
+            for _ in range(RECORDED_STEPS):
+                _observe(bench, link, result, kind)
 
 
 def _prepare(bench: Bench, arm: Arm, plans: dict[str, dict[int, Plans]]) -> None:
@@ -92,71 +91,54 @@ def _prepare(bench: Bench, arm: Arm, plans: dict[str, dict[int, Plans]]) -> None
 def _solve(bench: Bench, model: str, results: list[ArmResult], plans: dict[str, dict[int, Plans]]) -> None:
     """Measure a model's ops, and from them the plans, predictions and limits of its arms."""
     bench.set_routing(model, "balanced")
-    groups = bench.groups(model)
-    costs = {chunks: bench.costs(model, chunks) for chunks in CHUNKS}
-    forward = {chunks: bench.costs(model, chunks, "forward") for chunks in CHUNKS}
+    shapes = {index: group.shape for index, group in bench.groups(model).items()}
+    costs = {kind: {chunks: bench.costs(model, chunks, kind) for chunks in CHUNKS} for kind in KINDS}
     rest_s = bench.rest_s(model)
+    only = {kind: kind == "forward" for kind in KINDS}
+    limits = {
+        kind: rest_s[kind]
+        + sum(limit_s(shape, costs[kind][1][i], forward_only=only[kind]) for i, shape in shapes.items())
+        for kind in KINDS
+    }
     for result in results:
-        arm = result.arm
-        mine: dict[int, Plans] = {}
-        predicted = dict(rest_s)
-        for index, group in groups.items():
-            by_chunks = {chunks: costs[chunks][index] for chunks in CHUNKS}
-            forward_by_chunks = {chunks: forward[chunks][index] for chunks in CHUNKS}
-            counts = CHUNKS if arm.mode == "adaptive chunks" else (1,)
-            if arm.adaptive:
-                best = solve(group.shape, {chunks: by_chunks[chunks] for chunks in counts})
-                best_forward = solve(
-                    group.shape, {chunks: forward_by_chunks[chunks] for chunks in counts}, forward_only=True
-                )
-                mine[index] = Plans(best.plan, best_forward.plan)
-            else:
-                plan = _fixed_plan(arm.mode, group.shape.num_slots)
-                mine[index] = Plans(plan, plan)
-            predicted["training"] += predicted_s(
-                group.shape, by_chunks[mine[index].training.chunks], mine[index].training
-            )
-            predicted["forward"] += predicted_s(
-                group.shape, forward_by_chunks[mine[index].forward.chunks], mine[index].forward, forward_only=True
-            )
-        plans[arm.name] = mine
+        chosen: dict[str, dict[int, Plan]] = {kind: {} for kind in KINDS}
+        result.predicted_s = dict(rest_s)
+        for kind in KINDS:
+            for index, shape in shapes.items():
+                of_group = {chunks: costs[kind][chunks][index] for chunks in CHUNKS}
+                plan = chosen[kind][index] = _plan(result.arm, shape, of_group, forward_only=only[kind])
+                seconds = predicted_s(shape, of_group[plan.chunks], plan, forward_only=only[kind])
+                result.predicted_s[kind] += seconds
+        plans[result.arm.name] = {index: Plans(*(chosen[kind][index] for kind in KINDS)) for index in shapes}
         result.plans = {
             index: {
-                "training": list(one.training.slots),
-                "forward": list(one.forward.slots),
-                "blocking": one.training.blocking,
+                **{kind: list(chosen[kind][index].slots) for kind in KINDS},
+                "blocking": chosen["training"][index].blocking,
             }
-            for index, one in mine.items()
+            for index in shapes
         }
-        result.predicted_s = predicted
         result.costs = {
-            "training": {str(index): asdict(costs[1][index]) for index in groups},
-            "forward": {str(index): asdict(forward[1][index].forward) for index in groups},
+            "training": {str(index): asdict(costs["training"][1][index]) for index in shapes},
+            "forward": {str(index): asdict(costs["forward"][1][index].forward) for index in shapes},
         }
-        result.limit_s = {
-            "training": rest_s["training"] + sum(limit_s(groups[i].shape, costs[1][i]) for i in groups),
-            "forward": rest_s["forward"]
-            + sum(limit_s(groups[i].shape, forward[1][i], forward_only=True) for i in groups),
-        }
+        result.limit_s = limits
 
 
-def _fixed_plan(mode: str, num_slots: int) -> Plan:
-    word, _, number = mode.partition(" ")
+def _plan(arm: Arm, shape: GroupShape, costs: dict[int, GroupCosts], *, forward_only: bool) -> Plan:
+    """The plan of a group: what the solver finds by its costs at each number of chunks, or what the mode says."""
+    if arm.adaptive:
+        counts = CHUNKS if arm.mode == "adaptive chunks" else (1,)
+        return solve(shape, {chunks: costs[chunks] for chunks in counts}, forward_only=forward_only).plan
+    word, _, number = arm.mode.partition(" ")
     if word == "off":
         return Plan((1,), blocking=True)
     if word == "slot":
         return Plan((int(number),))
-    return Plan((num_slots,) * int(number))  # chunks: the shared expert runs while the first one travels
+    return Plan((shape.num_slots,) * int(number))  # chunks: the shared expert runs while the first one travels
 
 
-def _observe(bench: Bench, link: Link, result: ArmResult) -> None:
-    """Some recorded steps of each kind: exposed time, bytes, load; of the last one a timeline."""
-    for kind in KINDS:
-        for _ in range(RECORDED_STEPS):
-            _observe_step(bench, link, result, kind)
-
-
-def _observe_step(bench: Bench, link: Link, result: ArmResult, kind: str) -> None:
+def _observe(bench: Bench, link: Link, result: ArmResult, kind: str) -> None:
+    """A recorded step: exposed time, bytes, load, and a timeline, of which that of the last step stays."""
     before = link.bytes_sent()
     with bench.routed_tokens(result.arm.model) as tokens:
         _, recording = bench.recorded_step(result.arm.model, kind)

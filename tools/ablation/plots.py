@@ -1,19 +1,18 @@
-"""Pictures of a result as SVG text for HTML: no file, no network, the same bytes for the same figures."""
+"""Pictures of a result, for the report."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Picture
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from studies.figures import Figure
+from studies.plots import LABEL, TITLE, band, grid, legend, panels, svg, whiskers
 
-from ablation.analysis import Estimate, Row
+from ablation.analysis import KINDS, Row, Rows
 from ablation.timelines import Bar
 
 MODES = {
@@ -52,11 +51,8 @@ OPS = {
 """Colours of a timeline."""
 OTHER = "launch, unpack, add"
 
-WIDTH_IN = 11.0
-TITLE, TICKS = 10, 8
-KINDS = ("training", "forward")
 LIMIT = "#111111"
-NOTHING = Estimate(0.0, 0.0, 0.0)
+NOTHING = Figure(0.0, 0.0, 0.0)
 
 
 def mode_key(arm: Mapping[str, Any]) -> str:
@@ -65,15 +61,15 @@ def mode_key(arm: Mapping[str, Any]) -> str:
     return mode if mode in MODES else mode.partition(" ")[0]
 
 
-def step_times(arms: Sequence[Mapping[str, Any]], rows: Mapping[tuple[str, str], Row], salt: str) -> str:
+def step_times(arms: Sequence[Mapping[str, Any]], rows: Rows, salt: str) -> str:
     """Bars of the median step time with intervals, training and forward side by side, and the limit of each arm."""
-    figure, axes = _two_panels(arms)
+    picture, axes = _bars_of(arms)
     colours = [MODES[mode_key(one["arm"])][1] for one in arms]
     limited = [place for place, one in enumerate(arms) if one["limit_s"]]
     for kind, axis in zip(KINDS, axes, strict=True):
-        seconds = [rows[one["arm"]["name"], kind].seconds for one in arms]
-        axis.barh(range(len(arms)), [one.value * 1e3 for one in seconds], height=0.72, color=colours)
-        _spreads(axis, dict(enumerate(seconds)))
+        times = [_ms(rows[one["arm"]["name"], kind].seconds) for one in arms]
+        axis.barh(range(len(arms)), [one.value for one in times], height=0.72, color=colours)
+        _spreads(axis, dict(enumerate(times)))
         limits_ms = [arms[place]["limit_s"][kind] * 1e3 for place in limited]
         lows, highs = [place - 0.45 for place in limited], [place + 0.45 for place in limited]
         axis.vlines(limits_ms, lows, highs, color=LIMIT, linewidth=1.8)
@@ -81,86 +77,83 @@ def step_times(arms: Sequence[Mapping[str, Any]], rows: Mapping[tuple[str, str],
     used = {mode_key(one["arm"]) for one in arms}
     handles: list[Any] = [Patch(color=colour, label=text) for key, (text, colour) in MODES.items() if key in used]
     handles.append(Line2D([], [], color=LIMIT, linewidth=1.8, label="limit: no plan is faster"))
-    _legend(figure, handles)
-    return svg(figure, salt)
+    legend(picture, handles)
+    return svg(picture, salt)
 
 
-def communication(arms: Sequence[Mapping[str, Any]], rows: Mapping[tuple[str, str], Row], salt: str) -> str:
+def communication(arms: Sequence[Mapping[str, Any]], rows: Rows, salt: str) -> str:
     """Bars of a step's all-to-all time, split into hidden and exposed."""
     arms = [one for one in arms if one["communication_s"]]
-    figure, axes = _two_panels(arms)
+    picture, axes = _bars_of(arms)
+    colours = {"exposed": "#c8503c", "hidden": "#bcd9c1"}
     for kind, axis in zip(KINDS, axes, strict=True):
         of_kind = [rows[one["arm"]["name"], kind] for one in arms]
-        exposed = [row.exposed_s or NOTHING for row in of_kind]
-        exposed_ms = [one.value * 1e3 for one in exposed]
-        all_ms = [(row.communication_s or NOTHING).value * 1e3 for row in of_kind]
+        exposed = [_ms(row.exposed_s or NOTHING) for row in of_kind]
+        all_ms = [_ms(row.communication_s or NOTHING).value for row in of_kind]
+        exposed_ms = [one.value for one in exposed]
         hidden_ms = [max(total - part, 0.0) for total, part in zip(all_ms, exposed_ms, strict=True)]
-        axis.barh(range(len(arms)), exposed_ms, height=0.72, color="#c8503c")
-        axis.barh(range(len(arms)), hidden_ms, left=exposed_ms, height=0.72, color="#bcd9c1")
+        axis.barh(range(len(arms)), exposed_ms, height=0.72, color=colours["exposed"])
+        axis.barh(range(len(arms)), hidden_ms, left=exposed_ms, height=0.72, color=colours["hidden"])
         _spreads(axis, {place: one for place, one in enumerate(exposed) if one.low < one.high})
         axis.set_title(f"{kind}: ms of all-to-all in a step", loc="left", fontsize=TITLE)
-    _legend(figure, [Patch(color="#c8503c", label="exposed"), Patch(color="#bcd9c1", label="hidden")])
-    return svg(figure, salt)
+    legend(picture, [Patch(color=colour, label=name) for name, colour in colours.items()])
+    return svg(picture, salt)
 
 
-def across(panels: Mapping[str, Mapping[str, Sequence[tuple[float, Row]]]], kind: str) -> str:
+def across(families: Mapping[str, Mapping[str, Mapping[float, Row]]], kind: str) -> str:
     """Speed-up against the share of communication: a panel for each family, a line for each way to run it.
 
     Args:
-        panels: by architecture, by key of ``WAYS``: share and row at each link rate.
+        families: by architecture, by key of ``WAYS``, by share: the row of that link rate.
         kind: training or forward.
     """
     columns = 3
-    lines = -(-len(panels) // columns)
-    figure = _figure(lines * 2.6 + 0.5)
-    axes = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
-    for axis, (family, ways) in zip(axes, panels.items(), strict=False):
+    lines = -(-len(families) // columns)
+    picture, axes = panels(lines * 2.6 + 0.5, lines, columns, sharex=True, sharey=True)
+    for axis, (family, ways) in zip(axes, families.items(), strict=False):
         limit: dict[float, float] = {}
         for way, places in ways.items():
-            ordered = sorted(places, key=lambda place: place[0])
-            shares = [share for share, _ in ordered]
-            axis.plot(shares, [row.speedup.value for _, row in ordered], "o-", color=WAYS[way], label=way, markersize=3)
-            low, high = [row.speedup.low for _, row in ordered], [row.speedup.high for _, row in ordered]
-            axis.fill_between(shares, low, high, color=WAYS[way], alpha=0.18, linewidth=0)
-            limit |= {share: row.limit_speedup for share, row in ordered if row.limit_speedup}
+            speedups = {share: row.speedup for share, row in places.items()}
+            band(axis, speedups, WAYS[way], alpha=0.18, marker="o", label=way, markersize=3)
+            limit |= {share: row.limit_speedup for share, row in places.items() if row.limit_speedup}
         if limit:
             axis.plot(sorted(limit), [limit[share] for share in sorted(limit)], "--", color=LIMIT, label="limit")
         axis.axhline(1.0, color="#bbbbbb", linewidth=0.8, zorder=0)
         axis.set_title(family, loc="left", fontsize=TITLE)
         axis.legend(frameon=False, fontsize=7, loc="upper left")
         axis.tick_params(labelbottom=True, labelleft=True)
-    for axis in axes[len(panels) :]:
+    for axis in axes[len(families) :]:
         axis.set_visible(False)
-    figure.supxlabel("share of the top-2 baseline's forward MoE time that is all-to-all", fontsize=9)
-    figure.supylabel(f"{kind}: speed-up over top-2", fontsize=9)
-    return svg(figure, f"across {kind}")
+    picture.supxlabel("share of the top-2 baseline's forward MoE time that is all-to-all", fontsize=LABEL)
+    picture.supylabel(f"{kind}: speed-up over top-2", fontsize=LABEL)
+    return svg(picture, f"across {kind}")
 
 
 def timelines(lanes: Mapping[str, Mapping[bool, Sequence[Bar]]], salt: str) -> str:
     """One group's compute and communication lanes: a line for each arm, forward at the left, backward at the right."""
-    figure = _figure(len(lanes) * 0.95 + 0.9)
-    axes = figure.subplots(len(lanes), 2, sharex="col", squeeze=False)
-    for line, (title, passes) in zip(axes, lanes.items(), strict=True):
-        for axis, backward in zip(line, (False, True), strict=True):
-            for bar in passes[backward]:
-                _draw_bar(axis, bar)
-            axis.set_yticks((0, 1), ("compute", "all-to-all"))
-            axis.set_ylim(1.5, -0.5)
-            axis.spines[["top", "right", "left"]].set_visible(False)
-            axis.tick_params(axis="y", length=0)
-            axis.set_title(title if not backward else "", loc="left", fontsize=TITLE)
-    for axis, backward in zip(axes[-1], (False, True), strict=True):
-        axis.set_xlabel(f"ms of the {'backward' if backward else 'forward'} pass", fontsize=9)
-    for axis in axes.flat:
+    picture, axes = panels(len(lanes) * 0.95 + 0.9, len(lanes), 2, sharex="col")
+    passes = [(title, backward, its[backward]) for title, its in lanes.items() for backward in (False, True)]
+    for axis, (title, backward, bars) in zip(axes, passes, strict=True):
+        for bar in bars:
+            _draw_bar(axis, bar)
+        axis.set_yticks((0, 1), ("compute", "all-to-all"))
+        axis.set_ylim(1.5, -0.5)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+        axis.set_title("" if backward else title, loc="left", fontsize=TITLE)
+    for axis, direction in zip(axes[-2:], ("forward", "backward"), strict=True):
+        axis.set_xlabel(f"ms of the {direction} pass", fontsize=LABEL)
+    for axis in axes:
         width = axis.get_xlim()[1]
         for text in list(axis.texts):
             # A label that its bar cannot hold says less than the colour.
-            if text.get_gid() and float(text.get_gid()) < len(text.get_text()) * width * 0.0145:
+            length_ms = text.get_gid()
+            if length_ms and float(length_ms) < len(text.get_text()) * width * 0.0145:
                 text.remove()
             else:
                 text.set_gid(None)
-    _legend(figure, [Patch(color=colour, label=name) for name, colour in OPS.items()])
-    return svg(figure, salt)
+    legend(picture, [Patch(color=colour, label=name) for name, colour in OPS.items()])
+    return svg(picture, salt)
 
 
 def _draw_bar(axis: Axes, bar: Bar) -> None:
@@ -178,47 +171,22 @@ def _draw_bar(axis: Axes, bar: Bar) -> None:
         )  # fmt: skip
 
 
-def svg(figure: Figure, salt: str) -> str:
-    """A figure as an element of HTML: without prologue, namespaces and what nothing refers to."""
-    for axis in figure.axes:
-        axis.tick_params(labelsize=TICKS)
-    with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none", "font.family": ["DejaVu Sans"]}):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
-    text = re.sub(r' id="[\w.]+_\d+"', "", text)
-    return re.sub(r"font: ([^;\"]*)'DejaVu Sans'", r"font: \1'DejaVu Sans', Verdana, sans-serif", text)
-
-
-def _figure(height_in: float) -> Figure:
-    figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
-    figure.patch.set_visible(False)
-    return figure
-
-
-def _two_panels(arms: Sequence[Mapping[str, Any]]) -> tuple[Figure, Sequence[Axes]]:
-    figure = _figure(len(arms) * 0.21 + 1.1)
-    axes = figure.subplots(1, 2, sharey=True)
+def _bars_of(arms: Sequence[Mapping[str, Any]]) -> tuple[Picture, Sequence[Axes]]:
+    """Two panels, in which each arm has a line."""
+    picture, axes = panels(len(arms) * 0.21 + 1.1, 1, 2, sharey=True)
     axes[0].set_yticks(range(len(arms)), [one["arm"]["name"] for one in arms])
     axes[0].set_ylim(len(arms) - 0.4, -0.6)
     for axis in axes:
-        axis.grid(axis="x", color="#e4e4e4", linewidth=0.7)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right", "left"]].set_visible(False)
+        grid(axis, "x", hidden=("top", "right", "left"))
         axis.tick_params(axis="y", length=0)
-    return figure, axes
+    return picture, axes
 
 
-def _spreads(axis: Axes, places: Mapping[int, Estimate]) -> None:
-    below = [(one.value - one.low) * 1e3 for one in places.values()]
-    above = [(one.high - one.value) * 1e3 for one in places.values()]
-    middle = [one.value * 1e3 for one in places.values()]
-    axis.errorbar(middle, list(places), xerr=[below, above], fmt="none", ecolor="#333333", elinewidth=1.0, capsize=2.0)
+def _ms(figure: Figure) -> Figure:
+    return figure.map(lambda seconds: seconds * 1e3)
 
 
-def _legend(figure: Figure, handles: Sequence[Any]) -> None:
-    columns = 5 if len(handles) > 7 else len(handles)
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+def _spreads(axis: Axes, places: Mapping[int, Figure]) -> None:
+    figures = list(places.values())
+    middle = [one.value for one in figures]
+    axis.errorbar(middle, list(places), xerr=whiskers(figures), fmt="none", ecolor="#333333", elinewidth=1, capsize=2)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from ablation.analysis import best_fixed
+from ablation.analysis import Point, best_fixed
+from megatron_scmoe.overlap.plan import CURRENT
 
 LANES = ("compute", "communication")
-CURRENT = "current "
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Bar:
     end_ms: float
 
 
-def chosen(point: Mapping[str, Any]) -> list[str]:
+def chosen(point: Point) -> list[str]:
     """Arms worth a drawing: the pipelined stock layer, overlap off, the best fixed slot, what adaptive found."""
     arms = {one["arm"]["name"]: one for one in point["arms"] if one["timeline"]}
     models = [one["arm"]["model"] for one in arms.values() if one["arm"]["mode"] in ("off", "adaptive")]
@@ -53,22 +53,13 @@ def _pass(spans: Sequence[Mapping[str, Any]]) -> list[Bar]:
     zero_s = min((span["start_s"] for span in spans), default=0.0)
     drawn: list[Bar] = []
     for lane, name in enumerate(LANES):
-        mine = sorted((span for span in spans if span["lane"] == name), key=lambda span: span["start_s"])
         ends_s: list[float] = []
         placed = []
-        for span in mine:
+        for span in sorted((span for span in spans if span["lane"] == name), key=lambda span: span["start_s"]):
             row = next((row for row, end_s in enumerate(ends_s) if end_s <= span["start_s"]), len(ends_s))
             ends_s[row:] = [span["end_s"], *ends_s[row + 1 :]]
             placed.append((span, row))
-        drawn += [
-            Bar(
-                op=span["name"].removeprefix(CURRENT),
-                lane=lane,
-                row=row,
-                rows=len(ends_s),
-                start_ms=(span["start_s"] - zero_s) * 1e3,
-                end_ms=(span["end_s"] - zero_s) * 1e3,
-            )
-            for span, row in placed
-        ]
+        for span, row in placed:
+            start_ms, end_ms = ((span[end] - zero_s) * 1e3 for end in ("start_s", "end_s"))
+            drawn.append(Bar(span["name"].removeprefix(CURRENT), lane, row, len(ends_s), start_ms, end_ms))
     return drawn

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ablation.analysis import Estimate
+from studies import report
+from studies.figures import Figure
+
+from ablation.analysis import Row
 
 ONE_STEP = "*"
 """Stands behind a figure of a single recorded step, which has no spread."""
@@ -17,33 +20,36 @@ def number(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
-def milliseconds(estimate: Estimate | None) -> str:
+def milliseconds(figure: Figure | None) -> str:
     """Median and interval, in milliseconds."""
-    return _figure(estimate, 1e3, number)
+    return figure.map(lambda value: value * 1e3).text(number) if figure else "-"
 
 
-def times(estimate: Estimate | None) -> str:
+def times(figure: Figure | None) -> str:
     """Median and interval of a ratio."""
-    return _figure(estimate, 1.0, "{:.3f}".format)
+    return figure.text("{:.3f}".format) if figure else "-"
 
 
-def percent(estimate: Estimate | None) -> str:
+def percent(figure: Figure | None) -> str:
     """Median and interval of a share."""
-    return _figure(estimate, 1e2, "{:.1f}%".format)
+    return figure.text("{:.1%}".format) if figure else "-"
 
 
-def recorded(estimate: Estimate | None, write: Callable[[Estimate | None], str]) -> str:
+def recorded(figure: Figure | None, write: Callable[[Figure | None], str]) -> str:
     """A figure of recorded steps: marked, and without an interval, where one step is all there is."""
-    text = write(estimate)
-    one_step = estimate is not None and estimate.low == estimate.high
-    return text.partition(" ")[0] + ONE_STEP if one_step else text
+    text = write(figure)
+    return text.partition(" ")[0] + ONE_STEP if figure and figure.low == figure.high else text
 
 
-def _figure(estimate: Estimate | None, factor: float, write: Callable[[float], str]) -> str:
-    if estimate is None:
-        return "-"
-    value, low, high = (write(part * factor) for part in (estimate.value, estimate.low, estimate.high))
-    return f"{value} [{low}, {high}]"
+def gains(row: Row) -> tuple[str, str, str]:
+    """Speed-up, its part of the limit, and the share that is hidden."""
+    return times(row.speedup), times(row.part_of_limit), recorded(row.hidden_share, percent)
+
+
+def name(one: Mapping[str, Any], *kinds: str) -> str:
+    """Of an arm, with the slots that the solver has chosen; those of others are in their names."""
+    slots = ", ".join(plan(one, kind) for kind in kinds)
+    return f"{one['arm']['name']} ({slots})" if one["arm"]["mode"].startswith("adaptive") else one["arm"]["name"]
 
 
 def plan(arm: Mapping[str, Any], kind: str) -> str:
@@ -71,14 +77,9 @@ def link(point: Mapping[str, Any]) -> str:
 
 def machine(meta: Mapping[str, Any]) -> dict[str, str]:
     """What was measured with, and where, by heading."""
-    hardware, sizes = meta["hardware"], meta["sizes"]
-    changed = f", with {meta['changed_files']} changed files" if meta["changed_files"] else ""
     return {
-        "measured": str(meta["time"]),
-        "commit": f"{meta['commit']}{changed}",
-        "versions": ", ".join(f"{name} {version}" for name, version in meta["versions"].items()),
-        "hardware": f"{hardware['device']}, {hardware['cores']} cores, load {hardware['load']:.1f} at the end",
+        **report.origin(meta, computing=f", load {meta['hardware']['load']:.1f} at the end"),
         "ranks": f"{meta['ranks']}, threads of each: {meta['threads']}; links save up {meta['burst']} when idle",
-        "model": ", ".join(f"{name} {size}" for name, size in sizes.items()),
+        "model": ", ".join(f"{name} {size}" for name, size in meta["sizes"].items()),
         "repetitions": f"{meta['repetitions']} steps of each arm and kind, by turns; seed {meta['seed']}",
     }

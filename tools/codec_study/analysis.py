@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
+
+from studies.figures import Figure, ranged, spread
 
 from codec_study.arms import CONTROL, NONE, UNCOMPRESSED
 
@@ -14,15 +15,6 @@ type RunResult = Mapping[str, Any]
 
 LOSS, TOKENS_LOSS = "final_validation", "final_validation_of_tokens"
 """What a run ended at, evaluated as it was trained, and with tokens in the place of centroids."""
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """A median over seeds, and the smallest and largest value of a seed."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +39,15 @@ class Row:
     model: str
     arm: str
     seeds: tuple[int, ...]
-    loss: Spread
-    to_none: Spread | None
-    to_control: Spread | None
-    with_tokens: Spread | None
-    with_tokens_to_none: Spread | None
+    loss: Figure
+    to_none: Figure | None
+    to_control: Figure | None
+    with_tokens: Figure | None
+    with_tokens_to_none: Figure | None
     seeds_with_tokens: int
-    rate: Spread
-    residual: Spread
-    seconds: Spread
-
-
-def spread(values: Iterable[float]) -> Spread | None:
-    """Median and range; None of nothing."""
-    found = list(values)
-    return Spread(median(found), min(found), max(found)) if found else None
+    rate: Figure
+    residual: Figure
+    seconds: Figure
 
 
 def rows(runs: Sequence[RunResult]) -> list[Row]:
@@ -95,13 +81,12 @@ def percent_above(runs: Sequence[RunResult], model: str, arm: str, against: str,
     ]
 
 
-def over_steps(runs: Sequence[RunResult], model: str, arm: str, curve: str) -> dict[int, Spread]:
+def over_steps(runs: Sequence[RunResult], model: str, arm: str, curve: str) -> dict[int, Figure]:
     """A curve's spread over seeds at every step that all seeds have."""
-    curves = [dict(run[curve]) for run in by_seed(runs, model, arm).values()]
-    return _spreads(curves)
+    return _spreads([dict(run[curve]) for run in by_seed(runs, model, arm).values()])
 
 
-def percent_above_over_steps(runs: Sequence[RunResult], model: str, arm: str, against: str) -> dict[int, Spread]:
+def percent_above_over_steps(runs: Sequence[RunResult], model: str, arm: str, against: str) -> dict[int, Figure]:
     """As ``percent_above``, at every evaluation."""
     mine, others = by_seed(runs, model, arm), by_seed(runs, model, against)
     curves = []
@@ -111,21 +96,16 @@ def percent_above_over_steps(runs: Sequence[RunResult], model: str, arm: str, ag
     return _spreads(curves)
 
 
-def _spreads(curves: Sequence[Mapping[int, float]]) -> dict[int, Spread]:
-    if not curves:
-        return {}
-    common = sorted(set.intersection(*(set(curve) for curve in curves)))
-    found = {step: spread(curve[step] for curve in curves) for step in common}
-    return {step: one for step, one in found.items() if one is not None}
+def _spreads(curves: Sequence[Mapping[int, float]]) -> dict[int, Figure]:
+    common = set.intersection(*map(set, curves)) if curves else set[int]()
+    return {step: ranged(curve[step] for curve in curves) for step in sorted(common)}
 
 
 def _row(runs: Sequence[RunResult], model: str, arm: str) -> Row:
     mine = by_seed(runs, model, arm)
 
-    def of(name: str) -> Spread:
-        found = spread(run[name] for run in mine.values())
-        assert found is not None
-        return found
+    def of(name: str) -> Figure:
+        return ranged(run[name] for run in mine.values())
 
     def of_tokens(against: str) -> list[float]:
         return [] if arm in UNCOMPRESSED else percent_above(runs, model, arm, against, TOKENS_LOSS)

@@ -26,7 +26,7 @@ class Model:
     """
 
     topk: int
-    flags: tuple[str, ...]
+    flags: str
 
     @property
     def tokens_per_expert(self) -> int:
@@ -35,17 +35,14 @@ class Model:
 
 
 # The shared expert has the gate that ScMoE's cg1 sets, so that these two differ in what the routed experts read alone.
-_SHARED_EXPERT = ("--moe-shared-expert-intermediate-size", str(SIZES["ffn"]))
-_EVERY_SECOND = ("--moe-layer-freq", f"[0,1]*{NUM_LAYERS // 2}")
+_SHARED = f"--moe-shared-expert-intermediate-size {SIZES['ffn']}"
+_EVERY_SECOND = f"--moe-layer-freq [0,1]*{NUM_LAYERS // 2}"
+# Core wants the softmax before the choice where there is one expert: after it every gate weight would be 1.
+_ONE_EXPERT = "--moe-router-pre-softmax"
 MODELS = {
     "top-2": Model(2, _EVERY_SECOND),
-    # Core wants the softmax before the choice where there is one expert: after it every gate weight would be 1.
-    "shared-expert": Model(
-        1, (*_EVERY_SECOND, *_SHARED_EXPERT, "--moe-shared-expert-gate", "--moe-router-pre-softmax")
-    ),
-    "pos2": Model(
-        1, ("--shortcut", "scmoe", "--shortcut-position", "pos2", *_SHARED_EXPERT, "--moe-router-pre-softmax")
-    ),
+    "shared-expert": Model(1, f"{_EVERY_SECOND} {_SHARED} --moe-shared-expert-gate {_ONE_EXPERT}"),
+    "pos2": Model(1, f"--shortcut scmoe --shortcut-position pos2 {_SHARED} {_ONE_EXPERT}"),
 }
 
 
@@ -179,6 +176,20 @@ class Run:
         return f"{self.model}-{self.arm.name.replace(' ', '_')}-{self.seed}"
 
 
+_FLAGS = """
+--num-layers {layers} --hidden-size {hidden} --num-attention-heads {heads} --seq-length {sequence}
+--ffn-hidden-size {ffn} --moe-ffn-hidden-size {ffn} --num-experts {experts} --max-position-embeddings {sequence}
+--normalization RMSNorm --position-embedding-type rope --swiglu --disable-bias-linear --init-method-std 0.02
+--hidden-dropout 0 --attention-dropout 0 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0.01
+--moe-router-load-balancing-type aux_loss --lr 0.002 --min-lr 0.0002 --lr-decay-style cosine --weight-decay 0.1
+--adam-beta2 0.95 --clip-grad 1.0 --split 95,5,0 --num-workers 0 --tokenizer-type SentencePieceTokenizer
+--transformer-impl local --distributed-backend gloo --no-create-attention-mask-in-dataloader --no-persist-layer-norm
+--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-rope-fusion --no-bias-swiglu-fusion
+--no-bias-dropout-fusion --log-timers-to-tensorboard --a2a-codec lsh --lsh-evaluation centroids
+"""
+"""Of every run. Evaluation is as in training; ``train.py`` evaluates with tokens as well."""
+
+
 def run_flags(run: Run, settings: Settings, folder: Path, data: Path) -> list[str]:
     """The command line of the entry script that trains ``run`` into ``folder``; it begins with the cargo.
 
@@ -187,55 +198,21 @@ def run_flags(run: Run, settings: Settings, folder: Path, data: Path) -> list[st
     settings = settings.of(run.arm)
     batch = settings.batch(run.model)
     values: Mapping[str, Any] = {
-        "num-layers": NUM_LAYERS,
-        "hidden-size": SIZES["hidden"],
-        "num-attention-heads": SIZES["heads"],
-        "ffn-hidden-size": SIZES["ffn"],
-        "moe-ffn-hidden-size": SIZES["ffn"],
-        "normalization": "RMSNorm",
-        "position-embedding-type": "rope",
-        "seq-length": SEQ_LENGTH,
-        "max-position-embeddings": SEQ_LENGTH,
-        "hidden-dropout": 0,
-        "attention-dropout": 0,
-        "init-method-std": 0.02,
-        "num-experts": NUM_EXPERTS,
         "moe-router-topk": MODELS[run.model].topk,
-        "moe-token-dispatcher-type": "alltoall",
-        "moe-router-load-balancing-type": "aux_loss",
-        "moe-aux-loss-coeff": 0.01,
         "micro-batch-size": batch,
         "global-batch-size": batch,
         "train-iters": settings.iterations,
-        "lr": 2e-3,
-        "min-lr": 2e-4,
-        "lr-decay-style": "cosine",
         "lr-warmup-iters": settings.iterations // 50,
-        "weight-decay": 0.1,
-        "adam-beta2": 0.95,
-        "clip-grad": 1.0,
         "seed": run.seed,
         "data-path": data / "text_document",
-        "split": "95,5,0",
-        "num-workers": 0,
-        "tokenizer-type": "SentencePieceTokenizer",
         "tokenizer-model": data / "tokenizer.model",
         "data-cache-path": folder / "cache",  # its own: runs that build it side by side would read each other's halves
-        "transformer-impl": "local",
-        "distributed-backend": "gloo",
         "log-interval": LOG_EVERY if settings.iterations > LOG_EVERY else 1,
         "eval-interval": settings.eval_every,
         "eval-iters": settings.eval_sequences // batch,
         "tensorboard-dir": folder / "tensorboard",
         "overlap-report": folder / "report",
-        "a2a-codec": "lsh",
-        "lsh-evaluation": "centroids",  # as in training; train.py evaluates with tokens as well
         "lsh-seed": run.seed,
     }
-    switches = (
-        *("swiglu", "disable-bias-linear", "no-create-attention-mask-in-dataloader", "log-timers-to-tensorboard"),
-        *("no-persist-layer-norm", "no-gradient-accumulation-fusion", "no-masked-softmax-fusion"),
-        *("no-rope-fusion", "no-bias-swiglu-fusion", "no-bias-dropout-fusion"),
-    )
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    return [run.arm.cargo, *flags, *(f"--{name}" for name in switches), *MODELS[run.model].flags, *run.arm.flags]
+    return [run.arm.cargo, *_FLAGS.format(**SIZES).split(), *flags, *MODELS[run.model].flags.split(), *run.arm.flags]

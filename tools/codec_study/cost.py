@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import atomic
-
-from codec_study.analysis import Spread, spread
+from studies import kept
+from studies.figures import Figure, ranged
 
 FILE = "encoding.json"
 COMPENSATED = ("encode", "compensate")
@@ -20,21 +18,15 @@ type Cost = Mapping[str, Any]
 """``seconds``, a list for each part; ``rows``, ``hidden``, ``rate`` (part of the rows that is left); when and where."""
 
 
-def write(folder: Path, cost: Cost) -> None:
-    """Keep a measurement in ``folder``."""
-    atomic.write_text(folder / FILE, json.dumps(cost, indent=1) + "\n")
-
-
 def read(folder: Path) -> Cost | None:
     """What a folder keeps; None where nothing was measured.
 
     Raises:
         OSError, ValueError: where it cannot be read.
     """
-    path = folder / FILE
-    if not path.exists():
+    if not (folder / FILE).exists():
         return None
-    cost = json.loads(path.read_text(encoding="utf-8"))
+    cost = kept.read(folder / FILE)
     try:
         described(cost)
     except (KeyError, TypeError, AttributeError) as error:
@@ -42,12 +34,10 @@ def read(folder: Path) -> Cost | None:
     return cost
 
 
-def share(cost: Cost, *parts: str) -> Spread:
+def share(cost: Cost, *parts: str) -> Figure:
     """Paired ratios of the parts' seconds to the expert MLP's: median, smallest and largest."""
     seconds = cost["seconds"]
-    found = spread(sum(times) / mlp for *times, mlp in zip(*(seconds[part] for part in (*parts, "mlp")), strict=True))
-    assert found is not None
-    return found
+    return ranged(sum(times) / mlp for *times, mlp in zip(*(seconds[part] for part in (*parts, "mlp")), strict=True))
 
 
 def described(cost: Cost) -> str:

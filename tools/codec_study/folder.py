@@ -10,14 +10,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import atomic
+from studies import kept
 
 from codec_study.arms import MODELS, all_arms
 
@@ -39,7 +38,7 @@ def made_data(folder: Path) -> Path:
 
 def described_data(folder: Path) -> dict[str, Any]:
     """What the data are, by their manifest."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = kept.read(folder / MANIFEST)
     return {
         "tokens": manifest["totals"]["tokens"],
         "vocabulary": manifest["vocabulary"]["size"],
@@ -57,9 +56,9 @@ def settings_difference(folder: Path, wanted: Mapping[str, Any]) -> str:
     """
     path = folder / SETTINGS
     if not path.exists():
-        atomic.write_text(path, json.dumps(wanted, indent=1) + "\n")
+        kept.write(path, wanted)
         return ""
-    found = _object(path)
+    found = kept.read(path)
     for name, value in wanted.items():
         if found.get(name) != value:
             return f"another --{name.replace('_', '-')} ({found.get(name)}, now {value})"
@@ -74,37 +73,21 @@ def results(folder: Path) -> list[dict[str, Any]]:
     """
     order = [*MODELS, *(arm.name for arm in all_arms())]
     places = {name: place for place, name in enumerate(order)}
-    found = [_result(path) for path in sorted((folder / RUNS).glob(f"*/{RESULT}"))]
+    found = []
+    for path in sorted((folder / RUNS).glob(f"*/{RESULT}")):
+        found.append(kept.read(path))
+        if found[-1].get("model") not in MODELS or not {"arm", "seed"} <= found[-1].keys():
+            raise ValueError(f"{path} is not what a training leaves")
     return sorted(found, key=lambda one: (places[one["model"]], places.get(one["arm"], len(places)), one["seed"]))
 
 
-def _result(path: Path) -> dict[str, Any]:
-    found = _object(path)
-    if found.get("model") not in MODELS or not {"arm", "seed"} <= found.keys():
-        raise ValueError(f"{path} is not what a training leaves")
-    return found
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no object")
-    return found
-
-
 def read(folder: Path) -> dict[str, Any]:
-    """The ``meta`` and the ``runs`` of a study.
-
-    Args:
-        folder: of the study.
+    """The ``meta`` and the ``runs`` of the study in a folder.
 
     Raises:
         OSError, ValueError: where there is none.
     """
-    meta = _object(folder / META)
+    meta = kept.read(folder / META)
     if "hardware" not in meta:
         raise ValueError(f"{META} is not that of a study")
     runs = results(folder)

@@ -1,16 +1,19 @@
-"""Pictures of a study as SVG text for HTML: a panel for each model, a line for each arm."""
+"""Pictures of a study, for the report: a panel for each model, a line for each arm."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
-from ablation.plots import TITLE, WIDTH_IN, svg
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import PercentFormatter
+from studies.figures import Figure
+from studies.plots import LABEL, TITLE, band, grid, legend, panels, svg, whiskers
 
 from codec_study import analysis, wall_time
-from codec_study.analysis import RunResult, Spread
+from codec_study.analysis import RunResult
 from codec_study.arms import NONE, SHORTER
 from codec_study.wall_time import StepTimes
 
@@ -36,126 +39,86 @@ COLOURS = {
 """Of the arms."""
 OTHER = "#8c8c8c"
 
-type Curves = Callable[[str, str], Mapping[int, Spread] | Mapping[float, Spread]]
+type Curves = Callable[[str, str], Mapping[Any, Figure]]
 """Of a model and an arm: figures by step."""
 
 
 def losses(runs: Sequence[RunResult]) -> str:
     """Validation loss against tokens."""
-    return _lines(
-        runs,
-        lambda model, arm: analysis.over_steps(runs, model, arm, "validation"),
-        ("million tokens", "validation loss", "losses"),
-        tokens=True,
-    )
+    millions = {run["model"]: run["tokens_per_step"] / 1e6 for run in runs}
+
+    def curve(model: str, arm: str) -> Mapping[Any, Figure]:
+        found = analysis.over_steps(runs, model, arm, "validation")
+        return {step * millions[model]: one for step, one in found.items()}
+
+    return _lines(runs, curve, ("million tokens", "validation loss", "losses"))
 
 
 def over_time(runs: Sequence[RunResult], times: StepTimes) -> str:
     """Validation loss against wall time on a slow link; arms of which no time is known are not there."""
-    return _lines(
-        runs,
-        lambda model, arm: wall_time.curve(runs, times, model, arm),
-        (f"steps of top-2, all-to-all {times.step_share:.2f} of each", "validation loss", "over time"),
-    )
+    place = f"steps of top-2, all-to-all {times.step_share:.2f} of each"
+    labels = (place, "validation loss", "over time")
+    return _lines(runs, partial(wall_time.curve, runs, times), labels)
 
 
 def differences(runs: Sequence[RunResult]) -> str:
     """How much higher the validation loss is than that of none, over the steps."""
-    return _lines(
-        runs,
-        lambda model, arm: analysis.percent_above_over_steps(runs, model, arm, NONE),
-        ("step", f"validation loss above {NONE}", "differences"),
-        percent=True,
-    )
+    labels = ("step", f"validation loss above {NONE}", "differences")
+    return _lines(runs, partial(analysis.percent_above_over_steps, runs, against=NONE), labels, percent=True)
 
 
 def rates(runs: Sequence[RunResult]) -> str:
     """Rows sent over rows routed, over the steps."""
-    return _lines(
-        runs, lambda model, arm: analysis.over_steps(runs, model, arm, "rate"), ("step", "rows sent", "rates")
-    )
+    return _lines(runs, partial(analysis.over_steps, runs, curve="rate"), ("step", "rows sent", "rates"))
 
 
 def residuals(runs: Sequence[RunResult]) -> str:
     """What did not travel, relative to a token, over the steps."""
-    return _lines(
-        runs,
-        lambda model, arm: analysis.over_steps(runs, model, arm, "residual"),
-        ("step", "residual of a token", "residuals"),
-    )
+    labels = ("step", "residual of a token", "residuals")
+    return _lines(runs, partial(analysis.over_steps, runs, curve="residual"), labels)
 
 
 def differences_and_rates(runs: Sequence[RunResult]) -> str:
     """How much higher the final loss is than that of none against the final rate: a point for each arm, with ranges."""
-    figure, axes = _panels(runs)
-    for axis, model in zip(axes, analysis.models_of(runs), strict=True):
+    picture, axes = _panels(runs)
+    style = {"fmt": "o", "markersize": 4, "elinewidth": 0.8, "capsize": 2.0}
+    for model, axis in axes.items():
         for row in analysis.rows(runs):
             if row.model != model or row.to_none is None:
                 continue
-            axis.errorbar(
-                row.rate.value,
-                row.to_none.value,
-                xerr=_whiskers(row.rate),
-                yerr=_whiskers(row.to_none),
-                fmt="o", markersize=4, color=COLOURS.get(row.arm, OTHER), elinewidth=0.8, capsize=2.0,
-            )  # fmt: skip
             place = (row.rate.value, row.to_none.value)
+            spread: dict[str, Any] = {"xerr": whiskers([row.rate]), "yerr": whiskers([row.to_none]), **style}
+            axis.errorbar(*place, color=COLOURS.get(row.arm, OTHER), **spread)
             axis.annotate(row.arm, place, (4, 4), textcoords="offset points", fontsize=7)
-        axis.set_xlabel("rows sent over rows routed", fontsize=9)
+        axis.set_xlabel("rows sent over rows routed", fontsize=LABEL)
         axis.yaxis.set_major_formatter(PercentFormatter(decimals=1))
         axis.margins(x=0.12)
-    axes[0].set_ylabel(f"validation loss above {NONE} at the end", fontsize=9)
-    return svg(figure, "differences and rates")
+    next(iter(axes.values())).set_ylabel(f"validation loss above {NONE} at the end", fontsize=LABEL)
+    return svg(picture, "differences and rates")
 
 
-def _whiskers(one: Spread) -> list[list[float]]:
-    return [[one.value - one.low], [one.high - one.value]]
-
-
-def _lines(
-    runs: Sequence[RunResult],
-    curves: Curves,
-    labels: tuple[str, str, str],
-    *,
-    tokens: bool = False,
-    percent: bool = False,
-) -> str:
+def _lines(runs: Sequence[RunResult], curves: Curves, labels: tuple[str, str, str], *, percent: bool = False) -> str:
     """Median lines with a band from the smallest to the largest seed; labels are those of x and y, and a salt."""
     x_label, y_label, salt = labels
-    figure, axes = _panels(runs)
-    shown: dict[str, object] = {}
-    for axis, model in zip(axes, analysis.models_of(runs), strict=True):
-        per_step = next(run["tokens_per_step"] for run in runs if run["model"] == model) / 1e6 if tokens else 1
+    picture, axes = _panels(runs)
+    shown: dict[str, Any] = {}
+    for model, axis in axes.items():
         for arm in analysis.arms_of(runs, model):
-            curve = curves(model, arm)
-            places, colour = [step * per_step for step in curve], COLOURS.get(arm, OTHER)
-            (line,) = axis.plot(places, [one.value for one in curve.values()], color=colour, linewidth=1.3)
-            low, high = [one.low for one in curve.values()], [one.high for one in curve.values()]
-            axis.fill_between(places, low, high, color=colour, alpha=0.13, linewidth=0)
+            line = band(axis, curves(model, arm), COLOURS.get(arm, OTHER), alpha=0.13, linewidth=1.3)
             shown.setdefault(arm, line)
-        axis.set_xlabel(x_label, fontsize=9)
+        axis.set_xlabel(x_label, fontsize=LABEL)
         if percent:
             axis.yaxis.set_major_formatter(PercentFormatter(decimals=1))
-    axes[0].set_ylabel(y_label, fontsize=9)
-    figure.legend(
-        handles=list(shown.values()),
-        labels=list(shown),
-        loc="outside lower center",
-        ncols=6,
-        frameon=False,
-        fontsize=8,
-    )
-    return svg(figure, salt)
+    next(iter(axes.values())).set_ylabel(y_label, fontsize=LABEL)
+    legend(picture, list(shown.values()), labels=list(shown))
+    return svg(picture, salt)
 
 
-def _panels(runs: Sequence[RunResult]) -> tuple[Figure, Sequence[Axes]]:
+def _panels(runs: Sequence[RunResult]) -> tuple[Picture, dict[str, Axes]]:
+    """A panel for each model, by its name."""
     models = analysis.models_of(runs)
-    figure = Figure(figsize=(WIDTH_IN, 4.2), layout="constrained")
-    figure.patch.set_visible(False)
-    axes = list(figure.subplots(1, len(models), squeeze=False).flat)
+    picture, axes = panels(4.2, 1, len(models))
     for axis, model in zip(axes, models, strict=True):
         axis.set_title(model, loc="left", fontsize=TITLE)
-        axis.grid(color="#e4e4e4", linewidth=0.7)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+        grid(axis)
+    return picture, dict(zip(models, axes, strict=True))

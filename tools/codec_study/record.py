@@ -38,9 +38,9 @@ def read_run(run: Run, settings: Settings, folder: Path) -> dict[str, Any]:
     validation = _by_step(scalars["lm loss validation"])
     if not validation or validation[-1][0] != settings.iterations:
         raise ValueError(f"no validation loss at step {settings.iterations}")
-    groups = [
-        (line["iteration"], line["groups"]) for line in _lines(folder / "report" / "rank00000.jsonl") if line["groups"]
-    ]
+    report = (folder / "report" / "rank00000.jsonl").read_text(encoding="utf-8")
+    lines = map(json.loads, report.splitlines())
+    groups = [(line["iteration"], line["groups"]) for line in lines if line["groups"]]
     rate = [(step, fmean(row["sent_rate"] for row in rows)) for step, rows in groups]
     residual = [(step, fmean(row["residual"] for row in rows)) for step, rows in groups]
     return {
@@ -78,10 +78,6 @@ def _scalars(folder: Path, names: Iterable[str]) -> dict[str, Curve]:
     events = event_accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _by_step(curve: Curve) -> Curve:

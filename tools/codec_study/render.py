@@ -1,4 +1,4 @@
-"""What people read of a study: a table on the terminal, an HTML report, a section of Markdown.
+"""What people read of a study: files of its folder, a table on the terminal, an HTML report, a section of Markdown.
 
 A result is what ``folder.read`` says, with ``encoding`` and maybe ``step_times`` beside.
 Every figure is one of it, or of ``analysis`` made from it.
@@ -6,67 +6,69 @@ Every figure is one of it, or of ``analysis`` made from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pages
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from studies import kept, report, tables
 
-from codec_study import analysis, cost, goals, plots, wall_time, words
-from codec_study.analysis import Row
+from codec_study import analysis, cost, folder, goals, plots, wall_time, words
+from codec_study.arms import CONTROL, NONE
 
-FEW = 4
-"""Figures of an arm that are shown where there is no room for all."""
+HERE = Path(__file__).parent
+ALL, FEW = len(words.HEADINGS), 4
+SHAPES = ((ALL, " ", ","), (ALL, "\n", ",\n "), (FEW, "\n", ",\n "))
+"""Of the table on the terminal."""
+
+
+def write_results(study: Path, result: Mapping[str, Any]) -> None:
+    """Write meta.json, result.csv and report.html into the folder that has the runs, and print the table."""
+    kept.write(study / folder.META, result["meta"])
+    report.write(study, [csv_row(result, run) for run in result["runs"]], html(result))
+    print_table(result)
+
+
+def csv_row(result: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """One run; its differences are those to the same seed of none and of the control, where these were trained."""
+    above = {}
+    for against in (NONE, CONTROL):
+        twins = [one for one in result["runs"] if (one["arm"], one["seed"]) == (against, run["seed"])]
+        found = analysis.percent_above([run, *twins], run["model"], run["arm"], against)
+        above[f"percent_above_{against}"] = found[0] if found else None
+    names = ("model", "arm", "seed", "final_validation", "final_rate", "final_residual", "seconds_per_step")
+    steps, _ = run["validation"][-1]
+    return {
+        **{name: run[name] for name in names},
+        **above,
+        "final_validation_of_tokens": run.get("final_validation_of_tokens"),
+        "steps": steps,
+        "tokens": steps * run["tokens_per_step"],
+        "commit": run["commit"],
+    }
 
 
 def print_table(result: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the figures of all arms, as many and as wide as the terminal has room for; on ``console`` if given."""
     console = console or Console(highlight=False)
-    endless = console.options.update(max_width=1000)
     rows = analysis.rows(result["runs"])
     for model in analysis.models_of(result["runs"]):
-        mine = [row for row in rows if row.model == model]
-        shapes = ((len(words.HEADINGS), True), (len(words.HEADINGS), False), (FEW, False))
-        tables = (_table(model, mine, columns, one_line=one_line) for columns, one_line in shapes)
-        for table in tables:  # the first one that fits, or the last one
-            if console.measure(table, options=endless).maximum <= console.width:
-                break
-        console.print(table)
-    for text in _claims(result):
+        lines = [(row.arm, *words.cells(row)) for row in rows if row.model == model]
+        title = f"{model}; medians over seeds, and their range"
+        tables.show(console, title, ("arm", *words.HEADINGS), lines, SHAPES)
+    for text in _said(result):
         console.print(text, markup=False)
-
-
-def _table(model: str, rows: Sequence[Row], columns: int, *, one_line: bool) -> Table:
-    """The arms of a model with their first ``columns`` figures, ranges beside or below medians."""
-    title = f"{model}; medians over seeds, and their range"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("arm", overflow="fold")
-    for heading in words.HEADINGS[:columns]:
-        table.add_column(heading, justify="right", overflow="fold")
-    for row in rows:
-        figures = [cell.replace(", ", ",") for cell in words.cells(row)[:columns]]
-        if not one_line:
-            figures = [figure.replace(" [", "\n[").replace(",", ",\n ") for figure in figures]
-        table.add_row(row.arm, *figures)
-    return table
 
 
 def html(result: Mapping[str, Any]) -> str:
     """The report: one page that loads nothing from anywhere."""
     runs, times = result["runs"], result.get("step_times")
-    return pages.page(
-        Path(__file__).parent,
-        meta=words.machine(result["meta"]),
+    return report.rendered(
+        HERE / "template.html",
+        **_shared(result),
         machine=result["meta"],
-        claims=_claims(result),
-        goals=goals.lines(result),
-        encoding=cost.described(result["encoding"]) if result["encoding"] else "",
-        rows=analysis.rows(runs),
+        said=_said(result),
         runs=runs,
-        words=words,
         figures={
             "Validation loss against tokens": plots.losses(runs),
             "Validation loss relative to none": plots.differences(runs),
@@ -78,9 +80,33 @@ def html(result: Mapping[str, Any]) -> str:
     )
 
 
+def markdown(result: Mapping[str, Any]) -> str:
+    """The claim, the goals and all arms."""
+    return report.rendered(
+        HERE / "section.md",
+        **_shared(result),
+        claims=_claims(result),
+        shortness=goals.shortness(result["meta"]),
+        over_time=wall_time.lines(result),
+    )
+
+
+def _shared(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "meta": words.machine(result["meta"]),
+        "goals": goals.lines(result),
+        "encoding": cost.described(result["encoding"]) if result["encoding"] else "",
+        "rows": analysis.rows(result["runs"]),
+        "words": words,
+    }
+
+
 def _claims(result: Mapping[str, Any]) -> list[str]:
-    """What can be said of the paper's claim, a text for each model, and what makes it say less; without Markdown."""
-    runs = result["runs"]
-    texts = [goals.claim(runs, model) for model in analysis.models_of(runs)]
-    texts += [goals.shortness(result["meta"]), *wall_time.lines(result)]
+    """What can be said of the paper's claim, a text for each model."""
+    return [goals.claim(result["runs"], model) for model in analysis.models_of(result["runs"])]
+
+
+def _said(result: Mapping[str, Any]) -> list[str]:
+    """The claims, and what makes them say less; without Markdown."""
+    texts = [*_claims(result), goals.shortness(result["meta"]), *wall_time.lines(result)]
     return [text.replace("`", "").replace("**", "") for text in texts if text]

@@ -10,7 +10,6 @@ whole schedule of learning rates and evaluated on the same text. In the middle o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,8 +18,12 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from ablation.analysis import ratios
+from ablation.analysis import read as read_ablation
+from studies.figures import Figure, spread
+
 from codec_study import analysis, words
-from codec_study.analysis import RunResult, Spread
+from codec_study.analysis import RunResult
 from codec_study.arms import NONE, SHORTER, UNCOMPRESSED
 
 SHARE = 0.45
@@ -68,27 +71,22 @@ def read(folder: Path) -> StepTimes:
         ValueError: where it has no such link, or timed no top-2.
         OSError: where there is no result.
     """
-    points = json.loads((folder / "result.json").read_text(encoding="utf-8")).get("points", [])
-    shares = [point for point in points if point.get("step_share") is not None]
-    if not shares:
+    points = [point for point in read_ablation(folder)["points"] if point.get("step_share") is not None]
+    if not points:
         raise ValueError("it has no link whose share of the step is known")
-    point = min(shares, key=lambda point: abs(point["step_share"] - SHARE))
+    point = min(points, key=lambda point: abs(point["step_share"] - SHARE))
     arms = {arm["arm"]["name"]: arm for arm in point["arms"]}
     if "top-2" not in arms:
         raise ValueError("it did not time top-2")
-    base = arms["top-2"]["seconds"]["training"]
     return StepTimes(
         step_share=point["step_share"],
         link=str(point["rate"]),
-        steps={
-            name: median(mine / its for mine, its in zip(arm["seconds"]["training"], base, strict=True))
-            for name, arm in arms.items()
-        },
+        steps={name: median(ratios(point, "training", name, "top-2")) for name in arms},
         rates={name: arm["sent_rate"] for name, arm in arms.items()},
     )
 
 
-def curve(runs: Sequence[RunResult], times: StepTimes, model: str, arm: str) -> dict[float, Spread]:
+def curve(runs: Sequence[RunResult], times: StepTimes, model: str, arm: str) -> dict[float, Figure]:
     """Validation loss over the time that it took, in steps of top-2; empty where no time is known.
 
     Seeds send other parts of the rows; the time is that of their median.
@@ -102,7 +100,7 @@ def curve(runs: Sequence[RunResult], times: StepTimes, model: str, arm: str) -> 
 
 def percent_above_none(
     runs: Sequence[RunResult], times: StepTimes, model: str, arm: str, loss: str = analysis.LOSS
-) -> Spread | None:
+) -> Figure | None:
     """How much higher an arm's final loss is than what none reaches in the same time, in percent, over the seeds.
 
     Between trainings of none of two lengths its loss is a power of the steps. None where the arm is not the faster one,
@@ -122,7 +120,7 @@ def percent_above_none(
         reached = _loss_at(ends, mine[seed]["validation"][-1][0] * step / its_step)
         if reached is not None:
             found.append(100 * (mine[seed][loss] / reached - 1))
-    return analysis.spread(found)
+    return spread(found)
 
 
 def _loss_at(ends: Sequence[tuple[int, float]], steps: float) -> float | None:

@@ -14,15 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from command_line import UserError
+
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 SKIPPED_FOLDERS = ("__pycache__", "site-packages", "dist-packages")
 STDLIB_TESTS = ("test", "tests", "idle_test")  # some of these files are not UTF-8 on purpose
 
 BadLines = list[tuple[int, str]]  # (line number, reason); the number is 0 for a text file as a whole
-
-
-class UserError(Exception):
-    """Bad input or request. The message is one line that names the value and the fix; the exit code is 2."""
 
 
 @dataclass(frozen=True)

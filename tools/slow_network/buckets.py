@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from command_line import UserError
+
 _RATES = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
 _SIZES = {"b": 1, "kb": 1 << 10, "mb": 1 << 20}  # as in tc, where kb is 1024 bytes
 _LOWEST_RATE, _HIGHEST_RATE = 64_000, 100 * 10**9
 _LEAST_BURST = 2 << 10  # bytes, about a packet
 _TICKS_PER_S = 15_625_000  # the kernel holds the time that a full bucket lasts in 32 bits of these
 UNLIMITED = "unlimited"
-
-
-class UserError(Exception):
-    """Something that who started the tool can mend; the message is one line and says how."""
 
 
 def _quantity(text: str, units: dict[str, int], problem: str) -> int:

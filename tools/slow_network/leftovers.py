@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -67,10 +68,8 @@ def kill_members(namespaces: list[str], patience_s: float = 5.0) -> int:
     deadline = time.monotonic() + patience_s
     while (pids := members(namespaces)) and time.monotonic() < deadline:
         for pid in pids:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         killed |= pids
         time.sleep(0.01)
     return len(killed)

@@ -18,8 +18,10 @@ import sys
 import threading
 from typing import Any, Self
 
+from command_line import UserError
+
 from slow_network import leftovers
-from slow_network.buckets import TokenBucket, UserError, format_rate
+from slow_network.buckets import TokenBucket, format_rate
 from slow_network.control import VARIABLE, ControlServer
 
 MASTER_PORT = 29500  # each rank has all ports for itself
@@ -28,7 +30,7 @@ _SLOW_START = "/proc/sys/net/ipv4/tcp_slow_start_after_idle"
 _PACKAGES = {"ip": "iproute2", "tc": "iproute2", "taskset": "util-linux"}
 
 
-class NetworkError(RuntimeError):
+class NetworkError(OSError):
     """`ip` or `tc` failed on a network that was fine before, or that is gone."""
 
 
@@ -111,16 +113,10 @@ class SlowNetwork:
         cpus = ",".join(map(str, self.cpus(rank)))
         return ["ip", "netns", "exec", self._ranks[rank], "taskset", "--cpu-list", cpus]
 
-    def popen(
-        self, rank: int, argv: list[str], env: dict[str, str] | None = None, **options: Any
-    ) -> subprocess.Popen[Any]:
-        """Start a command as a rank, in a session of its own; `env` adds to the variables and wins over them.
-
-        It and whatever it starts are killed when the network ends.
-        """
-        variables = {**os.environ, **self.environment(rank), **(env or {})}
-        options = {"start_new_session": True, **options}
-        return subprocess.Popen([*self.command_prefix(rank), *argv], env=variables, **options)
+    def popen(self, rank: int, argv: list[str], **options: Any) -> subprocess.Popen[Any]:
+        """Start a command as a rank, in a session of its own; it and what it starts are killed with the network."""
+        words, variables = [*self.command_prefix(rank), *argv], {**os.environ, **self.environment(rank)}
+        return subprocess.Popen(words, env=variables, start_new_session=True, **options)
 
     def kill(self) -> None:
         """Kill every process in the network, at once."""
@@ -208,14 +204,8 @@ def check_machine() -> None:
 
 def _run(words: list[str], lines: list[str] | None = None) -> str:
     """Run `ip` or `tc`, return what it prints. Its own session keeps ^C from it. Raises UserError, NetworkError."""
-    result = subprocess.run(
-        words,
-        input="\n".join(lines) + "\n" if lines else None,
-        capture_output=True,
-        text=True,
-        check=False,
-        start_new_session=True,
-    )
+    given = "\n".join(lines) + "\n" if lines else None
+    result = subprocess.run(words, input=given, capture_output=True, text=True, check=False, start_new_session=True)
     if result.returncode == 0:
         return result.stdout
     problem = " ".join(result.stderr.split()) or f"exit code {result.returncode}"

@@ -1,0 +1,82 @@
+"""What the command lines of studies have in common: lists of names, and showing what an earlier call has found."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import atomic
+from command_line import Parser
+
+from studies.report import REPORT
+
+
+class StudyParser(Parser):
+    """A parser with the options that every study has."""
+
+    def add_shared(self, *, section: str) -> None:
+        """Add ``--from``, ``--write-results`` and ``--list-arms``.
+
+        Args:
+            section: what ``--write-results`` writes, in words.
+        """
+        again = "measure nothing; print the tables of this folder of an earlier call and write its report.html anew"
+        self.add_argument("--from", type=Path, dest="source", metavar="DIR", help=again)
+        words = f"with --from: write {section} between the marks in this Markdown file"
+        self.add_argument("--write-results", type=Path, metavar="FILE", help=words)
+        self.add_argument("--list-arms", action="store_true", help="print the names of all arms and end")
+
+    def check_measuring(self, args: argparse.Namespace, packages: Sequence[str], *, example: str) -> None:
+        """Refuse what only ``--from`` has a use for, a missing ``--output``, and a machine without ``packages``."""
+        for flag in ("write_results", "step_times"):
+            if getattr(args, flag, None):
+                self.error(f"--{flag.replace('_', '-')} needs --from DIR, the folder of an earlier run")
+        if args.output is None:
+            self.error(f"--output is missing; name {example}")
+        for package in packages:
+            if find_spec(package) is None:
+                self.error(f"the Python package {package} is missing; pip install {package}")
+
+    def read[T](self, what: str, read: Callable[[], T], fix: str = "", *, words: int = 200) -> T:
+        """What ``read`` finds; refuses ``what`` with the first ``words`` characters of its error, and the fix."""
+        try:
+            return read()
+        except (OSError, ValueError, KeyError) as error:
+            self.error(f"{what} cannot be read: {str(error)[:words]}{fix and f'; {fix}'}")
+
+    def write_again(
+        self,
+        args: argparse.Namespace,
+        *,
+        read: Callable[[Path], Any],
+        section: Callable[[Any], str],
+        marks: tuple[str, str],
+        html: Callable[[Any], str],
+    ) -> Any:
+        """Do what ``--from DIR`` and ``--write-results FILE`` ask of an earlier run; returns its result.
+
+        Nothing is written where anything is refused.
+
+        Args:
+            args: with ``source`` and ``write_results``.
+            read: the result in a folder; raises OSError, ValueError or KeyError where there is none.
+            section: of a document, from the result.
+            marks: between which it stands there.
+            html: the report, from the result.
+        """
+        source, target = args.source, args.write_results
+        result = self.read(f"--from {str(source)!a}", lambda: read(source), "name a folder of this tool's")
+        if target:
+            flag = f"--write-results {str(target)!a}"
+            document = self.read(flag, lambda: target.read_text(encoding="utf-8"))
+            between = re.compile(rf"{re.escape(marks[0])}.*{re.escape(marks[1])}", re.DOTALL)
+            if any(document.count(mark) != 1 for mark in marks) or not between.search(document):
+                self.error(f"{flag}: it lacks the two marks between which the tool writes: {marks[0]} and {marks[1]}")
+            text = f"{marks[0]}\n\n{section(result)}\n\n{marks[1]}"
+            atomic.write_text(target, between.sub(lambda _: text, document))
+        atomic.write_text(source / REPORT, html(result))
+        return result
