@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ def saved_args(args: Namespace) -> Namespace | None:
     if Path(args.load).exists() and not Path(args.load).is_dir():
         raise ConfigError(f"a checkpoint is a folder: --load is {args.load}, a file; give the folder that --save wrote")
     try:
-        with _quiet():  # it reports on a load that is not happening yet
+        with without_warnings(), contextlib.redirect_stdout(io.StringIO()):  # of a load that is not happening yet
             state_dict, *_ = _load_base_checkpoint(args.load, args, rank0=True)
     except SystemExit as end:
         raise ConfigError(
@@ -47,11 +48,12 @@ def saved_args(args: Namespace) -> Namespace | None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
+    """Without what torch says of a checkpoint that is read where there is no process group yet."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(level)

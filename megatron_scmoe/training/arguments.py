@@ -199,7 +199,8 @@ def _restore_args(args: Namespace) -> None:
     if args.load is None:
         raise ConfigError("--use-checkpoint-args reads the arguments of a checkpoint: --load is None; add --load DIR")
     saved = checkpoints.saved_args(args)  # first, since it says what cannot be read
-    load_args_from_checkpoint(args)
+    with checkpoints.without_warnings():
+        load_args_from_checkpoint(args)
     if saved is None:
         return
     for name in dict.fromkeys((*CORE_FORGETS, *ARCHITECTURE_FIELDS, *CODEC_FIELDS, *OF_CONVERSION)):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import re
 import runpy
 import sys
 import tempfile
@@ -23,8 +22,6 @@ from training import ROOT
 
 SCRIPT = "pretrain_gpt_scmoe.py"
 STARTED = "a process group was started"
-# torch says so wherever the arguments of a checkpoint are read, and quotes a line of its own.
-_READS_ALONE = re.compile(r".*UserWarning: torch\.distributed is .* to load in a single process\.\n.*\n")
 
 
 class Command(NamedTuple):
@@ -44,20 +41,17 @@ class Ended(NamedTuple):
 
     def refuses(self, words: Iterable[str] = ()) -> bool:
         """With exit code 2 and one line on stderr that holds ``words``."""
-        line = self._said().removesuffix("\n")
+        line = self.stderr.removesuffix("\n")
         is_a_refusal = line.startswith(f"{SCRIPT}: refused: ") and "\n" not in line
         return self.exit_code == 2 and is_a_refusal and all(word in line for word in words)
 
     def refuses_silently(self) -> bool:
         """As all ranks of a machine do but the first."""
-        return (self.exit_code, self._said()) == (2, "")
+        return (self.exit_code, self.stderr) == (2, "")
 
     def accepts(self) -> bool:
         """It went as far as the process group, and refused nothing."""
         return self.exit_code == 1 and self.stderr.endswith(f"{STARTED}\n") and "refused" not in self.stderr
-
-    def _said(self) -> str:
-        return _READS_ALONE.sub("", self.stderr)
 
 
 def world(size: int, rank: int = 0) -> dict[str, str]:
