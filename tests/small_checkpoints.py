@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from checkpoint_files import TOOLS, write_hf
-from checkpoints.mappings import scmoe_settings
+from checkpoints.mappings import megatron_settings
 from checkpoints.mappings.dense import dense_args
 from checkpoints.mappings.links import Link, links
 from checkpoints.mappings.longcat import longcat_links
@@ -44,13 +44,13 @@ def _drawn(all_links: Iterable[Link]) -> dict[str, torch.Tensor]:
 
 def dense(folder: Path) -> Path:
     """A Llama."""
-    args = scmoe_settings.complete(Namespace(**dense_args(DENSE, "here")))
+    args = megatron_settings.complete(Namespace(**dense_args(DENSE, "here")))
     return write_hf(folder, _drawn(links(args)), config=DENSE)
 
 
 def longcat(folder: Path) -> Path:
     """A LongCat-Flash, without tensors of zero experts."""
-    args = scmoe_settings.complete(Namespace(**megatron_args(LONGCAT)))
+    args = megatron_settings.complete(Namespace(**megatron_args(LONGCAT)))
     return write_hf(folder, _drawn(longcat_links(args)), config=LONGCAT)
 
 

@@ -19,12 +19,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, so that an in
 import atomic
 import provenance
 import torch
-from checkpoints.disk.hf_folder import CONFIG, HFFolder
+from checkpoints.disk.hf_folder import CONFIG
 from checkpoints.disk.torch_dist import MegatronCheckpoint
+from checkpoints.formats import open_any
 from checkpoints.mappings.megatron_settings import check_saved
-from checkpoints.running import model as models
+from checkpoints.running.model import load
+from checkpoints.running.scores import Model
 from checkpoints.settings import SIZE, check, optional
-from checkpoints.tensors import CheckpointError
+from checkpoints.tensors import Checkpoint, CheckpointError
 from command_line import Parser, positive, stoppable, stopped_by
 from preprocessing.output import partial_folder, publish, remove_stale
 from preprocessing.sources import UserError, shown
@@ -97,35 +99,25 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_input(
-    args: argparse.Namespace, opened: MegatronCheckpoint | HFFolder
-) -> tuple[list[Tokens], inputs.Tokenizer | None, int]:
-    """The files, the tokenizer if there is text, and columns of logits; nothing large is loaded yet.
-
-    Raises:
-        CheckpointError, UserError: for a request that cannot work.
-    """
+def read_input(args: argparse.Namespace, opened: Checkpoint) -> tuple[list[Tokens], inputs.Tokenizer | None]:
+    """The files, and the tokenizer if there is text; nothing large is loaded yet. Raises CheckpointError, UserError."""
+    saved = None
     if isinstance(opened, MegatronCheckpoint):
         check_saved(opened)
+        saved = opened.args
+        if args.trust_remote_code:
+            raise UserError("a Megatron checkpoint has no code to trust: drop --trust-remote-code")
     else:
-        check(str(args.load / CONFIG), opened.config, {"vocab_size": optional(SIZE)})
-    saved = opened.args if isinstance(opened, MegatronCheckpoint) else None
-    settings: Any = vars(opened.args) if isinstance(opened, MegatronCheckpoint) else opened.config
-    sizes = [size for size in (settings.get("vocab_size"), settings.get("padded_vocab_size")) if size]
-    if not sizes:
-        raise UserError(f"--load {shown(args.load)} does not say how large its vocabulary is; add vocab_size")
-    if saved is not None and args.trust_remote_code:
-        raise UserError("a Megatron checkpoint has no code to trust: drop --trust-remote-code")
-    files, tokenizer = inputs.read(
+        check(str(args.load / CONFIG), opened.settings, {"vocab_size": optional(SIZE)})
+    return inputs.read(
         args.input,
         json_key=args.json_key,
         tokenizer=lambda: inputs.find_tokenizer(args.tokenizer, args.load, saved),
-        vocab_size=min(sizes),
+        vocab_size=opened.vocab_size,
     )
-    return files, tokenizer, min(sizes)
 
 
-def windows_of(args: argparse.Namespace, model: models.Model) -> Windowing:
+def windows_of(args: argparse.Namespace, model: Model) -> Windowing:
     """How files are cut. Raises UserError."""
     length = args.seq_length or model.usual_length // model.length_multiple * model.length_multiple
     stride = args.stride or length
@@ -148,9 +140,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {shown(args.output)} exists; name a new folder")
     if reason := atomic.obstacle(args.output):
         raise UserError(f"--output {shown(args.output)} cannot be made: {reason}; name another folder")
-    opened = models.open_folder(args.load)
-    files, tokenizer, columns = read_input(args, opened)
-    if args.logits:
+    opened = open_any(args.load)
+    files, tokenizer = read_input(args, opened)
+    columns = opened.vocab_size if args.logits else 0
+    if columns:
         num_bytes = output.check_room(args.output, files, columns)
         say(f"logits will take {num_bytes / 1e9:.3f} GB")
     say(f"loading {shown(args.load)}")
@@ -163,19 +156,14 @@ def run(args: argparse.Namespace) -> int:
             remove_stale(args.output)
             folder = stack.enter_context(partial_folder(args.output))
         shared = Path(model.shared(None if folder is None else str(folder)))
-        losses = score_files(model, files, shared, windowing=windowing, columns=columns if args.logits else 0)
+        losses = score_files(model, files, shared, windowing=windowing, columns=columns)
         total = output.figures(files, losses)
         if folder is not None:
+            windowed = {"seq_length": windowing.length, "stride": windowing.stride, "micro_batch_size": windowing.size}
             summary = {
                 "load": str(args.load),
                 "iteration": getattr(opened, "iteration", None),
-                "settings": {
-                    "seq_length": windowing.length,
-                    "stride": windowing.stride,
-                    "micro_batch_size": windowing.size,
-                    "dtype": args.dtype,
-                    "layout": dict(model.layout),
-                },
+                "settings": {**windowed, "dtype": args.dtype, "layout": dict(model.layout)},
                 "tokenizer": tokenizer and tokenizer.path,
                 "separator": tokenizer and tokenizer.separator,
                 "files": [
@@ -198,9 +186,9 @@ def run(args: argparse.Namespace) -> int:
     return 1
 
 
-def load_model(args: argparse.Namespace) -> models.Model:
+def load_model(args: argparse.Namespace) -> Model:
     """This rank's part of the model. Raises CheckpointError."""
-    return models.load(
+    return load(
         args.load,
         tensor=args.tensor_model_parallel_size,
         pipeline=args.pipeline_model_parallel_size,

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from checkpoints.tensors import TensorInfo, Tensors
+from checkpoints.tensors import Checkpoint, TensorInfo
 
 STEP_BYTES = 1 << 26
 """In memory of one tensor at a time, if its rows are no larger."""
@@ -42,7 +41,7 @@ class Difference:
     relative: float
 
 
-def figures(source: Tensors, name: str, advance: Callable[[int], object]) -> Figures:
+def figures(source: Checkpoint, name: str, advance: Callable[[int], object]) -> Figures:
     """Figures of a tensor in float64; ``advance`` is told the bytes that are done."""
     count = num_nan = num_inf = 0
     total = squares = max_abs = 0.0
@@ -52,25 +51,19 @@ def figures(source: Tensors, name: str, advance: Callable[[int], object]) -> Fig
         num_nan += int(values.isnan().sum())
         num_inf += int(values.isinf().sum())
         values = values[values.isfinite()]
-        count += values.numel()
         if values.numel():
+            count += values.numel()
             total += float(values.sum())
             squares += float(values.square().sum())
             max_abs = max(max_abs, float(values.abs().max()))
         advance(part.nbytes)
-    mean = total / count if count else 0.0
-    variance = max(squares / count - mean * mean, 0.0) if count else 0.0
-    return Figures(
-        norm=math.sqrt(squares),
-        mean=mean,
-        std=math.sqrt(variance),
-        max_abs=max_abs,
-        num_nan=num_nan,
-        num_inf=num_inf,
-    )
+    mean = total / max(count, 1)
+    std = math.sqrt(max(squares / max(count, 1) - mean * mean, 0.0))
+    norm = math.sqrt(squares)
+    return Figures(norm=norm, mean=mean, std=std, max_abs=max_abs, num_nan=num_nan, num_inf=num_inf)
 
 
-def difference(one: Tensors, other: Tensors, name: str, advance: Callable[[int], object]) -> Difference:
+def difference(one: Checkpoint, other: Checkpoint, name: str, advance: Callable[[int], object]) -> Difference:
     """How a tensor of two checkpoints differs; ``advance`` is told the bytes of ``one`` that are done."""
     changed, max_abs, squares, scale = 0, 0.0, 0.0, 0.0
     for start, stop in _steps(one.infos[name]):
@@ -78,7 +71,7 @@ def difference(one: Tensors, other: Tensors, name: str, advance: Callable[[int],
         before, after = part.double(), other.read(name, start, stop).double()
         differs = (before != after) & ~(before.isnan() & after.isnan())
         changed += int(differs.sum())
-        scale += _squares(before)
+        scale += float(before[before.isfinite()].square().sum())
         if changed:
             delta = torch.where(differs, before - after, 0.0).abs()
             delta = torch.where(delta.isnan(), math.inf, delta)
@@ -89,15 +82,8 @@ def difference(one: Tensors, other: Tensors, name: str, advance: Callable[[int],
     return Difference(changed=changed, max_abs=max_abs, relative=relative)
 
 
-def _squares(values: Tensor) -> float:
-    return float(values[values.isfinite()].square().sum())
-
-
-def _steps(info: TensorInfo) -> Iterator[tuple[int, int | None]]:
+def _steps(info: TensorInfo) -> Iterator[tuple[int, int]]:
     """Rows to read at once."""
-    if not info.shape or info.nbytes <= STEP_BYTES:
-        yield 0, None
-        return
-    rows = max(1, STEP_BYTES // (info.nbytes // info.shape[0]))
-    for start in range(0, info.shape[0], rows):
-        yield start, min(start + rows, info.shape[0])
+    rows = max(1, STEP_BYTES * info.num_rows // max(info.nbytes, 1))
+    for start in range(0, info.num_rows, rows):
+        yield start, min(start + rows, info.num_rows)

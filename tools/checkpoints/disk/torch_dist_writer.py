@@ -35,20 +35,15 @@ FOLDER = "release"
 """Of a release Megatron loads no optimizer, no random numbers and no iteration, with --finetune and without."""
 _OBJECTS = "__0_objects.distcp"
 _MODULE_WITH_STATE = re.compile(r"(?:.*\.)?(?:linear_\w+|\w*norm)")
-_OF_THE_RUN = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "data_parallel_size",
-    "world_size",
-    "rank",
-    "local_rank",
-    "overlap_plans",
-)
+_OF_THE_RUN = """
+tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size context_parallel_size
+expert_model_parallel_size expert_tensor_parallel_size data_parallel_size world_size rank local_rank overlap_plans
+"""
 """Layout of the run that saved the source, and plans measured on its machine; the weights alone fit any other."""
+_FRESH = {
+    **{"ckpt_format": "torch_dist", "no_save_optim": True, "no_save_rng": True},
+    **dict.fromkeys(("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"), 0),
+}
 
 
 class MegatronWriter:
@@ -62,11 +57,8 @@ class MegatronWriter:
         """
         Args:
             expected: every tensor of the checkpoint.
-            args: the arguments to save, of builtin types and torch.dtype.
+            args: the arguments to save, of builtin types and torch.dtype; others are refused.
             tokenizer: files of the folder of that name, by plain file name.
-
-        Raises:
-            CheckpointError: for arguments of other types.
         """
         self._expected = expected
         self._tokenizer = tokenizer or {}
@@ -81,11 +73,11 @@ class MegatronWriter:
             ) from None
 
     def part_path(self, number: int, total: int) -> str:
-        """Where part ``number``, counted from 0, of ``total`` lies."""
+        """See ``Writer``."""
         return f"{FOLDER}/__0_{number:0{len(str(total))}d}.distcp"
 
     def write_part(self, sink: Sink, pieces: Sequence[Piece], tensors: Iterator[Tensor]) -> list[dict[str, Any]]:
-        """Write one file, each piece as a chunk of its tensor."""
+        """See ``Writer``; each piece becomes a chunk of its tensor."""
         entries = []
         for piece, tensor in zip(pieces, tensors, strict=True):
             offset = sink.position
@@ -97,12 +89,7 @@ class MegatronWriter:
         return entries
 
     def finish(self, folder: Path, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Write everything but the weights.
-
-        Args:
-            folder: that of the checkpoint.
-            parts: what ``write_part`` returned for each, by its path.
-        """
+        """See ``Writer``."""
         chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in self._expected}
         storage = {}
         for path, entries in parts.items():
@@ -126,11 +113,7 @@ class MegatronWriter:
             described[key] = BytesStorageMetadata()
             storage[MetadataIndex(key)] = _StorageInfo(_OBJECTS, offset, length)
         metadata = Metadata(
-            state_dict_metadata=described,
-            planner_data={},
-            storage_data=storage,
-            storage_meta=StorageMeta(),
-            version="1.0.0",
+            described, planner_data={}, storage_data=storage, storage_meta=StorageMeta(), version="1.0.0"
         )
         (folder / FOLDER / METADATA).write_bytes(pickle.dumps(metadata))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -143,24 +126,11 @@ class MegatronWriter:
 
 def _common_state(args: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What Megatron saves beside tensors, as the list of one object that it is saved in."""
-    kept = {name: value for name, value in args.items() if name not in _OF_THE_RUN}
-    fresh = {
-        "ckpt_format": "torch_dist",
-        "no_save_optim": True,
-        "no_save_rng": True,
-        "consumed_train_samples": 0,
-        "skipped_train_samples": 0,
-        "consumed_valid_samples": 0,
-    }
-    return [
-        {
-            "args": Namespace(**{**kept, **fresh}),
-            "checkpoint_version": 3.0,
-            "iteration": 0,
-            # Core would otherwise expect models whose blocks are all alike as one tensor of all blocks.
-            "content_metadata": {"non_homogeneous_layers": True, "singleton_local_shards": False},
-        }
-    ]
+    kept = {name: value for name, value in args.items() if name not in _OF_THE_RUN.split()}
+    # Core would otherwise expect models whose blocks are all alike as one tensor of all blocks.
+    content = {"non_homogeneous_layers": True, "singleton_local_shards": False}
+    state = {"args": Namespace(**{**kept, **_FRESH}), "checkpoint_version": 3.0, "iteration": 0}
+    return [{**state, "content_metadata": content}]
 
 
 def _states(names: Mapping[str, TensorInfo]) -> Iterator[str]:

@@ -14,8 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from checkpoints.mappings import scmoe_settings
+from checkpoints.mappings.megatron_settings import complete
 from checkpoints.mappings.norms import carries_moe, norm_names
+from checkpoints.mappings.scmoe_settings import has_residual_maps
 from checkpoints.plan import Piece, Read, as_it_is
 from checkpoints.tensors import CheckpointError, TensorInfo
 
@@ -58,7 +59,7 @@ def links(args: Namespace) -> Iterator[Link]:
     """Every tensor of the model that ``args`` describe, block by block.
 
     Args:
-        args: of a Megatron checkpoint, ``scmoe_settings.complete``.
+        args: of a Megatron checkpoint, ``complete``.
     """
     vocab = (args.padded_vocab_size, args.hidden_size)
     yield same("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab)
@@ -79,30 +80,19 @@ def megatron_pieces(found: Infos, all_links: Iterable[Link]) -> tuple[list[Piece
     """Pieces of a Megatron checkpoint, and all tensors that it should have.
 
     Args:
-        found: tensors of a Hugging Face folder.
+        found: tensors of a Hugging Face folder; refused where they have another shape than its configuration says.
         all_links: of its model.
-
-    Raises:
-        CheckpointError: for a tensor of another shape than the folder's configuration says.
     """
     pieces: list[Piece] = []
     expected: dict[str, TensorInfo] = {}
     for link in all_links:
-        names = [name for name, _ in link.theirs]
         for name, shape in link.theirs:
-            says = "config.json says", "the folder is damaged, or of another model"
-            _check_shape(found, name, shape, *says)
-        dtype = dtype_of(found, names)
-        expected[link.ours] = TensorInfo(link.shape, dtype)
-        pieces.append(
-            Piece(
-                name=link.ours,
-                info=TensorInfo((link.num_rows, *link.shape[1:]), dtype),
-                reads=tuple(Read(name) for name in names),
-                make=link.join,
-                row=link.row,
-            )
-        )
+            _check_shape(found, name, shape, "config.json says", "the folder is damaged, or of another model")
+        names = [name for name, _ in link.theirs]
+        info = expected[link.ours] = TensorInfo(link.shape, dtype_of(found, names))
+        reads = tuple(map(Read, names))
+        piece_info = info.with_rows(link.num_rows)
+        pieces.append(Piece(name=link.ours, info=piece_info, reads=reads, make=link.join, row=link.row))
     return pieces, expected
 
 
@@ -110,22 +100,19 @@ def hf_pieces(found: Infos, all_links: Iterable[Link]) -> tuple[list[Piece], dic
     """Pieces of a Hugging Face folder, and all tensors that it should have.
 
     Args:
-        found: tensors of a Megatron checkpoint.
+        found: tensors of a Megatron checkpoint; refused where they have another shape than the saved settings say.
         all_links: of its model.
-
-    Raises:
-        CheckpointError: for a tensor of another shape than the saved settings say.
     """
     pieces: list[Piece] = []
     expected: dict[str, TensorInfo] = {}
     for link in all_links:
         _check_shape(found, link.ours, link.shape, "the saved settings say", "the checkpoint is damaged")
         dtype = dtype_of(found, [link.ours])
+        reads = (Read(link.ours, link.row, link.row + link.num_rows),)
         for index, (name, shape) in enumerate(link.theirs):
             expected[name] = TensorInfo(shape, dtype)
-            read = Read(link.ours, link.row, link.row + link.num_rows)
             make = partial(_part, split=link.split, index=index)
-            pieces.append(Piece(name=name, info=expected[name], reads=(read,), make=make))
+            pieces.append(Piece(name=name, info=expected[name], reads=reads, make=make))
     return pieces, expected
 
 
@@ -151,12 +138,9 @@ def expected_tensors(args: Namespace, found: Infos) -> dict[str, TensorInfo]:
         args: of a Megatron checkpoint.
         found: tensors that there are; dtypes are theirs, and so are names and shapes of what a codec has learned.
     """
-    args = scmoe_settings.complete(args)
-    expected = {
-        link.ours: TensorInfo(link.shape, found[link.ours].dtype if link.ours in found else torch.float32)
-        for link in links(args)
-    }
-    if scmoe_settings.has_residual_maps(args):
+    args = complete(args)
+    expected = {link.ours: TensorInfo(link.shape, dtype_of(found, [link.ours])) for link in links(args)}
+    if has_residual_maps(args):
         expected |= {name: info for name, info in found.items() if ".residual_map." in name}
     return expected
 
@@ -190,7 +174,8 @@ def _grouped_query_attention(args: Namespace, ours: str, theirs: str, _norms: Ma
     size = args.kv_channels or hidden // heads
     groups = args.num_query_groups if args.group_query_attention else heads
     counts = {"q": heads, "k": groups, "v": groups}
-    for part, rest in (("weight", (hidden,)), ("bias", ())) if args.add_qkv_bias else (("weight", (hidden,)),):
+    parts: tuple[tuple[str, Shape], ...] = (("weight", (hidden,)), ("bias", ()))
+    for part, rest in parts if args.add_qkv_bias else parts[:1]:
         yield Link(
             ours=f"{ours}self_attention.linear_qkv.{part}",
             shape=(sum(counts.values()) * size, *rest),
@@ -260,24 +245,16 @@ def expert(args: Namespace, ours: str, theirs: str, index: int) -> Iterator[Link
     """One of the rows of tensors that count experts along their first dimension."""
     hidden, size = args.hidden_size, args.moe_ffn_hidden_size or args.ffn_hidden_size
     names = ("gate_proj", "up_proj") if args.swiglu else ("up_proj",)
-    yield Link(
-        ours=f"{ours}linear_fc1.weight",
-        shape=(args.num_experts, len(names) * size, hidden),
-        theirs=tuple((f"{theirs}{name}.weight", (size, hidden)) for name in names),
-        row=index,
-        rows=1,
-        split=partial(_split_expert, parts=len(names)),
-        join=_join_expert,
-    )
-    yield Link(
-        ours=f"{ours}linear_fc2.weight",
-        shape=(args.num_experts, hidden, size),
-        theirs=((f"{theirs}down_proj.weight", (hidden, size)),),
-        row=index,
-        rows=1,
-        split=partial(_split_expert, parts=1),
-        join=_join_expert,
-    )
+    for linear, parts, shape in (("linear_fc1", names, (size, hidden)), ("linear_fc2", ("down_proj",), (hidden, size))):
+        yield Link(
+            ours=f"{ours}{linear}.weight",
+            shape=(args.num_experts, len(parts) * shape[0], shape[1]),
+            theirs=tuple((f"{theirs}{name}.weight", shape) for name in parts),
+            row=index,
+            rows=1,
+            split=partial(_split_expert, parts=len(parts)),
+            join=_join_expert,
+        )
 
 
 def _split_expert(rows: Tensor, *, parts: int) -> Sequence[Tensor]:

@@ -8,6 +8,7 @@ one another; no value changes on either way.
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,14 +19,12 @@ import torch
 
 from checkpoints.disk.hf_folder import CONFIG, HFFolder
 from checkpoints.disk.torch_dist import MegatronCheckpoint
-from checkpoints.formats import Target
-from checkpoints.mappings import scmoe_settings
 from checkpoints.mappings.links import Link, expert, hf_pieces, latent_attention, megatron_pieces, mlp, norm, same
 from checkpoints.mappings.longcat_settings import check_form, checked_config, hf_config, megatron_args
-from checkpoints.mappings.megatron_settings import check_args
+from checkpoints.mappings.megatron_settings import check_args, complete
 from checkpoints.mappings.norms import norm_names
 from checkpoints.mappings.tokenizer import tokenizer_of
-from checkpoints.plan import Conversion, Piece
+from checkpoints.plan import Conversion, Piece, Target
 from checkpoints.settings import check_experts, check_layers
 from checkpoints.tensors import TensorInfo
 
@@ -38,7 +37,7 @@ def longcat_links(args: Namespace) -> Iterator[Link]:
     """Every tensor of the model, layer by layer.
 
     Args:
-        args: of a Megatron checkpoint of this form, ``scmoe_settings.complete``.
+        args: of a Megatron checkpoint of this form, ``complete``.
     """
     vocab = (args.padded_vocab_size, args.hidden_size)
     yield same("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab)
@@ -67,35 +66,26 @@ def _layer(args: Namespace, layer: int) -> Iterator[Link]:
 
 
 def to_megatron(source: HFFolder) -> Target:
-    """A LongcatFlash folder as a checkpoint of this plugin, for the local spec.
-
-    Raises:
-        CheckpointError: for a configuration that LongCat-Flash as published does not have.
-    """
+    """A LongcatFlash folder, in the form of LongCat-Flash as published, as a checkpoint for the local spec."""
     origin = str(source.folder / CONFIG)
     config = checked_config(source.config, origin)
     check_layers(origin, config, "num_layers", source.infos)
     check_experts(origin, config, "n_routed_experts", source.infos, num_moes=config["num_layers"])
     args = megatron_args(config)
     check_args(origin, Namespace(**args), source.infos)
-    pieces, expected = megatron_pieces(source.infos, longcat_links(scmoe_settings.complete(Namespace(**args))))
+    pieces, expected = megatron_pieces(source.infos, longcat_links(complete(Namespace(**args))))
     dropped = {name: reason for name in source.infos if (reason := _reason_to_drop(name, config))}
-    args[_HAS_UNUSED] = _UNUSED in dropped.values()
+    notes = (f"{count} tensors are left out: {reason}" for reason, count in Counter(dropped.values()).items())
     return Target(
-        conversion=Conversion(pieces=tuple(pieces), expected=expected, dropped=dropped, notes=_notes(dropped)),
-        args=args,
-        files={},
+        conversion=Conversion(pieces=tuple(pieces), expected=expected, dropped=dropped, notes=tuple(notes)),
+        args={**args, _HAS_UNUSED: _UNUSED in dropped.values()},
     )
 
 
 def from_megatron(source: MegatronCheckpoint) -> Target:
-    """A checkpoint of this plugin in LongCat-Flash's form as a LongcatFlash folder.
-
-    Raises:
-        CheckpointError: for a checkpoint of another form.
-    """
-    check_form(source.args)
-    args = scmoe_settings.complete(source.args)
+    """A checkpoint of this plugin in LongCat-Flash's form as a LongcatFlash folder; other forms are refused."""
+    args = complete(source.args)
+    check_form(args)
     tokenizer = tokenizer_of(source)
     config = {**hf_config(args), **tokenizer.ids}
     pieces, expected = hf_pieces(source.infos, longcat_links(args))
@@ -106,17 +96,16 @@ def from_megatron(source: MegatronCheckpoint) -> Target:
         pieces.append(Piece(name=name, info=info, reads=(), make=partial(torch.zeros, info.shape, dtype=info.dtype)))
         expected[name] = info
     zeros = [f"{len(unused)} tensors of zero experts are zeros: {_UNUSED}"] if unused else []
+    notes = (*zeros, *tokenizer.notes)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return Target(
-        conversion=Conversion(
-            pieces=tuple(pieces),
-            expected=expected,
-            dropped=source.others,
-            notes=(*zeros, *tokenizer.notes),
-        ),
-        args=None,
-        files={"config.json": text.encode(), **tokenizer.files},
+        conversion=Conversion(pieces=tuple(pieces), expected=expected, dropped=source.others, notes=notes),
+        files={CONFIG: text.encode(), **tokenizer.files},
     )
+
+
+def _unused_experts(config: Mapping[str, Any]) -> range:
+    return range(config["n_routed_experts"], config["n_routed_experts"] + (config["zero_expert_num"] or 0))
 
 
 def unused_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -125,14 +114,11 @@ def unused_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     Args:
         config: a LongcatFlash config.json.
     """
-    first, behind = config["n_routed_experts"], config["n_routed_experts"] + (config["zero_expert_num"] or 0)
+    shape = (config["expert_ffn_hidden_size"], config["hidden_size"])
     return {
-        f"model.layers.{layer}.mlp.experts.{index}.{part}_proj.weight": (
-            config["expert_ffn_hidden_size"],
-            config["hidden_size"],
-        )
+        f"model.layers.{layer}.mlp.experts.{index}.{part}_proj.weight": shape
         for layer in range(config["num_layers"])
-        for index in range(first, behind)
+        for index in _unused_experts(config)
         for part in ("gate", "up")
     }
 
@@ -140,15 +126,5 @@ def unused_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def _reason_to_drop(name: str, config: Mapping[str, Any]) -> str | None:
     if name.startswith("model.mtp."):
         return _PREDICTION
-    parts = name.split(".")
-    is_expert = parts[:2] == ["model", "layers"] and parts[3:5] == ["mlp", "experts"] and parts[5:6] != []
-    if is_expert and parts[5].isdecimal():
-        first, behind = config["n_routed_experts"], config["n_routed_experts"] + (config["zero_expert_num"] or 0)
-        if first <= int(parts[5]) < behind:
-            return _UNUSED
-    return None
-
-
-def _notes(dropped: Mapping[str, str]) -> tuple[str, ...]:
-    counts = Counter(dropped.values())
-    return tuple(f"{count} tensors are left out: {reason}" for reason, count in counts.items())
+    expert = re.match(r"model\.layers\.[^.]*\.mlp\.experts\.(\d{1,9})(\.|$)", name)
+    return _UNUSED if expert and int(expert[1]) in _unused_experts(config) else None

@@ -39,16 +39,17 @@ from megatron.training.models.gpt import GPTModelBuilder
 from checkpoints.disk.torch_dist import MegatronCheckpoint
 from checkpoints.mappings.megatron_settings import check_saved
 from checkpoints.mappings.norms import renamed_norms
-from checkpoints.running.megatron_args import EMBEDDING, Layout, arguments
-from checkpoints.running.model import Scores
+from checkpoints.running.megatron_args import EMBEDDING, arguments
+from checkpoints.running.scores import Layout, Model, Scores
 from checkpoints.tensors import CheckpointError
+from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.models.gpt import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, model_config_from_args
 
 logging.getLogger("megatron").setLevel(logging.ERROR)  # what else it says is for those who train
 
 
-class MegatronModel:
-    """This rank's part of a Megatron checkpoint; see ``checkpoints.running.model.Model``."""
+class MegatronModel(Model):
+    """This rank's part of a Megatron checkpoint."""
 
     def __init__(self, folder: Path, layout: Layout, dtype: torch.dtype | None, settings: Mapping[str, object]) -> None:
         """
@@ -57,9 +58,6 @@ class MegatronModel:
             layout: of all ranks.
             dtype: of parameters; None: that of the embedding in the checkpoint.
             settings: in the place of those that were saved.
-
-        Raises:
-            CheckpointError: where it is damaged, or cannot run in this layout.
         """
         # Its reader refuses pickles that hold more than a checkpoint's index, which Core's, used below, would load.
         source = MegatronCheckpoint(folder)
@@ -69,21 +67,10 @@ class MegatronModel:
             raise CheckpointError(f"{source.folder} lacks {EMBEDDING}; get the whole checkpoint")
         _start_process_group()
         args, scmoe = arguments(source, layout, dtype or source.infos[EMBEDDING].dtype)
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor,
-            pipeline_model_parallel_size=layout.pipeline,
-            expert_model_parallel_size=layout.expert,
-            expert_tensor_parallel_size=layout.expert_tensor,
-        )
+        parallel_state.initialize_model_parallel(**layout.sizes())
         model_parallel_cuda_manual_seed(1234)  # nothing is drawn, but Megatron's layers ask for its generators
-        config = model_config_from_args(args, scmoe)
-        builder = ScMoEGPTModelBuilder if isinstance(config, ScMoEGPTModelConfig) else GPTModelBuilder
-        module = builder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
-        module.cuda(torch.cuda.current_device())
-        if args.bf16 or args.fp16:
-            module = Float16Module(config.transformer, module)
-        _load_weights(module, source, args)
-        self._module = module.eval()
+        self._module = _built(args, scmoe)
+        _load_weights(self._module, source, args)
         self.vocab_size = min(args.vocab_size or args.padded_vocab_size, args.padded_vocab_size)
         self.max_length, self.usual_length = args.max_position_embeddings, args.seq_length
         self.length_multiple = layout.tensor if args.sequence_parallel else 1
@@ -92,13 +79,7 @@ class MegatronModel:
         self.data_size = parallel_state.get_data_parallel_world_size()
         tensor_rank = parallel_state.get_tensor_model_parallel_rank()
         self.collects = parallel_state.is_pipeline_last_stage() and tensor_rank == 0
-        self.layout: Mapping[str, int] = {
-            "world_size": dist.get_world_size(),
-            "tensor_model_parallel_size": layout.tensor,
-            "pipeline_model_parallel_size": layout.pipeline,
-            "expert_model_parallel_size": layout.expert,
-            "expert_tensor_parallel_size": layout.expert_tensor,
-        }
+        self.layout = {"world_size": dist.get_world_size(), **layout.sizes()}
 
     @torch.no_grad()
     def score(self, tokens: Tensor, labels: Tensor, *, with_logits: bool = False) -> list[Scores]:
@@ -159,12 +140,17 @@ def _start_process_group() -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def _load_weights(module: Any, source: MegatronCheckpoint, args: Namespace) -> None:
-    """Fill the parameters of this rank.
+def _built(args: Namespace, scmoe: ScMoEConfig) -> Any:
+    """This rank's part of the model, on its device."""
+    config = model_config_from_args(args, scmoe)
+    builder = ScMoEGPTModelBuilder if isinstance(config, ScMoEGPTModelConfig) else GPTModelBuilder
+    module = builder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    module.cuda(torch.cuda.current_device())
+    return (Float16Module(config.transformer, module) if args.bf16 or args.fp16 else module).eval()
 
-    Raises:
-        CheckpointError: on every rank alike, unless every tensor of the model is there, and no other is.
-    """
+
+def _load_weights(module: Any, source: MegatronCheckpoint, args: Namespace) -> None:
+    """Fill the parameters of this rank; refuses, on every rank alike, what lacks a tensor of the model or has more."""
     with warnings.catch_warnings(action="ignore"):
         metadata = dist_checkpointing.load_content_metadata(str(source.folder)) or {}
     metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
