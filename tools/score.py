@@ -32,7 +32,7 @@ from preprocessing.output import partial_folder, publish, remove_stale
 from preprocessing.sources import UserError, shown
 from scoring import inputs, output
 from scoring.inputs import Tokens
-from scoring.loop import Windowing, is_first_rank, score_files
+from scoring.loop import is_first_rank, score_files
 
 ABOUT = """\
 Score token ids or text with a checkpoint: the loss of every token, perplexity by file, and logits if asked for.
@@ -56,12 +56,11 @@ input:
   .npy   token ids as whole numbers: [tokens] is one document, [rows, tokens] one in each row.
 
 windows:
-  A model reads --seq-length tokens at once. Every token is scored once. The first window of a document scores all of
-  its tokens; each later one begins --stride tokens further on and scores the --stride tokens that are new, with the
-  others as context. With the default stride, the sequence length, the first tokens of a window have little context,
-  as in training. A text begins behind the token that stood before documents in training, so that its first token is
-  scored: the end of document of what Megatron trained, else BOS where the tokenizer has one ("separator" in
-  summary.json). The first of token ids as such is not scored, and its loss is NaN.
+  A model reads --seq-length tokens at once. Each window begins --stride tokens behind the one before it and scores the
+  tokens that are new, with the others as context: none at its begin with the default stride, the sequence length.
+  A text begins behind the token that stood before documents in training, so that its first token is scored: the end of
+  document of what Megatron trained, else BOS where the tokenizer has one ("separator" in summary.json). The first of
+  token ids as such is not scored, and its loss is NaN.
   Capacity limits and the codec of training are off here: a loss depends on the tokens before it and on nothing else.
 
 output: a new folder with
@@ -117,8 +116,8 @@ def read_input(args: argparse.Namespace, opened: Checkpoint) -> tuple[list[Token
     )
 
 
-def windows_of(args: argparse.Namespace, model: Model) -> Windowing:
-    """How files are cut. Raises UserError."""
+def windows_of(args: argparse.Namespace, model: Model) -> tuple[int, int]:
+    """Length of a window, and tokens between two of them. Raises UserError."""
     length = args.seq_length or model.usual_length // model.length_multiple * model.length_multiple
     stride = args.stride or length
     if length > model.max_length:
@@ -130,7 +129,7 @@ def windows_of(args: argparse.Namespace, model: Model) -> Windowing:
         )
     if stride > length:
         raise UserError(f"--stride {stride} would leave tokens out: --seq-length is {length}; use that or less")
-    return Windowing(length=length, stride=stride, size=args.micro_batch_size)
+    return length, stride
 
 
 def run(args: argparse.Namespace) -> int:
@@ -149,34 +148,31 @@ def run(args: argparse.Namespace) -> int:
     say(f"loading {shown(args.load)}")
     origin = provenance.provenance(torch.cuda.get_device_name() if torch.cuda.is_available() else None)
     model = load_model(args)
-    windowing = windows_of(args, model)
+    length, stride = windows_of(args, model)
+    settings = {"seq_length": length, "stride": stride, "micro_batch_size": args.micro_batch_size, "dtype": args.dtype}
     with contextlib.ExitStack() as stack:
         folder = None
         if is_first_rank():
             remove_stale(args.output)
             folder = stack.enter_context(partial_folder(args.output))
         shared = Path(model.shared(None if folder is None else str(folder)))
-        losses = score_files(model, files, shared, windowing=windowing, columns=columns)
-        total = output.figures(files, losses)
+        size = args.micro_batch_size
+        losses = score_files(model, files, shared, length=length, stride=stride, size=size, columns=columns)
+        summary = {
+            "load": str(args.load),
+            "iteration": getattr(opened, "iteration", None),
+            "settings": {**settings, "layout": dict(model.layout)},
+            "tokenizer": tokenizer and tokenizer.path,
+            "separator": tokenizer and tokenizer.separator,
+            **output.results(files, losses),
+            "seconds": round(time.monotonic() - begun_s, 3),
+            **origin,
+        }
         if folder is not None:
-            windowed = {"seq_length": windowing.length, "stride": windowing.stride, "micro_batch_size": windowing.size}
-            summary = {
-                "load": str(args.load),
-                "iteration": getattr(opened, "iteration", None),
-                "settings": {**windowed, "dtype": args.dtype, "layout": dict(model.layout)},
-                "tokenizer": tokenizer and tokenizer.path,
-                "separator": tokenizer and tokenizer.separator,
-                "files": [
-                    {"name": tokens.name, "sha256": tokens.sha256, **output.figures([tokens], [its])}
-                    for tokens, its in zip(files, losses, strict=True)
-                ],
-                "total": total,
-                "seconds": round(time.monotonic() - begun_s, 3),
-                **origin,
-            }
             output.write_summary(folder, summary)
             publish(folder, args.output, overwrite=False)
             print_summary(args.output, summary)
+    total = summary["total"]
     if not total["not_finite"]:
         return 0
     say(

@@ -56,9 +56,6 @@ class Job:
     """What to convert, into what.
 
     Attributes:
-        source: to read from.
-        conversion: what becomes of every tensor.
-        writer: of the target.
         target: the folder to make.
         shard_bytes: of a part at most, unless a single piece is larger.
         options: of the request, as JSON has them: they decide the result, and are in the receipt.
@@ -154,7 +151,7 @@ def _write_parts(job: Job, log: journal.Journal) -> dict[str, Any]:
             def write(sink: Sink, pieces: Sequence[Piece] = pieces) -> dict[str, Any]:
                 not_finite: Counter[str] = Counter()
                 contents = job.writer.write_part(sink, pieces, _made(job.source, pieces, not_finite))
-                return {"contents": contents, "not_finite": dict(not_finite)}
+                return {"contents": contents, "not_finite": dict(+not_finite)}
 
             finished[number] = log.write_part(number, paths[number], write, written)
     return {path: finished[number] for number, path in enumerate(paths)}
@@ -196,8 +193,7 @@ def _counted(infos: Mapping[str, TensorInfo], names: Collection[str]) -> dict[st
 
 
 def _check_disk(folder: Path, needed: int, *, has_begun: bool) -> None:
-    missing = journal.missing_bytes(folder, needed + needed // 100 + _SPARE_BYTES)
-    if missing:
+    if missing := journal.missing_bytes(folder, needed + needed // 100 + _SPARE_BYTES):
         error = OSError if has_begun else CheckpointError  # what an earlier call has written is kept
         raise error(
             f"{folder} has too little room: {in_words(needed)} are to be written and {in_words(missing)} are missing; "
@@ -211,18 +207,14 @@ def _made(source: Checkpoint, pieces: Sequence[Piece], not_finite: Counter[str])
         tensor = piece.make(*(source.read(*read) for read in piece.reads)).contiguous()
         found = TensorInfo(tuple(tensor.shape), tensor.dtype)
         if found != piece.info:
+            words = (f"{list(info.shape)} {str(info.dtype).removeprefix('torch.')}" for info in (found, piece.info))
             raise CheckpointError(
-                f"{piece.name} came out as {_words(found)} and should be {_words(piece.info)}; the source is damaged, "
-                "or the conversion is wrong"
+                f"{piece.name} came out as {' and should be '.join(words)}; the source is damaged, or the conversion "
+                "is wrong"
             )
-        if count := _num_not_finite(tensor):
-            not_finite[piece.name] += count
+        not_finite[piece.name] += _num_not_finite(tensor)
         yield tensor
         del tensor  # before the next one is made
-
-
-def _words(info: TensorInfo) -> str:
-    return f"{list(info.shape)} {str(info.dtype).removeprefix('torch.')}"
 
 
 def _num_not_finite(tensor: Tensor) -> int:
@@ -237,12 +229,10 @@ def _num_not_finite(tensor: Tensor) -> int:
 
 
 def _files(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every file of the target with its size and hash."""
+    """Every file of the target with its size and hash, which of parts is known."""
     entries = []
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / RECEIPT):
         name = str(path.relative_to(folder))
-        if name in parts:
-            entries.append({key: parts[name][key] for key in ("path", "bytes", "sha256")})
-        elif path.is_file() and name != RECEIPT:
-            entries.append({"path": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
+        digest = parts[name]["sha256"] if name in parts else file_sha256(path)
+        entries.append({"path": name, "bytes": path.stat().st_size, "sha256": digest})
     return entries

@@ -35,11 +35,9 @@ class Journal:
     """
 
     def __init__(self, target: Path, plan: Mapping[str, Any]) -> None:
-        """Begin, or continue what was begun with the same plan; refuses a target that another one is on its way to.
+        """Begin, or continue what was begun with the same plan, which has all that decides the result, as JSON has it.
 
-        Args:
-            target: must not exist.
-            plan: all that decides the result, as JSON has it.
+        A target that is there, or that another conversion is on its way to, is refused.
         """
         self.folder, self._target = beside(target), target
         self.payload = self.folder / _PAYLOAD
@@ -89,16 +87,9 @@ class Journal:
     def write_part(
         self, number: int, path: str, write: Callable[[Sink], dict[str, Any]], written: Callable[[int], None]
     ) -> dict[str, Any]:
-        """Write a file that is there whole or not at all, and note that it is.
+        """Write the file ``path`` of ``payload``, which is there whole or not at all, and note that it is.
 
-        Args:
-            number: of the part.
-            path: of its file in ``payload``.
-            write: writes it, and returns what to note of it.
-            written: is told how many bytes were written.
-
-        Returns:
-            What ``write`` returned, with the file's ``bytes`` and ``sha256``.
+        ``write`` returns what to note, beside the file's ``bytes`` and ``sha256``; ``written`` is told of its progress.
         """
         final = self.payload / path
         final.parent.mkdir(exist_ok=True)

@@ -29,10 +29,8 @@ class Piece:
     """A part of a tensor of the target: the unit that is in memory at a time.
 
     Attributes:
-        name: of the target's tensor.
         info: shape and dtype of this piece.
-        reads: what it is made of.
-        make: makes the piece, of exactly that shape and dtype, from what was read, in that order.
+        make: makes it, of exactly that shape and dtype, from what was read, in that order.
         row: where along the first dimension of the whole tensor the piece begins.
     """
 
@@ -65,7 +63,6 @@ class Target:
     """What a mapping makes of a source.
 
     Attributes:
-        conversion: of its tensors.
         args: where the target is Megatron's: the saved arguments, as far as they differ from Megatron's defaults.
         files: where the target is a Hugging Face folder: config.json and others, by plain file name.
         tokenizer: where the target is Megatron's: files of its folder of that name, by plain file name.
@@ -91,11 +88,10 @@ class Account:
 
     Attributes:
         converted: tensors of the source that went whole into the target.
-        dropped: tensors left out, and why.
-        unread: tensors of the source of which rows were neither read nor dropped.
-        absent: tensors that pieces read and that the source lacks.
-        missing: tensors that the target should have, and that are not whole.
-        unexpected: tensors of the target that it should not have, or not in this shape.
+        unread: those of which rows were neither read nor dropped.
+        absent: those that pieces read and that the source lacks.
+        missing: tensors of the target that nothing makes.
+        unexpected: those that it should not have, or not in this shape.
     """
 
     converted: tuple[str, ...]

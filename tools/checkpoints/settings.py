@@ -78,14 +78,7 @@ def by_name(*rows: tuple[Rule, str]) -> dict[str, Rule]:
 def check(
     origin: str, settings: Mapping[str, object], rules: Mapping[str, Rule], *, needed: tuple[str, ...] = ()
 ) -> None:
-    """Refuse the first setting that breaks its rule; one that is not there passes, unless it is ``needed``.
-
-    Args:
-        origin: where the settings are, for a message.
-        settings: by name.
-        rules: by the same names.
-        needed: names that have to be there.
-    """
+    """Refuse the first setting that breaks its rule; one that is not there passes, unless it is ``needed``."""
     for name in needed:
         if name not in settings:
             raise CheckpointError(f"{name} is missing in {origin}; {_FIX}")
@@ -141,13 +134,9 @@ ROPE = {name: optional(TABLE) for name in ("rope_scaling", "rope_parameters")}
 def rotary_base(
     origin: str, config: Mapping[str, Any], default: int | None = None, kinds: tuple[str, ...] = ("default",)
 ) -> int:
-    """The base of rotary positions; transformers takes their older names first.
+    """The base of rotary positions of a config.json, held against ``ROPE``; ``default`` is that where nothing is said.
 
-    Args:
-        origin: of ``config``, for a message.
-        config: a config.json, held against ``ROPE``.
-        default: where nothing is said; None: something has to be.
-        kinds: of positions that are known; all others, which are stretched, are refused.
+    transformers takes their older names first. Other ``kinds`` of positions, which are stretched, are refused.
     """
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = found.get("rope_type", found.get("type", "default"))

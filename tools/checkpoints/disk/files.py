@@ -24,13 +24,7 @@ def is_plain(name: object) -> bool:
 
 
 def inside(folder: Path, name: object, origin: Path) -> Path:
-    """A file of a folder by its untrusted name; refuses names and links that lead out of it, and what is no file.
-
-    Args:
-        folder: in which the file has to lie.
-        name: as read from ``origin``.
-        origin: the file that names it.
-    """
+    """A file of a folder by its untrusted name, as read from ``origin``; refuses what leads out of it or is no file."""
     if not is_plain(name):
         raise CheckpointError(
             f"{origin} names a file that is not in its folder: {str(name)[:80]!a}; get it from a source that you trust"

@@ -100,10 +100,7 @@ class HFWriter:
     keeps_tensors_whole = True
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
-        """
-        Args:
-            files: config.json and whatever else belongs into the folder, by plain file name; none that weights have.
-        """
+        """``files``, by plain file name, are config.json and what else belongs beside weights; others are refused."""
         for name in files:
             if not is_plain(name) or name.endswith((".safetensors", INDEX)):
                 raise CheckpointError(f"{name[:80]!a} is no name for a file beside the weights; rename it")

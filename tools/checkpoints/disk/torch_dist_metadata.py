@@ -116,11 +116,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path, *, is_model: Callable[[str], bool]) -> Contents:
-    """What lies where in a folder; refuses a damaged or unsafe one, and one of whose files any is cut short.
+    """What lies where in the folder of an iteration; ``is_model`` says whether the tensor of a key is of the model.
 
-    Args:
-        folder: that of one iteration.
-        is_model: whether the tensor of a key is one of the model.
+    A damaged or unsafe folder is refused, and one of whose files any is cut short.
     """
     path = inside(folder, METADATA, folder)
     try:

@@ -13,16 +13,8 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # the name that is in every such file
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from checkpoints.disk import companions
 from checkpoints.disk.files import Sink
@@ -54,11 +46,9 @@ class MegatronWriter:
     def __init__(
         self, expected: Mapping[str, TensorInfo], args: Mapping[str, Any], tokenizer: Mapping[str, bytes] | None = None
     ) -> None:
-        """
-        Args:
-            expected: every tensor of the checkpoint.
-            args: the arguments to save, of builtin types and torch.dtype; others are refused.
-            tokenizer: files of the folder of that name, by plain file name.
+        """All tensors are ``expected``; ``args`` of other than builtin types and torch.dtype are refused.
+
+        ``tokenizer`` has files of the folder of that name, by plain file name.
         """
         self._expected = expected
         self._tokenizer = tokenizer or {}
@@ -90,18 +80,18 @@ class MegatronWriter:
 
     def finish(self, folder: Path, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """See ``Writer``."""
-        chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in self._expected}
+        chunks: dict[str, list[dcp.ChunkStorageMetadata]] = {name: [] for name in self._expected}
         storage = {}
         for path, entries in parts.items():
             for entry in entries:
                 shape = torch.Size(entry["shape"])
                 offsets = torch.Size((entry["row"], *(0 for _ in shape[1:])) if shape else ())
-                chunks[entry["name"]].append(ChunkStorageMetadata(offsets=offsets, sizes=shape))
+                chunks[entry["name"]].append(dcp.ChunkStorageMetadata(offsets=offsets, sizes=shape))
                 info = _StorageInfo(Path(path).name, entry["offset"], entry["length"])
-                storage[MetadataIndex(entry["name"], offsets)] = info
+                storage[dcp.MetadataIndex(entry["name"], offsets)] = info
         described: dict[str, Any] = {
-            name: TensorStorageMetadata(
-                properties=TensorProperties(dtype=info.dtype), size=torch.Size(info.shape), chunks=chunks[name]
+            name: dcp.TensorStorageMetadata(
+                properties=dcp.TensorProperties(dtype=info.dtype), size=torch.Size(info.shape), chunks=chunks[name]
             )
             for name, info in self._expected.items()
         }
@@ -110,10 +100,10 @@ class MegatronWriter:
         extents = {COMMON: (0, len(self._common))}
         extents |= dict.fromkeys(_states(self._expected), (len(self._common), len(nothing)))
         for key, (offset, length) in extents.items():
-            described[key] = BytesStorageMetadata()
-            storage[MetadataIndex(key)] = _StorageInfo(_OBJECTS, offset, length)
-        metadata = Metadata(
-            described, planner_data={}, storage_data=storage, storage_meta=StorageMeta(), version="1.0.0"
+            described[key] = dcp.BytesStorageMetadata()
+            storage[dcp.MetadataIndex(key)] = _StorageInfo(_OBJECTS, offset, length)
+        metadata = dcp.Metadata(
+            described, planner_data={}, storage_data=storage, storage_meta=dcp.StorageMeta(), version="1.0.0"
         )
         (folder / FOLDER / METADATA).write_bytes(pickle.dumps(metadata))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

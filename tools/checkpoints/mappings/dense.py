@@ -30,11 +30,9 @@ _RULES = {
 
 
 def dense_args(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The saved arguments of a dense Megatron checkpoint of this model, as builtin types.
+    """The saved arguments of a dense Megatron checkpoint of this model, of one of ``MODEL_TYPES``, as builtin types.
 
-    Args:
-        config: a config.json of one of ``MODEL_TYPES``; models of another shape are refused.
-        origin: where it is, for a message.
+    Models of another shape are refused.
     """
     check(origin, config, _RULES, needed=tuple(_NAMES))
     kind, stretched = config["model_type"], _is_stretched(origin, config)

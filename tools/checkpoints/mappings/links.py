@@ -56,11 +56,7 @@ class Link:
 
 
 def links(args: Namespace) -> Iterator[Link]:
-    """Every tensor of the model that ``args`` describe, block by block.
-
-    Args:
-        args: of a Megatron checkpoint, ``complete``.
-    """
+    """Every tensor of the model that ``args``, ``complete``, describe, block by block."""
     vocab = (args.padded_vocab_size, args.hidden_size)
     yield same("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab)
     if args.position_embedding_type == "learned_absolute":
@@ -79,9 +75,7 @@ type Infos = Mapping[str, TensorInfo]
 def megatron_pieces(found: Infos, all_links: Iterable[Link]) -> tuple[list[Piece], dict[str, TensorInfo]]:
     """Pieces of a Megatron checkpoint, and all tensors that it should have.
 
-    Args:
-        found: tensors of a Hugging Face folder; refused where they have another shape than its configuration says.
-        all_links: of its model.
+    Tensors ``found`` in the Hugging Face folder in another shape than its configuration says are refused.
     """
     pieces: list[Piece] = []
     expected: dict[str, TensorInfo] = {}
@@ -99,9 +93,7 @@ def megatron_pieces(found: Infos, all_links: Iterable[Link]) -> tuple[list[Piece
 def hf_pieces(found: Infos, all_links: Iterable[Link]) -> tuple[list[Piece], dict[str, TensorInfo]]:
     """Pieces of a Hugging Face folder, and all tensors that it should have.
 
-    Args:
-        found: tensors of a Megatron checkpoint; refused where they have another shape than the saved settings say.
-        all_links: of its model.
+    Tensors ``found`` in the Megatron checkpoint in another shape than its saved settings say are refused.
     """
     pieces: list[Piece] = []
     expected: dict[str, TensorInfo] = {}
@@ -134,9 +126,7 @@ def _check_shape(found: Infos, name: str, shape: Shape, says: str, reason: str) 
 def expected_tensors(args: Namespace, found: Infos) -> dict[str, TensorInfo]:
     """Every tensor that a checkpoint with these arguments has.
 
-    Args:
-        args: of a Megatron checkpoint.
-        found: tensors that there are; dtypes are theirs, and so are names and shapes of what a codec has learned.
+    Dtypes are those of ``found``, and so are names and shapes of what a codec has learned.
     """
     args = complete(args)
     expected = {link.ours: TensorInfo(link.shape, dtype_of(found, [link.ours])) for link in links(args)}

@@ -34,11 +34,7 @@ _HAS_UNUSED = "hf_has_unused_tensors"  # among the saved arguments
 
 
 def longcat_links(args: Namespace) -> Iterator[Link]:
-    """Every tensor of the model, layer by layer.
-
-    Args:
-        args: of a Megatron checkpoint of this form, ``complete``.
-    """
+    """Every tensor of the model of this form, layer by layer; ``args`` are ``complete``."""
     vocab = (args.padded_vocab_size, args.hidden_size)
     yield same("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab)
     for layer in range(args.num_layers // 2):
@@ -109,11 +105,7 @@ def _unused_experts(config: Mapping[str, Any]) -> range:
 
 
 def unused_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what transformers 5.23 saves for zero experts, and misses where it is not there.
-
-    Args:
-        config: a LongcatFlash config.json.
-    """
+    """Names and shapes of what transformers 5.23 saves for zero experts, and misses where it is not there."""
     shape = (config["expert_ffn_hidden_size"], config["hidden_size"])
     return {
         f"model.layers.{layer}.mlp.experts.{index}.{part}_proj.weight": shape

@@ -56,12 +56,7 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
 
 
 def checked_config(source: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """config.json under one set of names; what LongCat-Flash as published does not have is refused.
-
-    Args:
-        source: what it holds.
-        origin: where it is, for a message.
-    """
+    """config.json under one set of names; what LongCat-Flash as published does not have is refused."""
     config = dict(source)
     for older, name in _OLDER_NAMES.items():
         if older in config:
@@ -91,11 +86,7 @@ def checked_config(source: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 
 def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved arguments of a checkpoint of this model, as builtin types: what differs from Megatron's defaults.
-
-    Args:
-        config: a LongcatFlash config.json, checked.
-    """
+    """The saved arguments of a checkpoint of this model, as builtin types: what differs from Megatron's defaults."""
     return {
         **_FORM,
         **{ours: config[name] for name, ours in _NAMES.items()},

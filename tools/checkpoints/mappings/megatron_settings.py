@@ -83,13 +83,7 @@ def check_saved(source: MegatronCheckpoint) -> None:
 
 
 def check_args(origin: str, args: Namespace, infos: Mapping[str, TensorInfo]) -> None:
-    """Refuse arguments that no model has, or none with these tensors.
-
-    Args:
-        origin: where they are, for a message.
-        args: of a Megatron checkpoint, as builtin types.
-        infos: tensors of the checkpoint, or of the Hugging Face folder that becomes one.
-    """
+    """Refuse arguments that no model has, or none with these tensors, of a checkpoint or of what becomes one."""
     rules.check(origin, vars(args), RULES, needed=tuple(_NEEDED.split()))
     settings = vars(complete(args))
     rules.check_layers(origin, settings, "num_layers", infos)

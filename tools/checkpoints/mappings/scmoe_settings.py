@@ -13,8 +13,7 @@ from checkpoints.mappings.norms import SPECS, carries_moe
 from checkpoints.tensors import CheckpointError
 
 LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "original_max_position_embeddings": 8192,
 }
 """What Core's --use-rope-scaling does, that of Llama 3.1 and 3.3. Core 0.19.2 never reads --rope-scaling-factor."""
@@ -101,11 +100,7 @@ def has_residual_maps(args: Namespace) -> bool:
 
 
 def config_of(args: Namespace) -> dict[str, Any]:
-    """The fields of ``ScMoEConfig`` (hf_scmoe/configuration_scmoe.py) for a checkpoint with these arguments.
-
-    Args:
-        args: ``complete``.
-    """
+    """The fields of ``ScMoEConfig`` (hf_scmoe/configuration_scmoe.py) for a checkpoint with these, ``complete``."""
     check_computed(args)
     kept = _KEPT if has_residual_maps(args) else (*_KEPT, *_CODEC)
     return {
@@ -145,9 +140,7 @@ def check_computed(args: Namespace) -> None:
 
 def _is_plain(value: object) -> bool:
     """Whether JSON keeps it as it is; nothing is worth keeping."""
-    if isinstance(value, list):
-        return all(isinstance(item, bool | int | float | str) for item in value)
-    return isinstance(value, bool | int | float | str)
+    return all(isinstance(item, bool | int | float | str) for item in (value if isinstance(value, list) else [value]))
 
 
 def _grouped_query_attention(args: Namespace) -> dict[str, Any]:
@@ -185,12 +178,9 @@ def _plain_rope(args: Namespace) -> dict[str, Any]:
 def _yarn(args: Namespace) -> dict[str, Any]:
     factor = args.rotary_scaling_factor
     return {
-        "rope_type": "yarn",
-        "rope_theta": float(args.rotary_base),
-        "factor": factor,
+        **{"rope_type": "yarn", "rope_theta": float(args.rotary_base), "factor": factor},
+        **{"beta_fast": float(args.beta_fast), "beta_slow": float(args.beta_slow)},
         "original_max_position_embeddings": args.original_max_position_embeddings,
-        "beta_fast": float(args.beta_fast),
-        "beta_slow": float(args.beta_slow),
         "attention_factor": _yarn_scale(factor, args.mscale) / _yarn_scale(factor, args.mscale_all_dim),
     }
 
@@ -201,13 +191,10 @@ def _yarn_scale(factor: float, mscale: float) -> float:
 
 
 def _groups(args: Namespace) -> dict[str, Any]:
-    if args.shortcut == "none":
-        return {
-            "shortcut": "none",
-            "moe_every": 1,
-            "moe_layer_pattern": [int(carries_moe(args, block)) for block in range(args.num_layers)],
-        }
-    return {**theirs(args, _GROUPS), "shortcut_position": list(args.shortcut_position)}
+    if args.shortcut != "none":
+        return {**theirs(args, _GROUPS), "shortcut_position": list(args.shortcut_position)}
+    pattern = [int(carries_moe(args, block)) for block in range(args.num_layers)]
+    return {"shortcut": "none", "moe_every": 1, "moe_layer_pattern": pattern}
 
 
 def _experts(args: Namespace) -> dict[str, Any]:
@@ -227,12 +214,7 @@ def _experts(args: Namespace) -> dict[str, Any]:
 
 
 def args_of(config: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """The saved arguments of a Megatron checkpoint of this model: what differs from Megatron's defaults.
-
-    Args:
-        config: a ``ScMoEConfig``.
-        dtype: of the weights.
-    """
+    """The saved arguments of a Megatron checkpoint of a ``ScMoEConfig``, with weights of ``dtype``."""
     kept = config.megatron if isinstance(config.megatron, Mapping) else {}
     kept = {name: value for name, value in kept.items() if name in (*_KEPT, *_CODEC) and _is_plain(value)}
     theta = config.rope_parameters["rope_theta"]

@@ -40,11 +40,8 @@ class Upcycling:
     """What the new model is to be.
 
     Attributes:
-        position: pos1, pos2 or pos3.
-        combine: add, cg1 or cg2; fresh gates weigh shared and routed experts alike.
-        moe_every: blocks in a group.
+        combine: fresh gates weigh shared and routed experts alike.
         experts: of each MoE; one that is there already keeps its own, and its router.
-        topk: experts of a token.
         noise: standard deviation of what is added to each expert's weights, as a part of that of the weights.
         drop_ratio: part of each expert's inner dimension that is drawn anew, with the weights' mean and deviation.
         seed: of everything drawn.

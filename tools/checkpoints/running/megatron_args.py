@@ -10,6 +10,7 @@ import importlib.util
 import io
 import os
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments, validate_args
 
 from checkpoints.disk.torch_dist import MegatronCheckpoint
-from checkpoints.running.scores import USUAL_LENGTH, Layout
+from checkpoints.running.scores import USUAL_LENGTH
 from checkpoints.tensors import CheckpointError
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, ConfigError, ScMoEConfig
 from megatron_scmoe.training import refusals
@@ -50,35 +51,33 @@ _FLAGS = """
 """
 
 
-def arguments(source: MegatronCheckpoint, layout: Layout, dtype: torch.dtype) -> tuple[Namespace, ScMoEConfig]:
+def arguments(
+    source: MegatronCheckpoint, layout: Mapping[str, int], dtype: torch.dtype
+) -> tuple[Namespace, ScMoEConfig]:
     """Megatron's namespace, validated, and our settings: the checkpoint's architecture in this layout."""
     saved = source.args
+    tensor, pipeline, expert, expert_tensor = layout.values()
     world_size = dist.get_world_size()
-    for size in (layout.tensor * layout.pipeline, layout.expert * layout.expert_tensor * layout.pipeline):
+    for size in (tensor * pipeline, expert * expert_tensor * pipeline):
         if world_size % size:
             raise CheckpointError(
                 f"a model is split over {size} ranks in this layout, and {world_size} are there: {layout}; start "
                 f"torchrun --nproc-per-node {size}, or change the layout"
             )
-    for name in _REFUSED.split():
-        if value := getattr(saved, name, None):
-            raise CheckpointError(
-                f"only plain GPT models run here: {source.folder} has {name} {str(value)[:60]!a}; use Megatron's tools"
-            )
-    args = _namespace(saved)
+    args = _namespace(source)
     args.rank, args.world_size = dist.get_rank(), world_size
-    vars(args).update(layout.sizes())
+    vars(args).update(layout)
     args.bf16, args.fp16 = dtype is torch.bfloat16, dtype is torch.float16
     args.fp32_residual_connection &= args.bf16 or args.fp16
     args.transformer_impl = "transformer_engine" if _has_transformer_engine() else "local"
     args.padded_vocab_size = source.infos[EMBEDDING].shape[0]
     args.seq_length = min(getattr(saved, "seq_length", None) or USUAL_LENGTH, args.max_position_embeddings)
-    if layout.tensor > 1:
+    if tensor > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's rule; it is for overlap in training
     try:
         scmoe = scmoe_config_from_args(args)
         scmoe.validate(args.num_layers if scmoe.enabled else 0)
-        args.sequence_parallel = scmoe.enabled and layout.tensor > 1
+        args.sequence_parallel = scmoe.enabled and tensor > 1
         if scmoe.enabled:
             refusals.check_megatron_args(args, scmoe)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints every argument
@@ -87,19 +86,25 @@ def arguments(source: MegatronCheckpoint, layout: Layout, dtype: torch.dtype) ->
             refusals.check_pipeline(scmoe, core_transformer_config_from_args(args))
     except (ConfigError, ValueError, AssertionError, RuntimeError) as error:
         raise CheckpointError(f"{source.folder} cannot run in this layout: {' '.join(str(error).split())}") from error
-    if args.padded_vocab_size % layout.tensor:
+    if args.padded_vocab_size % tensor:
         raise CheckpointError(
             f"tensor-parallel ranks hold equal parts of the vocabulary: {source.folder} has {args.padded_vocab_size} "
-            f"rows and --tensor-model-parallel-size is {layout.tensor}; use 1"
+            f"rows and --tensor-model-parallel-size is {tensor}; use 1"
         )
     return args, scmoe
 
 
-def _namespace(saved: Namespace) -> Namespace:
-    """Megatron's namespace with what ``saved`` says of the model."""
+def _namespace(source: MegatronCheckpoint) -> Namespace:
+    """Megatron's namespace with what the checkpoint says of the model; refuses models that are no plain GPT."""
+    saved = source.settings
+    for name in _REFUSED.split():
+        if value := saved.get(name):
+            raise CheckpointError(
+                f"only plain GPT models run here: {source.folder} has {name} {str(value)[:60]!a}; use Megatron's tools"
+            )
     parser = add_scmoe_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
     args = parser.parse_args(_FLAGS.split())
-    vars(args).update({name: getattr(saved, name) for name in _ARCHITECTURE & vars(args).keys() & vars(saved).keys()})
+    vars(args).update({name: saved[name] for name in _ARCHITECTURE & vars(args).keys() & saved.keys()})
     return args
 
 

@@ -20,7 +20,7 @@ from checkpoints.formats import is_megatron
 from checkpoints.mappings.longcat import unused_tensors
 from checkpoints.mappings.longcat_settings import MODEL_TYPE
 from checkpoints.mappings.scmoe_names import AUTO_MAP, CODE
-from checkpoints.running.scores import USUAL_LENGTH, Layout, Model, Scores
+from checkpoints.running.scores import USUAL_LENGTH, Model, Scores
 from checkpoints.settings import COUNT, check_layers
 from checkpoints.tensors import CheckpointError
 
@@ -38,10 +38,10 @@ def load(
     trust_remote_code: bool = False,
     settings: Mapping[str, object] | None = None,
 ) -> Model:
-    """Load a checkpoint for running it forward; in a distributed job every rank calls it.
+    """Load a Megatron checkpoint, ours or stock, or a Hugging Face folder; in a distributed job every rank calls it.
 
     Args:
-        folder: of a Megatron checkpoint, ours or stock, or of Hugging Face.
+        folder: of either kind.
         tensor: tensor-parallel size; this and the other sizes are for Megatron checkpoints alone.
         pipeline: pipeline-parallel size.
         expert: expert-parallel size.
@@ -53,7 +53,9 @@ def load(
     if is_megatron(folder):
         from checkpoints.running.megatron_model import MegatronModel
 
-        layout = Layout(tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=expert_tensor or tensor)
+        sizes = {"tensor": tensor, "pipeline": pipeline, "expert": expert}
+        layout = {f"{name}_model_parallel_size": size for name, size in sizes.items()}
+        layout["expert_tensor_parallel_size"] = expert_tensor or tensor
         return MegatronModel(folder, layout, dtype, settings or {})
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1 or max(tensor, pipeline, expert, expert_tensor or 1) > 1:
@@ -68,12 +70,7 @@ class HFModel(Model):
     """A Hugging Face folder in one process."""
 
     def __init__(self, folder: Path, dtype: torch.dtype | None, *, trust_remote_code: bool) -> None:
-        """
-        Args:
-            folder: with config.json and safetensors; all weights have to be there.
-            dtype: of parameters; None: as they are stored.
-            trust_remote_code: whether Python files in it may run.
-        """
+        """See ``load``; all weights have to be there."""
         stand_ins = sys.modules.get("megatron_scmoe.cpu.backend")
         if stand_ins is not None and stand_ins.is_installed():
             raise CheckpointError("transformers goes wrong where CUDA is replaced for Megatron; use another process")

@@ -1,34 +1,14 @@
-"""What a model that runs forward looks like, whatever its format, and over how many ranks it is split."""
+"""What a model that runs forward looks like, whatever its format."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 USUAL_LENGTH = 2048
 """Tokens of a window where a checkpoint does not say on how many it was trained."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """Over how many ranks what is split."""
-
-    tensor: int
-    pipeline: int
-    expert: int
-    expert_tensor: int
-
-    def sizes(self) -> dict[str, int]:
-        """The same by Megatron's names."""
-        return {
-            "tensor_model_parallel_size": self.tensor,
-            "pipeline_model_parallel_size": self.pipeline,
-            "expert_model_parallel_size": self.expert,
-            "expert_tensor_parallel_size": self.expert_tensor,
-        }
 
 
 class Scores(NamedTuple):
@@ -67,15 +47,12 @@ class Model:
     layout: Mapping[str, int] = {"world_size": 1}
 
     def score(self, tokens: Tensor, labels: Tensor, *, with_logits: bool = False) -> list[Scores]:
-        """Run forward; every rank calls it, with equal shapes.
+        """Run forward; every rank calls it, with equal shapes. One for each micro-batch, where this rank collects.
 
         Args:
             tokens: of this rank's part, [micro-batches, b, s].
             labels: the token behind each of them.
             with_logits: whether logits are returned too; the same on every rank.
-
-        Returns:
-            One for each micro-batch; none where this rank does not collect.
         """
         raise NotImplementedError
 

@@ -36,19 +36,14 @@ def verify(
     tolerance: float = TOLERANCE,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Compare the logits of two checkpoints, folders of either kind, in fp32; refuses one that does not run.
+    """Compare the logits of two folders of either kind in fp32; refuses one that does not run.
 
-    Args:
-        source: one of them.
-        source_format: what its user calls it.
-        target: the other one.
-        target_format: what its user calls it.
-        tokens: ids, [b, s]; None: random ones that both have, always the same.
-        tolerance: the largest difference of two logits that passes.
-        trust_remote_code: whether Python files of a Hugging Face folder may run, which are not those of this tool.
+    The result, of plain types, has the largest difference and where it is, its size beside the logits', and whether it
+    passes. Formats are what the user calls them.
 
-    Returns:
-        The largest difference and where it is, its size beside the logits', and whether it passes; plain types.
+    ``tokens`` are ids, [b, s]; None: random ones that both have, always the same. ``tolerance`` is the largest
+    difference of two logits that passes. ``trust_remote_code`` is about Python files of a Hugging Face folder, which
+    are not those of this tool.
     """
     sides = {f"the source ({source_format})": Path(source), f"the target ({target_format})": Path(target)}
     seed = SEED if tokens is None else None
@@ -69,16 +64,9 @@ def function_change(
 ) -> dict[str, Any]:
     """How far upcycling moves a model from what it computed, in fp32, for every position of its routed experts.
 
-    Args:
-        source: the dense model, or the stock MoE.
-        source_format: what its user calls it.
-        target: the Megatron checkpoint made of it. Its parameters are the same for every position.
-        moe_every: blocks in a group; only pos1 exists where it is 1.
-        trust_remote_code: as of ``verify``.
-
-    Returns:
-        By position: the norm of the difference of all logits, relative to that of the source's; and how often the
-        most likely token is the same.
+    ``source`` is the dense model, or the stock MoE, and ``target`` the Megatron checkpoint made of it, whose parameters
+    are the same for every position; of groups of one block, only pos1 exists. The result has the norm of the difference
+    of all logits, relative to that of the source's, and how often the most likely token is the same.
     """
     result = {}
     with tempfile.TemporaryDirectory(prefix="change-") as scratch:
@@ -134,12 +122,7 @@ def logits_of(
 ) -> numpy.ndarray:
     """Logits in fp32, [b, s, vocabulary], by a process of its own; they lie beside ``tokens`` on disk.
 
-    Args:
-        name: what to call the checkpoint where it does not run.
-        folder: of either kind.
-        tokens: file with ids, [b, s].
-        trust_remote_code: as of ``verify``.
-        settings: of a Megatron checkpoint, in the place of those that it has saved.
+    ``name`` is what to call the checkpoint where it does not run; the others are those of ``model.load``.
     """
     with tempfile.NamedTemporaryFile(dir=tokens.parent, suffix=".npy", delete=False) as file:
         logits = file.name
