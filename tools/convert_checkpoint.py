@@ -150,16 +150,14 @@ def run(args: argparse.Namespace) -> None:
             "an upcycled model computes something else: --verify is set; drop it, the change is measured"
         )
     words = " ".join(f"{UPCYCLING[name]} {value}" for name, value in given.items())
-    request = formats.Request(transformer_impl=args.transformer_impl, upcycling=upcycling, upcycling_words=words)
+    impl = args.transformer_impl
     formats.check_format(args.source, args.load)
-    formats.check_pair(args.source, args.target, request)
+    formats.check_pair(args.source, args.target, transformer_impl=impl, upcycling=words)
     check_target(args.save)
     source = formats.opened(args.source, args.load)
-    target = formats.mapped(args.source, args.target, source, request)
-    options = {
-        **{"from": args.source, "to": args.target, "transformer_impl": args.transformer_impl},
-        "upcycling": dataclasses.asdict(upcycling) if upcycling else None,
-    }
+    target = formats.mapped(args.source, args.target, source, transformer_impl=impl, upcycling=upcycling)
+    options = {"from": args.source, "to": args.target, "transformer_impl": impl}
+    options["upcycling"] = dataclasses.asdict(upcycling) if upcycling else None
     job = engine.Job(
         source=source,
         conversion=target.conversion,

@@ -9,7 +9,6 @@ import math
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import atomic
 from checkpoints.contents import anatomy
 from checkpoints.contents.statistics import difference, figures
 from checkpoints.formats import open_any
-from checkpoints.tensors import Checkpoint, CheckpointError, TensorInfo
+from checkpoints.tensors import Checkpoint, CheckpointError
 from command_line import Parser
 from preprocessing.sources import shown
 from progress import in_words, progress
@@ -67,7 +66,7 @@ def measure(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     infos = checkpoint.infos
     with progress("read", sum(info.nbytes for info in infos.values())) as advance:
         return {
-            name: {"shape": list(info.shape), "dtype": _dtype(info), **asdict(figures(checkpoint, name, advance))}
+            name: {"shape": list(info.shape), "dtype": info.dtype_name, **figures(checkpoint, name, advance)}
             for name, info in infos.items()
         }
 
@@ -78,7 +77,7 @@ def compare(one: Checkpoint, other: Checkpoint) -> dict[str, Any]:
     alike = [name for name, (before, after) in both.items() if before.shape == after.shape]
     with progress("compare", sum(one.infos[name].nbytes for name in alike)) as advance:
         differences = {name: difference(one, other, name, advance) for name in alike}
-    changed = {name: found for name, found in differences.items() if found.changed}
+    changed = {name: found for name, found in differences.items() if found["changed"]}
     return {
         "only_in_first": [name for name in one.infos if name not in both],
         "only_in_second": [name for name in other.infos if name not in both],
@@ -86,15 +85,13 @@ def compare(one: Checkpoint, other: Checkpoint) -> dict[str, Any]:
             name: [list(info.shape) for info in infos] for name, infos in both.items() if name not in differences
         },
         "other_dtype": {
-            name: [_dtype(info) for info in infos] for name, infos in both.items() if infos[0].dtype != infos[1].dtype
+            name: [info.dtype_name for info in infos]
+            for name, infos in both.items()
+            if infos[0].dtype != infos[1].dtype
         },
         "equal": len(differences) - len(changed),
-        "changed": {name: asdict(changed[name]) for name in sorted(changed, key=lambda name: -changed[name].relative)},
+        "changed": dict(sorted(changed.items(), key=lambda item: -item[1]["relative"])),
     }
-
-
-def _dtype(info: TensorInfo) -> str:
-    return str(info.dtype).removeprefix("torch.")
 
 
 def run(args: argparse.Namespace) -> int:

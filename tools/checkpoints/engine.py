@@ -207,7 +207,7 @@ def _made(source: Checkpoint, pieces: Sequence[Piece], not_finite: Counter[str])
         tensor = piece.make(*(source.read(*read) for read in piece.reads)).contiguous()
         found = TensorInfo(tuple(tensor.shape), tensor.dtype)
         if found != piece.info:
-            words = (f"{list(info.shape)} {str(info.dtype).removeprefix('torch.')}" for info in (found, piece.info))
+            words = (f"{list(info.shape)} {info.dtype_name}" for info in (found, piece.info))
             raise CheckpointError(
                 f"{piece.name} came out as {' and should be '.join(words)}; the source is damaged, or the conversion "
                 "is wrong"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,6 @@ from checkpoints.tensors import Checkpoint, CheckpointError
 MEGATRON = "megatron"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What the command line asks for beside formats and folders.
-
-    Attributes:
-        transformer_impl: the spec that is to load a checkpoint of Megatron's; None: not asked for.
-        upcycling: what a dense model is to become, an ``upcycle.Upcycling``; None: not asked for.
-        upcycling_words: the options that asked for it, for a message.
-    """
-
-    transformer_impl: str | None = None
-    upcycling: Any = None
-    upcycling_words: str = ""
-
-
 # Module and function, imported when they are needed: each takes a source, and returns a Target.
 PAIRS: dict[tuple[str, str], tuple[str, str]] = {
     ("hf-longcat", MEGATRON): ("checkpoints.mappings.longcat", "to_megatron"),
@@ -51,25 +36,29 @@ _UPCYCLED = {"hf-dense": "from_hf_dense", MEGATRON: "from_megatron"}
 _MODEL_TYPES = {"hf-longcat": ("longcat_flash",), "hf-scmoe": ("scmoe",), "hf-dense": dense.MODEL_TYPES}
 
 
-def check_pair(source: str, target: str, request: Request) -> None:
-    """Refuse a way from one format to the other that does not exist, or not with these options."""
-    asked = f"--from {source} --to {target} {request.upcycling_words}".rstrip()
+def check_pair(source: str, target: str, *, transformer_impl: str | None, upcycling: str) -> None:
+    """Refuse a way from one format to the other that does not exist, or not with these options.
+
+    ``transformer_impl`` is the spec that is to load a checkpoint of Megatron's, if another one is asked for, and
+    ``upcycling`` are the words that ask for that, or none.
+    """
+    asked = f"--from {source} --to {target} {upcycling}".rstrip()
     if (source, target) not in PAIRS:
         through = source != target and (source, MEGATRON) in PAIRS and (MEGATRON, target) in PAIRS
         steps = f"take two steps: --from {source} --to {MEGATRON}, then --from {MEGATRON} --to {target}"
         raise CheckpointError(f"no way from {source} to {target}; {steps if through else 'nothing needs to be done'}")
-    if request.upcycling and (source not in _UPCYCLED or target != MEGATRON):
+    if upcycling and (source not in _UPCYCLED or target != MEGATRON):
         raise CheckpointError(
             f"upcycling makes {MEGATRON} checkpoints of {' or '.join(_UPCYCLED)}, and {asked} asks for another; drop "
-            f"{request.upcycling_words}, or upcycle first"
+            f"{upcycling}, or upcycle first"
         )
-    if request.transformer_impl and (request.upcycling or (source, target) != (MEGATRON, MEGATRON)):
+    if transformer_impl and (upcycling or (source, target) != (MEGATRON, MEGATRON)):
         raise CheckpointError(
             f"--transformer-impl turns one spec's checkpoint into the other's, in a step of its own: it is "
-            f"{request.transformer_impl} with {asked}; drop it, then --from {MEGATRON} --to {MEGATRON} "
-            f"--transformer-impl {request.transformer_impl}"
+            f"{transformer_impl} with {asked}; drop it, then --from {MEGATRON} --to {MEGATRON} "
+            f"--transformer-impl {transformer_impl}"
         )
-    if target == MEGATRON and source in _UPCYCLED and not (request.upcycling or request.transformer_impl):
+    if target == MEGATRON and source in _UPCYCLED and not (upcycling or transformer_impl):
         other = " or --transformer-impl for the other spec" if source == MEGATRON else ""
         raise CheckpointError(f"from {source} to {target} something has to change: add --experts N to upcycle{other}")
 
@@ -113,18 +102,23 @@ def open_any(folder: Path) -> MegatronCheckpoint | HFFolder:
     )
 
 
-def mapped(source_format: str, target_format: str, source: Checkpoint, request: Request) -> Target:
-    """What becomes of a source; refuses settings that have no counterpart."""
+def mapped(
+    source_format: str, target_format: str, source: Checkpoint, *, transformer_impl: str | None, upcycling: Any
+) -> Target:
+    """What becomes of a source; refuses settings that have no counterpart.
+
+    ``transformer_impl`` is a spec, ``upcycling`` an ``upcycle.Upcycling``; None: not asked for.
+    """
     if isinstance(source, MegatronCheckpoint):
         check_saved(source)
     module, name = PAIRS[source_format, target_format]
-    if request.upcycling:
+    if upcycling:
         module, name = "checkpoints.mappings.upcycle", _UPCYCLED[source_format]
     call = partial(getattr(importlib.import_module(module), name), source)
-    if request.upcycling:
-        call = partial(call, request.upcycling)
-    elif request.transformer_impl:
-        call = partial(call, transformer_impl=request.transformer_impl)
+    if upcycling:
+        call = partial(call, upcycling)
+    elif transformer_impl:
+        call = partial(call, transformer_impl=transformer_impl)
     try:
         target = call()
     except CheckpointError:

@@ -27,6 +27,11 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize  # torch.Size.numel overflows: 2**32 x 2**32 would be 0
 
     @property
+    def dtype_name(self) -> str:
+        """Such as float32."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def num_rows(self) -> int:
         """Size of the first dimension; a scalar has one row."""
         return self.shape[0] if self.shape else 1

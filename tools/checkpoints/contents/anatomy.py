@@ -73,7 +73,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         **result,
         "optimizer": OPTIMIZER in others,
         "others": dict(others),
-        "dtypes": dict(Counter(str(info.dtype).removeprefix("torch.") for info in infos.values())),
+        "dtypes": dict(Counter(info.dtype_name for info in infos.values())),
         "tensors": len(infos),
         "bytes": sum(info.nbytes for info in infos.values()),
         "files": {"count": len(checkpoint.files), "bytes": sum(path.stat().st_size for path in checkpoint.files)},

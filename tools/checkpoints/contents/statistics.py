@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -14,35 +13,8 @@ STEP_BYTES = 1 << 26
 """In memory of one tensor at a time, if its rows are no larger."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
-    """Of one tensor; all but the last two are of its finite elements."""
-
-    norm: float
-    mean: float
-    std: float
-    max_abs: float
-    num_nan: int
-    num_inf: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """Of two tensors of one shape.
-
-    Attributes:
-        changed: elements that differ; NaN equals NaN.
-        max_abs: largest difference; inf where one is not finite and the other is something else.
-        relative: norm of the difference over that of the first; inf if that has none.
-    """
-
-    changed: int
-    max_abs: float
-    relative: float
-
-
-def figures(source: Checkpoint, name: str, advance: Callable[[int], object]) -> Figures:
-    """Figures of a tensor in float64; ``advance`` is told the bytes that are done."""
+def figures(source: Checkpoint, name: str, advance: Callable[[int], object]) -> dict[str, float]:
+    """Figures of a tensor in float64, but for NaN and Inf of its finite elements; ``advance`` is told of bytes done."""
     count = num_nan = num_inf = 0
     total = squares = max_abs = 0.0
     for start, stop in _steps(source.infos[name]):
@@ -59,12 +31,16 @@ def figures(source: Checkpoint, name: str, advance: Callable[[int], object]) -> 
         advance(part.nbytes)
     mean = total / max(count, 1)
     std = math.sqrt(max(squares / max(count, 1) - mean * mean, 0.0))
-    norm = math.sqrt(squares)
-    return Figures(norm=norm, mean=mean, std=std, max_abs=max_abs, num_nan=num_nan, num_inf=num_inf)
+    moments = {"norm": math.sqrt(squares), "mean": mean, "std": std, "max_abs": max_abs}
+    return {**moments, "num_nan": num_nan, "num_inf": num_inf}
 
 
-def difference(one: Checkpoint, other: Checkpoint, name: str, advance: Callable[[int], object]) -> Difference:
-    """How a tensor of two checkpoints differs; ``advance`` is told the bytes of ``one`` that are done."""
+def difference(one: Checkpoint, other: Checkpoint, name: str, advance: Callable[[int], object]) -> dict[str, float]:
+    """How a tensor of two checkpoints differs; ``advance`` is told the bytes of ``one`` that are done.
+
+    ``changed`` elements differ, where NaN equals NaN. ``max_abs`` is the largest difference; inf where one is not
+    finite and the other is something else. ``relative`` is its norm over that of the first; inf if that has none.
+    """
     changed, max_abs, squares, scale = 0, 0.0, 0.0, 0.0
     for start, stop in _steps(one.infos[name]):
         part = one.read(name, start, stop)
@@ -79,7 +55,7 @@ def difference(one: Checkpoint, other: Checkpoint, name: str, advance: Callable[
             squares += float(delta.square().sum())
         advance(part.nbytes)
     relative = 0.0 if not changed else math.sqrt(squares / scale) if scale else math.inf
-    return Difference(changed=changed, max_abs=max_abs, relative=relative)
+    return {"changed": changed, "max_abs": max_abs, "relative": relative}
 
 
 def _steps(info: TensorInfo) -> Iterator[tuple[int, int]]:

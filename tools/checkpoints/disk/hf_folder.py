@@ -44,7 +44,7 @@ class HFFolder(Checkpoint):
             self.files = (config, index, *self.shards)
         else:
             raise CheckpointError(_no_weights(self.folder))
-        self.infos = {name: place.info for name, (_, place) in self._places.items()}
+        self.infos = {name: info for name, (_, (info, _)) in self._places.items()}
         self.others = {}
 
     @property

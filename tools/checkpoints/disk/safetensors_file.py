@@ -1,8 +1,8 @@
 """The safetensors format: a header in JSON with names, shapes and places, then the bytes of the tensors.
 
-Not by the package of that name. It maps files into memory: rows once read stay resident until the file is closed, a
+Not by the package of that name, which maps files into memory: what was read stays resident until the file is closed, a
 file that gets shorter ends the process, and to open it anew for every tensor takes 0.3 s with 42,000 names. It writes
-only what is all in memory. Here memory depends neither on the size of a file nor on the number of files.
+only what is all in memory. Here memory does not depend on the size of a file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -28,11 +28,8 @@ _LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 
 
-class Place(NamedTuple):
-    """A tensor of a file, and the offset of its first byte from the file's begin."""
-
-    info: TensorInfo
-    offset: int
+Place = tuple[TensorInfo, int]
+"""A tensor of a file, and the offset of its first byte from the file's begin."""
 
 
 def read_header(path: Path) -> dict[str, Place]:
@@ -79,13 +76,13 @@ def _place(name: str, entry: Mapping[str, Any], begin: int) -> Place:
     info = TensorInfo(shape, _DTYPES[dtype])
     if stop - start != info.nbytes:
         raise ValueError(f"{stop - start} bytes for a tensor of {info.nbytes}")
-    return Place(info, begin + start)
+    return info, begin + start
 
 
 def _end(places: Mapping[str, Place], begin: int) -> int:
     """Where the last tensor ends; they lie one behind the other."""
     reached = begin
-    for name, (info, offset) in sorted(places.items(), key=lambda item: (item[1].offset, item[1].info.nbytes)):
+    for name, (info, offset) in sorted(places.items(), key=lambda item: (item[1][1], item[1][0].nbytes)):
         if offset != reached:
             raise ValueError(f"{name!r} does not begin where the one before it ends")
         reached += info.nbytes

@@ -12,6 +12,7 @@ import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,10 +20,9 @@ import torch
 
 from checkpoints.disk.hf_folder import CONFIG, HFFolder
 from checkpoints.disk.torch_dist import MegatronCheckpoint
-from checkpoints.mappings.links import Link, expert, hf_pieces, latent_attention, megatron_pieces, mlp, norm, same
+from checkpoints.mappings.links import Link, hf_pieces, links, megatron_pieces
 from checkpoints.mappings.longcat_settings import check_form, checked_config, hf_config, megatron_args
 from checkpoints.mappings.megatron_settings import check_args, complete
-from checkpoints.mappings.norms import norm_names
 from checkpoints.mappings.tokenizer import tokenizer_of
 from checkpoints.plan import Conversion, Piece, Target
 from checkpoints.settings import check_experts, check_layers
@@ -33,32 +33,30 @@ _UNUSED = "zero experts have no parameters: transformers saves these and never r
 _HAS_UNUSED = "hf_has_unused_tensors"  # among the saved arguments
 
 
+# Of a layer, behind the names that folders of hf_scmoe have; {} is 0 in its first block and 1 in its second one.
+_NAMES = {
+    r"(input_layernorm|self_attn|post_attention_layernorm)\.": r"\1.{}.",
+    r"mlp\.": "mlps.0.",
+    r"moe\.shared_expert\.": "mlps.1.",
+    r"moe\.router\.weight": "mlp.router.classifier.weight",
+    r"moe\.router\.expert_bias": "mlp.router.e_score_correction_bias",
+    r"moe\.experts\.": "mlp.experts.",
+}
+
+
 def longcat_links(args: Namespace) -> Iterator[Link]:
-    """Every tensor of the model of this form, layer by layer; ``args`` are ``complete``."""
-    vocab = (args.padded_vocab_size, args.hidden_size)
-    yield same("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab)
-    for layer in range(args.num_layers // 2):
-        yield from _layer(args, layer)
-    yield from norm(args, "decoder.final_layernorm.", "model.norm.", args.hidden_size)
-    yield same("output_layer.weight", "lm_head.weight", vocab)
+    """Every tensor of the model of this form, block by block; ``args`` are ``complete``."""
+    for link in links(args):
+        yield replace(link, theirs=tuple((_their_name(name), shape) for name, shape in link.theirs))
 
 
-def _layer(args: Namespace, layer: int) -> Iterator[Link]:
-    theirs, hidden = f"model.layers.{layer}.", args.hidden_size
-    for half in (0, 1):
-        block = 2 * layer + half
-        ours, norms = f"decoder.layers.{block}.", norm_names(args, args.transformer_impl, block)
-        yield from norm(args, ours + norms["input_layernorm"], f"{theirs}input_layernorm.{half}.", hidden)
-        yield from latent_attention(args, ours, f"{theirs}self_attn.{half}.", norms)
-        yield from norm(args, ours + norms["pre_mlp_layernorm"], f"{theirs}post_attention_layernorm.{half}.", hidden)
-    first, second = (f"decoder.layers.{2 * layer + half}.mlp." for half in (0, 1))
-    yield from mlp(args, first, f"{theirs}mlps.0.", args.ffn_hidden_size)
-    yield from mlp(args, f"{second}shared_experts.", f"{theirs}mlps.1.", args.ffn_hidden_size)
-    choices = args.num_experts + args.zero_experts
-    yield same(f"{second}router.weight", f"{theirs}mlp.router.classifier.weight", (choices, hidden))
-    yield same(f"{second}router.expert_bias", f"{theirs}mlp.router.e_score_correction_bias", (choices,))
-    for index in range(args.num_experts):
-        yield from expert(args, f"{second}experts.experts.", f"{theirs}mlp.experts.{index}.", index)
+def _their_name(name: str) -> str:
+    found = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
+    if not found:
+        return name
+    layer, half = divmod(int(found[1]), 2)
+    rest = next(re.sub(old, new, found[2], count=1) for old, new in _NAMES.items() if re.match(old, found[2]))
+    return f"model.layers.{layer}.{rest.format(half)}"
 
 
 def to_megatron(source: HFFolder) -> Target:

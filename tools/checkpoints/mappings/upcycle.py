@@ -7,6 +7,7 @@ not at all. Every tensor that is drawn comes from the seed and its name alone.
 
 from __future__ import annotations
 
+import re
 import zlib
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,8 @@ from megatron_scmoe.config import MOE_EVERY_CHOICES
 
 EXPERTS, TOPK = 8, 1  # unless something else is asked for
 
+# Tensors that no dense model has; a stock MoE has some of them.
+_FRESH = (".mlp.router.weight", ".mlp.shared_experts.gate_weight", ".combine_gate.weight")
 _COMPUTED = "frequencies of rotary positions are computed"
 _TIED = "the output layer is the embedding"
 
@@ -66,8 +69,6 @@ class Upcycling:
             f"a token has experts to choose from: --topk {self.topk} and --experts {self.experts}": (
                 not 1 <= self.topk <= self.experts
             ),
-            f"a part is from 0 to 1: --drop-ratio {self.drop_ratio}": not 0 <= self.drop_ratio <= 1,
-            f"a deviation is not negative: --expert-noise {self.noise}": self.noise < 0,
         }
         for rule, broken in rules.items():
             if broken:
@@ -117,14 +118,14 @@ def _upcycled(there: list[Piece], args: Namespace, options: Upcycling, dropped: 
         made.setdefault(name := renamed.get(piece.name, piece.name), []).append(replace(piece, name=name))
     pieces: list[Piece] = []
     for name, parts in made.items():
-        is_copied = not then_moe and _mlp_block(name) in moe_blocks
+        mlp = re.fullmatch(r"decoder\.layers\.(\d+)\.mlp\.linear_fc[12]\.weight", name)
+        is_copied = not then_moe and mlp is not None and int(mlp[1]) in moe_blocks
         pieces.extend(_experts(name, parts, options, gated=args.swiglu) if is_copied else parts)
-    for block in moe_blocks:
-        for name, shape in _fresh(block, new_args, options).items():
-            if name not in made:
-                draw = partial(_drawn, name=name, shape=shape, std=new_args["init_method_std"], seed=options.seed)
-                pieces.append(Piece(name=name, info=TensorInfo(shape, torch.float32), reads=(), make=draw))
     expected = expected_tensors(Namespace(**new_args), {piece.name: piece.info for piece in pieces})
+    for name, info in expected.items():
+        if name.endswith(_FRESH) and name not in made:
+            draw = partial(_drawn, name=name, shape=info.shape, std=new_args["init_method_std"], seed=options.seed)
+            pieces.append(Piece(name=name, info=info, reads=(), make=draw))
     return Target(conversion=Conversion(pieces=tuple(pieces), expected=expected, dropped=dropped), args=new_args)
 
 
@@ -175,13 +176,6 @@ def _args(args: Namespace, options: Upcycling, *, stock_moe: bool) -> dict[str, 
     }
 
 
-def _mlp_block(name: str) -> int | None:
-    """The block whose MLP's linear it is; None for other tensors."""
-    parts = name.split(".")
-    is_linear = parts[:2] == ["decoder", "layers"] and parts[3:4] == ["mlp"] and parts[-1] == "weight"
-    return int(parts[2]) if is_linear and parts[4] in ("linear_fc1", "linear_fc2") else None
-
-
 def _experts(name: str, parts: list[Piece], options: Upcycling, *, gated: bool) -> Iterator[Piece]:
     """A linear of the dense MLP, in parts, as that of the shared expert, and then of every routed expert."""
     prefix, linear = name.split(".mlp.")
@@ -228,17 +222,6 @@ def _normal(weight: Tensor, name: str, seed: int, *, mean: float | None = None) 
 def _generator(name: str, seed: int) -> torch.Generator:
     # Of a seed torch's CPU generator takes 32 bits, so both have to be in them.
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-
-
-def _fresh(block: int, args: Mapping[str, Any], options: Upcycling) -> dict[str, tuple[int, ...]]:
-    """Tensors that no dense model has; a stock MoE has some of them."""
-    hidden, prefix = args["hidden_size"], f"decoder.layers.{block}."
-    shapes: dict[str, tuple[int, ...]] = {prefix + "mlp.router.weight": (args["num_experts"], hidden)}
-    if options.combine == "cg1":
-        shapes[prefix + "mlp.shared_experts.gate_weight"] = (1, hidden)
-    if options.combine == "cg2":
-        shapes[prefix + "combine_gate.weight"] = (2, hidden)
-    return shapes
 
 
 def _drawn(*, name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
