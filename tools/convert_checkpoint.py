@@ -178,16 +178,16 @@ def compared(args: argparse.Namespace, upcycling: Any, folder: Path) -> Mapping[
 
     Raises MismatchError where it should be the same and is not, or where a side does not run.
     """
+    if args.skip_change if upcycling else not args.verify:
+        return None
     from checkpoints.engine import MismatchError
     from checkpoints.journal import beside
     from checkpoints.running import verify
     from checkpoints.tensors import CheckpointError
 
-    if args.skip_change if upcycling else not args.verify:
-        return None
-    what, where, without = ("upcycled", ", at every position", "with --skip-change")
-    if not upcycling:
-        what, where, without = ("verify", "", "without --verify")
+    what, where, without = "verify", "", "without --verify"
+    if upcycling:
+        what, where, without = "upcycled", ", at every position", "with --skip-change"
     print(f"{what}: both sides compute logits in fp32{where}", file=sys.stderr, flush=True)
     kept = f"what was written stays in {beside(args.save)}; the same call {without} gives it its name"
     trust = {"trust_remote_code": args.trust_remote_code}

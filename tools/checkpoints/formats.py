@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +111,11 @@ def mapped(
     if isinstance(source, MegatronCheckpoint):
         check_saved(source)
     module, name = PAIRS[source_format, target_format]
+    options: dict[str, Any] = {"transformer_impl": transformer_impl} if transformer_impl else {}
     if upcycling:
-        module, name = "checkpoints.mappings.upcycle", _UPCYCLED[source_format]
-    call = partial(getattr(importlib.import_module(module), name), source)
-    if upcycling:
-        call = partial(call, upcycling)
-    elif transformer_impl:
-        call = partial(call, transformer_impl=transformer_impl)
+        module, name, options = "checkpoints.mappings.upcycle", _UPCYCLED[source_format], {"options": upcycling}
     try:
-        target = call()
+        target = getattr(importlib.import_module(module), name)(source, **options)
     except CheckpointError:
         raise
     except (ArithmeticError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:

@@ -69,11 +69,11 @@ def read(
             raise UserError(f"{shown(source.name)}: {source.problem}")
         if not source.name.lower().endswith(SUFFIXES):
             raise UserError(f"{shown(source.name)} is no {', '.join(SUFFIXES)} file; rename it")
-    texts = [source for source in sources if not source.name.lower().endswith(".npy")]
-    ready = tokenizer() if texts else None
+    has_ids = [source.name.lower().endswith(".npy") for source in sources]
+    ready = None if all(has_ids) else tokenizer()
     files = []
-    for source in sources:
-        tokens = _read_text(source, json_key, ready) if ready and source in texts else _read_ids(source)
+    for source, is_ids in zip(sources, has_ids, strict=True):
+        tokens = _read_ids(source) if is_ids or ready is None else _read_text(source, json_key, ready)
         _check_ids(tokens, vocab_size)
         files.append(tokens)
     return files, ready

@@ -92,15 +92,14 @@ class MegatronCheckpoint(Checkpoint):
         offsets = (start, *(0 for _ in info.shape[1:])) if info.shape else ()
         whole, offsets = (result, offsets) if block is None else (result.unsqueeze(0), (block, *offsets))
         for chunk in self._tensors[key].chunks:
-            begins = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
-            ends = [
-                min(a + size, b + chunk_size)
+            spans = [
+                (max(a, b), min(a + size, b + chunk_size))
                 for a, size, b, chunk_size in zip(offsets, whole.shape, chunk.offsets, chunk.sizes, strict=True)
             ]
-            if all(begin < end for begin, end in zip(begins, ends, strict=True)):
-                there = [slice(b - at, e - at) for b, e, at in zip(begins, ends, offsets, strict=True)]
-                here = [slice(b - at, e - at) for b, e, at in zip(begins, ends, chunk.offsets, strict=True)]
-                self._read_chunk(whole[tuple(there)], key, chunk, tuple(here))
+            if all(begin < end for begin, end in spans):
+                there = tuple(slice(b - at, e - at) for (b, e), at in zip(spans, offsets, strict=True))
+                here = tuple(slice(b - at, e - at) for (b, e), at in zip(spans, chunk.offsets, strict=True))
+                self._read_chunk(whole[there], key, chunk, here)
         return result
 
     def _read_chunk(self, result: Tensor, key: str, chunk: Chunk, part: tuple[slice, ...]) -> None:
