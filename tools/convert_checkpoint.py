@@ -98,11 +98,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--load", required=True, type=Path, metavar="DIR", help="the checkpoint; for megatron also one iteration of it")
     add("--save", required=True, type=Path, metavar="DIR", help="new folder; nothing is overwritten")
     add("--shard-size", type=size, default=size("5GB"), metavar="SIZE", help="of a file at most (default 5GB)")
-    impl = "megatron to megatron: the spec that is to load the result"
-    add("--transformer-impl", choices=SPECS, help=impl)
-    add(
-        "--verify", action="store_true", help="compare the logits of both sides in fp32 before the result gets its name"
-    )
+    add("--transformer-impl", choices=SPECS, help="megatron to megatron: the spec that is to load the result")
+    verify = "compare the logits of both sides in fp32 before the result gets its name"
+    add("--verify", action="store_true", help=verify)
     tolerance = "largest difference of two logits that passes (default %(default)s)"
     add("--verify-tolerance", type=number(0, 1e9), default=1e-4, metavar="D", help=tolerance)
     trust = "with --verify: run Python code that --load brings, if it is not this tool's own"
@@ -134,12 +132,7 @@ UPCYCLING = {
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the command line asks.
-
-    Raises:
-        CheckpointError: for a request or a source that cannot be.
-        MismatchError: where --verify finds a difference.
-    """
+    """Do what the command line asks; MismatchError where --verify finds a difference."""
     from checkpoints import engine, formats
     from checkpoints.journal import check_target
     from checkpoints.tensors import CheckpointError
@@ -157,24 +150,21 @@ def run(args: argparse.Namespace) -> None:
             "an upcycled model computes something else: --verify is set; drop it, the change is measured"
         )
     words = " ".join(f"{UPCYCLING[name]} {value}" for name, value in given.items())
-    request = formats.Request(transformer_impl=args.transformer_impl, upcycling=upcycling, upcycling_words=words)
+    impl = args.transformer_impl
     formats.check_format(args.source, args.load)
-    formats.check_pair(args.source, args.target, request)
+    formats.check_pair(args.source, args.target, transformer_impl=impl, upcycling=words)
     check_target(args.save)
     source = formats.opened(args.source, args.load)
-    target = formats.mapped(args.source, args.target, source, request)
+    target = formats.mapped(args.source, args.target, source, transformer_impl=impl, upcycling=upcycling)
+    options = {"from": args.source, "to": args.target, "transformer_impl": impl}
+    options["upcycling"] = dataclasses.asdict(upcycling) if upcycling else None
     job = engine.Job(
         source=source,
         conversion=target.conversion,
         writer=formats.writer(args.target, target),
         target=args.save,
         shard_bytes=args.shard_size,
-        options={
-            "from": args.source,
-            "to": args.target,
-            "transformer_impl": args.transformer_impl,
-            "upcycling": dataclasses.asdict(upcycling) if upcycling else None,
-        },
+        options=options,
         verify=partial(compared, args, upcycling),
     )
     if args.dry_run:
@@ -184,43 +174,33 @@ def run(args: argparse.Namespace) -> None:
 
 
 def compared(args: argparse.Namespace, upcycling: Any, folder: Path) -> Mapping[str, Any] | None:
-    """What is computed before and after, as far as it was asked for: figures for the receipt."""
-    if upcycling is None:
-        return verified(args, folder) if args.verify else None
-    if args.skip_change:
+    """What is computed before and after, as far as it was asked for: figures for the receipt.
+
+    Raises MismatchError where it should be the same and is not, or where a side does not run.
+    """
+    if args.skip_change if upcycling else not args.verify:
         return None
     from checkpoints.engine import MismatchError
     from checkpoints.journal import beside
-    from checkpoints.running.change import function_change
+    from checkpoints.running import verify
     from checkpoints.tensors import CheckpointError
 
-    print("upcycled: both sides compute logits in fp32, at every position", file=sys.stderr, flush=True)
+    what, where, without = "verify", "", "without --verify"
+    if upcycling:
+        what, where, without = "upcycled", ", at every position", "with --skip-change"
+    print(f"{what}: both sides compute logits in fp32{where}", file=sys.stderr, flush=True)
+    kept = f"what was written stays in {beside(args.save)}; the same call {without} gives it its name"
+    trust = {"trust_remote_code": args.trust_remote_code}
     try:
-        return function_change(
-            args.load, args.source, folder, moe_every=upcycling.moe_every, trust_remote_code=args.trust_remote_code
-        )
-    except CheckpointError as error:
-        kept = f"what was written stays in {beside(args.save)}; the same call with --skip-change gives it its name"
-        raise MismatchError(f"{error}; {kept}") from None
-
-
-def verified(args: argparse.Namespace, folder: Path) -> Mapping[str, Any]:
-    """Compare what was written with the source; raises MismatchError where they compute different things."""
-    from checkpoints.engine import MismatchError
-    from checkpoints.journal import beside
-    from checkpoints.running.verify import verify
-    from checkpoints.tensors import CheckpointError
-
-    print("verify: both sides compute logits in fp32", file=sys.stderr, flush=True)
-    kept = f"what was written stays in {beside(args.save)}; the same call without --verify gives it its name"
-    try:
-        options = {"tolerance": args.verify_tolerance, "trust_remote_code": args.trust_remote_code}
-        figures = verify(args.load, args.source, folder, args.target, **options)
+        if upcycling:
+            return verify.function_change(args.load, args.source, folder, moe_every=upcycling.moe_every, **trust)
+        tolerance = args.verify_tolerance
+        figures = verify.verify(args.load, args.source, folder, args.target, tolerance=tolerance, **trust)
     except CheckpointError as error:
         raise MismatchError(f"{error}; {kept}") from None
     if not figures["passed"]:
         raise MismatchError(
-            f"logits differ by {figures['largest_difference']}, --verify-tolerance is {args.verify_tolerance}; {kept}"
+            f"logits differ by {figures['largest_difference']}, --verify-tolerance is {tolerance}; {kept}"
         )
     return figures
 
@@ -232,23 +212,20 @@ def show_dry_run(job: Job) -> None:
     from provenance import provenance
 
     found = account(job.conversion, job.source.infos)
-    if not found.balanced:
-        for fault in ("unread", "absent", "missing", "unexpected"):
-            for name in getattr(found, fault):
-                print(f"{fault}: {name}")
+    for fault, names in found.faults.items():
+        print("\n".join(f"{fault}: {name}" for name in names))
     job.account()
-    receipt = engine.make_receipt(job, found, provenance())
-    print("\n".join(table(receipt)))
+    print("\n".join(table(engine.make_receipt(job, found, provenance()))))
     print(f"dry run: {len(job.parts())} files would be written to {job.target}")
 
 
 def show(receipt: Mapping[str, Any], save: Path) -> None:
     """Print what was done."""
     print("\n".join(table(receipt)))
-    if receipt["not_finite"]:
-        name, count = next(iter(receipt["not_finite"].items()))
-        total = sum(receipt["not_finite"].values())
-        print(f"note: {total} numbers in {len(receipt['not_finite'])} tensors are not finite: {count} in {name}, ...")
+    if counts := receipt["not_finite"]:
+        name, count = next(iter(counts.items()))
+        total = sum(counts.values())
+        print(f"note: {total} numbers in {len(counts)} tensors are not finite: {count} in {name}, ...")
     figures = receipt["verified"] or {}
     if "largest_difference" in figures:
         print(f"verified: logits differ by {figures['largest_difference']} at most in fp32")
@@ -261,17 +238,17 @@ def show(receipt: Mapping[str, Any], save: Path) -> None:
 
 def table(receipt: Mapping[str, Any]) -> list[str]:
     """Both sides in numbers, and the notes."""
-    rows = [("", "tensors", "parameters", "")]
-    rows.append(("converted", *_numbers(receipt["converted"]), ""))
-    rows += [("dropped", *_numbers(dropped), dropped["reason"]) for dropped in receipt["dropped"]]
-    rows.append(("missing", "0", "0", ""))
-    rows.append(("written", *_numbers(receipt["target"]), f"{receipt['target']['bytes']} bytes"))
-    lines = [f"{what:<10}{tensors:>10}{parameters:>20}  {words}".rstrip() for what, tensors, parameters, words in rows]
-    return [*lines, *(f"note: {note}" for note in receipt["notes"])]
-
-
-def _numbers(counted: Mapping[str, int]) -> tuple[str, str]:
-    return f"{counted['tensors']:,}", f"{counted['parameters']:,}"
+    rows = [
+        ("converted", receipt["converted"], ""),
+        *(("dropped", dropped, dropped["reason"]) for dropped in receipt["dropped"]),
+        ("missing", {"tensors": 0, "parameters": 0}, ""),
+        ("written", receipt["target"], f"{receipt['target']['bytes']} bytes"),
+    ]
+    lines = [
+        f"{what:<10}{counted['tensors']:>10,}{counted['parameters']:>20,}  {words}".rstrip()
+        for what, counted, words in rows
+    ]
+    return [f"{'tensors':>20}{'parameters':>20}", *lines, *(f"note: {note}" for note in receipt["notes"])]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -279,29 +256,22 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     with stoppable():
         try:
-            code, message = outcome(args)
-        except KeyboardInterrupt as error:
+            from checkpoints.engine import MismatchError
+            from checkpoints.tensors import CheckpointError
+
+            run(args)
+            return 0
+        except KeyboardInterrupt as error:  # the first: the others are known when they have been imported
             number = stopped_by(error)
             code, message = 128 + number, f"stopped by {number.name}; {_what_now(args.save)}"
-        if message:
-            print(f"convert_checkpoint.py: error: {' '.join(message.split())}", file=sys.stderr)
+        except CheckpointError as error:
+            code, message = 2, str(error)
+        except MismatchError as error:
+            code, message = 1, str(error)
+        except OSError as error:
+            code, message = 1, f"{error}; {_what_now(args.save)}"
+        print(f"convert_checkpoint.py: error: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-def outcome(args: argparse.Namespace) -> tuple[int, str]:
-    """Do what the command line asks; returns the exit code, and what went wrong."""
-    from checkpoints.engine import MismatchError
-    from checkpoints.tensors import CheckpointError
-
-    try:
-        run(args)
-    except CheckpointError as error:
-        return 2, str(error)
-    except MismatchError as error:
-        return 1, str(error)
-    except OSError as error:
-        return 1, f"{error}; {_what_now(args.save)}"
-    return 0, ""
 
 
 def _what_now(save: Path) -> str:

@@ -8,18 +8,15 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import atomic
 from checkpoints.contents import anatomy
-from checkpoints.contents.statistics import Difference, difference, figures
-from checkpoints.disk.hf_folder import HFFolder
-from checkpoints.disk.torch_dist import MegatronCheckpoint
-from checkpoints.running.model import kind, open_folder
-from checkpoints.tensors import CheckpointError
+from checkpoints.contents.statistics import difference, figures
+from checkpoints.formats import open_any
+from checkpoints.tensors import Checkpoint, CheckpointError
 from command_line import Parser
 from preprocessing.sources import shown
 from progress import in_words, progress
@@ -50,8 +47,6 @@ stopped
 MOST_ROWS = 20
 """Tensors that differ, as printed; --json has them all."""
 
-Checkpoint = MegatronCheckpoint | HFFolder
-
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
@@ -68,65 +63,56 @@ def make_parser() -> argparse.ArgumentParser:
 
 def measure(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """Figures of every tensor, by its name."""
-    total = sum(info.nbytes for info in checkpoint.infos.values())
-    with progress("read", total) as advance:
+    infos = checkpoint.infos
+    with progress("read", sum(info.nbytes for info in infos.values())) as advance:
         return {
-            name: {"shape": list(info.shape), "dtype": str(info.dtype).removeprefix("torch.")}
-            | asdict(figures(checkpoint, name, advance))
-            for name, info in checkpoint.infos.items()
+            name: {"shape": list(info.shape), "dtype": info.dtype_name, **figures(checkpoint, name, advance)}
+            for name, info in infos.items()
         }
 
 
 def compare(one: Checkpoint, other: Checkpoint) -> dict[str, Any]:
     """How two checkpoints differ, tensor by tensor; plain types."""
-    both = [name for name in one.infos if name in other.infos]
-    shapes = {
-        name: [list(checkpoint.infos[name].shape) for checkpoint in (one, other)]
-        for name in both
-        if one.infos[name].shape != other.infos[name].shape
-    }
-    alike = [name for name in both if name not in shapes]
+    both = {name: (info, other.infos[name]) for name, info in one.infos.items() if name in other.infos}
+    alike = [name for name, (before, after) in both.items() if before.shape == after.shape]
     with progress("compare", sum(one.infos[name].nbytes for name in alike)) as advance:
         differences = {name: difference(one, other, name, advance) for name in alike}
+    changed = {name: found for name, found in differences.items() if found["changed"]}
     return {
-        "only_in_first": [name for name in one.infos if name not in other.infos],
-        "only_in_second": [name for name in other.infos if name not in one.infos],
-        "other_shape": shapes,
-        "other_dtype": {
-            name: [str(checkpoint.infos[name].dtype).removeprefix("torch.") for checkpoint in (one, other)]
-            for name in both
-            if one.infos[name].dtype != other.infos[name].dtype
+        "only_in_first": [name for name in one.infos if name not in both],
+        "only_in_second": [name for name in other.infos if name not in both],
+        "other_shape": {
+            name: [list(info.shape) for info in infos] for name, infos in both.items() if name not in differences
         },
-        "equal": sum(not found.changed for found in differences.values()),
-        "changed": {name: asdict(found) for name, found in _largest_first(differences)},
+        "other_dtype": {
+            name: [info.dtype_name for info in infos]
+            for name, infos in both.items()
+            if infos[0].dtype != infos[1].dtype
+        },
+        "equal": len(differences) - len(changed),
+        "changed": dict(sorted(changed.items(), key=lambda item: -item[1]["relative"])),
     }
-
-
-def _largest_first(differences: Mapping[str, Difference]) -> Iterable[tuple[str, Difference]]:
-    changed = [(name, found) for name, found in differences.items() if found.changed]
-    return sorted(changed, key=lambda entry: -entry[1].relative)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what the command line asks; returns the exit code. Raises CheckpointError."""
-    if args.other is not None and kind(args.folder) != kind(args.other):
+    if args.json is not None:
+        check_json(args.json)
+    checkpoint = open_any(args.folder)
+    other = None if args.other is None else open_any(args.other)
+    if other is not None and type(other) is not type(checkpoint):
         raise CheckpointError(
             f"two checkpoints of one format can be compared: {args.folder} and {args.other} are of two; convert one "
             "with tools/convert_checkpoint.py, whose --verify compares what they compute"
         )
-    if args.json is not None:
-        check_json(args.json)
-    checkpoint = open_folder(args.folder)
-    other = None if args.other is None else open_folder(args.other)
-    result: dict[str, Any] = anatomy.describe(checkpoint)
+    result = anatomy.describe(checkpoint)
     print_description(result)
     code = 0
     if args.norms or args.scan:
         result["figures"] = measure(checkpoint)
         code |= print_figures(result["figures"], norms=args.norms, scan=args.scan)
     if other is not None:
-        result["comparison"] = compare(checkpoint, other)
-        result["comparison"]["with"] = str(args.other)
+        result["comparison"] = {**compare(checkpoint, other), "with": str(args.other)}
         code |= print_comparison(result["comparison"])
     if args.json is not None:
         atomic.write_text(args.json, json.dumps(_plain(result), indent=1, allow_nan=False) + "\n")
@@ -198,32 +184,26 @@ def print_figures(found: Mapping[str, Mapping[str, Any]], *, norms: bool, scan: 
 
 def print_comparison(found: Mapping[str, Any]) -> int:
     """Print how two checkpoints differ; returns 1 if they do."""
-    print(f"compared with {found['with']}: {found['equal']} tensors are equal, {len(found['changed'])} are not")
-    for words, names in (
-        ("only in the first", found["only_in_first"]),
-        ("only in the second", found["only_in_second"]),
-        ("of another shape", [f"{name} {one} {other}" for name, (one, other) in found["other_shape"].items()]),
-        ("of another dtype", [f"{name} {one} {other}" for name, (one, other) in found["other_dtype"].items()]),
-    ):
-        if names:
-            print(f"{words}: {len(names)}")
-            _print_some(names)
-    if found["changed"]:
-        print(f"{'largest':>12} {'relative':>12} {'elements':>12}  tensor, those that changed most first")
-        _print_some(
-            f"{entry['max_abs']:12.5g} {entry['relative']:12.5g} {entry['changed']:>12,}  {name}"
-            for name, entry in found["changed"].items()
-        )
-    different = ("only_in_first", "only_in_second", "other_shape", "other_dtype", "changed")
-    return int(any(found[key] for key in different))
+    names = {"only in the first": found["only_in_first"], "only in the second": found["only_in_second"]}
+    for what in ("shape", "dtype"):
+        pairs = found[f"other_{what}"]
+        names[f"of another {what}"] = [f"{name} {one} {other}" for name, (one, other) in pairs.items()]
+    changed = [
+        f"{entry['max_abs']:12.5g} {entry['relative']:12.5g} {entry['changed']:>12,}  {name}"
+        for name, entry in found["changed"].items()
+    ]
+    print(f"compared with {found['with']}: {found['equal']} tensors are equal, {len(changed)} are not")
+    for words, lines in names.items():
+        _print_some(f"{words}: {len(lines)}", lines)
+    _print_some(f"{'largest':>12} {'relative':>12} {'elements':>12}  tensor, those that changed most first", changed)
+    return int(any((*names.values(), changed)))
 
 
-def _print_some(lines: Iterable[str]) -> None:
-    for number, line in enumerate(rows := list(lines)):
-        if number == MOST_ROWS:
-            print(f"  ... and {len(rows) - MOST_ROWS} more; --json FILE has them all")
-            break
-        print(f"  {line}")
+def _print_some(head: str, lines: Sequence[str]) -> None:
+    if lines:
+        print("\n  ".join([head, *lines[:MOST_ROWS]]))
+    if len(lines) > MOST_ROWS:
+        print(f"  ... and {len(lines) - MOST_ROWS} more; --json FILE has them all")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,18 +19,20 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, so that an in
 import atomic
 import provenance
 import torch
-from checkpoints.disk.hf_folder import CONFIG, HFFolder
+from checkpoints.disk.hf_folder import CONFIG
 from checkpoints.disk.torch_dist import MegatronCheckpoint
+from checkpoints.formats import open_any
 from checkpoints.mappings.megatron_settings import check_saved
-from checkpoints.running import model as models
+from checkpoints.running.model import load
+from checkpoints.running.scores import Model
 from checkpoints.settings import SIZE, check, optional
-from checkpoints.tensors import CheckpointError
+from checkpoints.tensors import Checkpoint, CheckpointError
 from command_line import Parser, positive, stoppable, stopped_by
 from preprocessing.output import partial_folder, publish, remove_stale
 from preprocessing.sources import UserError, shown
 from scoring import inputs, output
 from scoring.inputs import Tokens
-from scoring.loop import Windowing, is_first_rank, score_files
+from scoring.loop import is_first_rank, score_files
 
 ABOUT = """\
 Score token ids or text with a checkpoint: the loss of every token, perplexity by file, and logits if asked for.
@@ -54,12 +56,11 @@ input:
   .npy   token ids as whole numbers: [tokens] is one document, [rows, tokens] one in each row.
 
 windows:
-  A model reads --seq-length tokens at once. Every token is scored once. The first window of a document scores all of
-  its tokens; each later one begins --stride tokens further on and scores the --stride tokens that are new, with the
-  others as context. With the default stride, the sequence length, the first tokens of a window have little context,
-  as in training. A text begins behind the token that stood before documents in training, so that its first token is
-  scored: the end of document of what Megatron trained, else BOS where the tokenizer has one ("separator" in
-  summary.json). The first of token ids as such is not scored, and its loss is NaN.
+  A model reads --seq-length tokens at once. Each window begins --stride tokens behind the one before it and scores the
+  tokens that are new, with the others as context: none at its begin with the default stride, the sequence length.
+  A text begins behind the token that stood before documents in training, so that its first token is scored: the end of
+  document of what Megatron trained, else BOS where the tokenizer has one ("separator" in summary.json). The first of
+  token ids as such is not scored, and its loss is NaN.
   Capacity limits and the codec of training are off here: a loss depends on the tokens before it and on nothing else.
 
 output: a new folder with
@@ -97,36 +98,26 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_input(
-    args: argparse.Namespace, opened: MegatronCheckpoint | HFFolder
-) -> tuple[list[Tokens], inputs.Tokenizer | None, int]:
-    """The files, the tokenizer if there is text, and columns of logits; nothing large is loaded yet.
-
-    Raises:
-        CheckpointError, UserError: for a request that cannot work.
-    """
+def read_input(args: argparse.Namespace, opened: Checkpoint) -> tuple[list[Tokens], inputs.Tokenizer | None]:
+    """The files, and the tokenizer if there is text; nothing large is loaded yet. Raises CheckpointError, UserError."""
+    saved = None
     if isinstance(opened, MegatronCheckpoint):
         check_saved(opened)
+        saved = opened.args
+        if args.trust_remote_code:
+            raise UserError("a Megatron checkpoint has no code to trust: drop --trust-remote-code")
     else:
-        check(str(args.load / CONFIG), opened.config, {"vocab_size": optional(SIZE)})
-    saved = opened.args if isinstance(opened, MegatronCheckpoint) else None
-    settings: Any = vars(opened.args) if isinstance(opened, MegatronCheckpoint) else opened.config
-    sizes = [size for size in (settings.get("vocab_size"), settings.get("padded_vocab_size")) if size]
-    if not sizes:
-        raise UserError(f"--load {shown(args.load)} does not say how large its vocabulary is; add vocab_size")
-    if saved is not None and args.trust_remote_code:
-        raise UserError("a Megatron checkpoint has no code to trust: drop --trust-remote-code")
-    files, tokenizer = inputs.read(
+        check(str(args.load / CONFIG), opened.settings, {"vocab_size": optional(SIZE)})
+    return inputs.read(
         args.input,
         json_key=args.json_key,
         tokenizer=lambda: inputs.find_tokenizer(args.tokenizer, args.load, saved),
-        vocab_size=min(sizes),
+        vocab_size=opened.vocab_size,
     )
-    return files, tokenizer, min(sizes)
 
 
-def windows_of(args: argparse.Namespace, model: models.Model) -> Windowing:
-    """How files are cut. Raises UserError."""
+def windows_of(args: argparse.Namespace, model: Model) -> tuple[int, int]:
+    """Length of a window, and tokens between two of them. Raises UserError."""
     length = args.seq_length or model.usual_length // model.length_multiple * model.length_multiple
     stride = args.stride or length
     if length > model.max_length:
@@ -138,7 +129,7 @@ def windows_of(args: argparse.Namespace, model: models.Model) -> Windowing:
         )
     if stride > length:
         raise UserError(f"--stride {stride} would leave tokens out: --seq-length is {length}; use that or less")
-    return Windowing(length=length, stride=stride, size=args.micro_batch_size)
+    return length, stride
 
 
 def run(args: argparse.Namespace) -> int:
@@ -148,47 +139,40 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {shown(args.output)} exists; name a new folder")
     if reason := atomic.obstacle(args.output):
         raise UserError(f"--output {shown(args.output)} cannot be made: {reason}; name another folder")
-    opened = models.open_folder(args.load)
-    files, tokenizer, columns = read_input(args, opened)
-    if args.logits:
+    opened = open_any(args.load)
+    files, tokenizer = read_input(args, opened)
+    columns = opened.vocab_size if args.logits else 0
+    if columns:
         num_bytes = output.check_room(args.output, files, columns)
         say(f"logits will take {num_bytes / 1e9:.3f} GB")
     say(f"loading {shown(args.load)}")
     origin = provenance.provenance(torch.cuda.get_device_name() if torch.cuda.is_available() else None)
     model = load_model(args)
-    windowing = windows_of(args, model)
+    length, stride = windows_of(args, model)
+    settings = {"seq_length": length, "stride": stride, "micro_batch_size": args.micro_batch_size, "dtype": args.dtype}
     with contextlib.ExitStack() as stack:
         folder = None
         if is_first_rank():
             remove_stale(args.output)
             folder = stack.enter_context(partial_folder(args.output))
         shared = Path(model.shared(None if folder is None else str(folder)))
-        losses = score_files(model, files, shared, windowing=windowing, columns=columns if args.logits else 0)
-        total = output.figures(files, losses)
+        size = args.micro_batch_size
+        losses = score_files(model, files, shared, length=length, stride=stride, size=size, columns=columns)
+        summary = {
+            "load": str(args.load),
+            "iteration": getattr(opened, "iteration", None),
+            "settings": {**settings, "layout": dict(model.layout)},
+            "tokenizer": tokenizer and tokenizer.path,
+            "separator": tokenizer and tokenizer.separator,
+            **output.results(files, losses),
+            "seconds": round(time.monotonic() - begun_s, 3),
+            **origin,
+        }
         if folder is not None:
-            summary = {
-                "load": str(args.load),
-                "iteration": getattr(opened, "iteration", None),
-                "settings": {
-                    "seq_length": windowing.length,
-                    "stride": windowing.stride,
-                    "micro_batch_size": windowing.size,
-                    "dtype": args.dtype,
-                    "layout": dict(model.layout),
-                },
-                "tokenizer": tokenizer and tokenizer.path,
-                "separator": tokenizer and tokenizer.separator,
-                "files": [
-                    {"name": tokens.name, "sha256": tokens.sha256, **output.figures([tokens], [its])}
-                    for tokens, its in zip(files, losses, strict=True)
-                ],
-                "total": total,
-                "seconds": round(time.monotonic() - begun_s, 3),
-                **origin,
-            }
             output.write_summary(folder, summary)
             publish(folder, args.output, overwrite=False)
             print_summary(args.output, summary)
+    total = summary["total"]
     if not total["not_finite"]:
         return 0
     say(
@@ -198,9 +182,9 @@ def run(args: argparse.Namespace) -> int:
     return 1
 
 
-def load_model(args: argparse.Namespace) -> models.Model:
+def load_model(args: argparse.Namespace) -> Model:
     """This rank's part of the model. Raises CheckpointError."""
-    return models.load(
+    return load(
         args.load,
         tensor=args.tensor_model_parallel_size,
         pipeline=args.pipeline_model_parallel_size,

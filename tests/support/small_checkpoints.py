@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from checkpoint_files import TOOLS, write_hf
-from checkpoints.mappings import scmoe_settings
+from checkpoints.mappings import megatron_settings
 from checkpoints.mappings.dense import dense_args
 from checkpoints.mappings.links import Link, links
 from checkpoints.mappings.longcat import longcat_links
@@ -45,14 +45,14 @@ def _drawn(all_links: Iterable[Link]) -> dict[str, torch.Tensor]:
 def dense(folder: Path, **sizes: int) -> Path:
     """A Llama, of other sizes than ``DENSE`` where they are given."""
     config = DENSE | sizes
-    args = scmoe_settings.complete(Namespace(**dense_args(config, "here")))
+    args = megatron_settings.complete(Namespace(**dense_args(config, "here")))
     return write_hf(folder, _drawn(links(args)), config=config)
 
 
 def longcat(folder: Path, **sizes: int) -> Path:
     """A LongCat-Flash, without tensors of zero experts, of other sizes than ``LONGCAT`` where they are given."""
     config = LONGCAT | sizes
-    args = scmoe_settings.complete(Namespace(**megatron_args(config)))
+    args = megatron_settings.complete(Namespace(**megatron_args(config)))
     return write_hf(folder, _drawn(longcat_links(args)), config=config)
 
 

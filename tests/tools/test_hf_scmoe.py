@@ -27,7 +27,7 @@ sys.path.insert(0, str(TOOLS))
 import convert_checkpoint  # noqa: E402
 from checkpoints.disk.hf_folder import HFFolder  # noqa: E402
 from checkpoints.disk.torch_dist import MegatronCheckpoint  # noqa: E402
-from checkpoints.mappings import longcat, scmoe_settings  # noqa: E402
+from checkpoints.mappings import longcat, megatron_settings, scmoe_settings  # noqa: E402
 from checkpoints.mappings.norms import norm_names  # noqa: E402
 from checkpoints.mappings.scmoe_names import from_megatron, to_megatron  # noqa: E402
 from checkpoints.plan import check  # noqa: E402
@@ -291,8 +291,8 @@ def test_round_trip_is_bit_equal(exported, case):
     for name, tensor in back.items():
         original = source.read(name)
         assert tensor.dtype == original.dtype and torch.equal(tensor, original), name
-    args = scmoe_settings.complete(source.args)
-    restored = scmoe_settings.complete(Namespace(**target.args))
+    args = megatron_settings.complete(source.args)
+    restored = megatron_settings.complete(Namespace(**target.args))
     assert scmoe_settings.config_of(restored) == scmoe_settings.config_of(args)
     same_meaning = {"rope_type", "params_dtype", "num_query_groups", "moe_layer_freq"}
     for name, value in target.args.items():
@@ -328,8 +328,8 @@ def test_what_transformers_saves_comes_back(exported, tmp_path):
     target = to_megatron(there)
     back = assembled(target, there)
     assert all(torch.equal(back[name], source.read(name)) for name in source.infos)
-    config = scmoe_settings.config_of(scmoe_settings.complete(Namespace(**target.args)))
-    assert config == scmoe_settings.config_of(scmoe_settings.complete(source.args))
+    config = scmoe_settings.config_of(megatron_settings.complete(Namespace(**target.args)))
+    assert config == scmoe_settings.config_of(megatron_settings.complete(source.args))
 
 
 def test_command_converts_both_ways(exported, tmp_path):
@@ -670,7 +670,7 @@ def test_every_setting_is_one_that_megatron_saves(exported):
     """A misspelt name would never be refused, or always have its default."""
     saved = vars(exported("latent")[0].args)
     assert scmoe_settings._REFUSED.keys() <= saved.keys()
-    assert scmoe_settings._DEFAULTS.keys() - saved.keys() == {
+    assert megatron_settings.DEFAULTS.keys() - saved.keys() == {
         *("original_max_position_embeddings", "beta_fast", "beta_slow"),  # of Core's configuration, without a flag
     }
 

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,31 +20,12 @@ from torch import Tensor
 from checkpoints import journal
 from checkpoints.disk.files import Sink, described, file_sha256
 from checkpoints.plan import Account, Conversion, Piece, check
-from checkpoints.tensors import CheckpointError, TensorInfo, row_range
+from checkpoints.tensors import Checkpoint, CheckpointError, TensorInfo, row_range
 
 RECEIPT = "conversion.json"
 _FORMAT_VERSION = 1
 _SPARE_BYTES = 1 << 26  # what headers, names and the receipt may take
 _CHECKED_ELEMENTS = 1 << 24  # at a time, for numbers that are not finite
-
-
-class Source(Protocol):
-    """A checkpoint to read from; see ``tensors.Tensors``.
-
-    Attributes:
-        folder: where it is.
-        infos: every tensor of the model.
-        others: what else it holds, and why that is no tensor of the model.
-        files: all that decides what is read.
-    """
-
-    folder: Path
-    infos: Mapping[str, TensorInfo]
-    others: Mapping[str, str]
-    files: tuple[Path, ...]
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows of a tensor."""
 
 
 class Writer(Protocol):
@@ -75,19 +56,14 @@ class Job:
     """What to convert, into what.
 
     Attributes:
-        source: to read from.
-        conversion: what becomes of every tensor.
-        writer: of the target.
         target: the folder to make.
         shard_bytes: of a part at most, unless a single piece is larger.
         options: of the request, as JSON has them: they decide the result, and are in the receipt.
         verify: compares the finished target, which has not its name yet, with the source. Returns figures for the
-            receipt.
-
-    ``verify`` raises MismatchError where they differ.
+            receipt, or raises MismatchError.
     """
 
-    source: Source
+    source: Checkpoint
     conversion: Conversion
     writer: Writer
     target: Path
@@ -112,11 +88,7 @@ class Job:
         return parts
 
     def account(self) -> Account:
-        """Both sides in names, and that every piece asks for rows that there are.
-
-        Raises:
-            CheckpointError: where a tensor is not accounted for.
-        """
+        """Both sides in names; refuses what is not balanced, and pieces of rows that there are not."""
         result = check(self.conversion, self.source.infos)
         for piece in self.conversion.pieces:
             for read in piece.reads:
@@ -142,23 +114,11 @@ def run(job: Job) -> dict[str, Any]:
     """
     start_s, origin = time.monotonic(), provenance()
     journal.check_target(job.target)
-    account, plan, parts = job.account(), job.plan(), job.parts()
-    paths = [job.writer.part_path(number, len(parts)) for number in range(len(parts))]
+    account, plan = job.account(), job.plan()
     with journal.opened(job.target, plan) as log:
-        finished = {number: entry for number, path in enumerate(paths) if (entry := log.finished(number, path))}
-        done_bytes = sum(num_bytes(parts[number]) for number in finished)
-        total_bytes = num_bytes(job.conversion.pieces)
-        _check_disk(job.target.parent, total_bytes - done_bytes, has_begun=bool(finished))
-        if finished:
-            print(f"continued: {len(finished)} of {len(parts)} files were there already, {in_words(done_bytes)}")
-        with progress("convert", total_bytes, done_bytes) as written:
-            for number, pieces in enumerate(parts):
-                if number not in finished:
-                    write = _part_writer(job, pieces)
-                    finished[number] = log.write_part(number, paths[number], write, written)
+        entries = _write_parts(job, log)
         if described(job.source.files) != plan["source"]:
             raise CheckpointError(f"{job.source.folder} changed while it was read; begin anew")
-        entries = {path: finished[number] for number, path in enumerate(paths)}
         job.writer.finish(log.payload, {path: entry["contents"] for path, entry in entries.items()})
         figures = job.verify(log.payload) if job.verify else None
         receipt = make_receipt(job, account, origin) | {
@@ -173,6 +133,30 @@ def run(job: Job) -> dict[str, Any]:
     return receipt
 
 
+def _write_parts(job: Job, log: journal.Journal) -> dict[str, Any]:
+    """Write the parts that are not there yet, and return what is noted of each, by its path."""
+    parts = job.parts()
+    paths = [job.writer.part_path(number, len(parts)) for number in range(len(parts))]
+    finished = {number: entry for number, path in enumerate(paths) if (entry := log.finished(number, path))}
+    done_bytes = sum(num_bytes(parts[number]) for number in finished)
+    total_bytes = num_bytes(job.conversion.pieces)
+    _check_disk(job.target.parent, total_bytes - done_bytes, has_begun=bool(finished))
+    if finished:
+        print(f"continued: {len(finished)} of {len(parts)} files were there already, {in_words(done_bytes)}")
+    with progress("convert", total_bytes, done_bytes) as written:
+        for number, pieces in enumerate(parts):
+            if number in finished:
+                continue
+
+            def write(sink: Sink, pieces: Sequence[Piece] = pieces) -> dict[str, Any]:
+                not_finite: Counter[str] = Counter()
+                contents = job.writer.write_part(sink, pieces, _made(job.source, pieces, not_finite))
+                return {"contents": contents, "not_finite": dict(+not_finite)}
+
+            finished[number] = log.write_part(number, paths[number], write, written)
+    return {path: finished[number] for number, path in enumerate(paths)}
+
+
 def num_bytes(pieces: Sequence[Piece]) -> int:
     """Bytes of all these pieces."""
     return sum(piece.info.nbytes for piece in pieces)
@@ -180,9 +164,8 @@ def num_bytes(pieces: Sequence[Piece]) -> int:
 
 def make_receipt(job: Job, account: Account, origin: Mapping[str, Any]) -> dict[str, Any]:
     """What is known before anything is written: both sides in numbers and names, and where all this comes from."""
-    infos, dropped = job.source.infos, {**job.source.others, **account.dropped}
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in dropped.items():
+    infos, by_reason = job.source.infos, dict[str, list[str]]()
+    for name, reason in {**job.source.others, **account.dropped}.items():
         by_reason.setdefault(reason, []).append(name)
     expected = job.conversion.expected
     versions = {
@@ -204,14 +187,13 @@ def make_receipt(job: Job, account: Account, origin: Mapping[str, Any]) -> dict[
     }
 
 
-def _counted(infos: Mapping[str, TensorInfo], names: Any) -> dict[str, int]:
-    known = [infos[name] for name in names if name in infos]
-    return {"tensors": len(list(names)), "parameters": sum(torch.Size(info.shape).numel() for info in known)}
+def _counted(infos: Mapping[str, TensorInfo], names: Collection[str]) -> dict[str, int]:
+    shapes = [infos[name].shape for name in names if name in infos]
+    return {"tensors": len(names), "parameters": sum(torch.Size(shape).numel() for shape in shapes)}
 
 
 def _check_disk(folder: Path, needed: int, *, has_begun: bool) -> None:
-    missing = journal.missing_bytes(folder, needed + needed // 100 + _SPARE_BYTES)
-    if missing:
+    if missing := journal.missing_bytes(folder, needed + needed // 100 + _SPARE_BYTES):
         error = OSError if has_begun else CheckpointError  # what an earlier call has written is kept
         raise error(
             f"{folder} has too little room: {in_words(needed)} are to be written and {in_words(missing)} are missing; "
@@ -219,34 +201,20 @@ def _check_disk(folder: Path, needed: int, *, has_begun: bool) -> None:
         )
 
 
-def _part_writer(job: Job, pieces: Sequence[Piece]) -> Callable[[Sink], dict[str, Any]]:
-    def write(sink: Sink) -> dict[str, Any]:
-        not_finite: dict[str, int] = {}
-        contents = job.writer.write_part(sink, pieces, _made(job.source, pieces, not_finite))
-        return {"contents": contents, "not_finite": not_finite}
-
-    return write
-
-
-def _made(source: Source, pieces: Sequence[Piece], not_finite: dict[str, int]) -> Iterator[Tensor]:
+def _made(source: Checkpoint, pieces: Sequence[Piece], not_finite: Counter[str]) -> Iterator[Tensor]:
     """Make one piece after the other; numbers that are not finite are counted by the name of the tensor."""
     for piece in pieces:
         tensor = piece.make(*(source.read(*read) for read in piece.reads)).contiguous()
         found = TensorInfo(tuple(tensor.shape), tensor.dtype)
         if found != piece.info:
+            words = (f"{list(info.shape)} {info.dtype_name}" for info in (found, piece.info))
             raise CheckpointError(
-                f"{piece.name} came out as {_words(found)} and should be {_words(piece.info)}; the source is damaged, "
-                "or the conversion is wrong"
+                f"{piece.name} came out as {' and should be '.join(words)}; the source is damaged, or the conversion "
+                "is wrong"
             )
-        count = _num_not_finite(tensor)
-        if count:
-            not_finite[piece.name] = not_finite.get(piece.name, 0) + count
+        not_finite[piece.name] += _num_not_finite(tensor)
         yield tensor
         del tensor  # before the next one is made
-
-
-def _words(info: TensorInfo) -> str:
-    return f"{list(info.shape)} {str(info.dtype).removeprefix('torch.')}"
 
 
 def _num_not_finite(tensor: Tensor) -> int:
@@ -261,12 +229,10 @@ def _num_not_finite(tensor: Tensor) -> int:
 
 
 def _files(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every file of the target with its size and hash."""
+    """Every file of the target with its size and hash, which of parts is known."""
     entries = []
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / RECEIPT):
         name = str(path.relative_to(folder))
-        if name in parts:
-            entries.append({key: parts[name][key] for key in ("path", "bytes", "sha256")})
-        elif path.is_file() and name != RECEIPT:
-            entries.append({"path": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
+        digest = parts[name]["sha256"] if name in parts else file_sha256(path)
+        entries.append({"path": name, "bytes": path.stat().st_size, "sha256": digest})
     return entries

@@ -35,14 +35,9 @@ class Journal:
     """
 
     def __init__(self, target: Path, plan: Mapping[str, Any]) -> None:
-        """Begin, or continue what was begun with the same plan.
+        """Begin, or continue what was begun with the same plan, which has all that decides the result, as JSON has it.
 
-        Args:
-            target: must not exist.
-            plan: all that decides the result, as JSON has it.
-
-        Raises:
-            CheckpointError: where the target exists, or another conversion is on its way to it.
+        A target that is there, or that another conversion is on its way to, is refused.
         """
         self.folder, self._target = beside(target), target
         self.payload = self.folder / _PAYLOAD
@@ -55,32 +50,30 @@ class Journal:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._lock.close()
+            self.close()
             raise CheckpointError(f"another process is writing {target}; wait for it") from None
         except OSError as error:  # Lustre without -o flock, for one
-            self._lock.close()
+            self.close()
             if not has_begun(target):
                 self.remove()
             raise CheckpointError(
                 f"{self.folder.parent} has no locks ({error.strerror}), without which two processes could write one "
                 "checkpoint; mount it with them (Lustre: -o flock), or convert to another disk"
             ) from None
-        plan = json.loads(json.dumps({**plan, "version": _VERSION}))
-        if has_begun(target):
-            self._check_plan(_noted(self.folder / _PLAN), plan)
-        else:
-            self._begin(plan)
+        self._keep(json.loads(json.dumps({**plan, "version": _VERSION})))
 
-    def _begin(self, plan: Mapping[str, Any]) -> None:
-        try:
-            atomic.write_text(self.folder / _PLAN, json.dumps(plan, indent=1) + "\n")
-        except OSError:
-            self.remove()
-            raise
-
-    def _check_plan(self, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        for name in now:
-            if then.get(name) != now[name]:
+    def _keep(self, plan: Mapping[str, Any]) -> None:
+        """Note the plan, or compare it with the one that was noted."""
+        if not has_begun(self._target):
+            try:
+                atomic.write_text(self.folder / _PLAN, json.dumps(plan, indent=1) + "\n")
+            except OSError:
+                self.remove()
+                raise
+            return
+        then = _noted(self.folder / _PLAN)
+        for name in plan:
+            if then.get(name) != plan[name]:
                 raise CheckpointError(
                     f"{self.folder} holds an unfinished conversion that differs in its {name}; repeat that one, or "
                     f"remove it and begin anew: rm -r {self.folder}"
@@ -88,26 +81,15 @@ class Journal:
 
     def finished(self, number: int, path: str) -> dict[str, Any] | None:
         """What was noted of part ``number`` when it was finished; None where it was not."""
-        note = self.folder / f"part-{number:05d}.json"
-        if not note.exists():
-            return None
-        entry = _noted(note)
-        file = self.payload / path
+        entry, file = _noted(self._note(number)), self.payload / path
         return entry if file.is_file() and file.stat().st_size == entry.get("bytes") else None
 
     def write_part(
         self, number: int, path: str, write: Callable[[Sink], dict[str, Any]], written: Callable[[int], None]
     ) -> dict[str, Any]:
-        """Write a file that is there whole or not at all, and note that it is.
+        """Write the file ``path`` of ``payload``, which is there whole or not at all, and note that it is.
 
-        Args:
-            number: of the part.
-            path: of its file in ``payload``.
-            write: writes it, and returns what to note of it.
-            written: is told how many bytes were written.
-
-        Returns:
-            What ``write`` returned, with the file's ``bytes`` and ``sha256``.
+        ``write`` returns what to note, beside the file's ``bytes`` and ``sha256``; ``written`` is told of its progress.
         """
         final = self.payload / path
         final.parent.mkdir(exist_ok=True)
@@ -118,8 +100,11 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         growing.replace(final)
-        atomic.write_text(self.folder / f"part-{number:05d}.json", json.dumps(entry))
+        atomic.write_text(self._note(number), json.dumps(entry))
         return entry
+
+    def _note(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}.json"
 
     def publish(self) -> None:
         """Give the finished checkpoint its name."""
@@ -153,10 +138,10 @@ def opened(target: Path, plan: Mapping[str, Any]) -> Iterator[Journal]:
 
 
 def _noted(path: Path) -> dict[str, Any]:
-    """What a file of the journal holds; nothing where a power cut has damaged it."""
+    """What a file of the journal holds; nothing where it is not there, or a power cut has damaged it."""
     try:
         return read_json(path)
-    except CheckpointError:
+    except (CheckpointError, FileNotFoundError):
         return {}
 
 
@@ -177,7 +162,7 @@ def has_begun(target: Path) -> bool:
 
 
 def check_target(target: Path) -> None:
-    """Raise CheckpointError where ``target`` is there already, or cannot be made."""
+    """Refuse a target that is there already, or cannot be made."""
     if os.path.lexists(target):
         if not (beside(target) / _PAYLOAD).exists():
             shutil.rmtree(beside(target), ignore_errors=True)  # of a call that was killed when all was done

@@ -12,13 +12,7 @@ from checkpoints.tensors import CheckpointError, TensorInfo
 
 
 class Read(NamedTuple):
-    """Rows of a tensor of the source.
-
-    Attributes:
-        name: of the tensor.
-        start: first row.
-        stop: the row behind the last one; None for all.
-    """
+    """Rows ``start`` to ``stop`` of a tensor of the source; None: to its end."""
 
     name: str
     start: int = 0
@@ -35,10 +29,8 @@ class Piece:
     """A part of a tensor of the target: the unit that is in memory at a time.
 
     Attributes:
-        name: of the target's tensor.
         info: shape and dtype of this piece.
-        reads: what it is made of.
-        make: makes the piece, of exactly that shape and dtype, from what was read, in that order.
+        make: makes it, of exactly that shape and dtype, from what was read, in that order.
         row: where along the first dimension of the whole tensor the piece begins.
     """
 
@@ -66,17 +58,40 @@ class Conversion:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a mapping makes of a source.
+
+    Attributes:
+        args: where the target is Megatron's: the saved arguments, as far as they differ from Megatron's defaults.
+        files: where the target is a Hugging Face folder: config.json and others, by plain file name.
+        tokenizer: where the target is Megatron's: files of its folder of that name, by plain file name.
+    """
+
+    conversion: Conversion
+    args: Mapping[str, object] | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    tokenizer: Mapping[str, bytes] = field(default_factory=dict)
+
+
+_FAULTS = {
+    "unread": "tensors of the source that nothing takes",
+    "absent": "tensors that the source lacks",
+    "missing": "tensors that the target would lack",
+    "unexpected": "tensors that the target has no place for, or not in this shape",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """Both sides of a conversion in numbers and names.
+    """Both sides of a conversion in names.
 
     Attributes:
         converted: tensors of the source that went whole into the target.
-        dropped: tensors left out, and why.
-        unread: tensors of the source of which rows were neither read nor dropped.
-        absent: tensors that pieces read and that the source lacks.
-        missing: tensors that the target should have, and that are not whole.
-        unexpected: tensors of the target that it should not have, or not in this shape.
+        unread: those of which rows were neither read nor dropped.
+        absent: those that pieces read and that the source lacks.
+        missing: tensors of the target that nothing makes.
+        unexpected: those that it should not have, or not in this shape.
     """
 
     converted: tuple[str, ...]
@@ -87,66 +102,51 @@ class Account:
     unexpected: tuple[str, ...]
 
     @property
+    def faults(self) -> dict[str, tuple[str, ...]]:
+        """Names of tensors that are lost or made up, by the attribute that has them."""
+        return {fault: names for fault in _FAULTS if (names := getattr(self, fault))}
+
+    @property
     def balanced(self) -> bool:
         """Whether nothing is lost and nothing is made up."""
-        return not (self.unread or self.absent or self.missing or self.unexpected)
+        return not self.faults
 
 
 def account(conversion: Conversion, source: Mapping[str, TensorInfo]) -> Account:
     """Compare a conversion with the tensors of its source and of its target."""
     read_rows: dict[str, list[tuple[int, int]]] = {}
-    absent: dict[str, None] = {}
-    for piece in conversion.pieces:
-        for read in piece.reads:
-            if read.name not in source:
-                absent[read.name] = None
-                continue
-            rows = _num_rows(source[read.name])
-            read_rows.setdefault(read.name, []).append((read.start, rows if read.stop is None else read.stop))
-    converted = [name for name, spans in read_rows.items() if _covers(spans, _num_rows(source[name]))]
-    accounted = {*converted, *conversion.dropped}
     written: dict[str, list[Piece]] = {}
     for piece in conversion.pieces:
         written.setdefault(piece.name, []).append(piece)
-    whole = {name for name, pieces in written.items() if _is_whole(pieces, conversion.expected.get(name))}
+        for name, start, stop in piece.reads:
+            rows = source[name].num_rows if name in source and stop is None else stop or 0
+            read_rows.setdefault(name, []).append((start, rows))
+    converted = [name for name, spans in read_rows.items() if name in source and _covers(spans, source[name].num_rows)]
+    accounted = {*converted, *conversion.dropped}
     return Account(
         converted=tuple(converted),
         dropped=dict(conversion.dropped),
         unread=tuple(name for name in source if name not in accounted),
-        absent=tuple(absent),
+        absent=tuple(name for name in read_rows if name not in source),
         missing=tuple(name for name in conversion.expected if name not in written),
-        unexpected=tuple(name for name in written if name not in whole),
+        unexpected=tuple(
+            name for name, pieces in written.items() if not _is_whole(pieces, conversion.expected.get(name))
+        ),
     )
 
 
 def check(conversion: Conversion, source: Mapping[str, TensorInfo]) -> Account:
-    """The account of a conversion.
-
-    Raises:
-        CheckpointError: where it is not balanced.
-    """
+    """The account of a conversion; refuses one that is not balanced."""
     result = account(conversion, source)
     if not result.balanced:
-        faults = {
-            "tensors of the source that nothing takes": result.unread,
-            "tensors that the source lacks": result.absent,
-            "tensors that the target would lack": result.missing,
-            "tensors that the target has no place for, or not in this shape": result.unexpected,
-        }
-        raise CheckpointError(
-            "not every tensor is accounted for: "
-            + "; ".join(f"{what}: {_first(names)}" for what, names in faults.items() if names)
-        )
+        faults = (f"{_FAULTS[fault]}: {_first(names)}" for fault, names in result.faults.items())
+        raise CheckpointError(f"not every tensor is accounted for: {'; '.join(faults)}")
     return result
 
 
 def _first(names: tuple[str, ...], most: int = 3) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(repr(name) for name in names[:most]) + more
-
-
-def _num_rows(info: TensorInfo) -> int:
-    return info.shape[0] if info.shape else 1
+    return ", ".join(map(repr, names[:most])) + more
 
 
 def _covers(spans: list[tuple[int, int]], rows: int) -> bool:
@@ -160,11 +160,9 @@ def _covers(spans: list[tuple[int, int]], rows: int) -> bool:
 
 def _is_whole(pieces: list[Piece], expected: TensorInfo | None) -> bool:
     """Whether the pieces, laid one behind the other, are the expected tensor, each row once."""
-    if expected is None:
-        return False
     reached = 0
     for piece in sorted(pieces, key=lambda piece: piece.row):
-        if piece.row != reached or piece.info.shape[1:] != expected.shape[1:] or piece.info.dtype != expected.dtype:
+        if expected is None or piece.row != reached or piece.info != expected.with_rows(piece.info.num_rows):
             return False
-        reached += _num_rows(piece.info)
-    return reached == _num_rows(expected)
+        reached += piece.info.num_rows
+    return expected is not None and reached == expected.num_rows

@@ -15,12 +15,7 @@ _FIX = "correct it, or get it anew"
 
 
 class Rule(NamedTuple):
-    """What the value of a setting may be.
-
-    Attributes:
-        words: what it is, for a message.
-        holds: whether a value is that.
-    """
+    """What the value of a setting may be: in words, for a message, and whether a value is that."""
 
     words: str
     holds: Callable[[object], bool]
@@ -75,20 +70,15 @@ NUMBER = Rule("a number from 0", lambda value: _is_number(value) and 0 <= value 
 SHARE = Rule("a number above 0, up to 1", lambda value: _is_number(value) and 0 < value <= 1)
 
 
+def by_name(*rows: tuple[Rule, str]) -> dict[str, Rule]:
+    """Rules by the names, separated by spaces, that stand beside each."""
+    return {name: rule for rule, names in rows for name in names.split()}
+
+
 def check(
     origin: str, settings: Mapping[str, object], rules: Mapping[str, Rule], *, needed: tuple[str, ...] = ()
 ) -> None:
-    """Hold settings against rules; one that is not there passes, unless it is needed.
-
-    Args:
-        origin: where the settings are, for a message.
-        settings: by name.
-        rules: by the same names.
-        needed: names that have to be there.
-
-    Raises:
-        CheckpointError: for the first one that breaks its rule.
-    """
+    """Refuse the first setting that breaks its rule; one that is not there passes, unless it is ``needed``."""
     for name in needed:
         if name not in settings:
             raise CheckpointError(f"{name} is missing in {origin}; {_FIX}")
@@ -106,7 +96,7 @@ def _shown(value: object) -> str:
 
 
 def check_multiple(origin: str, settings: Mapping[str, Any], whole_name: str, part_name: str) -> None:
-    """Raise CheckpointError unless the setting ``whole_name`` is a multiple of ``part_name``."""
+    """Refuse a setting ``whole_name`` that is no multiple of ``part_name``."""
     if settings[whole_name] % settings[part_name]:
         raise CheckpointError(
             f"{whole_name} is {settings[whole_name]} in {origin}, and should be a multiple of {part_name}, "
@@ -115,7 +105,7 @@ def check_multiple(origin: str, settings: Mapping[str, Any], whole_name: str, pa
 
 
 def check_layers(origin: str, settings: Mapping[str, Any], name: str, infos: Mapping[str, TensorInfo]) -> None:
-    """Raise CheckpointError where there are more layers than tensors: nobody should count up to them."""
+    """Refuse more layers than there are tensors: nobody should count up to them."""
     if settings[name] > len(infos):
         raise CheckpointError(
             f"{name} is {settings[name]} in {origin}, and with {len(infos)} tensors in all there are too few; {_FIX}"
@@ -125,7 +115,7 @@ def check_layers(origin: str, settings: Mapping[str, Any], name: str, infos: Map
 def check_experts(
     origin: str, settings: Mapping[str, Any], name: str, infos: Mapping[str, TensorInfo], *, num_moes: int
 ) -> None:
-    """Raise CheckpointError where ``num_moes`` layers with that many experts each have more experts than tensors.
+    """Refuse ``num_moes`` layers of so many experts where there are fewer tensors of experts.
 
     Megatron saves experts as rows of a tensor of three dimensions, Hugging Face as tensors of their own.
     """
@@ -142,21 +132,13 @@ ROPE = {name: optional(TABLE) for name in ("rope_scaling", "rope_parameters")}
 
 
 def rotary_base(
-    origin: str, config: Mapping[str, object], default: int | None = None, kinds: tuple[str, ...] = ("default",)
+    origin: str, config: Mapping[str, Any], default: int | None = None, kinds: tuple[str, ...] = ("default",)
 ) -> int:
-    """The base of rotary positions; transformers takes their older names first.
+    """The base of rotary positions of a config.json, held against ``ROPE``; ``default`` is that where nothing is said.
 
-    Args:
-        origin: of ``config``, for a message.
-        config: a config.json, held against ``ROPE``.
-        default: where nothing is said; None: something has to be.
-        kinds: of positions that are known; all others are stretched.
-
-    Raises:
-        CheckpointError: for another kind, and for a base that Megatron has no word for.
+    transformers takes their older names first. Other ``kinds`` of positions, which are stretched, are refused.
     """
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    assert isinstance(found, Mapping)
     kind = found.get("rope_type", found.get("type", "default"))
     if kind not in kinds:
         raise CheckpointError(

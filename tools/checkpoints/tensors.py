@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +16,7 @@ class CheckpointError(ValueError):
 
 
 class TensorInfo(NamedTuple):
-    """A tensor that may still lie on disk.
-
-    Attributes:
-        shape: of the whole tensor.
-        dtype: as it is stored.
-    """
+    """Shape of a tensor that may still lie on disk, and the dtype that it is stored in."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -30,34 +26,67 @@ class TensorInfo(NamedTuple):
         """Bytes of the whole tensor."""
         return math.prod(self.shape) * self.dtype.itemsize  # torch.Size.numel overflows: 2**32 x 2**32 would be 0
 
+    @property
+    def dtype_name(self) -> str:
+        """Such as float32."""
+        return str(self.dtype).removeprefix("torch.")
 
-class Tensors(Protocol):
-    """Tensors by name, of which no more is in memory than what was asked for.
+    @property
+    def num_rows(self) -> int:
+        """Size of the first dimension; a scalar has one row."""
+        return self.shape[0] if self.shape else 1
+
+    def with_rows(self, num_rows: int) -> TensorInfo:
+        """A tensor of so many of these rows; a scalar stays one."""
+        return TensorInfo((num_rows, *self.shape[1:]) if self.shape else (), self.dtype)
+
+
+class Checkpoint:
+    """A folder to read from: tensors by name, of which no more is in memory than what was asked for.
 
     Attributes:
+        folder: where it is.
         infos: every tensor of the model by its name; no optimizer state.
+        others: what is no tensor of the model, and why, by its key.
+        files: all that decides what is read.
     """
 
+    folder: Path
     infos: Mapping[str, TensorInfo]
+    others: Mapping[str, str]
+    files: tuple[Path, ...]
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What the folder says of the model, by the names of its format; not checked."""
+        raise NotImplementedError
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this; rows that only pad the embedding do not count."""
+        sizes = [size for name in ("vocab_size", "padded_vocab_size") if (size := self.settings.get(name))]
+        if not sizes:
+            raise CheckpointError(f"{self.folder} does not say how large its vocabulary is; add vocab_size")
+        return min(sizes)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows ``start`` to ``stop`` of a tensor along its first dimension, as a tensor of its own; a scalar whole.
+        """Rows ``start`` to ``stop`` of a tensor along its first dimension, as a tensor of its own; a scalar whole."""
+        if name not in self.infos:
+            raise CheckpointError(f"{self.folder} has no tensor {name}; get the whole checkpoint")
+        info = self.infos[name]
+        start, stop = row_range(name, info, start, stop)
+        return self._read(name, info.with_rows(stop - start), start)
 
-        Raises:
-            CheckpointError: where the file is cut short or holds something else.
-        """
+    def _read(self, name: str, info: TensorInfo, start: int) -> Tensor:
+        """The rows behind ``start`` that ``info`` describes; both are as they should be."""
+        raise NotImplementedError
 
 
 def row_range(name: str, info: TensorInfo, start: int, stop: int | None) -> tuple[int, int]:
-    """The rows that ``Tensors.read`` is asked for, as two numbers; a scalar has one row.
-
-    Raises:
-        CheckpointError: where the tensor has fewer.
-    """
-    rows = info.shape[0] if info.shape else 1
-    last = rows if stop is None else stop
-    if not 0 <= start <= last <= rows or (not info.shape and (start, last) != (0, 1)):
+    """The rows that ``Checkpoint.read`` is asked for, as two numbers; refuses those that the tensor does not have."""
+    last = info.num_rows if stop is None else stop
+    if not 0 <= start <= last <= info.num_rows or (not info.shape and (start, last) != (0, 1)):
         raise CheckpointError(
-            f"{name} has {rows} rows, and rows {start} to {last} are asked for; the source is damaged"
+            f"{name} has {info.num_rows} rows, and rows {start} to {last} are asked for; the source is damaged"
         )
     return start, last

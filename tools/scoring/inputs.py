@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 from checkpoints.disk import companions
@@ -20,13 +20,10 @@ _TOKENIZERS = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tok
 SUFFIXES = (".txt", ".jsonl", ".json", ".npy")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tokenizer:
+class Tokenizer(NamedTuple):
     """Text to ids.
 
     Attributes:
-        path: where it came from.
-        vocab_size: ids are below this.
         separator: the id that stands between documents in training; None: there is none.
         encode: the ids of a text, nothing added.
     """
@@ -42,8 +39,6 @@ class Tokens:
     """The token ids of one file.
 
     Attributes:
-        name: of the file.
-        sha256: of its bytes.
         ids: of all documents, one behind the other.
         offsets: where each document begins; one more says where the last one ends.
         num_bytes: of the text that is scored, as UTF-8; None: unknown.
@@ -64,19 +59,9 @@ class Tokens:
 def read(
     words: Sequence[str], *, json_key: str, tokenizer: Callable[[], Tokenizer], vocab_size: int
 ) -> tuple[list[Tokens], Tokenizer | None]:
-    """Read every file of a request.
+    """Every file that ``words``, files and folders, name, and the tokenizer, which is called for if there is text.
 
-    Args:
-        words: files, or folders with files.
-        json_key: of the text in JSON objects.
-        tokenizer: called if there is text.
-        vocab_size: of the model; larger ids are refused.
-
-    Returns:
-        The files, and the tokenizer if there was text.
-
-    Raises:
-        UserError: for anything that cannot be scored.
+    Raises UserError for anything that cannot be scored, such as ids beyond ``vocab_size``.
     """
     sources = list_sources(list(words), SUFFIXES)
     for source in sources:
@@ -84,14 +69,11 @@ def read(
             raise UserError(f"{shown(source.name)}: {source.problem}")
         if not source.name.lower().endswith(SUFFIXES):
             raise UserError(f"{shown(source.name)} is no {', '.join(SUFFIXES)} file; rename it")
-    has_text = any(not source.name.lower().endswith(".npy") for source in sources)
-    ready = tokenizer() if has_text else None
+    has_ids = [source.name.lower().endswith(".npy") for source in sources]
+    ready = None if all(has_ids) else tokenizer()
     files = []
-    for source in sources:
-        if ready is None or source.name.lower().endswith(".npy"):
-            tokens = _read_ids(source)
-        else:
-            tokens = _read_text(source, json_key, ready)
+    for source, is_ids in zip(sources, has_ids, strict=True):
+        tokens = _read_ids(source) if is_ids or ready is None else _read_text(source, json_key, ready)
         _check_ids(tokens, vocab_size)
         files.append(tokens)
     return files, ready
@@ -157,15 +139,12 @@ def _check_ids(tokens: Tokens, vocab_size: int) -> None:
 
 
 def find_tokenizer(named: str | None, folder: Path, saved: Namespace | None) -> Tokenizer:
-    """The tokenizer of a checkpoint.
+    """The tokenizer of a checkpoint; UserError where there is none that can be used.
 
     Args:
         named: by the user: a SentencePiece model, or a folder with one of Hugging Face; None: the checkpoint's own.
         folder: of the checkpoint.
         saved: arguments of a Megatron checkpoint; None for a Hugging Face folder.
-
-    Raises:
-        UserError: where there is none that can be used.
     """
     kind, path = getattr(saved, "tokenizer_type", None), getattr(saved, "tokenizer_model", None)
     if named is not None:
@@ -189,7 +168,7 @@ def find_tokenizer(named: str | None, folder: Path, saved: Namespace | None) -> 
 def _open_tokenizer(path: Path, *, by_megatron: bool = False) -> Tokenizer:
     if path.is_dir() and any((path / name).exists() for name in ("tokenizer.json", "vocab.json")):
         return _hugging_face(path, by_megatron=by_megatron)
-    model = path / "tokenizer.model" if path.is_dir() else path
+    model = path / companions.SENTENCEPIECE if path.is_dir() else path
     try:
         processor = load_tokenizer(model)
     except (OSError, RuntimeError) as error:
@@ -197,12 +176,8 @@ def _open_tokenizer(path: Path, *, by_megatron: bool = False) -> Tokenizer:
             f"{shown(path)} is no tokenizer: neither a SentencePiece model nor a folder with tokenizer.model or "
             "tokenizer.json; name one with --tokenizer"
         ) from error
-    return Tokenizer(
-        path=str(model),
-        vocab_size=processor.get_piece_size(),
-        separator=processor.eos_id() if processor.eos_id() >= 0 else None,
-        encode=processor.encode,
-    )
+    separator = processor.eos_id() if processor.eos_id() >= 0 else None
+    return Tokenizer(str(model), processor.get_piece_size(), separator, processor.encode)
 
 
 def _hugging_face(path: Path, *, by_megatron: bool) -> Tokenizer:
@@ -216,12 +191,12 @@ def _hugging_face(path: Path, *, by_megatron: bool) -> Tokenizer:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
         message = f"{shown(path)}: transformers cannot load its tokenizer ({shown(reason)}); name another"
         raise UserError(message) from error
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    first, second = (eos, bos) if by_megatron else (bos, eos)  # Megatron ends documents with EOS, and knows no BOS
-    separator = second if first is None else first
+    first, second = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if by_megatron:  # which ends documents with EOS, and knows no BOS
+        first, second = second, first
 
     def encode(text: str) -> list[int]:
         encoded: Mapping[str, Any] = tokenizer(text, add_special_tokens=False)
         return list(encoded["input_ids"])
 
-    return Tokenizer(path=str(path), vocab_size=len(tokenizer), separator=separator, encode=encode)
+    return Tokenizer(str(path), len(tokenizer), second if first is None else first, encode)

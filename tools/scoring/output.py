@@ -27,11 +27,7 @@ def file_name(number: int, tokens: Tokens, kind: str) -> str:
 
 
 def check_room(folder: Path, files: Sequence[Tokens], columns: int) -> int:
-    """Bytes that the logits of all files take, as float32.
-
-    Raises:
-        UserError: where the disk lacks that room.
-    """
+    """Bytes that the logits of all files take, as float32; UserError where the disk lacks that room."""
     needed = sum(4 * columns * len(tokens.ids) for tokens in files)
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if needed > free:
@@ -57,7 +53,16 @@ def write_losses(path: Path, tokens: Tokens, losses: NDArray[numpy.float32], win
     )
 
 
-def figures(files: Sequence[Tokens], losses: Sequence[NDArray[numpy.float32]]) -> dict[str, Any]:
+def results(files: Sequence[Tokens], losses: Sequence[NDArray[numpy.float32]]) -> dict[str, Any]:
+    """Figures of each file, and of all together."""
+    each = [
+        {"name": tokens.name, "sha256": tokens.sha256, **_figures([tokens], [its])}
+        for tokens, its in zip(files, losses, strict=True)
+    ]
+    return {"files": each, "total": _figures(files, losses)}
+
+
+def _figures(files: Sequence[Tokens], losses: Sequence[NDArray[numpy.float32]]) -> dict[str, Any]:
     """Loss and perplexity of files taken together; null where they are not finite, or bytes are unknown."""
     total = sum(float(numpy.nansum(its, dtype=numpy.float64)) for its in losses)
     scored = sum(tokens.num_scored for tokens in files)

@@ -33,10 +33,7 @@ def plan(offsets: NDArray[numpy.int64], length: int, stride: int) -> list[Window
     The first window of a document scores ``length`` tokens. Every other one begins ``stride`` tokens behind the one
     before it and scores the ``stride`` tokens that follow, each with at least ``length + 1 - stride`` as context.
 
-    Args:
-        offsets: where each document begins; one more says where the last one ends.
-        length: tokens that the model reads at once.
-        stride: from 1 to ``length``.
+    ``offsets`` say where each document begins; one more says where the last one ends.
     """
     windows = []
     for begin, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
@@ -49,13 +46,10 @@ def plan(offsets: NDArray[numpy.int64], length: int, stride: int) -> list[Window
 
 
 class Batch(NamedTuple):
-    """What one rank reads in one call, [micro-batches, b, s] each; places without a window read zeros.
+    """What one rank reads in one call: tokens and the labels behind them, [micro-batches, b, s] each.
 
-    Attributes:
-        tokens: ids.
-        labels: the id behind each.
-        windows: with its micro-batch and its row.
-        length: of all ranks' parts together, in tokens read.
+    Places without a window read zeros. Each window comes with its micro-batch and its row; ``length`` is that of all
+    ranks' windows together, in tokens read.
     """
 
     tokens: Tensor
@@ -76,14 +70,7 @@ def batches(
 ) -> Iterator[Batch]:
     """Deal windows to data-parallel ranks, those of like lengths together; all ranks get as many batches.
 
-    Args:
-        ids: of the file.
-        windows: over it.
-        micro_batches: in each batch.
-        size: windows of a micro-batch.
-        data_rank: whose batches these are.
-        data_size: number of those ranks.
-        multiple: that the length of a window is rounded up to.
+    Each has ``micro_batches`` of ``size`` windows, whose length is rounded up to a ``multiple``.
     """
     ordered = sorted(windows, key=lambda window: -window.length)
     of_all = micro_batches * size * data_size

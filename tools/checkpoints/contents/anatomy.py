@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from checkpoints.disk.hf_folder import HFFolder
-from checkpoints.disk.torch_dist import MegatronCheckpoint
+from checkpoints.disk.torch_dist import OPTIMIZER, MegatronCheckpoint
 from checkpoints.settings import COUNT
-from checkpoints.tensors import TensorInfo
+from checkpoints.tensors import Checkpoint, TensorInfo
 
 ROUTED = "routed experts"
 # The first that fits a name, in any format.
@@ -45,10 +43,10 @@ _ARCHITECTURE = (
     ("", "position_embedding_type rotary_base max_position_embeddings seq_length vocab_size padded_vocab_size"),
     ("", "untie_embeddings_and_output_weights transformer_impl tokenizer_type tokenizer_model"),
 )
-_LAYOUT = (
-    *("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"),
-    *("expert_tensor_parallel_size", "context_parallel_size", "data_parallel_size"),
-)
+_LAYOUT = """
+world_size tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size
+expert_tensor_parallel_size context_parallel_size data_parallel_size
+"""
 
 
 def kind_of(name: str) -> str:
@@ -56,26 +54,26 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern in _KINDS if re.search(pattern, name)), "other")
 
 
-def describe(checkpoint: MegatronCheckpoint | HFFolder) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Everything that headers say, as plain types."""
-    settings = vars(checkpoint.args) if isinstance(checkpoint, MegatronCheckpoint) else checkpoint.config
-    result: dict[str, Any] = {"folder": str(checkpoint.folder)}
+    settings, infos = checkpoint.settings, checkpoint.infos
+    others = Counter(checkpoint.others.values())
     if isinstance(checkpoint, MegatronCheckpoint):
-        result |= {
+        result = {
             "format": "Megatron, torch_dist",
             "iteration": checkpoint.iteration,
-            "architecture": _architecture(checkpoint.args),
-            "layout": {name: settings[name] for name in _LAYOUT if settings.get(name) is not None},
-            "optimizer": any(reason == "state of the optimizer" for reason in checkpoint.others.values()),
-            "others": dict(Counter(checkpoint.others.values())),
+            "architecture": _architecture(settings),
+            "layout": {name: settings[name] for name in _LAYOUT.split() if settings.get(name) is not None},
         }
     else:
         plain = {name: value for name, value in settings.items() if isinstance(value, str | int | float | list)}
-        result |= {"format": "Hugging Face, safetensors", "architecture": plain, "others": {}, "optimizer": False}
-    infos = checkpoint.infos
+        result = {"format": "Hugging Face, safetensors", "architecture": plain}
     return {
+        "folder": str(checkpoint.folder),
         **result,
-        "dtypes": dict(Counter(str(info.dtype).removeprefix("torch.") for info in infos.values())),
+        "optimizer": OPTIMIZER in others,
+        "others": dict(others),
+        "dtypes": dict(Counter(info.dtype_name for info in infos.values())),
         "tensors": len(infos),
         "bytes": sum(info.nbytes for info in infos.values()),
         "files": {"count": len(checkpoint.files), "bytes": sum(path.stat().st_size for path in checkpoint.files)},
@@ -108,11 +106,10 @@ def _first(settings: Mapping[str, Any], *names: str) -> int | None:
     return next((settings[name] for name in names if COUNT.holds(settings.get(name))), None)
 
 
-def _architecture(args: Namespace) -> dict[str, Any]:
+def _architecture(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that mean something beside the others."""
     result: dict[str, Any] = {}
     for switch, names in _ARCHITECTURE:
-        if switch and getattr(args, switch, None) in (None, False, 0, "none"):
-            continue
-        result |= {name: getattr(args, name) for name in names.split() if getattr(args, name, None) is not None}
+        if not switch or settings.get(switch) not in (None, False, 0, "none"):
+            result |= {name: settings[name] for name in names.split() if settings.get(name) is not None}
     return result

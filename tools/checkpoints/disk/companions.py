@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
-from checkpoints.disk.files import inside, is_plain
+from checkpoints.disk.files import inside
 from checkpoints.tensors import CheckpointError
 
 FOLDER = "tokenizer"
@@ -21,19 +20,9 @@ _MOST_BYTES = 1 << 28  # they are held in memory; the largest known have a tenth
 
 
 def companions(folder: Path) -> dict[str, bytes]:
-    """What ``folder`` has of these files, by name.
-
-    Raises:
-        CheckpointError: for one that is no file of this folder, or too large for what it should be.
-    """
+    """What ``folder`` has of these files, by name; refuses one that is no file of it, or too large for its name."""
     paths = [inside(folder, name, folder) for name in NAMES if os.path.lexists(folder / name)]
     for path in paths:
         if path.stat().st_size > _MOST_BYTES:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, too many for its name; remove it")
     return {path.name: path.read_bytes() for path in paths}
-
-
-def others(folder: Path, known: Iterable[str]) -> list[str]:
-    """What else is in ``folder``, as it can be shown; of a folder its name alone."""
-    names = sorted({path.name for path in folder.iterdir()} - set(known))
-    return [name if is_plain(name) else ascii(name) for name in names]

@@ -24,16 +24,7 @@ def is_plain(name: object) -> bool:
 
 
 def inside(folder: Path, name: object, origin: Path) -> Path:
-    """A file of a folder by its untrusted name.
-
-    Args:
-        folder: in which the file has to lie.
-        name: as read from ``origin``.
-        origin: the file that names it.
-
-    Raises:
-        CheckpointError: where the name or a link leads out of the folder, or there is no such file.
-    """
+    """A file of a folder by its untrusted name, as read from ``origin``; refuses what leads out of it or is no file."""
     if not is_plain(name):
         raise CheckpointError(
             f"{origin} names a file that is not in its folder: {str(name)[:80]!a}; get it from a source that you trust"
@@ -52,11 +43,7 @@ def inside(folder: Path, name: object, origin: Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        CheckpointError: where it holds something else.
-    """
+    """The object that a JSON file holds; refuses what holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -67,11 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_into(file: io.FileIO, offset: int, tensor: Tensor) -> None:
-    """Fill a contiguous tensor with the bytes at ``offset`` of an unbuffered file.
-
-    Raises:
-        EOFError: where the file ends too early.
-    """
+    """Fill a contiguous tensor with the bytes at ``offset`` of an unbuffered file; EOFError where it ends too early."""
     view = bytes_of(tensor)
     file.seek(offset)
     done = 0
@@ -128,12 +111,10 @@ def file_sha256(path: Path) -> str:
 
 def described(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """What tells these files from others: name and size, and the hash of a small file or the time of a large one."""
-    return [_described(path) for path in paths]
-
-
-def _described(path: Path) -> dict[str, Any]:
-    status = path.stat()
-    entry: dict[str, Any] = {"name": path.name, "bytes": status.st_size}
-    if status.st_size <= _HASHED_BYTES:
-        return {**entry, "sha256": file_sha256(path)}
-    return {**entry, "modified_ns": status.st_mtime_ns}
+    entries = []
+    for path in paths:
+        status = path.stat()
+        is_small = status.st_size <= _HASHED_BYTES
+        mark = {"sha256": file_sha256(path)} if is_small else {"modified_ns": status.st_mtime_ns}
+        entries.append({"name": path.name, "bytes": status.st_size, **mark})
+    return entries

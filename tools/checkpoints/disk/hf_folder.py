@@ -13,29 +13,21 @@ from torch import Tensor
 from checkpoints.disk.files import Sink, bytes_of, inside, is_plain, read_into, read_json
 from checkpoints.disk.safetensors_file import Place, read_header, write_header
 from checkpoints.plan import Piece
-from checkpoints.tensors import CheckpointError, TensorInfo, row_range
+from checkpoints.tensors import Checkpoint, CheckpointError, TensorInfo
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
-class HFFolder:
+class HFFolder(Checkpoint):
     """A Hugging Face folder to read from.
 
     Attributes:
-        folder: where it is.
         config: what config.json holds.
-        infos: every tensor by its name.
-        others: what is no tensor of a model, and why: nothing, here.
         shards: files with tensors.
-        files: all that decides what is read.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Read headers and nothing else.
-
-        Raises:
-            CheckpointError: where anything is missing, cut short or unsafe.
-        """
+        """Read headers and nothing else; refuses what is missing, cut short or unsafe."""
         self.folder = Path(path)
         if not (self.folder / CONFIG).is_file():
             raise CheckpointError(f"{path} is no Hugging Face folder: it has no {CONFIG}; name the folder that has it")
@@ -46,32 +38,34 @@ class HFFolder:
         if (self.folder / WEIGHTS).exists():
             self.shards: tuple[Path, ...] = (inside(self.folder, WEIGHTS, self.folder),)
             self._add(self.shards[0])
-            self.files: tuple[Path, ...] = (config, *self.shards)
+            self.files = (config, *self.shards)
         elif index.exists():
             self.shards = self._add_shards(inside(self.folder, INDEX, self.folder))
             self.files = (config, index, *self.shards)
         else:
             raise CheckpointError(_no_weights(self.folder))
-        self.infos: Mapping[str, TensorInfo] = {name: place.info for name, (_, place) in self._places.items()}
-        self.others: Mapping[str, str] = {}
+        self.infos = {name: info for name, (_, (info, _)) in self._places.items()}
+        self.others = {}
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows of a tensor; see ``Tensors``."""
-        if name not in self._places:
-            raise CheckpointError(f"{self.folder} has no tensor {name}; get the whole folder")
-        path, (info, offset) = self._places[name]
-        start, stop = row_range(name, info, start, stop)
-        result = torch.empty((stop - start, *info.shape[1:]) if info.shape else (), dtype=info.dtype)
-        row_bytes = result.nbytes // max(stop - start, 1)
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """See ``Checkpoint``."""
+        return self.config
+
+    def _read(self, name: str, info: TensorInfo, start: int) -> Tensor:
+        path, (whole, offset) = self._places[name]
+        result = torch.empty(info.shape, dtype=info.dtype)
         try:
             with path.open("rb", buffering=0) as file:
-                read_into(file, offset + start * row_bytes, result)
+                read_into(file, offset + start * (whole.nbytes // max(whole.num_rows, 1)), result)
         except EOFError:
             raise CheckpointError(f"{path} is cut short: {name} is not all there; get it anew") from None
         return result
 
-    def _add(self, shard: Path) -> None:
-        self._places |= {name: (shard, place) for name, place in read_header(shard).items()}
+    def _add(self, shard: Path) -> list[str]:
+        header = read_header(shard)
+        self._places |= {name: (shard, place) for name, place in header.items()}
+        return list(header)
 
     def _add_shards(self, index: Path) -> tuple[Path, ...]:
         """Every shard that the index names, and nothing that it does not."""
@@ -80,11 +74,10 @@ class HFFolder:
             raise CheckpointError(f"{index} has no weight_map of names; get it anew")
         shards = {name: inside(self.folder, name, index) for name in dict.fromkeys(names.values())}
         for shard in shards.values():
-            for name in read_header(shard):
+            for name in self._add(shard):
                 if names.get(name) != shard.name:
                     where = f"in {names[name]!a}" if name in names else "nowhere"
                     raise CheckpointError(f"{shard} holds {name!a}, which {index.name} has {where}; get both anew")
-            self._add(shard)
         for name, shard_name in names.items():
             if name not in self._places:
                 raise CheckpointError(f"{shards[shard_name]} lacks {name!a}, which {index.name} has there; get it anew")
@@ -107,42 +100,29 @@ class HFWriter:
     keeps_tensors_whole = True
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
-        """
-        Args:
-            files: config.json and whatever else belongs into the folder, by plain file name.
-
-        Raises:
-            CheckpointError: for a name that leads elsewhere, or that weights have.
-        """
+        """``files``, by plain file name, are config.json and what else belongs beside weights; others are refused."""
         for name in files:
             if not is_plain(name) or name.endswith((".safetensors", INDEX)):
                 raise CheckpointError(f"{name[:80]!a} is no name for a file beside the weights; rename it")
         self._files = files
 
     def part_path(self, number: int, total: int) -> str:
-        """Where part ``number``, counted from 0, of ``total`` lies."""
+        """See ``Writer``."""
         return WEIGHTS if total == 1 else f"model-{number + 1:05d}-of-{total:05d}.safetensors"
 
     def write_part(self, sink: Sink, pieces: Sequence[Piece], tensors: Iterator[Tensor]) -> list[dict[str, Any]]:
-        """Write one file; pieces of one tensor follow one another, row by row."""
+        """See ``Writer``; pieces of one tensor follow one another, row by row."""
         infos: dict[str, TensorInfo] = {}
         for piece in pieces:
-            before = infos.get(piece.name)
-            rows = before.shape[0] if before and before.shape else 0
-            shape = (rows + piece.info.shape[0], *piece.info.shape[1:]) if piece.info.shape else ()
-            infos[piece.name] = TensorInfo(shape, piece.info.dtype)
+            rows = infos[piece.name].num_rows if piece.name in infos else 0
+            infos[piece.name] = piece.info.with_rows(rows + piece.info.num_rows)
         write_header(sink, infos)
         for tensor in tensors:
             sink.write(bytes_of(tensor))
         return [{"name": name, "bytes": info.nbytes} for name, info in infos.items()]
 
     def finish(self, folder: Path, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Write everything but the weights.
-
-        Args:
-            folder: that of the weights.
-            parts: what ``write_part`` returned for each, by its path.
-        """
+        """See ``Writer``."""
         for name, data in self._files.items():
             (folder / name).write_bytes(data)
         if len(parts) == 1:

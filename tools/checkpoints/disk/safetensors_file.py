@@ -1,7 +1,8 @@
 """The safetensors format: a header in JSON with names, shapes and places, then the bytes of the tensors.
 
-The package of that name maps whole files into memory, and writes only what is all in memory. Here rows are read and
-pieces are written as they come, so that memory does not depend on the size of a file.
+Not by the package of that name, which maps files into memory: what was read stays resident until the file is closed, a
+file that gets shorter ends the process, and to open it anew for every tensor takes 0.3 s with 42,000 names. It writes
+only what is all in memory. Here memory does not depend on the size of a file.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -17,47 +18,22 @@ from checkpoints.disk.files import Sink
 from checkpoints.tensors import CheckpointError, TensorInfo
 
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
+    **{"C64": torch.complex64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool},
 }
 _WORDS = {dtype: word for word, dtype in _DTYPES.items()}
 _LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 
 
-class Place(NamedTuple):
-    """Where a tensor lies.
-
-    Attributes:
-        info: shape and dtype.
-        offset: of its first byte from the begin of the file.
-    """
-
-    info: TensorInfo
-    offset: int
+Place = tuple[TensorInfo, int]
+"""A tensor of a file, and the offset of its first byte from the file's begin."""
 
 
 def read_header(path: Path) -> dict[str, Place]:
-    """Every tensor of a file, none of which is read.
-
-    Raises:
-        CheckpointError: where the file is cut short, or is none of this format.
-    """
+    """Every tensor of a file, none of which is read; refuses files that are cut short, or none of this format."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -69,7 +45,7 @@ def read_header(path: Path) -> dict[str, Place]:
     begin = _LENGTH_BYTES + length
     try:
         header = json.loads(text, object_pairs_hook=_unique)
-        places = {_printable(name): _place(entry, begin) for name, entry in header.items() if name != "__metadata__"}
+        places = {name: _place(name, entry, begin) for name, entry in header.items() if name != "__metadata__"}
         end = _end(places, begin)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -88,14 +64,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _printable(name: str) -> str:
-    """``name``, which is shown to people: control characters would reach their terminals."""
-    if not name.isprintable():
+def _place(name: str, entry: Mapping[str, Any], begin: int) -> Place:
+    if not name.isprintable():  # it is shown to people: control characters would reach their terminals
         raise ValueError(f"{name[:60]!a} is no name of a tensor")
-    return name
-
-
-def _place(entry: Mapping[str, Any], begin: int) -> Place:
     shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
     for number in (*shape, start, stop):
         if type(number) is not int or number < 0:
@@ -105,13 +76,13 @@ def _place(entry: Mapping[str, Any], begin: int) -> Place:
     info = TensorInfo(shape, _DTYPES[dtype])
     if stop - start != info.nbytes:
         raise ValueError(f"{stop - start} bytes for a tensor of {info.nbytes}")
-    return Place(info, begin + start)
+    return info, begin + start
 
 
 def _end(places: Mapping[str, Place], begin: int) -> int:
     """Where the last tensor ends; they lie one behind the other."""
     reached = begin
-    for name, (info, offset) in sorted(places.items(), key=lambda item: (item[1].offset, item[1].info.nbytes)):
+    for name, (info, offset) in sorted(places.items(), key=lambda item: (item[1][1], item[1][0].nbytes)):
         if offset != reached:
             raise ValueError(f"{name!r} does not begin where the one before it ends")
         reached += info.nbytes
@@ -119,11 +90,7 @@ def _end(places: Mapping[str, Place], begin: int) -> int:
 
 
 def write_header(sink: Sink, infos: Mapping[str, TensorInfo]) -> None:
-    """Write what stands before the tensors, whose bytes have to follow in this order.
-
-    Raises:
-        CheckpointError: for a dtype that the format lacks.
-    """
+    """Write what stands before the tensors, whose bytes have to follow in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     reached = 0
     for name, info in infos.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,20 +46,19 @@ class SavedTensor(NamedTuple):
     chunks: tuple[Chunk, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contents:
+class Contents(NamedTuple):
     """All that a folder holds.
 
     Attributes:
         tensors: of the model, by key.
-        other_tensors: keys of all others.
-        objects: what torch.save wrote of everything else, by key.
+        objects: what torch.save wrote of all that is no tensor, by key.
+        others: keys of all that is no tensor of the model.
         files: .metadata and all files that it names.
     """
 
     tensors: Mapping[str, SavedTensor]
-    other_tensors: tuple[str, ...]
     objects: Mapping[str, Extent]
+    others: tuple[str, ...]
     files: tuple[Path, ...]
 
 
@@ -85,37 +83,22 @@ class _Bytes(_Record):
     pass
 
 
-_METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+_CHECKPOINT = "torch.distributed.checkpoint"
+_RECORDS = {
+    f"{_CHECKPOINT}.metadata": "Metadata MetadataIndex ChunkStorageMetadata TensorProperties StorageMeta "
+    "_MEM_FORMAT_ENCODING",
+    f"{_CHECKPOINT}.filesystem": "_StorageInfo",
+    f"{_CHECKPOINT}.planner": "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCoreMetadata MCoreSavePlan",
+    "pathlib": "PosixPath",
+    "pathlib._local": "PosixPath",
+}
 _STAND_INS: dict[tuple[str, str], Any] = {
-    (_METADATA_MODULE, "TensorStorageMetadata"): _Tensor,
-    (_METADATA_MODULE, "BytesStorageMetadata"): _Bytes,
+    **{(module, name): _Record for module, names in _RECORDS.items() for name in names.split()},
+    (f"{_CHECKPOINT}.metadata", "TensorStorageMetadata"): _Tensor,
+    (f"{_CHECKPOINT}.metadata", "BytesStorageMetadata"): _Bytes,
     ("torch", "Size"): tuple,
     ("torch.serialization", "_get_layout"): str,
-}
-_STAND_INS |= {
-    (module, name): _Record
-    for module, names in {
-        _METADATA_MODULE: (
-            "Metadata",
-            "MetadataIndex",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        ),
-        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-        "torch.distributed.checkpoint.planner": (
-            "SavePlan",
-            "WriteItem",
-            "WriteItemType",
-            "TensorWriteData",
-            "BytesIOWriteData",
-        ),
-        "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
-        "pathlib": ("PosixPath",),
-        "pathlib._local": ("PosixPath",),
-    }.items()
-    for name in names
 }
 
 
@@ -133,14 +116,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path, *, is_model: Callable[[str], bool]) -> Contents:
-    """What lies where in a folder.
+    """What lies where in the folder of an iteration; ``is_model`` says whether the tensor of a key is of the model.
 
-    Args:
-        folder: that of one iteration.
-        is_model: whether the tensor of a key is one of the model.
-
-    Raises:
-        CheckpointError: where the file is damaged or unsafe, or a file that it names is missing or cut short.
+    A damaged or unsafe folder is refused, and one of whose files any is cut short.
     """
     path = inside(folder, METADATA, folder)
     try:
@@ -150,10 +128,10 @@ def read_metadata(folder: Path, *, is_model: Callable[[str], bool]) -> Contents:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}); get it anew") from None
-    places = _Places(folder, path)
+    files: dict[str, tuple[Path, int]] = {}
     try:
         extents = {
-            (index.fqn, getattr(index, "offset", None)): places.extent(index.fqn, info)
+            (index.fqn, getattr(index, "offset", None)): _extent(folder, index.fqn, info, files)
             for index, info in root.storage_data.items()
         }
         tensors, objects = {}, {}
@@ -167,34 +145,24 @@ def read_metadata(folder: Path, *, is_model: Callable[[str], bool]) -> Contents:
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         raise CheckpointError(f"{path} is damaged ({reason}); get it anew") from None
-    others = tuple(key for key in root.state_dict_metadata if key not in tensors and key not in objects)
-    return Contents(tensors=tensors, other_tensors=others, objects=objects, files=(path, *places.files()))
+    others = tuple(key for key in root.state_dict_metadata if key not in tensors)
+    return Contents(tensors, objects, others, (path, *(path for path, _ in files.values())))
 
 
-class _Places:
-    """The files of a folder as .metadata names them, each looked at once."""
-
-    def __init__(self, folder: Path, origin: Path) -> None:
-        self._folder, self._origin = folder, origin
-        self._sizes: dict[str, tuple[Path, int]] = {}
-
-    def extent(self, key: str, info: Any) -> Extent:
-        name = info.relative_path
-        if name not in self._sizes:
-            path = inside(self._folder, name, self._origin)
-            self._sizes[name] = path, path.stat().st_size
-        path, size = self._sizes[name]
-        if getattr(info, "transform_descriptors", None):
-            raise CheckpointError(f"{path} is compressed or encrypted, by {info.transform_descriptors}; no way known")
-        offset, length = _sizes((info.offset, info.length))
-        if offset + length > size:
-            raise CheckpointError(
-                f"{path} is cut short: {key} ends at byte {offset + length}, and the file at {size}; get it anew"
-            )
-        return Extent(path, offset, length)
-
-    def files(self) -> tuple[Path, ...]:
-        return tuple(path for path, _ in self._sizes.values())
+def _extent(folder: Path, key: str, info: Any, files: dict[str, tuple[Path, int]]) -> Extent:
+    """Where ``info`` says that ``key`` is; paths and sizes of ``files`` are looked at once."""
+    if info.relative_path not in files:
+        path = inside(folder, info.relative_path, folder / METADATA)
+        files[info.relative_path] = path, path.stat().st_size
+    path, size = files[info.relative_path]
+    if getattr(info, "transform_descriptors", None):
+        raise CheckpointError(f"{path} is compressed or encrypted, by {info.transform_descriptors}; no way known")
+    offset, length = _sizes((info.offset, info.length))
+    if offset + length > size:
+        raise CheckpointError(
+            f"{path} is cut short: {key} ends at byte {offset + length}, and the file at {size}; get it anew"
+        )
+    return Extent(path, offset, length)
 
 
 def _sizes(numbers: Any) -> tuple[int, ...]:
@@ -228,8 +196,7 @@ def _cover(chunks: tuple[Chunk, ...], shape: tuple[int, ...]) -> bool:
     ends = begins + numpy.array([chunk.sizes for chunk in chunks], dtype=numpy.int64).reshape(begins.shape)
     if (ends > numpy.array(shape, dtype=numpy.int64)).any():
         return False
-    for number in range(len(chunks) - 1):
-        others = slice(number + 1, None)
-        if ((begins[number] < ends[others]) & (begins[others] < ends[number])).all(axis=1).any():
-            return False
-    return True
+    return not any(
+        ((begins[number] < ends[number + 1 :]) & (begins[number + 1 :] < ends[number])).all(axis=1).any()
+        for number in range(len(chunks))
+    )

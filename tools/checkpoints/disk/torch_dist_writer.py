@@ -13,16 +13,8 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # the name that is in every such file
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from checkpoints.disk import companions
 from checkpoints.disk.files import Sink
@@ -35,20 +27,15 @@ FOLDER = "release"
 """Of a release Megatron loads no optimizer, no random numbers and no iteration, with --finetune and without."""
 _OBJECTS = "__0_objects.distcp"
 _MODULE_WITH_STATE = re.compile(r"(?:.*\.)?(?:linear_\w+|\w*norm)")
-_OF_THE_RUN = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "data_parallel_size",
-    "world_size",
-    "rank",
-    "local_rank",
-    "overlap_plans",
-)
+_OF_THE_RUN = """
+tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size context_parallel_size
+expert_model_parallel_size expert_tensor_parallel_size data_parallel_size world_size rank local_rank overlap_plans
+"""
 """Layout of the run that saved the source, and plans measured on its machine; the weights alone fit any other."""
+_FRESH = {
+    **{"ckpt_format": "torch_dist", "no_save_optim": True, "no_save_rng": True},
+    **dict.fromkeys(("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"), 0),
+}
 
 
 class MegatronWriter:
@@ -59,14 +46,9 @@ class MegatronWriter:
     def __init__(
         self, expected: Mapping[str, TensorInfo], args: Mapping[str, Any], tokenizer: Mapping[str, bytes] | None = None
     ) -> None:
-        """
-        Args:
-            expected: every tensor of the checkpoint.
-            args: the arguments to save, of builtin types and torch.dtype.
-            tokenizer: files of the folder of that name, by plain file name.
+        """All tensors are ``expected``; ``args`` of other than builtin types and torch.dtype are refused.
 
-        Raises:
-            CheckpointError: for arguments of other types.
+        ``tokenizer`` has files of the folder of that name, by plain file name.
         """
         self._expected = expected
         self._tokenizer = tokenizer or {}
@@ -81,11 +63,11 @@ class MegatronWriter:
             ) from None
 
     def part_path(self, number: int, total: int) -> str:
-        """Where part ``number``, counted from 0, of ``total`` lies."""
+        """See ``Writer``."""
         return f"{FOLDER}/__0_{number:0{len(str(total))}d}.distcp"
 
     def write_part(self, sink: Sink, pieces: Sequence[Piece], tensors: Iterator[Tensor]) -> list[dict[str, Any]]:
-        """Write one file, each piece as a chunk of its tensor."""
+        """See ``Writer``; each piece becomes a chunk of its tensor."""
         entries = []
         for piece, tensor in zip(pieces, tensors, strict=True):
             offset = sink.position
@@ -97,24 +79,19 @@ class MegatronWriter:
         return entries
 
     def finish(self, folder: Path, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Write everything but the weights.
-
-        Args:
-            folder: that of the checkpoint.
-            parts: what ``write_part`` returned for each, by its path.
-        """
-        chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in self._expected}
+        """See ``Writer``."""
+        chunks: dict[str, list[dcp.ChunkStorageMetadata]] = {name: [] for name in self._expected}
         storage = {}
         for path, entries in parts.items():
             for entry in entries:
                 shape = torch.Size(entry["shape"])
                 offsets = torch.Size((entry["row"], *(0 for _ in shape[1:])) if shape else ())
-                chunks[entry["name"]].append(ChunkStorageMetadata(offsets=offsets, sizes=shape))
+                chunks[entry["name"]].append(dcp.ChunkStorageMetadata(offsets=offsets, sizes=shape))
                 info = _StorageInfo(Path(path).name, entry["offset"], entry["length"])
-                storage[MetadataIndex(entry["name"], offsets)] = info
+                storage[dcp.MetadataIndex(entry["name"], offsets)] = info
         described: dict[str, Any] = {
-            name: TensorStorageMetadata(
-                properties=TensorProperties(dtype=info.dtype), size=torch.Size(info.shape), chunks=chunks[name]
+            name: dcp.TensorStorageMetadata(
+                properties=dcp.TensorProperties(dtype=info.dtype), size=torch.Size(info.shape), chunks=chunks[name]
             )
             for name, info in self._expected.items()
         }
@@ -123,14 +100,10 @@ class MegatronWriter:
         extents = {COMMON: (0, len(self._common))}
         extents |= dict.fromkeys(_states(self._expected), (len(self._common), len(nothing)))
         for key, (offset, length) in extents.items():
-            described[key] = BytesStorageMetadata()
-            storage[MetadataIndex(key)] = _StorageInfo(_OBJECTS, offset, length)
-        metadata = Metadata(
-            state_dict_metadata=described,
-            planner_data={},
-            storage_data=storage,
-            storage_meta=StorageMeta(),
-            version="1.0.0",
+            described[key] = dcp.BytesStorageMetadata()
+            storage[dcp.MetadataIndex(key)] = _StorageInfo(_OBJECTS, offset, length)
+        metadata = dcp.Metadata(
+            described, planner_data={}, storage_data=storage, storage_meta=dcp.StorageMeta(), version="1.0.0"
         )
         (folder / FOLDER / METADATA).write_bytes(pickle.dumps(metadata))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -143,24 +116,11 @@ class MegatronWriter:
 
 def _common_state(args: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What Megatron saves beside tensors, as the list of one object that it is saved in."""
-    kept = {name: value for name, value in args.items() if name not in _OF_THE_RUN}
-    fresh = {
-        "ckpt_format": "torch_dist",
-        "no_save_optim": True,
-        "no_save_rng": True,
-        "consumed_train_samples": 0,
-        "skipped_train_samples": 0,
-        "consumed_valid_samples": 0,
-    }
-    return [
-        {
-            "args": Namespace(**{**kept, **fresh}),
-            "checkpoint_version": 3.0,
-            "iteration": 0,
-            # Core would otherwise expect models whose blocks are all alike as one tensor of all blocks.
-            "content_metadata": {"non_homogeneous_layers": True, "singleton_local_shards": False},
-        }
-    ]
+    kept = {name: value for name, value in args.items() if name not in _OF_THE_RUN.split()}
+    # Core would otherwise expect models whose blocks are all alike as one tensor of all blocks.
+    content = {"non_homogeneous_layers": True, "singleton_local_shards": False}
+    state = {"args": Namespace(**{**kept, **_FRESH}), "checkpoint_version": 3.0, "iteration": 0}
+    return [{**state, "content_metadata": content}]
 
 
 def _states(names: Mapping[str, TensorInfo]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import io
 import pickle
@@ -13,7 +14,7 @@ import warnings
 import zipfile
 import zlib
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import PosixPath, PurePath
 from typing import IO, Any, NamedTuple, cast
 
@@ -43,7 +44,7 @@ class Place(NamedTuple):
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file."""
+    """A part of a file as a file; torch's own, ``_ReaderView``, seeks from the wrong end."""
 
     def __init__(self, file: io.FileIO, extent: Extent) -> None:
         self._file, self._begin, self._length = file, extent.offset, extent.length
@@ -54,9 +55,6 @@ class _Window(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
@@ -73,6 +71,25 @@ class _Window(io.RawIOBase):
         return count
 
 
+@contextlib.contextmanager
+def _opened(extent: Extent, name: str, where: str) -> Iterator[_Window]:
+    """The extent as a file; whatever goes wrong with it is said in one line, of ``name`` and ``where`` it is."""
+    try:
+        with extent.path.open("rb", buffering=0) as file:
+            yield _Window(file, extent)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
+        what = f"asks for {found[1]}" if found else "is no plain data"
+        raise CheckpointError(
+            f"{extent.path}: {name} {what}, which could run code; get it from a source that you trust"
+        ) from None
+    except Exception as error:  # torch and zipfile raise all kinds of errors for a damaged file
+        if isinstance(error, OSError) and error.errno:
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+        raise CheckpointError(f"{extent.path} is damaged{where} ({reason}); get it anew") from None
+
+
 def _loaded(window: _Window, device: str) -> Any:
     """What torch.save wrote, unless it is more than plain data."""
     window.seek(0)
@@ -81,32 +98,17 @@ def _loaded(window: _Window, device: str) -> Any:
 
 
 def find_elements(key: str, chunk: Chunk, dtype: torch.dtype) -> Place:
-    """Find a chunk's elements, and check that they are what .metadata says; none is read.
-
-    Raises:
-        CheckpointError: where they are not.
-    """
+    """Find a chunk's elements, none of which is read; refuses those that are not what .metadata says."""
     extent = chunk.extent
-    try:
-        with extent.path.open("rb", buffering=0) as file:
-            window = _Window(file, extent)
-            with zipfile.ZipFile(window) as archive:
-                members = archive.infolist()
-                _check_records(archive, (member for member in members if not _STORAGE.fullmatch(member.filename)))
-            tensor = _loaded(window, "meta")
-            (member,) = [member for member in members if _STORAGE.fullmatch(member.filename)]
-            storage = Extent(extent.path, extent.offset + _begin(window, member), member.file_size)
-            orders = [member for member in members if member.filename.endswith("/byteorder")]
-            is_little = all(_begin(window, order) and window.read(6) == b"little" for order in orders)
-    except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"{extent.path}: {key} is damaged, or no plain tensor and could run code; get it from a source you trust"
-        ) from None
-    except Exception as error:  # torch and zipfile raise all kinds of errors for a damaged file
-        if isinstance(error, OSError) and error.errno:
-            raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
-        raise CheckpointError(f"{extent.path} is damaged at {key} ({reason}); get it anew") from None
+    with _opened(extent, key, f" at {key}") as window:
+        with zipfile.ZipFile(window) as archive:
+            members = archive.infolist()
+            _check_records(archive, (member for member in members if not _STORAGE.fullmatch(member.filename)))
+        tensor = _loaded(window, "meta")
+        (member,) = [member for member in members if _STORAGE.fullmatch(member.filename)]
+        storage = Extent(extent.path, extent.offset + _begin(window, member), member.file_size)
+        orders = [member for member in members if member.filename.endswith("/byteorder")]
+        is_little = all(_begin(window, order) and window.read(6) == b"little" for order in orders)
     is_plain = isinstance(tensor, Tensor) and tensor.is_contiguous() and is_little
     if not is_plain or tuple(tensor.shape) != chunk.sizes or tensor.dtype != dtype:
         raise CheckpointError(f"{extent.path} is damaged: {key} is not the tensor that {METADATA} says; get it anew")
@@ -120,8 +122,7 @@ def find_elements(key: str, chunk: Chunk, dtype: torch.dtype) -> Place:
 def _begin(window: _Window, member: zipfile.ZipInfo) -> int:
     """Where the bytes of a member begin; the file is there afterwards."""
     window.seek(member.header_offset)
-    window.seek(sum(_LOCAL_HEADER.unpack(window.read(_LOCAL_HEADER.size))), io.SEEK_CUR)
-    return window.tell()
+    return window.seek(sum(_LOCAL_HEADER.unpack(window.read(_LOCAL_HEADER.size))), io.SEEK_CUR)
 
 
 def _check_records(archive: zipfile.ZipFile, members: Iterable[zipfile.ZipInfo]) -> None:
@@ -152,10 +153,7 @@ class _State:
 
 _CORE_ENUMS = ("AttnBackend", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope", "ModelType")
 _SAFE_NAMES: list[Any] = [
-    Namespace,
-    types.SimpleNamespace,
-    PosixPath,
-    signal.Signals,
+    *(Namespace, types.SimpleNamespace, PosixPath, signal.Signals),
     *((_value, f"megatron.core.{module}.{name}") for module in ("transformer.enums", "enums") for name in _CORE_ENUMS),
     *((_value, f"megatron.core.rerun_state_machine.{name}") for name in ("RerunMode", "RerunState", "RerunDiagnostic")),
     (_State, "megatron.core.optimizer.optimizer_config.OptimizerConfig"),
@@ -164,23 +162,13 @@ _SAFE_NAMES: list[Any] = [
 
 def load_plain(extent: Extent) -> Any:
     """Load an object that consists of builtin types, tensors and Core's enumerations."""
-    try:
-        with extent.path.open("rb", buffering=0) as file, torch.serialization.safe_globals(_SAFE_NAMES):
-            window = _Window(file, extent)
-            with zipfile.ZipFile(window) as archive:
-                _check_records(archive, archive.infolist())
-            return _loaded(window, "cpu")
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
-        what = f"asks for {found[1]}" if found else "is no plain data"
-        raise CheckpointError(
-            f"{extent.path}: the common state {what}, which could run code; get it from a source that you trust"
-        ) from None
-    except Exception as error:  # torch raises all kinds of errors for a damaged file
-        if isinstance(error, OSError) and error.errno:
-            raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
-        raise CheckpointError(f"{extent.path} is damaged: no common state ({reason}); get it anew") from None
+    with (
+        _opened(extent, "the common state", ": no common state") as window,
+        torch.serialization.safe_globals(_SAFE_NAMES),
+    ):
+        with zipfile.ZipFile(window) as archive:
+            _check_records(archive, archive.infolist())
+        return _loaded(window, "cpu")
 
 
 def as_builtin(value: Any) -> Any:

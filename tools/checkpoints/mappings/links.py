@@ -1,7 +1,7 @@
 """Which tensors of this plugin's checkpoints and of a Hugging Face folder hold the same numbers.
 
-``links`` is for folders of ``hf_scmoe``, whose dense models have the names of Llama's; what it is made of serves other
-folders, too. The same links make pieces in both directions.
+Folders are those of ``hf_scmoe``, whose dense models have the names of Llama's. The same links make pieces in both
+directions.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from checkpoints.mappings import scmoe_settings
+from checkpoints.mappings.megatron_settings import complete
 from checkpoints.mappings.norms import carries_moe, norm_names
+from checkpoints.mappings.scmoe_settings import has_residual_maps
 from checkpoints.plan import Piece, Read, as_it_is
 from checkpoints.tensors import CheckpointError, TensorInfo
 
@@ -55,21 +56,17 @@ class Link:
 
 
 def links(args: Namespace) -> Iterator[Link]:
-    """Every tensor of the model that ``args`` describe, block by block.
-
-    Args:
-        args: of a Megatron checkpoint, ``scmoe_settings.complete``.
-    """
+    """Every tensor of the model that ``args``, ``complete``, describe, block by block."""
     vocab = (args.padded_vocab_size, args.hidden_size)
-    yield same("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab)
+    yield _same("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab)
     if args.position_embedding_type == "learned_absolute":
         positions = (args.max_position_embeddings, args.hidden_size)
-        yield same("embedding.position_embeddings.weight", "model.embed_positions.weight", positions)
+        yield _same("embedding.position_embeddings.weight", "model.embed_positions.weight", positions)
     for block in range(args.num_layers):
         yield from _block(args, block)
-    yield from norm(args, "decoder.final_layernorm.", "model.norm.", args.hidden_size)
+    yield from _norm(args, "decoder.final_layernorm.", "model.norm.", args.hidden_size)
     if args.untie_embeddings_and_output_weights:
-        yield same("output_layer.weight", "lm_head.weight", vocab)
+        yield _same("output_layer.weight", "lm_head.weight", vocab)
 
 
 type Infos = Mapping[str, TensorInfo]
@@ -78,54 +75,36 @@ type Infos = Mapping[str, TensorInfo]
 def megatron_pieces(found: Infos, all_links: Iterable[Link]) -> tuple[list[Piece], dict[str, TensorInfo]]:
     """Pieces of a Megatron checkpoint, and all tensors that it should have.
 
-    Args:
-        found: tensors of a Hugging Face folder.
-        all_links: of its model.
-
-    Raises:
-        CheckpointError: for a tensor of another shape than the folder's configuration says.
+    Tensors ``found`` in the Hugging Face folder in another shape than its configuration says are refused.
     """
     pieces: list[Piece] = []
     expected: dict[str, TensorInfo] = {}
     for link in all_links:
-        names = [name for name, _ in link.theirs]
         for name, shape in link.theirs:
-            says = "config.json says", "the folder is damaged, or of another model"
-            _check_shape(found, name, shape, *says)
-        dtype = dtype_of(found, names)
-        expected[link.ours] = TensorInfo(link.shape, dtype)
-        pieces.append(
-            Piece(
-                name=link.ours,
-                info=TensorInfo((link.num_rows, *link.shape[1:]), dtype),
-                reads=tuple(Read(name) for name in names),
-                make=link.join,
-                row=link.row,
-            )
-        )
+            _check_shape(found, name, shape, "config.json says", "the folder is damaged, or of another model")
+        names = [name for name, _ in link.theirs]
+        info = expected[link.ours] = TensorInfo(link.shape, dtype_of(found, names))
+        reads = tuple(map(Read, names))
+        piece_info = info.with_rows(link.num_rows)
+        pieces.append(Piece(name=link.ours, info=piece_info, reads=reads, make=link.join, row=link.row))
     return pieces, expected
 
 
 def hf_pieces(found: Infos, all_links: Iterable[Link]) -> tuple[list[Piece], dict[str, TensorInfo]]:
     """Pieces of a Hugging Face folder, and all tensors that it should have.
 
-    Args:
-        found: tensors of a Megatron checkpoint.
-        all_links: of its model.
-
-    Raises:
-        CheckpointError: for a tensor of another shape than the saved settings say.
+    Tensors ``found`` in the Megatron checkpoint in another shape than its saved settings say are refused.
     """
     pieces: list[Piece] = []
     expected: dict[str, TensorInfo] = {}
     for link in all_links:
         _check_shape(found, link.ours, link.shape, "the saved settings say", "the checkpoint is damaged")
         dtype = dtype_of(found, [link.ours])
+        reads = (Read(link.ours, link.row, link.row + link.num_rows),)
         for index, (name, shape) in enumerate(link.theirs):
             expected[name] = TensorInfo(shape, dtype)
-            read = Read(link.ours, link.row, link.row + link.num_rows)
             make = partial(_part, split=link.split, index=index)
-            pieces.append(Piece(name=name, info=expected[name], reads=(read,), make=make))
+            pieces.append(Piece(name=name, info=expected[name], reads=reads, make=make))
     return pieces, expected
 
 
@@ -147,40 +126,34 @@ def _check_shape(found: Infos, name: str, shape: Shape, says: str, reason: str) 
 def expected_tensors(args: Namespace, found: Infos) -> dict[str, TensorInfo]:
     """Every tensor that a checkpoint with these arguments has.
 
-    Args:
-        args: of a Megatron checkpoint.
-        found: tensors that there are; dtypes are theirs, and so are names and shapes of what a codec has learned.
+    Dtypes are those of ``found``, and so are names and shapes of what a codec has learned.
     """
-    args = scmoe_settings.complete(args)
-    expected = {
-        link.ours: TensorInfo(link.shape, found[link.ours].dtype if link.ours in found else torch.float32)
-        for link in links(args)
-    }
-    if scmoe_settings.has_residual_maps(args):
+    args = complete(args)
+    expected = {link.ours: TensorInfo(link.shape, dtype_of(found, [link.ours])) for link in links(args)}
+    if has_residual_maps(args):
         expected |= {name: info for name, info in found.items() if ".residual_map." in name}
     return expected
 
 
-def same(ours: str, theirs: str, shape: Shape) -> Link:
-    """A tensor under another name."""
+def _same(ours: str, theirs: str, shape: Shape) -> Link:
     return Link(ours=ours, shape=shape, theirs=((theirs, shape),))
 
 
-def norm(args: Namespace, ours: str, theirs: str, size: int) -> Iterator[Link]:
+def _norm(args: Namespace, ours: str, theirs: str, size: int) -> Iterator[Link]:
     """A norm over ``size`` channels; names are prefixes, here and below."""
     for part in ("weight", "bias") if args.normalization == "LayerNorm" else ("weight",):
-        yield same(ours + part, theirs + part, (size,))
+        yield _same(ours + part, theirs + part, (size,))
 
 
 def _block(args: Namespace, block: int) -> Iterator[Link]:
     ours, theirs = f"decoder.layers.{block}.", f"model.layers.{block}."
     norms = norm_names(args, args.transformer_impl, block)
-    yield from norm(args, ours + norms["input_layernorm"], f"{theirs}input_layernorm.", args.hidden_size)
-    attention = latent_attention if args.multi_latent_attention else _grouped_query_attention
+    yield from _norm(args, ours + norms["input_layernorm"], f"{theirs}input_layernorm.", args.hidden_size)
+    attention = _latent_attention if args.multi_latent_attention else _grouped_query_attention
     yield from attention(args, ours, f"{theirs}self_attn.", norms)
-    yield from norm(args, ours + norms["pre_mlp_layernorm"], f"{theirs}post_attention_layernorm.", args.hidden_size)
+    yield from _norm(args, ours + norms["pre_mlp_layernorm"], f"{theirs}post_attention_layernorm.", args.hidden_size)
     if not carries_moe(args, block):
-        yield from mlp(args, f"{ours}mlp.", f"{theirs}mlp.", args.ffn_hidden_size)
+        yield from _mlp(args, f"{ours}mlp.", f"{theirs}mlp.", args.ffn_hidden_size)
     elif args.shortcut == "none" or block // args.moe_every % args.moe_share_groups == 0:
         yield from _moe(args, ours, f"{theirs}moe.")
 
@@ -190,7 +163,8 @@ def _grouped_query_attention(args: Namespace, ours: str, theirs: str, _norms: Ma
     size = args.kv_channels or hidden // heads
     groups = args.num_query_groups if args.group_query_attention else heads
     counts = {"q": heads, "k": groups, "v": groups}
-    for part, rest in (("weight", (hidden,)), ("bias", ())) if args.add_qkv_bias else (("weight", (hidden,)),):
+    parts: tuple[tuple[str, Shape], ...] = (("weight", (hidden,)), ("bias", ()))
+    for part, rest in parts if args.add_qkv_bias else parts[:1]:
         yield Link(
             ours=f"{ours}self_attention.linear_qkv.{part}",
             shape=(sum(counts.values()) * size, *rest),
@@ -198,14 +172,13 @@ def _grouped_query_attention(args: Namespace, ours: str, theirs: str, _norms: Ma
             split=partial(_split_by_group, groups=groups, size=size),
             join=partial(_join_by_group, groups=groups),
         )
-    yield same(f"{ours}self_attention.linear_proj.weight", f"{theirs}o_proj.weight", (hidden, heads * size))
+    yield _same(f"{ours}self_attention.linear_proj.weight", f"{theirs}o_proj.weight", (hidden, heads * size))
     if args.qk_layernorm:
         for x in "qk":
-            yield from norm(args, f"{ours}self_attention.{x}_layernorm.", f"{theirs}{x}_norm.", size)
+            yield from _norm(args, f"{ours}self_attention.{x}_layernorm.", f"{theirs}{x}_norm.", size)
 
 
-def latent_attention(args: Namespace, ours: str, theirs: str, norms: Mapping[str, str]) -> Iterator[Link]:
-    """Multi-latent attention; ``norms`` has the names of its block's (``norm_names``)."""
+def _latent_attention(args: Namespace, ours: str, theirs: str, norms: Mapping[str, str]) -> Iterator[Link]:
     hidden, heads, kv_rank = args.hidden_size, args.num_attention_heads, args.kv_lora_rank
     queries = heads * (args.qk_head_dim + args.qk_pos_emb_head_dim)
     shapes = {
@@ -219,14 +192,13 @@ def latent_attention(args: Namespace, ours: str, theirs: str, norms: Mapping[str
         shapes["linear_q_down_proj", "q_a_proj"] = (args.q_lora_rank, hidden)
         shapes["linear_q_up_proj", "q_b_proj"] = (queries, args.q_lora_rank)
     for (our_name, their_name), shape in shapes.items():
-        yield same(f"{ours}self_attention.{our_name}.weight", f"{theirs}{their_name}.weight", shape)
+        yield _same(f"{ours}self_attention.{our_name}.weight", f"{theirs}{their_name}.weight", shape)
     for x, rank in (("q", args.q_lora_rank), ("kv", kv_rank)):
         if f"{x}_layernorm" in norms:
-            yield from norm(args, ours + norms[f"{x}_layernorm"], f"{theirs}{x}_a_layernorm.", rank)
+            yield from _norm(args, ours + norms[f"{x}_layernorm"], f"{theirs}{x}_a_layernorm.", rank)
 
 
-def mlp(args: Namespace, ours: str, theirs: str, size: int) -> Iterator[Link]:
-    """An MLP of inner dimension ``size``."""
+def _mlp(args: Namespace, ours: str, theirs: str, size: int) -> Iterator[Link]:
     hidden = args.hidden_size
     names = ("gate_proj", "up_proj") if args.swiglu else ("up_proj",)
     for index, name in enumerate(names):
@@ -237,47 +209,39 @@ def mlp(args: Namespace, ours: str, theirs: str, size: int) -> Iterator[Link]:
             row=index * size,
             rows=size,
         )
-    yield same(f"{ours}linear_fc2.weight", f"{theirs}down_proj.weight", (hidden, size))
+    yield _same(f"{ours}linear_fc2.weight", f"{theirs}down_proj.weight", (hidden, size))
 
 
 def _moe(args: Namespace, ours: str, theirs: str) -> Iterator[Link]:
     hidden, choices = args.hidden_size, args.num_experts + args.zero_experts
-    yield same(f"{ours}mlp.router.weight", f"{theirs}router.weight", (choices, hidden))
+    yield _same(f"{ours}mlp.router.weight", f"{theirs}router.weight", (choices, hidden))
     if args.moe_router_enable_expert_bias or args.router == "longcat":
-        yield same(f"{ours}mlp.router.expert_bias", f"{theirs}router.expert_bias", (choices,))
+        yield _same(f"{ours}mlp.router.expert_bias", f"{theirs}router.expert_bias", (choices,))
     for index in range(args.num_experts):
-        yield from expert(args, f"{ours}mlp.experts.experts.", f"{theirs}experts.{index}.", index)
+        yield from _expert(args, f"{ours}mlp.experts.experts.", f"{theirs}experts.{index}.", index)
     if args.moe_shared_expert_intermediate_size:
         shared = f"{ours}mlp.shared_experts."
-        yield from mlp(args, shared, f"{theirs}shared_expert.", args.moe_shared_expert_intermediate_size)
+        yield from _mlp(args, shared, f"{theirs}shared_expert.", args.moe_shared_expert_intermediate_size)
         if args.shortcut == "scmoe" and args.shortcut_combine == "cg2":
-            yield same(f"{ours}combine_gate.weight", f"{theirs}combine_gate.weight", (2, hidden))
+            yield _same(f"{ours}combine_gate.weight", f"{theirs}combine_gate.weight", (2, hidden))
         elif args.moe_shared_expert_gate:
-            yield same(f"{shared}gate_weight", f"{theirs}shared_expert_gate.weight", (1, hidden))
+            yield _same(f"{shared}gate_weight", f"{theirs}shared_expert_gate.weight", (1, hidden))
 
 
-def expert(args: Namespace, ours: str, theirs: str, index: int) -> Iterator[Link]:
+def _expert(args: Namespace, ours: str, theirs: str, index: int) -> Iterator[Link]:
     """One of the rows of tensors that count experts along their first dimension."""
     hidden, size = args.hidden_size, args.moe_ffn_hidden_size or args.ffn_hidden_size
     names = ("gate_proj", "up_proj") if args.swiglu else ("up_proj",)
-    yield Link(
-        ours=f"{ours}linear_fc1.weight",
-        shape=(args.num_experts, len(names) * size, hidden),
-        theirs=tuple((f"{theirs}{name}.weight", (size, hidden)) for name in names),
-        row=index,
-        rows=1,
-        split=partial(_split_expert, parts=len(names)),
-        join=_join_expert,
-    )
-    yield Link(
-        ours=f"{ours}linear_fc2.weight",
-        shape=(args.num_experts, hidden, size),
-        theirs=((f"{theirs}down_proj.weight", (hidden, size)),),
-        row=index,
-        rows=1,
-        split=partial(_split_expert, parts=1),
-        join=_join_expert,
-    )
+    for linear, parts, shape in (("linear_fc1", names, (size, hidden)), ("linear_fc2", ("down_proj",), (hidden, size))):
+        yield Link(
+            ours=f"{ours}{linear}.weight",
+            shape=(args.num_experts, len(parts) * shape[0], shape[1]),
+            theirs=tuple((f"{theirs}{name}.weight", shape) for name in parts),
+            row=index,
+            rows=1,
+            split=partial(_split_expert, parts=len(parts)),
+            join=_join_expert,
+        )
 
 
 def _split_expert(rows: Tensor, *, parts: int) -> Sequence[Tensor]:

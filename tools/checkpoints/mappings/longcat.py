@@ -8,9 +8,11 @@ one another; no value changes on either way.
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,14 +20,11 @@ import torch
 
 from checkpoints.disk.hf_folder import CONFIG, HFFolder
 from checkpoints.disk.torch_dist import MegatronCheckpoint
-from checkpoints.formats import Target
-from checkpoints.mappings import scmoe_settings
-from checkpoints.mappings.links import Link, expert, hf_pieces, latent_attention, megatron_pieces, mlp, norm, same
+from checkpoints.mappings.links import Link, hf_pieces, links, megatron_pieces
 from checkpoints.mappings.longcat_settings import check_form, checked_config, hf_config, megatron_args
-from checkpoints.mappings.megatron_settings import check_args
-from checkpoints.mappings.norms import norm_names
+from checkpoints.mappings.megatron_settings import check_args, complete
 from checkpoints.mappings.tokenizer import tokenizer_of
-from checkpoints.plan import Conversion, Piece
+from checkpoints.plan import Conversion, Piece, Target
 from checkpoints.settings import check_experts, check_layers
 from checkpoints.tensors import TensorInfo
 
@@ -34,68 +33,53 @@ _UNUSED = "zero experts have no parameters: transformers saves these and never r
 _HAS_UNUSED = "hf_has_unused_tensors"  # among the saved arguments
 
 
+# Of a layer, behind the names that folders of hf_scmoe have; {} is 0 in its first block and 1 in its second one.
+_NAMES = {
+    r"(input_layernorm|self_attn|post_attention_layernorm)\.": r"\1.{}.",
+    r"mlp\.": "mlps.0.",
+    r"moe\.shared_expert\.": "mlps.1.",
+    r"moe\.router\.weight": "mlp.router.classifier.weight",
+    r"moe\.router\.expert_bias": "mlp.router.e_score_correction_bias",
+    r"moe\.experts\.": "mlp.experts.",
+}
+
+
 def longcat_links(args: Namespace) -> Iterator[Link]:
-    """Every tensor of the model, layer by layer.
-
-    Args:
-        args: of a Megatron checkpoint of this form, ``scmoe_settings.complete``.
-    """
-    vocab = (args.padded_vocab_size, args.hidden_size)
-    yield same("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab)
-    for layer in range(args.num_layers // 2):
-        yield from _layer(args, layer)
-    yield from norm(args, "decoder.final_layernorm.", "model.norm.", args.hidden_size)
-    yield same("output_layer.weight", "lm_head.weight", vocab)
+    """Every tensor of the model of this form, block by block; ``args`` are ``complete``."""
+    for link in links(args):
+        yield replace(link, theirs=tuple((_their_name(name), shape) for name, shape in link.theirs))
 
 
-def _layer(args: Namespace, layer: int) -> Iterator[Link]:
-    theirs, hidden = f"model.layers.{layer}.", args.hidden_size
-    for half in (0, 1):
-        block = 2 * layer + half
-        ours, norms = f"decoder.layers.{block}.", norm_names(args, args.transformer_impl, block)
-        yield from norm(args, ours + norms["input_layernorm"], f"{theirs}input_layernorm.{half}.", hidden)
-        yield from latent_attention(args, ours, f"{theirs}self_attn.{half}.", norms)
-        yield from norm(args, ours + norms["pre_mlp_layernorm"], f"{theirs}post_attention_layernorm.{half}.", hidden)
-    first, second = (f"decoder.layers.{2 * layer + half}.mlp." for half in (0, 1))
-    yield from mlp(args, first, f"{theirs}mlps.0.", args.ffn_hidden_size)
-    yield from mlp(args, f"{second}shared_experts.", f"{theirs}mlps.1.", args.ffn_hidden_size)
-    choices = args.num_experts + args.zero_experts
-    yield same(f"{second}router.weight", f"{theirs}mlp.router.classifier.weight", (choices, hidden))
-    yield same(f"{second}router.expert_bias", f"{theirs}mlp.router.e_score_correction_bias", (choices,))
-    for index in range(args.num_experts):
-        yield from expert(args, f"{second}experts.experts.", f"{theirs}mlp.experts.{index}.", index)
+def _their_name(name: str) -> str:
+    found = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
+    if not found:
+        return name
+    layer, half = divmod(int(found[1]), 2)
+    rest = next(re.sub(old, new, found[2], count=1) for old, new in _NAMES.items() if re.match(old, found[2]))
+    return f"model.layers.{layer}.{rest.format(half)}"
 
 
 def to_megatron(source: HFFolder) -> Target:
-    """A LongcatFlash folder as a checkpoint of this plugin, for the local spec.
-
-    Raises:
-        CheckpointError: for a configuration that LongCat-Flash as published does not have.
-    """
+    """A LongcatFlash folder, in the form of LongCat-Flash as published, as a checkpoint for the local spec."""
     origin = str(source.folder / CONFIG)
     config = checked_config(source.config, origin)
     check_layers(origin, config, "num_layers", source.infos)
     check_experts(origin, config, "n_routed_experts", source.infos, num_moes=config["num_layers"])
     args = megatron_args(config)
     check_args(origin, Namespace(**args), source.infos)
-    pieces, expected = megatron_pieces(source.infos, longcat_links(scmoe_settings.complete(Namespace(**args))))
+    pieces, expected = megatron_pieces(source.infos, longcat_links(complete(Namespace(**args))))
     dropped = {name: reason for name in source.infos if (reason := _reason_to_drop(name, config))}
-    args[_HAS_UNUSED] = _UNUSED in dropped.values()
+    notes = (f"{count} tensors are left out: {reason}" for reason, count in Counter(dropped.values()).items())
     return Target(
-        conversion=Conversion(pieces=tuple(pieces), expected=expected, dropped=dropped, notes=_notes(dropped)),
-        args=args,
-        files={},
+        conversion=Conversion(pieces=tuple(pieces), expected=expected, dropped=dropped, notes=tuple(notes)),
+        args={**args, _HAS_UNUSED: _UNUSED in dropped.values()},
     )
 
 
 def from_megatron(source: MegatronCheckpoint) -> Target:
-    """A checkpoint of this plugin in LongCat-Flash's form as a LongcatFlash folder.
-
-    Raises:
-        CheckpointError: for a checkpoint of another form.
-    """
-    check_form(source.args)
-    args = scmoe_settings.complete(source.args)
+    """A checkpoint of this plugin in LongCat-Flash's form as a LongcatFlash folder; other forms are refused."""
+    args = complete(source.args)
+    check_form(args)
     tokenizer = tokenizer_of(source)
     config = {**hf_config(args), **tokenizer.ids}
     pieces, expected = hf_pieces(source.infos, longcat_links(args))
@@ -106,33 +90,25 @@ def from_megatron(source: MegatronCheckpoint) -> Target:
         pieces.append(Piece(name=name, info=info, reads=(), make=partial(torch.zeros, info.shape, dtype=info.dtype)))
         expected[name] = info
     zeros = [f"{len(unused)} tensors of zero experts are zeros: {_UNUSED}"] if unused else []
+    notes = (*zeros, *tokenizer.notes)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return Target(
-        conversion=Conversion(
-            pieces=tuple(pieces),
-            expected=expected,
-            dropped=source.others,
-            notes=(*zeros, *tokenizer.notes),
-        ),
-        args=None,
-        files={"config.json": text.encode(), **tokenizer.files},
+        conversion=Conversion(pieces=tuple(pieces), expected=expected, dropped=source.others, notes=notes),
+        files={CONFIG: text.encode(), **tokenizer.files},
     )
 
 
-def unused_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what transformers 5.23 saves for zero experts, and misses where it is not there.
+def _unused_experts(config: Mapping[str, Any]) -> range:
+    return range(config["n_routed_experts"], config["n_routed_experts"] + (config["zero_expert_num"] or 0))
 
-    Args:
-        config: a LongcatFlash config.json.
-    """
-    first, behind = config["n_routed_experts"], config["n_routed_experts"] + (config["zero_expert_num"] or 0)
+
+def unused_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what transformers 5.23 saves for zero experts, and misses where it is not there."""
+    shape = (config["expert_ffn_hidden_size"], config["hidden_size"])
     return {
-        f"model.layers.{layer}.mlp.experts.{index}.{part}_proj.weight": (
-            config["expert_ffn_hidden_size"],
-            config["hidden_size"],
-        )
+        f"model.layers.{layer}.mlp.experts.{index}.{part}_proj.weight": shape
         for layer in range(config["num_layers"])
-        for index in range(first, behind)
+        for index in _unused_experts(config)
         for part in ("gate", "up")
     }
 
@@ -140,15 +116,5 @@ def unused_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def _reason_to_drop(name: str, config: Mapping[str, Any]) -> str | None:
     if name.startswith("model.mtp."):
         return _PREDICTION
-    parts = name.split(".")
-    is_expert = parts[:2] == ["model", "layers"] and parts[3:5] == ["mlp", "experts"] and parts[5:6] != []
-    if is_expert and parts[5].isdecimal():
-        first, behind = config["n_routed_experts"], config["n_routed_experts"] + (config["zero_expert_num"] or 0)
-        if first <= int(parts[5]) < behind:
-            return _UNUSED
-    return None
-
-
-def _notes(dropped: Mapping[str, str]) -> tuple[str, ...]:
-    counts = Counter(dropped.values())
-    return tuple(f"{count} tensors are left out: {reason}" for reason, count in counts.items())
+    expert = re.match(r"model\.layers\.[^.]*\.mlp\.experts\.(\d{1,9})(\.|$)", name)
+    return _UNUSED if expert and int(expert[1]) in _unused_experts(config) else None

@@ -1,4 +1,4 @@
-"""What the arguments that a Megatron checkpoint saves may be, as far as they are read here."""
+"""What the arguments that a Megatron checkpoint saves may be, as far as they are read here, and their defaults."""
 
 from __future__ import annotations
 
@@ -7,28 +7,10 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+from checkpoints import settings as rules
 from checkpoints.disk.torch_dist import MegatronCheckpoint
-from checkpoints.mappings import scmoe_settings
 from checkpoints.mappings.norms import SPECS, carries_moe
-from checkpoints.settings import (
-    COUNT,
-    FLAG,
-    NUMBER,
-    POSITIVE,
-    SHARE,
-    SIZE,
-    WORD,
-    Rule,
-    check,
-    check_experts,
-    check_layers,
-    check_multiple,
-    each,
-    either,
-    one_of,
-    optional,
-    whole,
-)
+from checkpoints.settings import COUNT, FLAG, NUMBER, POSITIVE, SHARE, SIZE, WORD, Rule, each, either, one_of, optional
 from checkpoints.tensors import CheckpointError, TensorInfo
 
 
@@ -39,79 +21,73 @@ def _is_json_object(value: object) -> bool:
         return False
 
 
-_NEEDED = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "padded_vocab_size"),
-    "max_position_embeddings",
+_NEEDED = "num_layers hidden_size ffn_hidden_size num_attention_heads padded_vocab_size max_position_embeddings"
+_LATENT = "kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim"
+_POSITIONS = ("learned_absolute", "rope", "yarn", "mrope", "relative", "none")
+# With Megatron's defaults and ours: older checkpoints, and those that were converted, do not have every name.
+_READ: tuple[tuple[Rule, Any, str], ...] = (
+    (FLAG, False, "group_query_attention multi_latent_attention add_qkv_bias qk_layernorm swiglu squared_relu"),
+    (FLAG, False, "use_rope_scaling untie_embeddings_and_output_weights"),
+    (FLAG, False, "moe_shared_expert_gate moe_router_pre_softmax moe_router_enable_expert_bias"),
+    (optional(SIZE), None, "kv_channels q_lora_rank moe_ffn_hidden_size moe_router_num_groups moe_router_group_topk"),
+    (optional(SIZE), 1, "num_query_groups"),
+    (optional(COUNT), None, "num_experts moe_shared_expert_intermediate_size"),
+    (optional(POSITIVE), None, "moe_router_topk_scaling_factor"),
+    (SIZE, 2, "moe_every moe_router_topk"),
+    (SIZE, 4096, "original_max_position_embeddings"),
+    (COUNT, 0, "zero_experts"),
+    (rules.whole(1, 2), 1, "moe_share_groups"),
+    (either(SIZE, each(one_of(0, 1))), 1, "moe_layer_freq"),
+    (POSITIVE, 1e-5, "layernorm_epsilon"),
+    (POSITIVE, 10000, "rotary_base"),
+    (POSITIVE, 32, "beta_fast"),
+    (POSITIVE, 1, "beta_slow"),
+    (POSITIVE, 1.0, "rotary_scaling_factor"),
+    (SHARE, 1.0, "rotary_percent"),
+    (NUMBER, 1.0, "mscale"),
+    (NUMBER, 0.0, "mscale_all_dim"),
+    (one_of("softmax", "sigmoid", "sqrtsoftplus"), "softmax", "moe_router_score_function"),
+    (one_of(None, "fp32", "fp64"), None, "moe_router_dtype"),
+    (one_of(*_POSITIONS), "learned_absolute", "position_embedding_type"),
+    (one_of(None, "rope", "yarn"), None, "rope_type"),
+    (one_of("LayerNorm", "RMSNorm"), "LayerNorm", "normalization"),
+    (one_of(*SPECS), "transformer_engine", "transformer_impl"),
+    (one_of("none", "scmoe", "dgmoe"), "none", "shortcut"),
+    (each(one_of("pos1", "pos2", "pos3")), ["pos2"], "shortcut_position"),
+    (one_of("add", "cg1", "cg2"), "cg1", "shortcut_combine"),
+    (one_of("core", "longcat"), "core", "router"),
+    (one_of("none", "longcat"), "none", "latent_scaling"),
+    (one_of("none", "lsh"), "none", "a2a_codec"),
+    (one_of("paper", "none", "lowrank"), "paper", "lsh_compensation"),
 )
-_LATENT = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
-RULES: dict[str, Rule] = {
-    **dict.fromkeys((*_NEEDED, *_LATENT, "moe_every", "moe_router_topk", "original_max_position_embeddings"), SIZE),
-    **dict.fromkeys(
-        (
-            *("kv_channels", "num_query_groups", "q_lora_rank", "vocab_size", "seq_length", "moe_ffn_hidden_size"),
-            *("moe_router_num_groups", "moe_router_group_topk"),
-        ),
-        optional(SIZE),
-    ),
-    **dict.fromkeys(("num_experts", "moe_shared_expert_intermediate_size"), optional(COUNT)),
-    "zero_experts": COUNT,
-    **dict.fromkeys(
-        (
-            *("group_query_attention", "multi_latent_attention", "add_qkv_bias", "qk_layernorm", "swiglu"),
-            *("squared_relu", "add_bias_linear", "untie_embeddings_and_output_weights", "moe_shared_expert_gate"),
-            *("moe_router_pre_softmax", "moe_router_enable_expert_bias"),
-        ),
-        FLAG,
-    ),
-    **dict.fromkeys(("layernorm_epsilon", "rotary_base", "rotary_scaling_factor", "beta_fast", "beta_slow"), POSITIVE),
-    **dict.fromkeys(("mscale", "mscale_all_dim", "init_method_std"), NUMBER),
-    "rotary_percent": SHARE,
-    "use_rope_scaling": FLAG,
-    "rope_scaling_factor": POSITIVE,
-    "moe_router_topk_scaling_factor": optional(POSITIVE),
-    "moe_share_groups": whole(1, 2),
-    "moe_layer_freq": either(SIZE, each(one_of(0, 1))),
-    "moe_router_score_function": one_of("softmax", "sigmoid", "sqrtsoftplus"),
-    "moe_router_dtype": one_of(None, "fp32", "fp64"),
-    "moe_router_load_balancing_type": either(WORD, each(WORD)),
-    "position_embedding_type": one_of("learned_absolute", "rope", "yarn", "mrope", "relative", "none"),
-    "rope_type": one_of(None, "rope", "yarn"),
-    "normalization": one_of("LayerNorm", "RMSNorm"),
-    "transformer_impl": one_of(*SPECS),
-    "shortcut": one_of("none", "scmoe", "dgmoe"),
-    "shortcut_position": each(one_of("pos1", "pos2", "pos3")),
-    "shortcut_combine": one_of("add", "cg1", "cg2"),
-    "router": one_of("core", "longcat"),
-    "latent_scaling": one_of("none", "longcat"),
-    "a2a_codec": one_of("none", "lsh"),
-    "lsh_compensation": one_of("paper", "none", "lowrank"),
-    "hf_config": Rule("a JSON object as text", _is_json_object),
-}
+DEFAULTS = {name: default for _, default, names in _READ for name in names.split()}
+RULES = rules.by_name(
+    (SIZE, f"{_NEEDED} {_LATENT}"),
+    *((rule, names) for rule, _, names in _READ),
+    (optional(SIZE), "vocab_size seq_length"),
+    (FLAG, "add_bias_linear"),
+    (NUMBER, "init_method_std"),
+    (POSITIVE, "rope_scaling_factor"),
+    (either(WORD, each(WORD)), "moe_router_load_balancing_type"),
+    (Rule("a JSON object as text", _is_json_object), "hf_config"),
+)
+
+
+def complete(args: Namespace) -> Namespace:
+    """``args`` with a value for every name that is read here, but those that every checkpoint has."""
+    return Namespace(**{**DEFAULTS, **vars(args)})
 
 
 def check_saved(source: MegatronCheckpoint) -> None:
-    """Refuse saved arguments that no model has.
-
-    Raises:
-        CheckpointError: for the first of them, by its name.
-    """
+    """Refuse saved arguments that no model has."""
     check_args(f"the saved arguments of {source.folder}", source.args, source.infos)
 
 
 def check_args(origin: str, args: Namespace, infos: Mapping[str, TensorInfo]) -> None:
-    """Refuse arguments that no model has, or none with these tensors.
-
-    Args:
-        origin: where they are, for a message.
-        args: of a Megatron checkpoint, as builtin types.
-        infos: tensors of the checkpoint, or of the Hugging Face folder that becomes one.
-
-    Raises:
-        CheckpointError: for the first of them, by its name.
-    """
-    check(origin, vars(args), RULES, needed=_NEEDED)
-    settings = vars(scmoe_settings.complete(args))
-    check_layers(origin, settings, "num_layers", infos)
+    """Refuse arguments that no model has, or none with these tensors, of a checkpoint or of what becomes one."""
+    rules.check(origin, vars(args), RULES, needed=tuple(_NEEDED.split()))
+    settings = vars(complete(args))
+    rules.check_layers(origin, settings, "num_layers", infos)
     _check_heads(origin, settings)
     _check_groups(origin, settings)
     if settings["num_experts"]:
@@ -120,13 +96,13 @@ def check_args(origin: str, args: Namespace, infos: Mapping[str, TensorInfo]) ->
 
 def _check_heads(origin: str, settings: Mapping[str, Any]) -> None:
     if settings["multi_latent_attention"]:
-        check(origin, settings, {}, needed=_LATENT)
+        rules.check(origin, settings, {}, needed=tuple(_LATENT.split()))
         return
     if not settings["kv_channels"]:
-        check_multiple(origin, settings, "hidden_size", "num_attention_heads")
+        rules.check_multiple(origin, settings, "hidden_size", "num_attention_heads")
     if settings["group_query_attention"]:
-        check(origin, settings, {"num_query_groups": SIZE})
-        check_multiple(origin, settings, "num_attention_heads", "num_query_groups")
+        rules.check(origin, settings, {"num_query_groups": SIZE})
+        rules.check_multiple(origin, settings, "num_attention_heads", "num_query_groups")
 
 
 def _check_groups(origin: str, settings: Mapping[str, Any]) -> None:
@@ -137,8 +113,8 @@ def _check_groups(origin: str, settings: Mapping[str, Any]) -> None:
         )
     if settings["shortcut"] == "none":
         return
-    check_multiple(origin, settings, "num_layers", "moe_every")
-    check(origin, settings, {"num_experts": SIZE})
+    rules.check_multiple(origin, settings, "num_layers", "moe_every")
+    rules.check(origin, settings, {"num_experts": SIZE})
     positions, groups = settings["shortcut_position"], layers // settings["moe_every"]
     if len(positions) not in (1, groups):
         raise CheckpointError(
@@ -151,7 +127,7 @@ def _check_experts(origin: str, settings: Mapping[str, Any], infos: Mapping[str,
     args = Namespace(**settings)
     num_moes = sum(carries_moe(args, block) for block in range(args.num_layers))
     shared = 1 if args.shortcut == "none" else args.moe_share_groups
-    check_experts(origin, settings, "num_experts", infos, num_moes=num_moes // shared)
+    rules.check_experts(origin, settings, "num_experts", infos, num_moes=num_moes // shared)
     choices = args.num_experts + args.zero_experts
     if args.moe_router_topk > choices:
         raise CheckpointError(

@@ -48,10 +48,7 @@ def renamed_norms(then: Namespace, now: Namespace) -> dict[str, str]:
     names: dict[str, str] = {}
     for block in range(then.num_layers):
         old, new = (norm_names(args, args.transformer_impl, block) for args in (then, now))
-        prefix = f"decoder.layers.{block}."
-        names |= {
-            f"{prefix}{old[module]}{part}": f"{prefix}{new[module]}{part}"
-            for module in old
-            for part in ("weight", "bias")
-        }
+        for part in ("weight", "bias"):
+            prefix = f"decoder.layers.{block}."
+            names |= {f"{prefix}{old[module]}{part}": f"{prefix}{new[module]}{part}" for module in old}
     return names

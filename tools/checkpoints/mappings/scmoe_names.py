@@ -14,29 +14,15 @@ from typing import Any
 
 import torch
 
+from checkpoints import settings as rules
 from checkpoints.disk.hf_folder import CONFIG, HFFolder
 from checkpoints.disk.torch_dist import MegatronCheckpoint
-from checkpoints.formats import Target
 from checkpoints.mappings import scmoe_settings
 from checkpoints.mappings.links import dtype_of, hf_pieces, links, megatron_pieces
-from checkpoints.mappings.megatron_settings import RULES, check_args
+from checkpoints.mappings.megatron_settings import RULES, check_args, complete
 from checkpoints.mappings.tokenizer import Tokenizer, tokenizer_of
-from checkpoints.plan import Conversion
-from checkpoints.settings import (
-    COUNT,
-    FLAG,
-    POSITIVE,
-    SHARE,
-    SIZE,
-    TABLE,
-    WORD,
-    check,
-    check_layers,
-    each,
-    one_of,
-    optional,
-    whole,
-)
+from checkpoints.plan import Conversion, Target
+from checkpoints.settings import COUNT, FLAG, POSITIVE, SHARE, SIZE, TABLE, WORD, check, each, one_of, optional
 from checkpoints.tensors import CheckpointError
 
 CODE = Path(__file__).with_name("hf_scmoe")
@@ -50,49 +36,41 @@ AUTO_MAP = {
 
 _COMPENSATION = "a learned compensation of the codec lsh: the Hugging Face model sends nothing, and so has no residuals"
 _TIED = "the output layer is the embedding"
-_RULES = {
-    **dict.fromkeys(
-        (
-            *("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"),
-            *("num_attention_heads", "num_key_value_heads", "head_dim", "kv_lora_rank", "qk_nope_head_dim"),
-            *("qk_rope_head_dim", "v_head_dim", "moe_every", "num_experts_per_tok", "moe_intermediate_size"),
-        ),
-        SIZE,
-    ),
-    **dict.fromkeys(("q_lora_rank", "router_num_groups", "router_group_topk"), optional(SIZE)),
-    **dict.fromkeys(("num_experts", "zero_experts"), COUNT),
-    "shared_expert_intermediate_size": optional(COUNT),
-    **dict.fromkeys(("tie_word_embeddings", "qk_norm", "attention_bias"), FLAG),
-    **dict.fromkeys(("router_pre_softmax", "router_expert_bias"), FLAG),
-    **dict.fromkeys(("norm_eps", "routed_scaling_factor"), POSITIVE),
-    "softmax_scale": optional(POSITIVE),
-    "moe_share_groups": whole(1, 2),
-    "shortcut_position": each(WORD),
-    "moe_layer_pattern": each(one_of(0, 1)),
-    "rope_parameters": optional(TABLE),
-    "megatron": optional(TABLE),
-}
-_ROPE_RULES = {
-    **dict.fromkeys(("rope_theta", "factor", "beta_fast", "beta_slow"), POSITIVE),
-    "original_max_position_embeddings": SIZE,
-    "attention_factor": optional(POSITIVE),
-    "partial_rotary_factor": SHARE,
-    "rope_type": WORD,
-}
+_RULES = rules.by_name(
+    (SIZE, "vocab_size hidden_size num_hidden_layers intermediate_size max_position_embeddings num_attention_heads"),
+    (SIZE, "num_key_value_heads head_dim kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim moe_every"),
+    (SIZE, "num_experts_per_tok moe_intermediate_size"),
+    (optional(SIZE), "q_lora_rank router_num_groups router_group_topk"),
+    (COUNT, "num_experts zero_experts"),
+    (optional(COUNT), "shared_expert_intermediate_size"),
+    (FLAG, "tie_word_embeddings qk_norm attention_bias router_pre_softmax router_expert_bias"),
+    (POSITIVE, "norm_eps routed_scaling_factor"),
+    (optional(POSITIVE), "softmax_scale"),
+    (rules.whole(1, 2), "moe_share_groups"),
+    (each(WORD), "shortcut_position"),
+    (each(one_of(0, 1)), "moe_layer_pattern"),
+    (optional(TABLE), "rope_parameters megatron"),
+)
+_ROPE_RULES = rules.by_name(
+    (POSITIVE, "rope_theta factor beta_fast beta_slow"),
+    (SIZE, "original_max_position_embeddings"),
+    (optional(POSITIVE), "attention_factor"),
+    (SHARE, "partial_rotary_factor"),
+    (WORD, "rope_type"),
+)
 
 
 def from_megatron(source: MegatronCheckpoint) -> Target:
     """A checkpoint of this plugin, or of stock Megatron, as a Hugging Face folder with its own model.
 
-    Raises:
-        CheckpointError: for a setting that the Hugging Face model does not know, and for a tensor of another shape than
-            the saved settings say.
+    Settings that the Hugging Face model does not know are refused.
     """
-    args = scmoe_settings.complete(source.args)
+    args = complete(source.args)
     config = scmoe_settings.config_of(args)
     tokenizer = tokenizer_of(source)
     pieces, expected = hf_pieces(source.infos, links(args))
-    maps = _residual_maps(source, args)
+    has_maps = scmoe_settings.has_residual_maps(args)
+    maps = [name for name in source.infos if has_maps and ".residual_map." in name]
     return Target(
         conversion=Conversion(
             pieces=tuple(pieces),
@@ -100,27 +78,22 @@ def from_megatron(source: MegatronCheckpoint) -> Target:
             dropped={**source.others, **dict.fromkeys(maps, _COMPENSATION)},
             notes=(*_notes(args), *tokenizer.notes),
         ),
-        args=None,
         files=_files(config, tokenizer, dtype_of(source.infos, ["embedding.word_embeddings.weight"])),
     )
 
 
 def to_megatron(source: HFFolder) -> Target:
-    """A Hugging Face folder that ``from_megatron`` wrote, or that was trained on from one, as a checkpoint.
-
-    Raises:
-        CheckpointError: for another model, and for a tensor of another shape than config.json says.
-    """
+    """A Hugging Face folder that ``from_megatron`` wrote, or that was trained on from one, as a checkpoint."""
     origin = str(source.folder / CONFIG)
     config = _loaded_config(source, origin)
     saved = scmoe_settings.args_of(config, dtype_of(source.infos, ["model.embed_tokens.weight"]))
     check_args(origin, Namespace(**saved), source.infos)
-    args = scmoe_settings.complete(Namespace(**saved))
+    args = complete(Namespace(**saved))
     _check_kept(config, scmoe_settings.config_of(args))
     pieces, expected = megatron_pieces(source.infos, links(args))
     tied = config.tie_word_embeddings and "lm_head.weight" in source.infos
     dropped = {"lm_head.weight": _TIED} if tied else {}
-    return Target(conversion=Conversion(pieces=tuple(pieces), expected=expected, dropped=dropped), args=saved, files={})
+    return Target(conversion=Conversion(pieces=tuple(pieces), expected=expected, dropped=dropped), args=saved)
 
 
 def _check_kept(config: Any, again: Mapping[str, Any]) -> None:
@@ -133,12 +106,6 @@ def _check_kept(config: Any, again: Mapping[str, Any]) -> None:
         lost.append(f"softmax_scale {config.softmax_scale!r}")
     if lost:
         raise CheckpointError(f"Megatron has no setting for what config.json says: {', '.join(lost)}; no way known")
-
-
-def _residual_maps(source: MegatronCheckpoint, args: Namespace) -> list[str]:
-    if not scmoe_settings.has_residual_maps(args):
-        return []
-    return [name for name in source.infos if ".residual_map." in name]
 
 
 def _notes(args: Namespace) -> Iterator[str]:
@@ -164,7 +131,7 @@ def _files(config: dict[str, Any], tokenizer: Tokenizer, dtype: torch.dtype) -> 
         **tokenizer.ids,
     }
     code = {name: (CODE / name).read_bytes() for name in CODE_FILES}
-    return {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **code, **tokenizer.files}
+    return {CONFIG: (json.dumps(config, indent=2) + "\n").encode(), **code, **tokenizer.files}
 
 
 def _loaded_config(source: HFFolder, origin: str) -> Any:
@@ -173,7 +140,7 @@ def _loaded_config(source: HFFolder, origin: str) -> Any:
     check(origin, source.config.get("rope_parameters") or {}, _ROPE_RULES)
     check(f"{origin}, megatron", source.config.get("megatron") or {}, RULES)
     if "num_hidden_layers" in source.config:
-        check_layers(origin, source.config, "num_hidden_layers", source.infos)
+        rules.check_layers(origin, source.config, "num_hidden_layers", source.infos)
     try:
         from checkpoints.mappings.hf_scmoe.configuration_scmoe import ScMoEConfig  # noqa: PLC0415 (slow, and needed here alone)
     except ImportError as error:

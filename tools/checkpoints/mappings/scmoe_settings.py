@@ -12,61 +12,8 @@ import torch
 from checkpoints.mappings.norms import SPECS, carries_moe
 from checkpoints.tensors import CheckpointError
 
-# What is read here of saved arguments, with Megatron's defaults and ours: older checkpoints, and those that were
-# converted, do not have every name.
-_DEFAULTS: dict[str, Any] = {
-    "kv_channels": None,
-    "group_query_attention": False,
-    "num_query_groups": 1,
-    "swiglu": False,
-    "squared_relu": False,
-    "normalization": "LayerNorm",
-    "layernorm_epsilon": 1e-5,
-    "position_embedding_type": "learned_absolute",
-    "rotary_base": 10000,
-    "rotary_percent": 1.0,
-    "rope_type": None,
-    "use_rope_scaling": False,
-    "rotary_scaling_factor": 1.0,
-    "original_max_position_embeddings": 4096,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-    "mscale_all_dim": 0.0,
-    "untie_embeddings_and_output_weights": False,
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
-    "multi_latent_attention": False,
-    "q_lora_rank": None,
-    "num_experts": None,
-    "moe_layer_freq": 1,
-    "moe_ffn_hidden_size": None,
-    "moe_shared_expert_intermediate_size": None,
-    "moe_shared_expert_gate": False,
-    "moe_router_topk": 2,
-    "moe_router_score_function": "softmax",
-    "moe_router_pre_softmax": False,
-    "moe_router_enable_expert_bias": False,
-    "moe_router_num_groups": None,
-    "moe_router_group_topk": None,
-    "moe_router_topk_scaling_factor": None,
-    "moe_router_dtype": None,
-    "transformer_impl": "transformer_engine",
-    "shortcut": "none",
-    "shortcut_position": ["pos2"],
-    "shortcut_combine": "cg1",
-    "moe_every": 2,
-    "moe_share_groups": 1,
-    "router": "core",
-    "zero_experts": 0,
-    "latent_scaling": "none",
-    "a2a_codec": "none",
-    "lsh_compensation": "paper",
-}
-
 LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "original_max_position_embeddings": 8192,
 }
 """What Core's --use-rope-scaling does, that of Llama 3.1 and 3.3. Core 0.19.2 never reads --rope-scaling-factor."""
@@ -110,8 +57,27 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str, str]] = {
 }
 _ROUTING_REFUSED = ("sinkhorn", "quantile_balancing")
 
-_ACTIVATIONS = {"swiglu": "swiglu", "squared_relu": "squared_relu"}
+_ACTIVATIONS = ("swiglu", "squared_relu")  # else gelu
 _ROUTER_DTYPES = {None: None, "fp32": "float32", "fp64": "float64"}
+
+# Settings that change their names alone, by those in config.json.
+_MODEL = {
+    **{"vocab_size": "padded_vocab_size", "hidden_size": "hidden_size", "num_hidden_layers": "num_layers"},
+    **{"intermediate_size": "ffn_hidden_size", "normalization": "normalization", "norm_eps": "layernorm_epsilon"},
+    **{"max_position_embeddings": "max_position_embeddings", "position_embedding": "position_embedding_type"},
+    **{"qk_norm": "qk_layernorm", "num_attention_heads": "num_attention_heads"},
+}
+LATENT = {
+    **{"q_lora_rank": "q_lora_rank", "kv_lora_rank": "kv_lora_rank", "qk_nope_head_dim": "qk_head_dim"},
+    **{"qk_rope_head_dim": "qk_pos_emb_head_dim", "v_head_dim": "v_head_dim"},
+}
+_GROUPS = {name: name for name in ("shortcut", "moe_every", "moe_share_groups")}
+_EXPERTS = {
+    **{"num_experts": "num_experts", "num_experts_per_tok": "moe_router_topk", "router": "router"},
+    **{"zero_experts": "zero_experts", "router_score_function": "moe_router_score_function"},
+    **{"router_pre_softmax": "moe_router_pre_softmax", "router_num_groups": "moe_router_num_groups"},
+    "router_group_topk": "moe_router_group_topk",
+}
 
 # What the Hugging Face model does not need and a training run does; no paths, which say something of a machine.
 _KEPT = (
@@ -128,40 +94,19 @@ _CODEC = (
 )
 
 
-def complete(args: Namespace) -> Namespace:
-    """``args`` with a value for every name that is read here."""
-    return Namespace(**{**_DEFAULTS, **vars(args)})
-
-
 def has_residual_maps(args: Namespace) -> bool:
     """Whether the codec of ``args`` has parameters of its own."""
     return args.a2a_codec == "lsh" and args.lsh_compensation == "lowrank"
 
 
 def config_of(args: Namespace) -> dict[str, Any]:
-    """The fields of ``ScMoEConfig`` (hf_scmoe/configuration_scmoe.py) for a checkpoint with these arguments.
-
-    Args:
-        args: ``complete``.
-
-    Raises:
-        CheckpointError: for a setting that the Hugging Face model does not know.
-    """
+    """The fields of ``ScMoEConfig`` (hf_scmoe/configuration_scmoe.py) for a checkpoint with these, ``complete``."""
     check_computed(args)
     kept = _KEPT if has_residual_maps(args) else (*_KEPT, *_CODEC)
     return {
-        "vocab_size": args.padded_vocab_size,
-        "hidden_size": args.hidden_size,
-        "num_hidden_layers": args.num_layers,
-        "intermediate_size": args.ffn_hidden_size,
-        "activation": next((name for flag, name in _ACTIVATIONS.items() if getattr(args, flag)), "gelu"),
-        "normalization": args.normalization,
-        "norm_eps": args.layernorm_epsilon,
-        "max_position_embeddings": args.max_position_embeddings,
-        "position_embedding": args.position_embedding_type,
+        **theirs(args, _MODEL),
+        "activation": next((name for name in _ACTIVATIONS if getattr(args, name)), "gelu"),
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
-        "qk_norm": args.qk_layernorm,
-        "num_attention_heads": args.num_attention_heads,
         **(_latent_attention(args) if args.multi_latent_attention else _grouped_query_attention(args)),
         **_groups(args),
         **(_experts(args) if args.num_experts else {"num_experts": 0}),
@@ -169,12 +114,13 @@ def config_of(args: Namespace) -> dict[str, Any]:
     }
 
 
-def check_computed(args: Namespace) -> None:
-    """Refuse settings that change what the model computes and that none of our Hugging Face models knows.
+def theirs(args: Namespace, names: Mapping[str, str]) -> dict[str, Any]:
+    """Settings that change their names alone, by those of Hugging Face, of which ``names`` has ours."""
+    return {name: getattr(args, ours) for name, ours in names.items()}
 
-    Raises:
-        CheckpointError: for the first of them, by its flag.
-    """
+
+def check_computed(args: Namespace) -> None:
+    """Refuse settings that change what the model computes and that none of our Hugging Face models knows."""
     for name, (allowed, flag, rule) in _REFUSED.items():
         value = getattr(args, name, allowed[0])
         if value not in allowed:
@@ -194,9 +140,7 @@ def check_computed(args: Namespace) -> None:
 
 def _is_plain(value: object) -> bool:
     """Whether JSON keeps it as it is; nothing is worth keeping."""
-    if isinstance(value, list):
-        return all(isinstance(item, bool | int | float | str) for item in value)
-    return isinstance(value, bool | int | float | str)
+    return all(isinstance(item, bool | int | float | str) for item in (value if isinstance(value, list) else [value]))
 
 
 def _grouped_query_attention(args: Namespace) -> dict[str, Any]:
@@ -219,11 +163,7 @@ def _latent_attention(args: Namespace) -> dict[str, Any]:
     return {
         "attention": "multi_latent",
         "head_dim": args.qk_pos_emb_head_dim,
-        "q_lora_rank": args.q_lora_rank,
-        "kv_lora_rank": args.kv_lora_rank,
-        "qk_nope_head_dim": args.qk_head_dim,
-        "qk_rope_head_dim": args.qk_pos_emb_head_dim,
-        "v_head_dim": args.v_head_dim,
+        **theirs(args, LATENT),
         "latent_scaling": args.latent_scaling,
         "softmax_scale": None if stretch == 1 else stretch**2 / math.sqrt(query_size),
         "rope_parameters": _yarn(args) if is_yarn else _plain_rope(args),
@@ -238,12 +178,9 @@ def _plain_rope(args: Namespace) -> dict[str, Any]:
 def _yarn(args: Namespace) -> dict[str, Any]:
     factor = args.rotary_scaling_factor
     return {
-        "rope_type": "yarn",
-        "rope_theta": float(args.rotary_base),
-        "factor": factor,
+        **{"rope_type": "yarn", "rope_theta": float(args.rotary_base), "factor": factor},
+        **{"beta_fast": float(args.beta_fast), "beta_slow": float(args.beta_slow)},
         "original_max_position_embeddings": args.original_max_position_embeddings,
-        "beta_fast": float(args.beta_fast),
-        "beta_slow": float(args.beta_slow),
         "attention_factor": _yarn_scale(factor, args.mscale) / _yarn_scale(factor, args.mscale_all_dim),
     }
 
@@ -254,35 +191,20 @@ def _yarn_scale(factor: float, mscale: float) -> float:
 
 
 def _groups(args: Namespace) -> dict[str, Any]:
-    if args.shortcut == "none":
-        return {
-            "shortcut": "none",
-            "moe_every": 1,
-            "moe_layer_pattern": [int(carries_moe(args, block)) for block in range(args.num_layers)],
-        }
-    return {
-        "shortcut": args.shortcut,
-        "shortcut_position": list(args.shortcut_position),
-        "moe_every": args.moe_every,
-        "moe_share_groups": args.moe_share_groups,
-    }
+    if args.shortcut != "none":
+        return {**theirs(args, _GROUPS), "shortcut_position": list(args.shortcut_position)}
+    pattern = [int(carries_moe(args, block)) for block in range(args.num_layers)]
+    return {"shortcut": "none", "moe_every": 1, "moe_layer_pattern": pattern}
 
 
 def _experts(args: Namespace) -> dict[str, Any]:
     combine = args.shortcut_combine if args.shortcut == "scmoe" else "cg1" if args.moe_shared_expert_gate else "add"
     return {
+        **theirs(args, _EXPERTS),
         "shortcut_combine": combine,
-        "num_experts": args.num_experts,
-        "num_experts_per_tok": args.moe_router_topk,
         "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
         "shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size or None,
-        "router": args.router,
-        "zero_experts": args.zero_experts,
-        "router_score_function": args.moe_router_score_function,
-        "router_pre_softmax": args.moe_router_pre_softmax,
         "router_expert_bias": args.moe_router_enable_expert_bias or args.router == "longcat",
-        "router_num_groups": args.moe_router_num_groups,
-        "router_group_topk": args.moe_router_group_topk,
         "routed_scaling_factor": args.moe_router_topk_scaling_factor or 1.0,
         "router_dtype": _ROUTER_DTYPES[args.moe_router_dtype],
     }
@@ -292,12 +214,7 @@ def _experts(args: Namespace) -> dict[str, Any]:
 
 
 def args_of(config: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """The saved arguments of a Megatron checkpoint of this model: what differs from Megatron's defaults.
-
-    Args:
-        config: a ``ScMoEConfig``.
-        dtype: of the weights.
-    """
+    """The saved arguments of a Megatron checkpoint of a ``ScMoEConfig``, with weights of ``dtype``."""
     kept = config.megatron if isinstance(config.megatron, Mapping) else {}
     kept = {name: value for name, value in kept.items() if name in (*_KEPT, *_CODEC) and _is_plain(value)}
     theta = config.rope_parameters["rope_theta"]
@@ -305,22 +222,12 @@ def args_of(config: Any, dtype: torch.dtype) -> dict[str, Any]:
         "transformer_impl": "local",
         "vocab_size": config.vocab_size,
         **kept,
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.intermediate_size,
-        "padded_vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "swiglu": config.activation == "swiglu",
-        "squared_relu": config.activation == "squared_relu",
-        "normalization": config.normalization,
-        "layernorm_epsilon": config.norm_eps,
+        **_ours(config, _MODEL),
+        **{name: config.activation == name for name in _ACTIVATIONS},
         "add_bias_linear": False,
-        "position_embedding_type": config.position_embedding,
         "rotary_base": int(theta) if theta == int(theta) else theta,
         "rotary_percent": config.rope_parameters.get("partial_rotary_factor", 1.0),
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
-        "num_attention_heads": config.num_attention_heads,
-        "qk_layernorm": config.qk_norm,
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
         "params_dtype": dtype,
@@ -328,6 +235,10 @@ def args_of(config: Any, dtype: torch.dtype) -> dict[str, Any]:
         **_args_of_groups(config),
         **(_args_of_experts(config) if config.num_experts else {"num_experts": None, "moe_layer_freq": 1}),
     }
+
+
+def _ours(config: Any, names: Mapping[str, str]) -> dict[str, Any]:
+    return {ours: getattr(config, name) for name, ours in names.items()}
 
 
 def _args_of_grouped(config: Any) -> dict[str, Any]:
@@ -354,11 +265,7 @@ def _args_of_latent(config: Any, kept: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "multi_latent_attention": True,
         "kv_channels": kept.get("kv_channels", config.v_head_dim),
-        "q_lora_rank": config.q_lora_rank,
-        "kv_lora_rank": config.kv_lora_rank,
-        "qk_head_dim": config.qk_nope_head_dim,
-        "qk_pos_emb_head_dim": config.qk_rope_head_dim,
-        "v_head_dim": config.v_head_dim,
+        **_ours(config, LATENT),
         "latent_scaling": config.latent_scaling,
         "rope_type": "yarn" if is_yarn else "rope",
     }
@@ -368,11 +275,9 @@ def _args_of_groups(config: Any) -> dict[str, Any]:
     if config.shortcut == "none":
         return {"shortcut": "none"}
     return {
-        "shortcut": config.shortcut,
+        **_ours(config, _GROUPS),
         "shortcut_position": list(config.shortcut_position),
         "shortcut_combine": config.shortcut_combine if config.shortcut == "scmoe" else "cg1",
-        "moe_every": config.moe_every,
-        "moe_share_groups": config.moe_share_groups,
     }
 
 
@@ -380,19 +285,12 @@ def _args_of_experts(config: Any) -> dict[str, Any]:
     pattern = [int(config.carries_moe(block)) for block in range(config.num_hidden_layers)]
     factor = config.routed_scaling_factor
     return {
-        "num_experts": config.num_experts,
+        **_ours(config, _EXPERTS),
         "moe_layer_freq": 1 if all(pattern) else pattern,
-        "moe_router_topk": config.num_experts_per_tok,
         "moe_ffn_hidden_size": config.moe_intermediate_size,
         "moe_shared_expert_intermediate_size": config.shared_expert_intermediate_size,
         "moe_shared_expert_gate": bool(config.shared_expert_intermediate_size) and config.shortcut_combine == "cg1",
-        "router": config.router,
-        "zero_experts": config.zero_experts,
-        "moe_router_score_function": config.router_score_function,
-        "moe_router_pre_softmax": config.router_pre_softmax,
         "moe_router_enable_expert_bias": config.router_expert_bias and config.router == "core",
-        "moe_router_num_groups": config.router_num_groups,
-        "moe_router_group_topk": config.router_group_topk,
         "moe_router_topk_scaling_factor": None if factor == 1 else factor,
         "moe_router_dtype": {name: ours for ours, name in _ROUTER_DTYPES.items()}[config.router_dtype],
     }

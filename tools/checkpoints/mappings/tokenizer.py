@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints.disk.companions import FOLDER, SENTENCEPIECE, TOKENIZER_CONFIG, companions, others
-from checkpoints.disk.hf_folder import HFFolder
+from checkpoints.disk.companions import FOLDER, SENTENCEPIECE, TOKENIZER_CONFIG, companions
+from checkpoints.disk.files import is_plain
 from checkpoints.disk.torch_dist import TRACKER, MegatronCheckpoint
+from checkpoints.tensors import Checkpoint
 
 CODE = Path(__file__).with_name("hf_scmoe")
 CODE_FILE = "tokenization_scmoe.py"
@@ -41,20 +42,15 @@ class Tokenizer:
 # --- into Megatron checkpoints --------------------------------------------------------------------------------------
 
 
-def carried(source: HFFolder | MegatronCheckpoint) -> Tokenizer:
-    """What goes into the folder ``FOLDER`` of a Megatron checkpoint that is made of ``source``.
-
-    Raises:
-        CheckpointError: for a file that is a link out of its folder.
-    """
+def carried(source: Checkpoint) -> Tokenizer:
+    """What goes into the folder ``FOLDER`` of a Megatron checkpoint that is made of ``source``."""
     if isinstance(source, MegatronCheckpoint):
         folder = _folder_beside(source)
         return Tokenizer(files=companions(folder) if folder else {})
     files = companions(source.folder)
-    known = {*files, *(path.name for path in source.files)}
-    left = others(source.folder, known)
-    notes = [_flags(files), *([f"left behind: {', '.join(left)}"] if left else [])]
-    return Tokenizer(files=files, notes=tuple(notes))
+    left = {path.name for path in source.folder.iterdir()} - {*files, *(path.name for path in source.files)}
+    shown = ", ".join(name if is_plain(name) else ascii(name) for name in sorted(left))
+    return Tokenizer(files=files, notes=(_flags(files), *([f"left behind: {shown}"] if left else [])))
 
 
 def _flags(files: Mapping[str, bytes]) -> str:
@@ -82,9 +78,6 @@ def tokenizer_of(source: MegatronCheckpoint) -> Tokenizer:
 
     It is the one that the saved arguments name, where it can be found on this machine; where they name none, what came
     with the checkpoint when it was converted.
-
-    Raises:
-        CheckpointError: for a file that is a link out of its folder.
     """
     args = source.args
     kind, path = getattr(args, "tokenizer_type", None), getattr(args, "tokenizer_model", None)
@@ -134,9 +127,10 @@ def _hugging_face(folder: Path) -> Tokenizer:
     if _is_our_class(files):
         made = _sentencepiece(folder / SENTENCEPIECE)
         return Tokenizer(files={**made.files, **files}, ids=made.ids, notes=made.notes)
-    name = str(folder)
-    gone = _none(f"{name!r} is no folder with one here; use AutoTokenizer.from_pretrained({name!r})")
-    return Tokenizer(files=files, notes=() if TOKENIZER_CONFIG in files else gone.notes)
+    if TOKENIZER_CONFIG in files:
+        return Tokenizer(files=files)
+    gone = _none(f"{str(folder)!r} is no folder with one here; use AutoTokenizer.from_pretrained({str(folder)!r})")
+    return Tokenizer(files=files, notes=gone.notes)
 
 
 def _is_our_class(files: Mapping[str, bytes]) -> bool:

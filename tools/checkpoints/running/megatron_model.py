@@ -22,45 +22,34 @@ if not torch.cuda.is_available():
 
     cpu_backend.install()
 
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import (
-    gather_from_tensor_model_parallel_region,
-    model_parallel_cuda_manual_seed,
-    vocab_parallel_cross_entropy,
-)
 from megatron.core.transformer.module import Float16Module
 from megatron.training.models.gpt import GPTModelBuilder
 
 from checkpoints.disk.torch_dist import MegatronCheckpoint
 from checkpoints.mappings.megatron_settings import check_saved
 from checkpoints.mappings.norms import renamed_norms
-from checkpoints.running.megatron_args import EMBEDDING, Layout, arguments
-from checkpoints.running.model import Scores
+from checkpoints.running.megatron_args import EMBEDDING, arguments
+from checkpoints.running.scores import Model, Scores
 from checkpoints.tensors import CheckpointError
+from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.models.gpt import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, model_config_from_args
 
 logging.getLogger("megatron").setLevel(logging.ERROR)  # what else it says is for those who train
 
 
-class MegatronModel:
-    """This rank's part of a Megatron checkpoint; see ``checkpoints.running.model.Model``."""
+class MegatronModel(Model):
+    """This rank's part of a Megatron checkpoint."""
 
-    def __init__(self, folder: Path, layout: Layout, dtype: torch.dtype | None, settings: Mapping[str, object]) -> None:
-        """
-        Args:
-            folder: with latest_checkpointed_iteration.txt, or of one iteration.
-            layout: of all ranks.
-            dtype: of parameters; None: that of the embedding in the checkpoint.
-            settings: in the place of those that were saved.
-
-        Raises:
-            CheckpointError: where it is damaged, or cannot run in this layout.
-        """
+    def __init__(
+        self, folder: Path, layout: Mapping[str, int], dtype: torch.dtype | None, settings: Mapping[str, object]
+    ) -> None:
+        """See ``load``; ``layout`` has sizes by Megatron's names, and ``dtype`` is the embedding's if it is None."""
         # Its reader refuses pickles that hold more than a checkpoint's index, which Core's, used below, would load.
         source = MegatronCheckpoint(folder)
         check_saved(source)
@@ -69,36 +58,22 @@ class MegatronModel:
             raise CheckpointError(f"{source.folder} lacks {EMBEDDING}; get the whole checkpoint")
         _start_process_group()
         args, scmoe = arguments(source, layout, dtype or source.infos[EMBEDDING].dtype)
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor,
-            pipeline_model_parallel_size=layout.pipeline,
-            expert_model_parallel_size=layout.expert,
-            expert_tensor_parallel_size=layout.expert_tensor,
-        )
-        model_parallel_cuda_manual_seed(1234)  # nothing is drawn, but Megatron's layers ask for its generators
-        config = model_config_from_args(args, scmoe)
-        builder = ScMoEGPTModelBuilder if isinstance(config, ScMoEGPTModelConfig) else GPTModelBuilder
-        module = builder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
-        module.cuda(torch.cuda.current_device())
-        if args.bf16 or args.fp16:
-            module = Float16Module(config.transformer, module)
-        _load_weights(module, source, args)
-        self._module = module.eval()
+        parallel_state.initialize_model_parallel(**layout)
+        tensor_parallel.model_parallel_cuda_manual_seed(
+            1234
+        )  # nothing is drawn, but Megatron's layers ask for its generators
+        self._module = _built(args, scmoe)
+        _load_weights(self._module, source, args)
         self.vocab_size = min(args.vocab_size or args.padded_vocab_size, args.padded_vocab_size)
         self.max_length, self.usual_length = args.max_position_embeddings, args.seq_length
-        self.length_multiple = layout.tensor if args.sequence_parallel else 1
-        self.micro_batches = 1 if layout.pipeline == 1 else 2 * layout.pipeline
+        self.length_multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
+        stages = args.pipeline_model_parallel_size
+        self.micro_batches = 1 if stages == 1 else 2 * stages
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_world_size()
         tensor_rank = parallel_state.get_tensor_model_parallel_rank()
         self.collects = parallel_state.is_pipeline_last_stage() and tensor_rank == 0
-        self.layout: Mapping[str, int] = {
-            "world_size": dist.get_world_size(),
-            "tensor_model_parallel_size": layout.tensor,
-            "pipeline_model_parallel_size": layout.pipeline,
-            "expert_model_parallel_size": layout.expert,
-            "expert_tensor_parallel_size": layout.expert_tensor,
-        }
+        self.layout = {"world_size": dist.get_world_size(), **layout}
 
     @torch.no_grad()
     def score(self, tokens: Tensor, labels: Tensor, *, with_logits: bool = False) -> list[Scores]:
@@ -128,10 +103,11 @@ class MegatronModel:
         assert non_loss_data
         whole = None
         if with_logits:
-            whole = gather_from_tensor_model_parallel_region(logits)[..., : self.vocab_size].float().cpu().clone()
+            whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+            whole = whole[..., : self.vocab_size].float().cpu().clone()
         # Core's loss as in training, over all rows that the model has; it overwrites the logits that it is given.
         columns = logits.transpose(0, 1).float().clone(memory_format=torch.contiguous_format)
-        losses = vocab_parallel_cross_entropy(columns, labels.transpose(0, 1).contiguous())
+        losses = tensor_parallel.vocab_parallel_cross_entropy(columns, labels.transpose(0, 1).contiguous())
         return Scores(losses.transpose(0, 1).contiguous().cpu(), whole)
 
     def summed(self, values: Tensor) -> Tensor:
@@ -159,12 +135,17 @@ def _start_process_group() -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def _load_weights(module: Any, source: MegatronCheckpoint, args: Namespace) -> None:
-    """Fill the parameters of this rank.
+def _built(args: Namespace, scmoe: ScMoEConfig) -> Any:
+    """This rank's part of the model, on its device."""
+    config = model_config_from_args(args, scmoe)
+    builder = ScMoEGPTModelBuilder if isinstance(config, ScMoEGPTModelConfig) else GPTModelBuilder
+    module = builder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    module.cuda(torch.cuda.current_device())
+    return (Float16Module(config.transformer, module) if args.bf16 or args.fp16 else module).eval()
 
-    Raises:
-        CheckpointError: on every rank alike, unless every tensor of the model is there, and no other is.
-    """
+
+def _load_weights(module: Any, source: MegatronCheckpoint, args: Namespace) -> None:
+    """Fill the parameters of this rank; refuses, on every rank alike, what lacks a tensor of the model or has more."""
     with warnings.catch_warnings(action="ignore"):
         metadata = dist_checkpointing.load_content_metadata(str(source.folder)) or {}
     metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -16,13 +16,14 @@ from typing import Any
 import numpy
 import torch
 
-from checkpoints.disk.torch_dist import MegatronCheckpoint
+from checkpoints import formats
 from checkpoints.running import model
 from checkpoints.tensors import CheckpointError
 
 TOOLS = Path(__file__).resolve().parents[2]
 ROWS, LENGTH, SEED = 2, 64, 1234
 TOLERANCE = 1e-4
+POSITIONS = ("pos1", "pos2", "pos3")
 
 
 def verify(
@@ -35,22 +36,14 @@ def verify(
     tolerance: float = TOLERANCE,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Compare the logits of two checkpoints in fp32.
+    """Compare the logits of two folders of either kind in fp32; refuses one that does not run.
 
-    Args:
-        source: folder of either kind.
-        source_format: what its user calls it.
-        target: folder of either kind.
-        target_format: what its user calls it.
-        tokens: ids, [b, s]; None: random ones that both have, always the same.
-        tolerance: the largest difference of two logits that passes.
-        trust_remote_code: whether Python files of a Hugging Face folder may run, which are not those of this tool.
+    The result, of plain types, has the largest difference and where it is, its size beside the logits', and whether it
+    passes. Formats are what the user calls them.
 
-    Returns:
-        The largest difference and where it is, its size beside the logits', and whether it passes; plain types.
-
-    Raises:
-        CheckpointError: where one of them does not run.
+    ``tokens`` are ids, [b, s]; None: random ones that both have, always the same. ``tolerance`` is the largest
+    difference of two logits that passes. ``trust_remote_code`` is about Python files of a Hugging Face folder, which
+    are not those of this tool.
     """
     sides = {f"the source ({source_format})": Path(source), f"the target ({target_format})": Path(target)}
     seed = SEED if tokens is None else None
@@ -64,6 +57,27 @@ def verify(
     found["tolerance"] = tolerance
     found["passed"] = found["largest_difference"] is not None and found["largest_difference"] <= tolerance
     return {"dtype": "float32", "rows": tokens.shape[0], "tokens": int(tokens.size), "seed": seed, **found}
+
+
+def function_change(
+    source: Path, source_format: str, target: Path, *, moe_every: int, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """How far upcycling moves a model from what it computed, in fp32, for every position of its routed experts.
+
+    ``source`` is the dense model, or the stock MoE, and ``target`` the Megatron checkpoint made of it, whose parameters
+    are the same for every position; of groups of one block, only pos1 exists. The result has the norm of the difference
+    of all logits, relative to that of the source's, and how often the most likely token is the same.
+    """
+    result = {}
+    with tempfile.TemporaryDirectory(prefix="change-") as scratch:
+        tokens = Path(scratch, "tokens.npy")
+        numpy.save(tokens, random_tokens(source, target))
+        before = logits_of(f"the source ({source_format})", source, tokens, trust_remote_code=trust_remote_code)
+        for position in POSITIONS if moe_every > 1 else POSITIONS[:1]:
+            settings = {"shortcut_position": [position]}
+            found = compare(before, logits_of("the target (megatron)", target, tokens, settings=settings))
+            result[position] = {name: found[name] for name in ("relative_difference", "same_first_choice")}
+    return {"function_change_at_step_0": result}
 
 
 def compare(source: numpy.ndarray, target: numpy.ndarray) -> dict[str, Any]:
@@ -93,20 +107,9 @@ def compare(source: numpy.ndarray, target: numpy.ndarray) -> dict[str, Any]:
 
 def random_tokens(*folders: Path) -> numpy.ndarray:
     """Ids that every one of these checkpoints has, [b, s], and as many as fit into its window; always the same."""
-    limits = [_limits(folder) for folder in folders]
-    vocabulary, length = (min(values) for values in zip(*limits, strict=True))
-    return numpy.random.default_rng(SEED).integers(vocabulary, size=(ROWS, min(LENGTH, length)))
-
-
-def _limits(folder: Path) -> tuple[int, int]:
-    """Size of the vocabulary, and most tokens of a window."""
-    opened = model.open_folder(folder)
-    settings: Mapping[str, Any] = vars(opened.args) if isinstance(opened, MegatronCheckpoint) else opened.config
-    vocabularies = (settings.get("vocab_size"), settings.get("padded_vocab_size"))
-    known = [size for size in vocabularies if size]
-    if not known:
-        raise CheckpointError(f"{folder} does not say how large its vocabulary is; add vocab_size to config.json")
-    return min(known), settings.get("max_position_embeddings") or LENGTH
+    opened = [formats.open_any(folder) for folder in folders]
+    length = min(LENGTH, *(one.settings.get("max_position_embeddings") or LENGTH for one in opened))
+    return numpy.random.default_rng(SEED).integers(min(one.vocab_size for one in opened), size=(ROWS, length))
 
 
 def logits_of(
@@ -119,62 +122,40 @@ def logits_of(
 ) -> numpy.ndarray:
     """Logits in fp32, [b, s, vocabulary], by a process of its own; they lie beside ``tokens`` on disk.
 
-    Args:
-        name: what to call the checkpoint where it does not run.
-        folder: of either kind.
-        tokens: file with ids, [b, s].
-        trust_remote_code: whether Python files of a Hugging Face folder may run, which are not those of this tool.
-        settings: of a Megatron checkpoint, in the place of those that it has saved.
-
-    Raises:
-        CheckpointError: where it does not run.
+    ``name`` is what to call the checkpoint where it does not run; the others are those of ``model.load``.
     """
     with tempfile.NamedTemporaryFile(dir=tokens.parent, suffix=".npy", delete=False) as file:
-        path = Path(file.name)
-    request = {
-        "folder": str(folder),
-        "tokens": str(tokens),
-        "logits": str(path),
-        "trust_remote_code": trust_remote_code,
-        "settings": settings,
-    }
-    _run(name, request)
-    return numpy.load(path, mmap_mode="r")
-
-
-def _run(name: str, request: Mapping[str, Any]) -> None:
+        logits = file.name
+    options = {"trust_remote_code": trust_remote_code, "settings": settings}
+    request = json.dumps([str(folder), str(tokens), logits, options])
     inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     paths = [str(TOOLS), str(TOOLS.parent), *filter(None, [inherited.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, "-m", "checkpoints.running.verify", json.dumps(request)],
+        [sys.executable, "-m", "checkpoints.running.verify", request],
         env=inherited | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode < 0:
-        reason = f"killed by {signal.Signals(-done.returncode).name}; all of it has to fit into memory in fp32"
-        raise CheckpointError(f"cannot verify, {name} does not run: {reason}")
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
-        raise CheckpointError(f"cannot verify, {name} does not run: {lines[-1][:300]}")
+        reason = lines[-1][:300]
+        if done.returncode < 0:
+            reason = f"killed by {signal.Signals(-done.returncode).name}; all of it has to fit into memory in fp32"
+        raise CheckpointError(f"cannot verify, {name} does not run: {reason}")
+    return numpy.load(logits, mmap_mode="r")
 
 
-def _write_logits(request: Mapping[str, Any]) -> None:
+def _write_logits(folder: str, tokens: str, logits: str, options: Mapping[str, Any]) -> None:
     """What the process of ``logits_of`` does."""
-    loaded = model.load(
-        Path(request["folder"]),
-        dtype=torch.float32,
-        trust_remote_code=bool(request["trust_remote_code"]),
-        settings=request["settings"],
-    )
-    tokens = torch.from_numpy(numpy.load(request["tokens"])).unsqueeze(1)  # a micro-batch for each row
-    logits = [scores.logits for scores in loaded.score(tokens, tokens, with_logits=True)]
-    numpy.save(request["logits"], torch.cat([part for part in logits if part is not None]).numpy())
+    loaded = model.load(Path(folder), dtype=torch.float32, **options)
+    ids = torch.from_numpy(numpy.load(tokens)).unsqueeze(1)  # a micro-batch for each row
+    parts = [scores.logits for scores in loaded.score(ids, ids, with_logits=True)]
+    numpy.save(logits, torch.cat([part for part in parts if part is not None]).numpy())
 
 
 if __name__ == "__main__":
     try:
-        _write_logits(json.loads(sys.argv[1]))
+        _write_logits(*json.loads(sys.argv[1]))
     except CheckpointError as error:
         sys.exit(str(error))
