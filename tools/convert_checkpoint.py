@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import atomic
 from command_line import Parser, positive, stoppable, stopped_by
 
 if TYPE_CHECKING:
@@ -154,6 +155,8 @@ def run(args: argparse.Namespace) -> None:
     formats.check_format(args.source, args.load)
     formats.check_pair(args.source, args.target, transformer_impl=impl, upcycling=words)
     check_target(args.save)
+    if atomic.is_within(args.save, args.load):
+        raise CheckpointError(f"--save {str(args.save)!a} lies in --load {str(args.load)!a}; name a folder outside it")
     source = formats.opened(args.source, args.load)
     target = formats.mapped(args.source, args.target, source, transformer_impl=impl, upcycling=upcycling)
     options = {"from": args.source, "to": args.target, "transformer_impl": impl}

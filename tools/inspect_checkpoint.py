@@ -97,7 +97,7 @@ def compare(one: Checkpoint, other: Checkpoint) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     """Do what the command line asks; returns the exit code. Raises CheckpointError."""
     if args.json is not None:
-        check_json(args.json)
+        check_json(args.json, args.folder, *([] if args.other is None else [args.other]))
     checkpoint = open_any(args.folder)
     other = None if args.other is None else open_any(args.other)
     if other is not None and type(other) is not type(checkpoint):
@@ -119,12 +119,9 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def check_json(path: Path) -> None:
-    """Raise CheckpointError where ``path`` cannot be written, before anything is read for it."""
-    reason = "it is a folder" if path.is_dir() else atomic.obstacle(path)
-    if not path.parent.is_dir():
-        reason = f"{path.parent} is no folder"
-    if reason:
+def check_json(path: Path, *sources: Path) -> None:
+    """Raise CheckpointError where ``path`` cannot be written, before anything is read from ``sources`` for it."""
+    if reason := atomic.obstacle_of_file(path, *sources):
         raise CheckpointError(f"--json {path} cannot be written: {reason}; name another file")
 
 

@@ -52,8 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser("preprocess_data.py", description=about, epilog=EPILOG)
     add = parser.add_argument
     words = (
-        "text files (one document each), .jsonl or .json files (one object per line), folders (searched; hidden folders"
-        " and links to folders are not), or the word 'stdlib': the Python standard library's source without its tests"
+        "text files (one document each), .jsonl, .ndjson, .jsonlines or .json files (one object per line), folders "
+        "(searched; hidden folders and links to folders are not), or the word 'stdlib': the Python standard library's "
+        "source without its tests"
     )
     add("--input", nargs="+", required=True, metavar="PATH", help=words)
     add("--output", required=True, metavar="DIR", help=f"new folder for {MODEL}, {DATA}.bin and .idx, {MANIFEST}")

@@ -104,10 +104,8 @@ def check_request(args: argparse.Namespace, command: list[str]) -> None:
         raise UserError(f"the command {command[0][:200]!a} is not there or not executable; check its path")
     if shutil.which("setpriv") is None:
         raise UserError("the program setpriv is missing from PATH; install it: apt-get install util-linux")
-    if args.json is not None:
-        folder = args.json.parent
-        if args.json.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(f"--json {str(args.json)!a} is no file in a writable folder; choose another")
+    if args.json is not None and (reason := atomic.obstacle_of_file(args.json)):
+        raise UserError(f"--json {str(args.json)!a} cannot be written: {reason}; choose another")
 
 
 def make_report(args: argparse.Namespace, command: list[str], outcome: Outcome) -> dict[str, Any]:

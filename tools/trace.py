@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -54,6 +54,8 @@ GAP_NS = 1_000_000
 """Between two steps."""
 
 _LINE_BEGINS = '{"iteration"'
+_RANK_FILE = re.compile(r"rank\d+\.jsonl")
+_LONGEST_S = 1e9  # thirty years: nanoseconds of it are exact in a float
 _THREADS = {Lane.COMPUTE: 1, Lane.COMMUNICATION: 2}
 _CUT_IN_CHUNKS = {"dispatch", "combine", ENCODE, EXPERTS, DECODE}
 _NOT_CUT = {ROUTE, TAIL}
@@ -110,7 +112,7 @@ def read_report(folder: Path, steps: Sequence[int] | None = None, ranks: Sequenc
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name the one that --overlap-report was set to")
-    files = sorted(folder.glob("rank*.jsonl"))
+    files = sorted(file for file in folder.glob("rank*.jsonl") if _RANK_FILE.fullmatch(file.name))
     if not files:
         raise UserError(f"{folder} holds no rank*.jsonl; name the folder that --overlap-report was set to")
     if ranks is not None:
@@ -143,6 +145,8 @@ def _read_line(text: str, where: str, report: Report, steps: Sequence[int] | Non
     """
     try:
         line = json.loads(text)
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply: not a report of --overlap-report") from None
     except ValueError:
         if not (text.startswith(_LINE_BEGINS) or _LINE_BEGINS.startswith(text)):
             raise UserError(f"{where} is no JSON: not a report of --overlap-report") from None
@@ -167,7 +171,7 @@ def _pieces(one_pass: dict[str, Any], step: int) -> list[Piece]:
     for span in one_pass["spans"]:
         lane, name = Lane(span["lane"]), str(span["name"])
         start_s, end_s = float(span["start_s"]), float(span["end_s"])
-        if not (math.isfinite(end_s) and 0 <= start_s <= end_s):
+        if not 0 <= start_s <= end_s < _LONGEST_S:
             raise ValueError(f"{name} lasts from {start_s} to {end_s} s")
         args = {"step": step, "group": group, "backward": backward} | _which(name, span["chunk"])
         if lane is Lane.COMMUNICATION:
@@ -264,9 +268,11 @@ def _lane_events(rank: int, lane: Lane, pieces: Sequence[Piece], begin_ns: int) 
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks. Raises UserError."""
     target = args.output or args.folder / "trace.json"
+    if reason := atomic.obstacle_of_file(target):
+        raise UserError(f"--output {target} cannot be a file: {reason}; name one in a folder that exists")
+    if _RANK_FILE.fullmatch(target.name) and atomic.is_within(target, args.folder):
+        raise UserError(f"--output {target} is a part of the report that is drawn; name another file")
     report = read_report(args.folder, args.steps, args.ranks)
-    if target.is_dir() or not target.parent.is_dir():
-        raise UserError(f"--output {target} cannot be a file; name one in a folder that exists")
     if target.exists() and not args.overwrite:
         raise UserError(f"--output {target} exists; choose another, or add --overwrite")
     with atomic.written(target) as file:

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints.disk.files import read_json
-from checkpoints.disk.hf_folder import CONFIG, HFFolder, HFWriter
+from checkpoints.disk.hf_folder import CONFIG, HFFolder, HFWriter, read_config
 from checkpoints.disk.torch_dist import TRACKER, MegatronCheckpoint
 from checkpoints.disk.torch_dist_metadata import METADATA
 from checkpoints.disk.torch_dist_writer import MegatronWriter
@@ -73,7 +72,7 @@ def check_format(source: str, path: Path) -> None:
     """Refuse a folder that is seen to be a checkpoint of another format than ``source``, or of one that is not read."""
     found: str | None = MEGATRON if is_megatron(path) else None
     if not found and (path / CONFIG).is_file():
-        model_type = read_json(path / CONFIG).get("model_type")
+        model_type = read_config(path / CONFIG).get("model_type")
         found = next((name for name, known in _MODEL_TYPES.items() if model_type in known), None)
         if not found:
             types = ", ".join(kind for known in _MODEL_TYPES.values() for kind in known)

@@ -16,7 +16,9 @@ from typing import Any
 
 from command_line import UserError
 
-SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")
+SUFFIXES = (".txt", ".md", ".rst", ".py", *JSON_LINES[:-1])
+_GZIP = b"\x1f\x8b"
 SKIPPED_FOLDERS = ("__pycache__", "site-packages", "dist-packages")
 STDLIB_TESTS = ("test", "tests", "idle_test")  # some of these files are not UTF-8 on purpose
 
@@ -108,6 +110,8 @@ def list_sources(words: list[str], suffixes: tuple[str, ...]) -> list[Source]:
 
 def _parse_record(raw: bytes, json_key: str | None) -> str:
     """Return the text of one record (a JSONL line, or a whole file if `json_key` is None), or raise ValueError."""
+    if raw.startswith(_GZIP):
+        raise ValueError("compressed by gzip; unpack it with gunzip")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as exc:
@@ -167,7 +171,7 @@ def iter_documents(source: Source, reading: Reading, digest: Any, bad_lines: Bad
 
     Blank lines of a JSONL file are no records and no error.
     """
-    is_jsonl = source.name.lower().endswith((".jsonl", ".json"))
+    is_jsonl = source.name.lower().endswith(JSON_LINES)
     with source.path.open("rb") as file:
         for line, raw in enumerate(file, 1) if is_jsonl else [(0, file.read())]:
             digest.update(raw)

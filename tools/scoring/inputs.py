@@ -12,12 +12,22 @@ from typing import Any, NamedTuple
 
 import numpy
 from checkpoints.disk import companions
+from checkpoints.mappings.tokenizer import OUR_CLASS
 from numpy.typing import NDArray
 from preprocessing.encoding import load_tokenizer
-from preprocessing.sources import Reading, Source, UserError, describe_lines, iter_documents, list_sources, shown
+from preprocessing.sources import (
+    JSON_LINES,
+    Reading,
+    Source,
+    UserError,
+    describe_lines,
+    iter_documents,
+    list_sources,
+    shown,
+)
 
 _TOKENIZERS = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "HuggingFaceTokenizer")
-SUFFIXES = (".txt", ".jsonl", ".json", ".npy")
+SUFFIXES = (".txt", *JSON_LINES, ".npy")
 
 
 class Tokenizer(NamedTuple):
@@ -166,7 +176,7 @@ def find_tokenizer(named: str | None, folder: Path, saved: Namespace | None) -> 
 
 
 def _open_tokenizer(path: Path, *, by_megatron: bool = False) -> Tokenizer:
-    if path.is_dir() and any((path / name).exists() for name in ("tokenizer.json", "vocab.json")):
+    if path.is_dir() and _is_more_than_sentencepiece(path):
         return _hugging_face(path, by_megatron=by_megatron)
     model = path / companions.SENTENCEPIECE if path.is_dir() else path
     try:
@@ -178,6 +188,14 @@ def _open_tokenizer(path: Path, *, by_megatron: bool = False) -> Tokenizer:
         ) from error
     separator = processor.eos_id() if processor.eos_id() >= 0 else None
     return Tokenizer(str(model), processor.get_piece_size(), separator, processor.encode)
+
+
+def _is_more_than_sentencepiece(folder: Path) -> bool:
+    """Whether files of Hugging Face say what ids a text has; ours say that they are SentencePiece's own."""
+    if any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "added_tokens.json")):
+        return True
+    config = folder / companions.TOKENIZER_CONFIG
+    return config.is_file() and OUR_CLASS.encode() not in config.read_bytes()
 
 
 def _hugging_face(path: Path, *, by_megatron: bool) -> Tokenizer:

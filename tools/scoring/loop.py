@@ -49,8 +49,9 @@ def score_files(
             label = f"{number + 1} of {len(files)}: {shown(Path(tokens.name).name)}"
             bar = progress(label, sum(window.length for window in windows), in_bytes=False)
         with bar as advance:
+            rows = min(size, len(windows))  # those without a window would be padding, and memory
             losses = _score_file(
-                model, tokens, windows, size=size, with_logits=columns > 0, logits=logits, advance=advance
+                model, tokens, windows, size=rows, with_logits=columns > 0, logits=logits, advance=advance
             )
         if is_first_rank():
             output.write_losses(folder / output.file_name(number, tokens, "losses.npz"), tokens, losses, windows)

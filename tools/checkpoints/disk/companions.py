@@ -11,9 +11,10 @@ from checkpoints.tensors import CheckpointError
 FOLDER = "tokenizer"
 """Where they lie beside a Megatron checkpoint; --tokenizer-model finds them there."""
 TOKENIZER_CONFIG, SENTENCEPIECE = "tokenizer_config.json", "tokenizer.model"
+GENERATION_CONFIG = "generation_config.json"
 NAMES = (
     *(TOKENIZER_CONFIG, "tokenizer.json", SENTENCEPIECE, "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", GENERATION_CONFIG),
 )
 """None of them is code. What else is in a folder stays there."""
 _MOST_BYTES = 1 << 28  # they are held in memory; the largest known have a tenth of this

@@ -16,6 +16,23 @@ from checkpoints.plan import Piece
 from checkpoints.tensors import Checkpoint, CheckpointError, TensorInfo
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_MODEL_TYPES = {
+    "LongcatFlashForCausalLM": "longcat_flash",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "ScMoEForCausalLM": "scmoe",
+}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What a config.json holds; where it does not say its model_type, as LongCat-Flash's does not, its class does."""
+    config = read_json(path)
+    kinds = [_MODEL_TYPES[str(name)] for name in config.get("architectures") or () if str(name) in _MODEL_TYPES]
+    if config.get("model_type") is None and len(kinds) == 1:
+        config["model_type"] = kinds[0]
+    return config
 
 
 class HFFolder(Checkpoint):
@@ -32,7 +49,7 @@ class HFFolder(Checkpoint):
         if not (self.folder / CONFIG).is_file():
             raise CheckpointError(f"{path} is no Hugging Face folder: it has no {CONFIG}; name the folder that has it")
         config = inside(self.folder, CONFIG, self.folder)
-        self.config = read_json(config)
+        self.config = read_config(config)
         index = self.folder / INDEX
         self._places: dict[str, tuple[Path, Place]] = {}
         if (self.folder / WEIGHTS).exists():

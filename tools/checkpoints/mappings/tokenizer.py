@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints.disk.companions import FOLDER, SENTENCEPIECE, TOKENIZER_CONFIG, companions
-from checkpoints.disk.files import is_plain
+from checkpoints.disk.companions import FOLDER, GENERATION_CONFIG, SENTENCEPIECE, TOKENIZER_CONFIG, companions
+from checkpoints.disk.files import is_plain, read_json
+from checkpoints.disk.hf_folder import CONFIG
 from checkpoints.disk.torch_dist import TRACKER, MegatronCheckpoint
 from checkpoints.tensors import Checkpoint
 
@@ -21,7 +22,10 @@ CODE = Path(__file__).with_name("hf_scmoe")
 CODE_FILE = "tokenization_scmoe.py"
 
 _SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
-_OUR_CLASS = "tokenization_scmoe.ScMoETokenizer"
+OUR_CLASS = "tokenization_scmoe.ScMoETokenizer"
+"""What tokenizer_config.json calls the tokenizer of our own folders: SentencePiece, and nothing beside it."""
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,9 @@ def carried(source: Checkpoint) -> Tokenizer:
         folder = _folder_beside(source)
         return Tokenizer(files=companions(folder) if folder else {})
     files = companions(source.folder)
+    ids = {name: source.settings[name] for name in _IDS if source.settings.get(name) is not None}
+    if ids and GENERATION_CONFIG not in files:  # older folders have them in config.json, which stays behind
+        files[GENERATION_CONFIG] = (json.dumps(ids, indent=2) + "\n").encode()
     left = {path.name for path in source.folder.iterdir()} - {*files, *(path.name for path in source.files)}
     shown = ", ".join(name if is_plain(name) else ascii(name) for name in sorted(left))
     return Tokenizer(files=files, notes=(_flags(files), *([f"left behind: {shown}"] if left else [])))
@@ -96,7 +103,8 @@ def _none(reason: str) -> Tokenizer:
 
 def _sentencepiece(path: Path) -> Tokenizer:
     if not path.is_file():
-        return _none(f"{str(path)!r} is gone; put the SentencePiece model there as tokenizer.model")
+        gone = _none(f"{str(path)!r} is gone; put the SentencePiece model there as {SENTENCEPIECE}")
+        return replace(gone, files=_our_files({}))
     try:
         import sentencepiece  # noqa: PLC0415 (needed here alone)
 
@@ -107,19 +115,21 @@ def _sentencepiece(path: Path) -> Tokenizer:
         return _none(f"{str(path)!r} is no SentencePiece model")
     ids = {f"{name}_token_id": getattr(model, f"{name}_id")() for name in ("bos", "eos", "pad")}
     ids = {name: index for name, index in ids.items() if index >= 0}
+    special = {name.removesuffix("_id"): model.id_to_piece(index) for name, index in ids.items()}
+    files = _our_files({"unk_token": model.id_to_piece(model.unk_id()), **special})
+    return Tokenizer(files={SENTENCEPIECE: path.read_bytes(), **files}, ids=ids)
+
+
+def _our_files(special: Mapping[str, str]) -> dict[str, bytes]:
+    """What makes a SentencePiece model a tokenizer of transformers: without it other ids come, and no white space."""
     config: dict[str, Any] = {
         "tokenizer_class": "ScMoETokenizer",
-        "auto_map": {"AutoTokenizer": [_OUR_CLASS, None]},
-        "unk_token": model.id_to_piece(model.unk_id()),
+        "auto_map": {"AutoTokenizer": [OUR_CLASS, None]},
         "clean_up_tokenization_spaces": False,
-        **{name.removesuffix("_id"): model.id_to_piece(index) for name, index in ids.items()},
+        **special,
     }
-    files = {
-        SENTENCEPIECE: path.read_bytes(),
-        TOKENIZER_CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
-        CODE_FILE: (CODE / CODE_FILE).read_bytes(),
-    }
-    return Tokenizer(files=files, ids=ids)
+    code = (CODE / CODE_FILE).read_bytes()
+    return {TOKENIZER_CONFIG: (json.dumps(config, indent=2) + "\n").encode(), CODE_FILE: code}
 
 
 def _hugging_face(folder: Path) -> Tokenizer:
@@ -128,11 +138,21 @@ def _hugging_face(folder: Path) -> Tokenizer:
         made = _sentencepiece(folder / SENTENCEPIECE)
         return Tokenizer(files={**made.files, **files}, ids=made.ids, notes=made.notes)
     if TOKENIZER_CONFIG in files:
-        return Tokenizer(files=files)
+        return Tokenizer(files=files, ids=_ids_beside(folder))
     gone = _none(f"{str(folder)!r} is no folder with one here; use AutoTokenizer.from_pretrained({str(folder)!r})")
     return Tokenizer(files=files, notes=gone.notes)
 
 
+def _ids_beside(folder: Path) -> dict[str, int]:
+    """Ids of special tokens by what lies beside a tokenizer of Hugging Face; of several ends of a text the first."""
+    found: dict[str, int] = {}
+    for name in (CONFIG, GENERATION_CONFIG):
+        if (folder / name).is_file():
+            ids = {key: value for key, value in read_json(folder / name).items() if key in _IDS and value is not None}
+            found |= {key: value[0] if isinstance(value, list) else value for key, value in ids.items()}
+    return found
+
+
 def _is_our_class(files: Mapping[str, bytes]) -> bool:
     """Whether these are what ``_sentencepiece`` makes, perhaps changed since."""
-    return SENTENCEPIECE in files and _OUR_CLASS.encode() in files.get(TOKENIZER_CONFIG, b"")
+    return SENTENCEPIECE in files and OUR_CLASS.encode() in files.get(TOKENIZER_CONFIG, b"")

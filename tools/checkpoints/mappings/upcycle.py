@@ -36,6 +36,8 @@ EXPERTS, TOPK = 8, 1  # unless something else is asked for
 _FRESH = (".mlp.router.weight", ".mlp.shared_experts.gate_weight", ".combine_gate.weight")
 _COMPUTED = "frequencies of rotary positions are computed"
 _TIED = "the output layer is the embedding"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_COMPARED_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +83,25 @@ def from_hf_dense(source: HFFolder, options: Upcycling) -> Target:
     args = Namespace(**dense_args(source.config, origin))
     check_layers(origin, source.config, "num_hidden_layers", source.infos)
     check_args(origin, args, source.infos)
+    if not args.untie_embeddings_and_output_weights and _has_its_own_head(source):
+        args.untie_embeddings_and_output_weights = True  # as transformers loads it, whatever the configuration says
     pieces, _ = megatron_pieces(source.infos, links(complete(args)))
     dropped = {name: _COMPUTED for name in source.infos if name.endswith(".rotary_emb.inv_freq")}
-    if not args.untie_embeddings_and_output_weights and "lm_head.weight" in source.infos:
-        dropped["lm_head.weight"] = _TIED
+    if not args.untie_embeddings_and_output_weights and _HEAD in source.infos:
+        dropped[_HEAD] = _TIED
     return _upcycled(pieces, args, options, dropped)
+
+
+def _has_its_own_head(source: HFFolder) -> bool:
+    """Whether an output layer is stored that is not the embedding, in a model that says that they are tied."""
+    head, embedding = source.infos.get(_HEAD), source.infos.get(_EMBEDDING)
+    if head is None or embedding is None:
+        return False
+    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
+        return True
+    starts = range(0, head.num_rows, _COMPARED_ROWS)
+    parts = ((start, min(start + _COMPARED_ROWS, head.num_rows)) for start in starts)
+    return not all(torch.equal(source.read(_HEAD, *part), source.read(_EMBEDDING, *part)) for part in parts)
 
 
 def from_megatron(source: MegatronCheckpoint, options: Upcycling) -> Target:

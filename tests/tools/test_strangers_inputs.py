@@ -1,0 +1,230 @@
+"""Inputs that other people's tools took wrongly: right here, or refused in one line, with nothing changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import commands
+import numpy
+import pytest
+import small_checkpoints
+import torch
+from training import ROOT
+
+TOOLS = ROOT / "tools"
+sys.path.insert(0, str(TOOLS))
+import convert_checkpoint  # noqa: E402
+from checkpoints.disk.hf_folder import HFFolder  # noqa: E402
+from checkpoints.disk.torch_dist import MegatronCheckpoint  # noqa: E402
+from checkpoints.mappings.tokenizer import _sentencepiece  # noqa: E402
+from preprocessing.sources import JSON_LINES, Reading, iter_documents, list_sources, scan_files  # noqa: E402
+from scoring.inputs import _is_more_than_sentencepiece  # noqa: E402
+
+
+def converted(*words: object) -> int:
+    return convert_checkpoint.main([str(word) for word in words])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- heads, ids and names ------------------------------------------------------------------------------------------
+
+
+def rewritten(folder: Path, **tensors: torch.Tensor) -> None:
+    """The folder with tensors added or replaced."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("differs", [True, False])
+def test_a_stored_head_is_kept_where_it_is_not_the_embedding(tmp_path, differs):
+    folder = small_checkpoints.dense(tmp_path / "dense")
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    source = HFFolder(folder)
+    head = source.read("model.embed_tokens.weight")
+    if differs:
+        head = head.flip(0).contiguous()
+    rewritten(folder, **{"lm_head.weight": head})
+    way = ("--from", "hf-dense", "--to", "megatron", "--experts", "2", "--skip-change")
+    assert converted(*way, "--load", folder, "--save", tmp_path / "made") == 0
+    made = MegatronCheckpoint(tmp_path / "made")
+    assert ("output_layer.weight" in made.infos) == differs
+    assert made.args.untie_embeddings_and_output_weights == differs
+    if differs:
+        assert torch.equal(made.read("output_layer.weight"), head)
+
+
+def test_ids_of_special_tokens_come_through(tmp_path):
+    """They were in config.json alone, which is no file that comes along."""
+    folder = small_checkpoints.dense(tmp_path / "dense")
+    config = json.loads((folder / "config.json").read_text()) | {"bos_token_id": 1, "eos_token_id": [2, 5]}
+    (folder / "config.json").write_text(json.dumps(config))
+    vocabulary = {f"w{i}": i for i in range(3, 24)} | {"<unk>": 0, "<s>": 1, "</s>": 2}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    way = ("--from", "hf-dense", "--to", "megatron", "--experts", "2", "--skip-change")
+    assert converted(*way, "--load", folder, "--save", tmp_path / "made") == 0
+    assert (
+        converted("--from", "megatron", "--to", "hf-scmoe", "--load", tmp_path / "made", "--save", tmp_path / "hf") == 0
+    )
+    made = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (made["bos_token_id"], made["eos_token_id"]) == (1, 2)
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": [2, 5]}
+
+
+def test_a_model_without_its_type_is_known_by_its_class(tmp_path):
+    folder = small_checkpoints.longcat(tmp_path / "longcat")
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_type"]
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LongcatFlashForCausalLM"]}))
+    words = ("--from", "hf-longcat", "--to", "megatron", "--load", folder)
+    assert converted(*words, "--save", tmp_path / "made") == 0
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["SomethingElse"]}))
+    assert converted(*words, "--save", tmp_path / "other") == 2
+
+
+def test_a_tokenizer_that_is_put_there_later_gives_its_own_ids(tmp_path):
+    """Without our two files AutoTokenizer makes other ids of tokenizer.model, and says nothing."""
+    made = _sentencepiece(tmp_path / "gone.model")
+    assert {"tokenizer_config.json", "tokenization_scmoe.py"} == set(made.files) and "put the" in made.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "more"),
+    [
+        ({"added_tokens.json": "{}"}, True),
+        ({"tokenizer_config.json": "{}"}, True),
+        ({"tokenizer_config.json": '{"auto_map": "tokenization_scmoe.ScMoETokenizer"}'}, False),
+        ({}, False),
+    ],
+    ids=["added tokens", "a class of transformers", "ours", "SentencePiece alone"],
+)
+def test_a_tokenizer_is_more_than_its_sentencepiece_model(tmp_path, files, more):
+    for name, text in {"tokenizer.model": "", **files}.items():
+        (tmp_path / name).write_text(text)
+    assert _is_more_than_sentencepiece(tmp_path) == more
+
+
+# --- what text files are -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", JSON_LINES)
+def test_json_lines_have_several_endings(tmp_path, ending):
+    path = tmp_path / f"a{ending}"
+    path.write_text('{"text": "one \\u00e9"}\n{"text": "two"}\n')
+    (source,) = list_sources([str(path)], JSON_LINES)
+    assert list(iter_documents(source, Reading("text", 0), __import__("hashlib").sha256(), [])) == ["one é", "two"]
+
+
+def test_compressed_text_says_so(tmp_path):
+    import gzip
+
+    path = tmp_path / "a.txt"
+    path.write_bytes(gzip.compress(b"text"))
+    (scanned,) = scan_files(list_sources([str(path)], (".txt",)), Reading("text", 0))
+    assert scanned.problem == "compressed by gzip; unpack it with gunzip"
+
+
+# --- what tools write over -----------------------------------------------------------------------------------------
+
+
+def assert_refuses(script: str, *words: object, says: str) -> None:
+    done = commands.run(TOOLS / script, *words)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert says in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["device", "link", "input"])
+def test_a_report_replaces_nothing_that_is_no_file_of_its_own(tmp_path, kind):
+    folder = small_checkpoints.dense(tmp_path / "dense")
+    target = tmp_path / "target"
+    if kind == "device":
+        os.mknod(target, 0o20666, os.makedev(1, 3))
+    elif kind == "link":
+        (tmp_path / "mine").write_text("mine")
+        target.symlink_to(tmp_path / "mine")
+    else:
+        target = folder / "config.json"
+    before, was = contents(folder), os.lstat(target)
+    says = {"device": "no regular file", "link": "it is a link", "input": "which is read"}[kind]
+    assert_refuses("inspect_checkpoint.py", folder, "--json", target, says=says)
+    now = os.lstat(target)
+    assert contents(folder) == before and (now.st_mode, now.st_ino) == (was.st_mode, was.st_ino)
+
+
+def a_report(folder: Path) -> Path:
+    folder.mkdir()
+    span = {"name": "attention", "lane": "compute", "start_s": 0.0, "end_s": 1.0, "backward": False, "chunk": 0}
+    one = {"group": 0, "backward": False, "spans": [span], "total_s": 1.0, "sent_bytes": 0}
+    line = {"iteration": 1, "rank": 0, "groups": [], "passes": [one]}
+    (folder / "rank00000.jsonl").write_text(json.dumps(line) + "\n")
+    return folder
+
+
+def test_a_trace_does_not_replace_the_report_that_it_draws(tmp_path):
+    folder = a_report(tmp_path / "report")
+    before = contents(folder)
+    words = (folder, "--output", folder / "rank00000.jsonl", "--overwrite")
+    assert_refuses("trace.py", *words, says="a part of the report")
+    assert contents(folder) == before
+    assert commands.run(TOOLS / "trace.py", folder).returncode == 0  # negative control: the report is drawn
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (("1.0}", "1e308}"), None),
+        (('"end_s": 1.0', '"end_s": 1e308'), "lasts from 0.0 to 1e+308"),
+        (None, "too deeply"),
+    ],
+    ids=["no change", "long", "deep"],
+)
+def test_a_damaged_report_is_refused_in_one_line(tmp_path, damage, says):
+    folder = a_report(tmp_path / "report")
+    path = folder / "rank00000.jsonl"
+    path.write_text("[" * 200_000 if damage is None else path.read_text().replace(*damage))
+    (folder / "rankx.jsonl").write_text("no report")
+    if says is None:
+        assert commands.run(TOOLS / "trace.py", folder, "--ranks", "0").returncode == 0
+    else:
+        assert_refuses("trace.py", folder, "--ranks", "0", says=says)
+
+
+def test_a_conversion_is_not_written_into_its_source(tmp_path):
+    folder = small_checkpoints.longcat(tmp_path / "longcat")
+    before = contents(folder)
+    words = ("--from", "hf-longcat", "--to", "megatron", "--load", folder, "--save", folder / "deep" / "new")
+    assert_refuses("convert_checkpoint.py", *words, says="lies in --load")
+    assert contents(folder) == before
+
+
+def test_memory_of_a_score_is_that_of_its_windows(tmp_path):
+    """20 tokens were padded to as many rows as a micro-batch was to have, and took all memory."""
+    folder = small_checkpoints.dense(tmp_path / "dense")
+    numpy.save(tmp_path / "ids.npy", numpy.arange(20) % 7)
+    losses = {}
+    for size in (1, 999_999):
+        words = ["--load", folder, "--input", tmp_path / "ids.npy", "--output", tmp_path / str(size)]
+        done = subprocess.run(
+            [sys.executable, TOOLS / "score.py", *map(str, words), "--micro-batch-size", str(size)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30)),
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        losses[size] = json.loads((tmp_path / str(size) / "summary.json").read_text())["total"]
+    assert losses[1] == losses[999_999]
