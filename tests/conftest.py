@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ sys.path.append(str(_TESTS.parent))  # last, so that an installed megatron_scmoe
 import alone  # noqa: E402
 import ranks  # noqa: E402
 
+_PLACES = "TEST_PLACES"  # environment variable: a folder that all workers of a run share
+
 _executed: set[str] = set()
 
 
@@ -25,15 +29,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "alone: measures time or uses the machine's links; nothing runs beside it")
     if not config.option.markexpr:
         config.option.markexpr = "not full"
+    if not hasattr(config, "workerinput"):
+        os.environ[_PLACES] = tempfile.mkdtemp(prefix="places-")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     if not hasattr(item.config, "workerinput"):
         return (yield)
-    places = Path(tempfile.gettempdir(), f"tests-{item.config.workerinput['testrunuid']}")
-    places.mkdir(exist_ok=True)
-    with alone.place(places, alone=item.get_closest_marker("alone") is not None):
+    with alone.place(Path(os.environ[_PLACES]), alone=item.get_closest_marker("alone") is not None):
         return (yield)
 
 
@@ -45,6 +49,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     ranks.shutdown()
+    if not hasattr(session.config, "workerinput"):
+        shutil.rmtree(os.environ[_PLACES])
     passed = session.exitstatus == pytest.ExitCode.OK
     if passed and not _executed and not session.config.option.collectonly:
         # All skipped is no evidence that anything works.

@@ -363,8 +363,8 @@ def test_ranks_share_the_windows(data_size):
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "text.txt").write_text("\n".join(f"line {n} says what line {n - 1} said" for n in range(200)))
-    command = [sys.executable, ROOT / "tools/preprocess_data.py", "--input", folder / "text.txt"]
-    subprocess.run([*command, "--output", folder / "data", "--vocab-size", "300"], check=True)
+    words = ["--input", folder / "text.txt", "--output", folder / "data", "--vocab-size", "300"]
+    assert commands.run(ROOT / "tools/preprocess_data.py", *words).returncode == 0
     return folder / "data" / "tokenizer.model"
 
 

@@ -10,7 +10,6 @@ import ranks
 import reference
 import torch
 import training
-from cases import cases
 from test_longcat import convert, our_logits, tokens
 from training import PLAIN, TRAINING, with_flags
 
@@ -213,7 +212,8 @@ def test_a_dense_model_becomes_scmoe(tmp_path, kind):
     assert expected.abs().max() > 1 and (found - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", cases(DENSE_MODELS, ["llama 3.1"]))
+@pytest.mark.full
+@pytest.mark.parametrize("kind", DENSE_MODELS)
 def test_the_receipt_of_a_dense_model_states_no_change(tmp_path, kind):
     """As above, by the tool itself, which runs both models in processes of their own."""
     dense_model(kind).save_pretrained(tmp_path / "hf")
