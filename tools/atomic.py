@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -54,4 +55,8 @@ def obstacle(path: Path) -> str | None:
     place = next(parent for parent in path.absolute().parents if os.path.exists(parent))  # noqa: PTH110 (never raises)
     if not place.is_dir():
         return f"{place} is no folder"
-    return None if os.access(place, os.W_OK | os.X_OK) else f"{place} is not writable"
+    try:
+        tempfile.TemporaryDirectory(dir=place).cleanup()  # /proc, for one, says that it is writable
+    except OSError:
+        return f"{place} is not writable"
+    return None

@@ -43,13 +43,16 @@ positive = whole(1)
 
 
 def exit_code(prog: str, work: Callable[[], int | None]) -> int:
-    """That of ``work``, None being 0, or that of its error: 2 for UserError, 1 for OSError, said in one line."""
+    """That of ``work``, None being 0, or of what ends it, said in a line: 2 UserError, 1 OSError, 130 ^C."""
+    message: object
     try:
         return work() or 0
+    except KeyboardInterrupt:
+        code, message = 128 + signal.SIGINT, "stopped by SIGINT"
     except UserError as error:
         code, message = 2, error
     except OSError as error:
-        code, message = 1, error  # type: ignore[assignment]
+        code, message = 1, error
     print(f"{prog}: error: {message}", file=sys.stderr)
     return code
 

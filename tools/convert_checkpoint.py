@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import atomic
-from command_line import Parser, positive, stoppable, stopped_by
+from command_line import Parser, positive, stoppable, stopped_by, whole
 
 if TYPE_CHECKING:
     from checkpoints.engine import Job
 
+MOST_EXPERTS = 1 << 14  # sixteen times the largest model known; a plan has a line for each
 SOURCES = ("megatron", "hf-longcat", "hf-scmoe", "hf-dense")
 TARGETS = ("megatron", "hf-longcat", "hf-scmoe")
 SPECS = ("local", "transformer_engine")
@@ -113,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--position", choices=("pos1", "pos2", "pos3"), help="what the routed experts read (default pos2)")
     add("--shortcut-combine", dest="combine", choices=("add", "cg1", "cg2"), help="of both outputs (default cg1)")
     add("--moe-every", type=positive, metavar="N", help="blocks in a group, whose last one gets the MoE (default 2)")
-    add("--experts", type=positive, metavar="N", help="of each MoE, copies of its dense MLP (default 8)")
+    add("--experts", type=whole(1, MOST_EXPERTS), metavar="N", help="of each MoE, copies of its dense MLP (default 8)")
     add("--topk", type=positive, metavar="K", help="experts of a token (default 1)")
     noise = "add noise to each expert, with this part of its weights' deviation (default 0)"
     add("--expert-noise", dest="noise", type=number(0, 10), metavar="S", help=noise)

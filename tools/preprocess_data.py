@@ -14,6 +14,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import tempfile
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -104,11 +105,23 @@ def make_settings(args: argparse.Namespace) -> dict[str, Any]:
 def check_request(args: argparse.Namespace) -> Path:
     """Return the real path of --output, or raise UserError if work could not succeed."""
     target = Path(os.path.realpath(args.output))
+    try:
+        target.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a loop of links, a name too long, a folder that may not be searched
+        raise UserError(f"--output {shown(args.output)[:200]}: {error.strerror}; choose another") from error
+    if target.is_symlink():
+        raise UserError(f"--output {shown(args.output)} is a loop of links; choose another")
     if target.exists() and not target.is_dir():
         raise UserError(f"--output {shown(args.output)} is a file; name a new folder")
     parent = next(path for path in (*target.parents, target) if path.exists())  # what is missing below it is created
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--output {shown(args.output)}: {shown(parent)} is no writable folder; choose another")
+    try:
+        tempfile.TemporaryDirectory(dir=parent).cleanup()  # /proc, for one, is writable and takes nothing
+    except OSError as error:
+        raise UserError(
+            f"--output {shown(args.output)}: {shown(parent)} is no writable folder ({error.strerror}); choose another"
+        ) from error
     for word in args.input:
         path = Path(os.path.realpath(word))
         if word != "stdlib" and (path.is_relative_to(target) or target.is_relative_to(path)):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import commands
@@ -228,3 +230,72 @@ def test_memory_of_a_score_is_that_of_its_windows(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         losses[size] = json.loads((tmp_path / str(size) / "summary.json").read_text())["total"]
     assert losses[1] == losses[999_999]
+
+
+# --- folders and files that are damaged, or none -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["loop", "proc", "long"])
+def test_data_go_to_no_impossible_folder(tmp_path, kind):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    output = {"loop": tmp_path / "loop", "proc": "/proc/x", "long": tmp_path / ("a" * 300)}[kind]
+    says = {"loop": "a loop of links", "proc": "no writable folder", "long": "File name too long"}[kind]
+    assert_refuses("preprocess_data.py", "--input", tmp_path / "a.txt", "--output", output, says=says)
+
+
+@pytest.mark.parametrize("manifest", ['{"format_version": 1}', "[]", "{", '{"format_version": 1, "inputs": [1]}'])
+def test_a_folder_with_a_foreign_manifest_stays(tmp_path, manifest):
+    (tmp_path / "a.txt").write_text("text")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(manifest)
+    words = ("--input", tmp_path / "a.txt", "--output", folder)
+    assert_refuses("preprocess_data.py", *words, says="not a result of this tool")
+    assert contents(folder) == {"manifest.json": manifest.encode()}
+
+
+def test_a_trace_is_stopped_in_one_line(tmp_path):
+    (tmp_path / "report").mkdir()
+    os.mkfifo(tmp_path / "report" / "rank00000.jsonl")  # to open it takes for ever
+    command = [sys.executable, TOOLS / "trace.py", tmp_path / "report"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_until_blocked(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (130, "trace.py: error: stopped by SIGINT\n")
+
+
+def wait_until_blocked(pid: int) -> None:
+    """Until a process waits for the other end of a pipe."""
+    for _ in range(400):
+        if Path(f"/proc/{pid}/wchan").read_text() in ("wait_for_partner", "fifo_open"):
+            return
+        time.sleep(0.05)
+    raise TimeoutError(Path(f"/proc/{pid}/wchan").read_text())
+
+
+def test_no_more_experts_than_a_plan_can_hold(tmp_path):
+    folder = small_checkpoints.dense(tmp_path / "dense")
+    words = ("--from", "hf-dense", "--to", "megatron", "--load", folder, "--save", tmp_path / "new")
+    assert_refuses("convert_checkpoint.py", *words, "--experts", 999_999, says="from 1 to 16384")
+
+
+@pytest.mark.parametrize("damage", ["tracker", "common", ".metadata", "ids"])
+def test_a_score_of_damaged_files_is_refused_in_one_line(tmp_path, damage):
+    folder = small_checkpoints.longcat(tmp_path / "longcat")
+    made, ids = tmp_path / "made", tmp_path / "ids.npy"
+    assert converted("--from", "hf-longcat", "--to", "megatron", "--load", folder, "--save", made) == 0
+    numpy.save(ids, numpy.arange(8))
+    if damage == "tracker":
+        (made / "latest_checkpointed_iteration.txt").write_bytes(b"\xff")
+    elif damage == "ids":
+        ids.write_bytes(b"")
+    else:
+        found = [path for path in (made / "release").rglob("*") if damage in str(path) and path.is_file()]
+        assert found
+        for path in found:
+            path.write_bytes(b"")
+    says = "ids.npy" if damage == "ids" else str(made)
+    assert_refuses("score.py", "--load", made, "--input", ids, "--output", tmp_path / "scores", says=says)
+    assert not (tmp_path / "scores").exists()

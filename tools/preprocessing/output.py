@@ -32,11 +32,25 @@ def read_manifest(output: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format_version"] == FORMAT_VERSION:
+        if _is_whole(manifest):
             return manifest
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # the refusal below covers them all: this folder is not ours to judge or to replace
     raise UserError(f"--output {shown(output)} is not empty and not a result of this tool; choose another folder")
+
+
+_OF_ENTRY = {"name": str, "sha256": str, "bytes": int, "mtime_ns": int, "skipped_lines": list, "skipped": object}
+_OF_TOTALS = ("files", "documents", "tokens", "inexact_documents")
+
+
+def _is_whole(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest has what is read of it. Raises KeyError, TypeError or AttributeError where a part lacks."""
+    inputs = [isinstance(entry[key], kind) for entry in manifest["inputs"] for key, kind in _OF_ENTRY.items()]
+    numbers = [entry["bytes"] for entry in manifest["outputs"].values()]
+    numbers += [manifest["totals"][key] for key in _OF_TOTALS]
+    numbers += [manifest["vocabulary"][key] for key in ("size", "eod_id")]
+    are_whole = all(inputs) and all(isinstance(number, int) for number in numbers)
+    return are_whole and manifest["format_version"] == FORMAT_VERSION and isinstance(manifest["settings"], dict)
 
 
 def difference(manifest: dict[str, Any], settings: dict[str, Any], sources: list[Source]) -> str:
