@@ -136,7 +136,7 @@ def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig]:
         corpus.check_datasets(args)
         script_rules.check_report_folder(scmoe)
         set_global_variables(args)  # with the tokenizer, which decides the vocabulary
-        resume.check_vocabulary(args, saved)
+        resume.keep_vocabulary(args, saved)
     except ConfigError as error:
         refuse(str(error))
     connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") if torch.cuda.is_available() else None

@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 import torch.distributed as dist
+from megatron.training.global_vars import get_tokenizer
 from megatron.training.utils import print_rank_0
 from torch import nn
 
@@ -50,28 +51,34 @@ def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace]
     return saved
 
 
-def check_vocabulary(args: Namespace, saved: Namespace | None) -> None:
-    """Raise ConfigError where the checkpoint's vocabulary is padded to another size than this run's.
+def keep_vocabulary(args: Namespace, saved: Namespace | None) -> None:
+    """Pad the vocabulary as it is in the checkpoint, which another tensor-parallel size would do otherwise.
 
     Core loads it all the same: rows that were never trained would take part in the softmax, or trained ones be lost.
 
     Args:
         args: Megatron's namespace, with its tokenizer.
         saved: the arguments of the checkpoint to load; None where there is none.
+
+    Raises:
+        ConfigError: where the checkpoint's rows cannot be split, or are fewer than the tokenizer's tokens.
     """
     now, then = getattr(args, "padded_vocab_size", None), getattr(saved, "padded_vocab_size", None)
     if now is None or then is None or now == then:
         return
-    divisor, rest = divmod(then, args.tensor_model_parallel_size)
-    fix = f"use --make-vocab-size-divisible-by {divisor}"
-    if rest:
-        fix = (
-            f"use a --tensor-model-parallel-size that divides {then}, and --make-vocab-size-divisible-by {then} over it"
+    if then % args.tensor_model_parallel_size:
+        raise ConfigError(
+            "rows of the vocabulary that were never trained would take part in the loss: it is padded to "
+            f"{now} rows here and the checkpoint in {args.load} has {then}, which --tensor-model-parallel-size "
+            f"{args.tensor_model_parallel_size} does not divide; use one that does"
         )
-    raise ConfigError(
-        "rows of the vocabulary that were never trained would take part in the loss, or trained ones be lost: it is "
-        f"padded to {now} rows here and the checkpoint in {args.load} has {then}; {fix}"
-    )
+    if then < (num_tokens := get_tokenizer().vocab_size):
+        raise ConfigError(
+            f"the vocabulary would lose tokens: the tokenizer has {num_tokens} and the checkpoint in {args.load} has "
+            f"{then} rows; use the tokenizer that it was trained with"
+        )
+    args.padded_vocab_size = then
+    print_rank_0(f" > vocabulary padded to {then} rows, as in the checkpoint, and not to {now}")
 
 
 def check_buckets(args: Namespace, model_chunks: list[nn.Module]) -> list[nn.Module]:

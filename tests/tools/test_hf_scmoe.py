@@ -466,7 +466,7 @@ def test_loss_and_hidden_states(exported):
         output = model(TOKENS, labels=TOKENS, output_hidden_states=True, logits_to_keep=0)
     loss = torch.nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
     assert output.loss.item() == pytest.approx(loss.item(), abs=TOLERANCE)
-    assert len(output.hidden_states) == 3  # the embedding and two groups
+    assert len(output.hidden_states) == 5  # the embedding and four blocks
     assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
     with torch.no_grad():
         assert torch.equal(model(TOKENS, logits_to_keep=2).logits, output.logits[:, -2:])
@@ -617,7 +617,9 @@ def test_a_tokenizer_that_is_gone_is_a_note(exported, tmp_path):
     ):
         target = from_megatron(with_tokenizer(source, kind, model))
         assert [said in note for note in target.conversion.notes] == [True]
-        assert set(target.files) == {"config.json", "configuration_scmoe.py", "modeling_scmoe.py"}
+        # Where the model may be put there later, what makes a tokenizer of it is there.
+        later = {"tokenizer_config.json", "tokenization_scmoe.py"} if said == "gone" else set()
+        assert set(target.files) == {"config.json", "configuration_scmoe.py", "modeling_scmoe.py"} | later
 
 
 def test_hugging_face_tokenizers_are_copied(exported, tmp_path):

@@ -110,7 +110,7 @@ def test_rates_are_written_as_they_are_read(rate):
         ("--ranks 2 --", "there is no command; write it behind --"),
         ("python train.py", "'python' is no option; the command goes behind --"),
         ("-- no-such-program", "the command 'no-such-program' is not there or not executable"),
-        ("--json /nowhere/x.json -- ls", "--json '/nowhere/x.json' is no file in a writable folder"),
+        ("--json /nowhere/x.json -- ls", "--json '/nowhere/x.json' cannot be written: /nowhere is no folder"),
     ],
 )
 def test_bad_requests_are_refused_in_one_line(capsys, words, expected):

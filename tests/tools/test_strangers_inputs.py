@@ -281,7 +281,7 @@ def test_no_more_experts_than_a_plan_can_hold(tmp_path):
     assert_refuses("convert_checkpoint.py", *words, "--experts", 999_999, says="from 1 to 16384")
 
 
-@pytest.mark.parametrize("damage", ["tracker", "common", ".metadata", "ids"])
+@pytest.mark.parametrize("damage", ["tracker", ".distcp", ".metadata", "ids"])
 def test_a_score_of_damaged_files_is_refused_in_one_line(tmp_path, damage):
     folder = small_checkpoints.longcat(tmp_path / "longcat")
     made, ids = tmp_path / "made", tmp_path / "ids.npy"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,20 +42,22 @@ def changed(folder, target, name, change):
 
 
 def write_logits(request):
-    running._write_logits(request)
+    running._write_logits(*request)
 
 
 @pytest.fixture
 def no_start_up(monkeypatch):
     """Models run here, or forked where Megatron's backend is needed; the other tests have the tool's own processes."""
 
-    def run(_name, request):
-        if (Path(request["folder"]) / "config.json").exists():
-            write_logits(request)
+    def run(request):
+        folder, *others = json.loads(request)
+        if (Path(folder) / "config.json").exists():
+            write_logits([folder, *others])
         else:
-            ranks.run(write_logits, 1, request, distributed=False)
+            ranks.run(write_logits, 1, [folder, *others], distributed=False)
+        return subprocess.CompletedProcess([], 0)
 
-    monkeypatch.setattr(running, "_run", run)
+    monkeypatch.setattr(running, "_in_a_process", run)
 
 
 def test_a_copy_computes_the_same(folder, tmp_path):

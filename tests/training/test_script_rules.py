@@ -62,13 +62,20 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
     )
 
 
-def test_a_vocabulary_padded_otherwise_is_refused(tmp_path):
-    flags = with_flags(SCMOE, "--vocab-size 600", "--train-iters 1", "--ckpt-format torch_dist")
-    ranks.run(training.train, 1, with_flags(flags, f"--save {tmp_path}", "--save-interval 1"))
-    load = with_flags(flags, f"--load {tmp_path}", "--no-load-optim")
-    other = with_flags(load, "--make-vocab-size-divisible-by 256")
-    entry.assert_refused([(other, ["padded to 768 rows", "has 640", "use --make-vocab-size-divisible-by 640"])])
-    entry.assert_accepted([with_flags(other, "--make-vocab-size-divisible-by 640")])
+def test_a_vocabulary_is_padded_as_in_the_checkpoint(tmp_path):
+    """Other sizes pad 600 tokens to 768 rows, of which 128 were never trained: the loss would jump."""
+    flags = with_flags(SCMOE, "--vocab-size 600", "--train-iters 3", "--ckpt-format torch_dist", "--bf16")
+    ranks.run(training.train, 1, with_flags(flags, f"--save {tmp_path}/c", "--save-interval 2"))
+    load = with_flags(flags, f"--load {tmp_path}/c", "--ckpt-step 2", "--no-load-optim", "--no-load-rng")
+    losses = {}
+    for name, change in {"same": [], "other": ["--make-vocab-size-divisible-by 256"]}.items():
+        printed = ranks.run(training.train, 1, with_flags(load, *change, f"--tensorboard-dir {tmp_path}/{name}"))[0]
+        assert ("vocabulary padded to 640 rows, as in the checkpoint, and not to 768" in printed) == bool(change)
+        losses[name] = training.scalars(tmp_path / name, "lm loss")["lm loss"]
+    assert losses["same"] == losses["other"] and len(losses["same"]) == 1
+    entry.assert_refused(
+        [(with_flags(load, "--vocab-size 700"), ["would lose tokens", "has 700", "640 rows", "use the tokenizer"])]
+    )
 
 
 def dataset_documents(prefix: str, cache: str, first_id: int, num_documents: int) -> tuple[set[int], set[int]]:

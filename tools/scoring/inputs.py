@@ -93,7 +93,7 @@ def _read_ids(source: Source) -> Tokens:
     """A row is a document; one dimension is one document."""
     try:
         ids = numpy.load(source.path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{shown(source.name)}: no array of numpy.save ({error}); write it with numpy.save") from error
     if not isinstance(ids, numpy.ndarray) or ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
         what = f"{ids.dtype} {ids.shape}" if isinstance(ids, numpy.ndarray) else "an archive"

@@ -38,7 +38,8 @@ _COMPENSATION = "a learned compensation of the codec lsh: the Hugging Face model
 _TIED = "the output layer is the embedding"
 _RULES = rules.by_name(
     (SIZE, "vocab_size hidden_size num_hidden_layers intermediate_size max_position_embeddings num_attention_heads"),
-    (SIZE, "num_key_value_heads head_dim kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim moe_every"),
+    (SIZE, "num_key_value_heads head_dim moe_every"),
+    (optional(SIZE), "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"),
     (SIZE, "num_experts_per_tok moe_intermediate_size"),
     (optional(SIZE), "q_lora_rank router_num_groups router_group_topk"),
     (COUNT, "num_experts zero_experts"),

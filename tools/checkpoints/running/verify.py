@@ -128,15 +128,7 @@ def logits_of(
         logits = file.name
     options = {"trust_remote_code": trust_remote_code, "settings": settings}
     request = json.dumps([str(folder), str(tokens), logits, options])
-    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    paths = [str(TOOLS), str(TOOLS.parent), *filter(None, [inherited.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, "-m", "checkpoints.running.verify", request],
-        env=inherited | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = _in_a_process(request)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
         reason = lines[-1][:300]
@@ -144,6 +136,19 @@ def logits_of(
             reason = f"killed by {signal.Signals(-done.returncode).name}; all of it has to fit into memory in fp32"
         raise CheckpointError(f"cannot verify, {name} does not run: {reason}")
     return numpy.load(logits, mmap_mode="r")
+
+
+def _in_a_process(request: str) -> subprocess.CompletedProcess[str]:
+    """Call ``_write_logits`` with the JSON list ``request``, in a process that is no rank."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    paths = [str(TOOLS), str(TOOLS.parent), *filter(None, [inherited.get("PYTHONPATH")])]
+    return subprocess.run(
+        [sys.executable, "-m", "checkpoints.running.verify", request],
+        env=inherited | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def _write_logits(folder: str, tokens: str, logits: str, options: Mapping[str, Any]) -> None:
