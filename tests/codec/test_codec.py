@@ -781,6 +781,7 @@ def evaluated_levels(flags: list[str]) -> tuple[str, list[float]]:
     return printed, [control.level.item() for control in made]
 
 
+@pytest.mark.full
 def test_a_target_rate_is_held_alike_on_all_ranks_and_after_a_resume(tmp_path):
     codec = with_flags(
         TRAINED["stock top-2"],

@@ -1102,6 +1102,7 @@ def shown(study):
     return document.read_text(), (study / "report.html").read_text()
 
 
+@pytest.mark.full
 def test_cost_of_encoding_is_kept_and_judged(study, tmp_path, capsys):
     assert tool.main(["--encoding-cost"]) == 0
     assert tool.main(["--encoding-cost", "--output", str(tmp_path / "new")]) == 0

@@ -358,6 +358,7 @@ def measured_mib(folder: Path, shard_bytes: int, mapping: str) -> tuple[float, f
     return before / 1024, after / 1024
 
 
+@pytest.mark.full
 def test_memory_depends_on_pieces_alone(tmp_path):
     """128 MiB in tensors of 4 MiB and files of 8 MiB; negative control: a mapping that needs all at once."""
     files.sparse_hf(tmp_path / "zeros", 32, 1 << 22)

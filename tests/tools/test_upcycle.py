@@ -86,6 +86,7 @@ def test_the_function_is_the_formulas(dense_folder, tmp_path, position):
     assert (found - other[..., : found.shape[-1]]).abs().max() > 1e-3  # negative control
 
 
+@pytest.mark.full
 def test_the_receipt_states_the_change_of_the_function(dense_folder, tmp_path):
     receipt = upcycle(dense_folder, tmp_path / "scmoe", "--experts", "4", measured=True)
     found = receipt["verified"]["function_change_at_step_0"]

@@ -60,6 +60,7 @@ def no_start_up(monkeypatch):
     monkeypatch.setattr(running, "_in_a_process", run)
 
 
+@pytest.mark.full
 def test_a_copy_computes_the_same(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     tokens = random_ids(3, 5).astype(numpy.int64)

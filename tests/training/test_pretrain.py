@@ -70,6 +70,7 @@ def kill_during_save(flags: list[str], checkpoints: Path, iteration: int, log: P
     return (checkpoints / "latest_checkpointed_iteration.txt").read_text() != str(iteration)
 
 
+@pytest.mark.full
 def test_text_in_kill_during_save_and_resume(tmp_path, data):
     checkpoints, log = tmp_path / "checkpoints", tmp_path / "log"
     flags = with_flags(

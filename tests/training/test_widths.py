@@ -18,7 +18,6 @@ MOVES = (("ep2", "ep4"), ("ep4", "tp2 sp"), ("tp2 sp", "pp2 ep2"), ("one", "dp2"
 QUICK_MOVES = {
     ("scmoe", UNPADDED, "ep2", "ep4"),
     ("scmoe", PADDED[0], "dp2", "pp2"),
-    ("dgmoe", PADDED[1], "tp2 sp", "pp2 ep2"),
 }
 RULE = "Core saves moments at the wrong places behind a gradient bucket that ends in padding"
 
