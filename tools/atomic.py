@@ -58,5 +58,7 @@ def obstacle(path: Path) -> str | None:
     try:
         tempfile.TemporaryDirectory(dir=place).cleanup()  # /proc, for one, says that it is writable
     except OSError:
-        return f"{place} is not writable"
-    return None
+        writable = False
+    else:
+        writable = os.access(place, os.W_OK | os.X_OK)
+    return None if writable else f"{place} is not writable"

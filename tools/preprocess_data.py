@@ -107,7 +107,7 @@ def check_request(args: argparse.Namespace) -> Path:
     target = Path(os.path.realpath(args.output))
     try:
         target.lstat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:  # a loop of links, a name too long, a folder that may not be searched
         raise UserError(f"--output {shown(args.output)[:200]}: {error.strerror}; choose another") from error

@@ -612,7 +612,7 @@ def train(flags: list[str]) -> str:
     return training.train(flags)
 
 
-QUICK = ("stock, padded", "scmoe, adaptive", "dgmoe", "tensor parallel", "pipeline", "spherical")
+QUICK = ("stock, padded", "scmoe, adaptive", "dgmoe", "pipeline")
 
 
 @pytest.mark.parametrize("name", cases(TRAINED, QUICK))
@@ -707,6 +707,7 @@ def train_maps(flags: list[str]) -> tuple[str, list[torch.Tensor]]:
     return printed, [weight.detach().clone() for one in made for weight in (one.down, one.up)]
 
 
+@pytest.mark.full
 def test_learned_maps_stay_equal_on_tensor_parallel_ranks():
     """Each rank sees a part of the tokens; the gradients are summed over all."""
     flags = with_flags(TRAINED["low rank, tensor parallel"], "--a2a-codec lsh", "--lsh-hashes 2")

@@ -469,7 +469,6 @@ MOVES = [
     (family[i], family[(i + step) % len(family)]) for family in FAMILIES for i in range(len(family)) for step in (1, 2)
 ]
 """Every layout saves, and the next two of its family load."""
-QUICK_MOVES = {("pp2", "pp2 interleaved")}
 
 
 WIDE = "--hidden-size 128"
@@ -523,12 +522,13 @@ def saved(tmp_path_factory):
     return make
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("architecture", "source", "target"),
-    [case(a, *move, quick=a == "scmoe" and move in QUICK_MOVES) for a in ARCHITECTURES for move in MOVES],
+    [case(a, *move, quick=True) for a in ARCHITECTURES for move in MOVES],
 )
 def test_save_at_one_layout_load_at_another(saved, tmp_path, architecture, source, target):
-    """At other widths: tests/training/test_widths.py."""
+    """At other widths, and one of make test: tests/training/test_widths.py."""
     assert_loads(saved(architecture, source), tmp_path, architecture, target)
 
 

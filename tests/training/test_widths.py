@@ -16,7 +16,6 @@ WIDTHS = (*PADDED, UNPADDED)
 MOVES = (("ep2", "ep4"), ("ep4", "tp2 sp"), ("tp2 sp", "pp2 ep2"), ("one", "dp2"), ("dp2", "pp2"))
 """Each with one bucket for each kind of parameter, behind whose padding nothing lies."""
 QUICK_MOVES = {
-    ("scmoe", UNPADDED, "ep2", "ep4"),
     ("scmoe", PADDED[0], "dp2", "pp2"),
 }
 RULE = "Core saves moments at the wrong places behind a gradient bucket that ends in padding"
