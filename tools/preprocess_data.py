@@ -120,7 +120,7 @@ def check_request(args: argparse.Namespace) -> Path:
         tempfile.TemporaryDirectory(dir=parent).cleanup()  # /proc, for one, is writable and takes nothing
     except OSError as error:
         raise UserError(
-            f"--output {shown(args.output)}: {shown(parent)} is no writable folder ({error.strerror}); choose another"
+            f"--output {shown(args.output)}: {shown(parent)} is no writable folder; choose another"
         ) from error
     for word in args.input:
         path = Path(os.path.realpath(word))
