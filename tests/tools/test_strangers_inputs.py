@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 import os
 import resource
@@ -127,12 +129,10 @@ def test_json_lines_have_several_endings(tmp_path, ending):
     path = tmp_path / f"a{ending}"
     path.write_text('{"text": "one \\u00e9"}\n{"text": "two"}\n')
     (source,) = list_sources([str(path)], JSON_LINES)
-    assert list(iter_documents(source, Reading("text", 0), __import__("hashlib").sha256(), [])) == ["one é", "two"]
+    assert list(iter_documents(source, Reading("text", 0), hashlib.sha256(), [])) == ["one é", "two"]
 
 
 def test_compressed_text_says_so(tmp_path):
-    import gzip
-
     path = tmp_path / "a.txt"
     path.write_bytes(gzip.compress(b"text"))
     (scanned,) = scan_files(list_sources([str(path)], (".txt",)), Reading("text", 0))
