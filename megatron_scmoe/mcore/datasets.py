@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch.distributed as dist
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 INDEX_HASHES = "index_hashes"
@@ -37,11 +38,18 @@ class HashedDataset(GPTDataset):
 
 
 def index_hashes(prefixes: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of the ``.idx`` file of each prefix; those that lie elsewhere, as in an object store, have none."""
-    found = {}
-    for prefix in prefixes:
-        path = Path(prefix + ".idx")
-        if path.is_file():
-            with path.open("rb") as file:
-                found[prefix] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    """SHA-256 of the ``.idx`` file of each prefix; those that lie elsewhere, as in an object store, have none.
+
+    Rank 0 reads them and tells all ranks, which call this together: a thousand ranks need not read each file.
+    """
+    found: list[dict[str, str]] = [{}]
+    if dist.get_rank() == 0:
+        paths = {prefix: Path(prefix + ".idx") for prefix in prefixes}
+        found = [{prefix: _sha256(path) for prefix, path in paths.items() if path.is_file()}]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

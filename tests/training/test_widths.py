@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import test_layouts as layouts
+from cases import cases
 from test_layouts import MODELS, SEVERAL, STOCK
 from training import with_flags
 
@@ -21,19 +22,14 @@ QUICK_MOVES = {
 RULE = "Core saves moments at the wrong places behind a gradient bucket that ends in padding"
 
 
-def cases(*values, quick: bool):
-    name = "-".join(value.removeprefix("--hidden-size ") for value in values)
-    return pytest.param(*values, marks=() if quick else pytest.mark.full, id=name)
+def named(value: str) -> str:
+    return value.removeprefix("--hidden-size ")
 
 
 @pytest.mark.parametrize(
     ("model", "width", "source", "target"),
-    [
-        cases(model, width, *move, quick=(model, width, *move) in QUICK_MOVES)
-        for model in ("scmoe", "dgmoe")
-        for width in WIDTHS
-        for move in MOVES
-    ],
+    cases(((model, width, *move) for model in ("scmoe", "dgmoe") for width in WIDTHS for move in MOVES), QUICK_MOVES),
+    ids=named,
 )
 def test_moments_pass_between_layouts(tmp_path, model, width, source, target):
     saved = layouts.save(tmp_path / "source", model, source, width)
@@ -42,11 +38,11 @@ def test_moments_pass_between_layouts(tmp_path, model, width, source, target):
 
 @pytest.mark.parametrize(
     ("model", "width"),
-    [
-        cases(model, width, quick=(model, width) in (("dgmoe", PADDED[0]), ("scmoe", PADDED[1])))
-        for model in ("scmoe", "dgmoe", "stock")
-        for width in PADDED
-    ],
+    cases(
+        ((model, width) for model in ("scmoe", "dgmoe", "stock") for width in PADDED),
+        {("dgmoe", PADDED[0]), ("scmoe", PADDED[1])},
+    ),
+    ids=named,
 )
 def test_several_buckets_are_refused(tmp_path, model, width):
     flags = with_flags(MODELS[model], *SEVERAL, width)
@@ -56,7 +52,7 @@ def test_several_buckets_are_refused(tmp_path, model, width):
     assert not list(tmp_path.glob("iter_*"))
 
 
-@pytest.mark.parametrize("model", [cases(model, quick=model == "scmoe") for model in ("scmoe", "dgmoe", "stock")])
+@pytest.mark.parametrize("model", cases(("scmoe", "dgmoe", "stock"), {"scmoe"}))
 def test_several_buckets_without_padding_resume(tmp_path, model):
     """Bit for bit: a bucket ends with a matrix, of which each has a multiple of 128 elements at this width."""
     through, again = layouts.resumed(with_flags(MODELS[model], *SEVERAL, UNPADDED), tmp_path)
