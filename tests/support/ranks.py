@@ -20,7 +20,6 @@ import faulthandler
 import functools
 import gc
 import importlib
-import inspect
 import io
 import operator
 import os
@@ -135,7 +134,9 @@ def _prepare() -> None:
     for name in _IMPORTED_EARLY:
         importlib.import_module(name)
     # Megatron reads help texts from the sources of its classes, and each parser parses whole files anew.
-    inspect.getsource = functools.cache(inspect.getsource)
+    factory = importlib.import_module("megatron.training.argument_utils").ArgumentGroupFactory
+    read = functools.cache(functools.partial(factory._get_field_docstrings, factory.__new__(factory)))
+    factory._get_field_docstrings = lambda _self, config: read(config)
     importlib.import_module("megatron.training.arguments").add_megatron_arguments(argparse.ArgumentParser())
     # What a save has written comes back through another process, which imports torch anew in every rank. Asynchronous
     # saves alone need it.

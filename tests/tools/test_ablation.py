@@ -746,6 +746,42 @@ def test_the_benchmark_compresses_forward_as_in_training():
         assert found["forward"] == pytest.approx(found["training"], rel=0.02)
 
 
+def measure_on_ranks(folder: Path) -> int:
+    """Two arms and the baseline, two repetitions, on the ranks' own network; what each rank of torchrun does."""
+    import torch.distributed as dist
+    from ablation.rank import run_rank
+
+    parser = tool.make_parser()
+    args = parser.parse_args(["--output", str(folder), "--arms", "pos2 off,pos2 adaptive", "--repetitions", "2", *TINY])
+    arms = tool.check_request(parser, args)
+    dist.init_process_group = lambda *_args, **_kwargs: None  # the pool has made it
+    return run_rank(args, arms)
+
+
+TINY = ["--hidden", "64", "--tokens", "256", "--layers", "2", "--experts", "4"]
+
+
+def check_written(folder: Path, made: dict, arms: int) -> None:
+    """Every arm of every point has its repetitions, and report and table have what result.json has."""
+    for point in made["points"]:
+        assert len(point["arms"]) == arms
+        for one in point["arms"]:
+            assert all(len(one["seconds"][kind]) == 2 for kind in KINDS)
+    assert (folder / "report.html").read_text() == render.html(made)
+    assert len((folder / "result.csv").read_text().splitlines()) == 1 + arms * len(KINDS) * len(made["points"])
+
+
+def test_ranks_measure_on_the_network_that_they_have(tmp_path):
+    assert ranks.run(measure_on_ranks, 2, tmp_path / "new") == [0, 0]
+    made = json.loads((tmp_path / "new" / "result.json").read_text())
+    (point,) = made["points"]
+    assert point["wanted_share"] is None and point["rate"] == "as it is" and 0 < point["share"] < 1
+    assert [one["arm"]["name"] for one in point["arms"]] == [BASELINE, "pos2 off", "pos2 adaptive"]
+    check_written(tmp_path / "new", made, arms=3)
+
+
+@pytest.mark.full
+@pytest.mark.alone
 def test_tiny_run_on_slow_links(tmp_path):
     """Half a minute. What a layer sends is more than an idle link saves up, so the share follows the rate."""
     try:
@@ -754,8 +790,7 @@ def test_tiny_run_on_slow_links(tmp_path):
     except UserError as exc:
         pytest.skip(f"no slow links on this machine: {exc}")
     command = [sys.executable, TOOL, "--output", tmp_path / "new", "--comm-share", "0.8", "--unlimited"]
-    command += ["--arms", "pos2 off,pos2 adaptive,top-2 2 chunks", "--repetitions", "2"]
-    command += ["--hidden", "64", "--tokens", "256", "--layers", "2", "--experts", "4"]
+    command += ["--arms", "pos2 off,pos2 adaptive,top-2 2 chunks", "--repetitions", "2", *TINY]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     made = json.loads((tmp_path / "new" / "result.json").read_text())
@@ -764,9 +799,6 @@ def test_tiny_run_on_slow_links(tmp_path):
     assert unlimited["wanted_share"] is None and unlimited["rate"] == "unlimited"
     for point in made["points"]:
         for one in point["arms"]:
-            assert all(len(one["seconds"][kind]) == 2 for kind in KINDS)
             assert one["sent_bytes"]["training"] > one["tensor_bytes"].get("training", 0)
-    page = (tmp_path / "new" / "report.html").read_text()
-    assert page == render.html(made)
-    assert len((tmp_path / "new" / "result.csv").read_text().splitlines()) == 1 + 8 * 2
+    check_written(tmp_path / "new", made, arms=4)
     assert "pos2 adaptive" in done.stdout

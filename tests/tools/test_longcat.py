@@ -14,6 +14,7 @@ import pytest
 import ranks
 import torch
 import training
+from cases import cases
 
 ROOT = Path(__file__).resolve().parents[2]
 CONVERT = ROOT / "tools/convert_checkpoint.py"
@@ -195,16 +196,18 @@ def published_folder(hf_folder, tmp_path_factory):
     return folder
 
 
-def test_published_checkpoints_have_no_tensors_of_zero_experts(published_folder, tmp_path):
-    """They come in and go out, compared on both ways, and the way back writes none either."""
-    done = convert("hf-longcat", "megatron", published_folder, tmp_path / "megatron", "--verify")
+@pytest.mark.parametrize("verify", cases(["", "--verify"], [""]))
+def test_published_checkpoints_have_no_tensors_of_zero_experts(published_folder, tmp_path, verify):
+    """They come in and go out, and the way back writes none either; in the full test compared on both ways."""
+    done = convert("hf-longcat", "megatron", published_folder, tmp_path / "megatron", *verify.split())
     assert done.returncode == 0, done.stderr[-2000:]
     receipt = json.loads((tmp_path / "megatron/conversion.json").read_text())
-    assert receipt["verified"]["passed"] and receipt["verified"]["largest_difference"] < TOLERANCE
+    if verify:
+        assert receipt["verified"]["passed"] and receipt["verified"]["largest_difference"] < TOLERANCE
     assert [entry["names"] for entry in receipt["dropped"] if "predict further tokens" in entry["reason"]] == [
         [PREDICTION]
     ]
-    done = convert("megatron", "hf-longcat", tmp_path / "megatron", tmp_path / "again", "--verify")
+    done = convert("megatron", "hf-longcat", tmp_path / "megatron", tmp_path / "again", *verify.split())
     assert done.returncode == 0, done.stderr[-2000:]
     again, tensors = tensors_of(tmp_path / "again"), tensors_of(published_folder)
     assert again.keys() == tensors.keys() - {PREDICTION}
