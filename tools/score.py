@@ -26,7 +26,7 @@ from checkpoints.mappings.megatron_settings import check_saved
 from checkpoints.running.model import load
 from checkpoints.running.scores import Model
 from checkpoints.settings import SIZE, check, optional
-from checkpoints.tensors import Checkpoint, CheckpointError
+from checkpoints.tensors import Checkpoint, CheckpointError, check_plain
 from command_line import Parser, positive, stoppable, stopped_by
 from preprocessing.output import partial_folder, publish, remove_stale
 from preprocessing.sources import UserError, shown
@@ -108,6 +108,7 @@ def read_input(args: argparse.Namespace, opened: Checkpoint) -> tuple[list[Token
             raise UserError("a Megatron checkpoint has no code to trust: drop --trust-remote-code")
     else:
         check(str(args.load / CONFIG), opened.settings, {"vocab_size": optional(SIZE)})
+    check_plain(opened, by_transformers=saved is None)
     return inputs.read(
         args.input,
         json_key=args.json_key,

@@ -15,7 +15,7 @@ from checkpoints.mappings import dense
 from checkpoints.mappings.megatron_settings import check_saved
 from checkpoints.mappings.tokenizer import carried
 from checkpoints.plan import Target
-from checkpoints.tensors import Checkpoint, CheckpointError
+from checkpoints.tensors import Checkpoint, CheckpointError, check_plain
 
 MEGATRON = "megatron"
 
@@ -103,12 +103,13 @@ def open_any(folder: Path) -> MegatronCheckpoint | HFFolder:
 def mapped(
     source_format: str, target_format: str, source: Checkpoint, *, transformer_impl: str | None, upcycling: Any
 ) -> Target:
-    """What becomes of a source; refuses settings that have no counterpart.
+    """What becomes of a source; refuses settings that have no counterpart, and quantized weights.
 
     ``transformer_impl`` is a spec, ``upcycling`` an ``upcycle.Upcycling``; None: not asked for.
     """
     if isinstance(source, MegatronCheckpoint):
         check_saved(source)
+    check_plain(source)
     module, name = PAIRS[source_format, target_format]
     options: dict[str, Any] = {"transformer_impl": transformer_impl} if transformer_impl else {}
     if upcycling:

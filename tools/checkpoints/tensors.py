@@ -82,6 +82,27 @@ class Checkpoint:
         raise NotImplementedError
 
 
+_PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_plain(source: Checkpoint, *, by_transformers: bool = False) -> None:
+    """Refuse quantized weights: read as plain numbers, without their scales, they are those of another model.
+
+    ``by_transformers``: it reads ``source``, and what config.json says of a quantization.
+    """
+    is_described = bool(source.settings.get("quantization_config"))
+    if by_transformers and is_described:
+        return
+    # Of weights alone: masks are whole numbers in some models.
+    coarse = {k: v for k, v in source.infos.items() if k.endswith("weight") and v.dtype not in _PLAIN}
+    if coarse or is_described:
+        what = next((f"{name} is {info.dtype_name}" for name, info in coarse.items()), "config.json describes how")
+        raise CheckpointError(
+            f"{source.folder} is quantized, and its scales are not read: {what}; get the weights in bfloat16, or "
+            "dequantize them"
+        )
+
+
 def row_range(name: str, info: TensorInfo, start: int, stop: int | None) -> tuple[int, int]:
     """The rows that ``Checkpoint.read`` is asked for, as two numbers; refuses those that the tensor does not have."""
     last = info.num_rows if stop is None else stop

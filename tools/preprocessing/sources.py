@@ -126,7 +126,7 @@ def _parse_record(raw: bytes, json_key: str | None) -> str:
 
 def _text_of_object(line: str, json_key: str) -> str:
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_int=float)  # of numbers, which nobody reads, int() refuses long ones
     except json.JSONDecodeError as exc:
         where = f"{exc.msg} at column {exc.colno}"
         raise ValueError(f"not valid JSON ({where}); one object per line is needed") from exc
@@ -175,7 +175,7 @@ def iter_documents(source: Source, reading: Reading, digest: Any, bad_lines: Bad
     with source.path.open("rb") as file:
         for line, raw in enumerate(file, 1) if is_jsonl else [(0, file.read())]:
             digest.update(raw)
-            record = raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw
+            record = raw.removeprefix(codecs.BOM_UTF8) if line <= 1 else raw  # it is no text, but says what follows
             if is_jsonl and not record.strip():
                 continue
             try:
