@@ -22,6 +22,8 @@ from megatron_scmoe.config import ConfigError
 def saved_args(args: Namespace) -> Namespace | None:
     """The arguments saved in the checkpoint that ``args`` would load; None where there is no checkpoint.
 
+    Those of a release say that it has no optimizer, since Core looks for none there.
+
     Raises:
         ConfigError: for one that cannot be read, and for none where --exit-on-missing-checkpoint asks for one.
     """
@@ -29,7 +31,7 @@ def saved_args(args: Namespace) -> Namespace | None:
         raise ConfigError(f"a checkpoint is a folder: --load is {args.load}, a file; give the folder that --save wrote")
     try:
         with without_warnings(), contextlib.redirect_stdout(io.StringIO()):  # of a load that is not happening yet
-            state_dict, *_ = _load_base_checkpoint(args.load, args, rank0=True)
+            state_dict, _, is_release, _ = _load_base_checkpoint(args.load, args, rank0=True)
     except SystemExit as end:
         raise ConfigError(
             f"--exit-on-missing-checkpoint asks for a checkpoint: --load is {args.load}, where there is none; give the "
@@ -44,7 +46,10 @@ def saved_args(args: Namespace) -> Namespace | None:
             f"the checkpoint in --load {args.load} cannot be read ({type(error).__name__}: {what[:200]}); give another "
             "--load, or an older step by --ckpt-step"
         ) from error
-    return state_dict.get("args") if state_dict else None
+    saved = state_dict.get("args") if state_dict else None
+    if saved is not None and is_release:
+        saved.no_save_optim = True
+    return saved
 
 
 @contextlib.contextmanager

@@ -134,6 +134,7 @@ def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig]:
         script_rules.check_hooks(args)
         scmoe, saved = _validate(args)
         corpus.check_datasets(args)
+        corpus.say_if_order_changes(args, saved)
         script_rules.check_report_folder(scmoe)
         set_global_variables(args)  # with the tokenizer, which decides the vocabulary
         resume.keep_vocabulary(args, saved)

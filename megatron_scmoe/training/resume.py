@@ -18,6 +18,7 @@ from torch import nn
 
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, ConfigError, Resume, ScMoEConfig
 from megatron_scmoe.mcore import checkpoints, version
+from megatron_scmoe.training import schedule
 
 _LAYOUT_FLAGS = (
     "tensor_model_parallel_size",
@@ -48,6 +49,7 @@ def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace]
             _check_places(args, scmoe, trained)
             _check_layout(args, saved)
         _check_expert_optimizer(args, saved)
+        schedule.check(args, saved)
     return saved
 
 

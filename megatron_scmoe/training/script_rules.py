@@ -19,6 +19,11 @@ def check_hooks(args: Namespace) -> None:
     for refusal in refused_flags.HOOK_REFUSALS:
         refusal.check(args)
     _check_document_flags(args)
+    if args.full_validation and not args.multiple_validation_sets:
+        raise ConfigError(
+            "Core 0.19.2 ends at its first full validation of a single set: --full-validation is set and "
+            "--multiple-validation-sets is off; add --multiple-validation-sets"
+        )
     if args.tp_comm_overlap and importlib.util.find_spec("transformer_engine") is None:
         raise ConfigError(
             "it is Transformer Engine's: --tp-comm-overlap is set and Transformer Engine is not installed; install it, "

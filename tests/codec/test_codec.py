@@ -355,7 +355,7 @@ def test_saved_maps_need_their_flag(tmp_path):
     flags = with_flags(TRAINED["low rank"], "--a2a-codec lsh", f"--save {tmp_path}", "--save-interval 1")
     printed, *_ = ranks.run(training.train, 2, with_flags(flags, "--train-iters 1"))
     assert "successfully saved checkpoint" in printed, printed[-3000:]
-    resumed = with_flags(flags, f"--load {tmp_path}")
+    resumed = with_flags(flags, "--train-iters 1", f"--load {tmp_path}")
     entry.assert_accepted([resumed], entry.world(2))
     other = with_flags(resumed, "--lsh-compensation paper")
     entry.assert_refused([(other, ["--lsh-compensation lowrank"])], entry.world(2))

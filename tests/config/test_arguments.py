@@ -311,7 +311,7 @@ def test_resume_with_another_shortcut_is_refused(checkpoint):
 
 def test_resume_is_accepted(checkpoint):
     """Of the same shortcut, of another one where that is asked for, and with another overlap."""
-    resumed = with_flags(SCMOE, f"--load {checkpoint}")
+    resumed = with_flags(SCMOE, f"--load {checkpoint}", "--train-iters 1")
     another = with_flags(resumed, "--shortcut-position pos1")
     allowed = ("--finetune", "--shortcut-resume changed", "--shortcut-position pos2")
     entry.assert_accepted([*(with_flags(another, flag) for flag in allowed), with_flags(resumed, "--overlap off")])
@@ -375,7 +375,7 @@ def restored(flags: list[str]) -> tuple[list[str], str, object]:
 def test_use_checkpoint_args_restores_the_shortcut(checkpoint):
     flags = without_flag(SCMOE, "--shortcut")
     position, shortcut, pattern = ranks.run(
-        restored, 1, with_flags(flags, f"--load {checkpoint}", "--use-checkpoint-args")
+        restored, 1, with_flags(flags, f"--load {checkpoint}", "--use-checkpoint-args", "--train-iters 1")
     )[0]
     assert (position, shortcut, pattern) == (["pos2"], "scmoe", [0, 1, 0, 1])
 
