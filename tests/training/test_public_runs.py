@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -287,3 +288,43 @@ def test_tokens_count_alike_whatever_the_micro_batch(datasets, tmp_path):
         norms[size, per_token] = training.scalars(tmp_path / f"{size}{per_token}", "grad-norm")["grad-norm"][1]
     assert norms[1, True] == pytest.approx(norms[8, True], rel=1e-5) == norms[8, False]
     assert norms[1, False] != pytest.approx(norms[8, False], rel=1e-4)  # a mean of means, as Core's is by default
+
+
+BALANCED = with_flags(SCMOE, "--hidden-dropout 0", "--attention-dropout 0", "--train-iters 1", "--eval-iters 0")
+BALANCED = with_flags(BALANCED, "--moe-aux-loss-coeff 1", "--moe-z-loss-coeff 0.1", "--ckpt-format torch_dist")
+SPLIT = {
+    "tp2 sp": "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1",
+    "ep2": "--expert-model-parallel-size 2",
+    "pp2": "--pipeline-model-parallel-size 2",
+}
+
+
+def train_with_one_queue(flags: list[str]) -> str:
+    """As Megatron asks for with tensor parallelism."""
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    return training.train(flags)
+
+
+@pytest.fixture(scope="module")
+def norm_of(tmp_path_factory):
+    """Function of flags and a number of ranks: the norm of gradients of a first step, always from the same weights."""
+    folder = tmp_path_factory.mktemp("balanced")
+    ranks.run(training.train, 1, with_flags(BALANCED, f"--save {folder}/begin", "--save-interval 1"))
+    numbers = itertools.count()
+
+    def norm(flags: str, num_ranks: int = 1) -> float:
+        logs = folder / str(next(numbers))
+        begin = [f"--load {folder}/begin", "--finetune", f"--tensorboard-dir {logs}"]
+        ranks.run(train_with_one_queue, num_ranks, changed(with_flags(BALANCED, *begin), flags))
+        return training.scalars(logs, "grad-norm")["grad-norm"][1]
+
+    return norm
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", SPLIT)
+def test_balance_and_z_loss_weigh_alike_with_a_loss_per_token(norm_of, layout):
+    """They are scaled by tokens there, of which a rank has a part: no layout may count for more."""
+    expected = norm_of("")
+    assert norm_of(f"--calculate-per-token-loss {SPLIT[layout]}", 2) == pytest.approx(expected, rel=1e-5)
+    assert norm_of("--moe-aux-loss-coeff 2") != pytest.approx(expected, rel=1e-3)  # it does weigh
