@@ -57,8 +57,8 @@ _STRAGGLERS = StragglerDetector()  # Core's one of the process, which measures n
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
-def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
-    """The next micro-batch, on this rank's device, cut for its tensor and context parallel rank.
+def get_batch(data_iterator: Any, vp_stage: int | None, micro_batch_size: int) -> dict[str, torch.Tensor | None]:
+    """The next micro-batch of b sequences, on this rank's device, cut for its tensor and context parallel rank.
 
     The keys are ``_BATCH_KEYS``; shapes [b, s / CP], the mask [b, 1, s / CP, s]. All are None on pipeline stages that
     need no data, and each is None where a stage does not need it.
@@ -80,7 +80,7 @@ def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, torch.Tenso
         broadcast_group=parallel_state.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -142,7 +142,8 @@ def forward_step(
     data_iterator: Any, model: GPTModel, *, time_left: TimeLeft, session: OverlapSession | None = None
 ) -> tuple[torch.Tensor, partial[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]]:
     """Run one micro-batch through this pipeline stage; the shape of this hook is Megatron's."""
-    time_left.say(get_args())
+    args = get_args()
+    time_left.say(args)
     if session is not None and model.training:
         session.before_micro_batch(model)
     elif session is not None:
@@ -150,7 +151,8 @@ def forward_step(
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     with _STRAGGLERS(bdata=True):
-        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        size = args.micro_batch_size if model.training else args.eval_micro_batch_size
+        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), size)
     timers("batch-generator").stop()
     with _STRAGGLERS:
         output = model(
