@@ -10,7 +10,13 @@ the same trainer runs on gloo ranks (``megatron_scmoe/cpu/backend.py``).
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that ^C ends
+
 import json
+import sys
 import time
 from datetime import timedelta
 from functools import partial
@@ -224,6 +230,8 @@ def main() -> None:
     model_config = model_config_from_args(args, scmoe)
     model_config.post_wrap_hooks.append(partial(resume.check_buckets, args))
     session = OverlapSession(args, scmoe) if scmoe.watches_steps else None
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is something to flush
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
@@ -233,6 +241,10 @@ def main() -> None:
         )
     except ConfigError as error:  # what cannot be known before the model is there
         refuse(str(error))
+    except KeyboardInterrupt:
+        if args.local_rank == 0:
+            print("pretrain_gpt_scmoe.py: stopped by SIGINT; what it saved is whole", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
     except SystemExit as end:
         # After --exit-interval, for one, every rank ends with code 0 behind the same step. A step that Megatron gave up
         # ends with another code, or without a process group, and is none to report.

@@ -7,9 +7,13 @@ a core for each run -> write JSON, CSV and an HTML report, print a table. The pa
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that ^C ends
+
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,7 +26,7 @@ from codec_study import cost, folder
 from codec_study.analysis import rows
 from codec_study.arms import MODELS, SIZES, Arm, Run, Settings, all_arms
 from codec_study.jobs import Command, Jobs, training_command
-from command_line import positive, stoppable, stopped_by
+from command_line import exit_code, positive, stoppable, stopped_by
 from studies import kept
 from studies.request import StudyParser
 
@@ -126,9 +130,7 @@ def check_request(parser: StudyParser, args: argparse.Namespace) -> tuple[list[s
 
 
 def _check_folder(parser: StudyParser, output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        parser.error(f"--output {str(output)!a} is a file; name a folder")
-    if reason := atomic.obstacle(output / "new"):
+    if reason := atomic.obstacle_of_folder(output):
         parser.error(f"--output {str(output)!a} cannot be written: {reason}; name another folder")
 
 
@@ -245,19 +247,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.list_arms:
         print("\n".join(arm.name for arm in all_arms()))
-    elif args.encoding_cost:
-        time_encoding(parser, args)
-    elif args.source is not None:
-        show_again(parser, args)
-    else:
-        with stoppable((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), once=False):
-            try:
-                return study(parser, args)
-            except KeyboardInterrupt as interrupt:
-                number = stopped_by(interrupt)
-                _say(f"ablate_codec.py: stopped by {number.name}; the same command goes on from here")
-                return 128 + number
-    return 0
+        return 0
+    if args.encoding_cost:
+        return exit_code("ablate_codec.py", lambda: time_encoding(parser, args))
+    if args.source is not None:
+        return exit_code("ablate_codec.py", lambda: show_again(parser, args))
+    return exit_code("ablate_codec.py", lambda: _stoppable_study(parser, args))
+
+
+def _stoppable_study(parser: StudyParser, args: argparse.Namespace) -> int:
+    with stoppable((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), once=False):
+        try:
+            return study(parser, args)
+        except KeyboardInterrupt as interrupt:
+            number = stopped_by(interrupt)
+            _say(f"ablate_codec.py: stopped by {number.name}; the same command goes on from here")
+            return 128 + number
 
 
 if __name__ == "__main__":

@@ -8,6 +8,11 @@ parts are in ablation/.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that ^C ends
+
 import argparse
 import os
 import shutil
@@ -17,7 +22,7 @@ from pathlib import Path
 
 import atomic
 from ablation.arms import Arm, all_arms, chosen_arms
-from command_line import positive, stoppable, stopped_by
+from command_line import exit_code, positive, stoppable, stopped_by
 from studies.request import StudyParser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,7 +116,7 @@ def check_request(parser: StudyParser, args: argparse.Namespace) -> list[Arm]:
     parser.check_measuring(
         args, ("jinja2", "matplotlib", "rich"), example="a folder that does not exist yet, such as --output results"
     )
-    if args.output.exists():
+    if os.path.lexists(args.output):
         parser.error(f"--output {str(args.output)!a} exists; choose another folder or remove it")
     if os.environ.get("RANK", "0") == "0" and (reason := atomic.obstacle(args.output)):  # which writes
         parser.error(f"--output {str(args.output)!a} cannot be written: {reason}; choose another folder")
@@ -170,8 +175,7 @@ def main() -> int:
         print("\n".join(arm.name for arm in all_arms()))
         return 0
     if args.source is not None:
-        show_again(parser, args)
-        return 0
+        return exit_code("ablate_overlap.py", lambda: show_again(parser, args))
     arms = check_request(parser, args)
     if "RANK" not in os.environ:
         return start_on_slow_links(args)

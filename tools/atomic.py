@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
+
+_LONGEST_NAME = 170
+"""Bytes; file systems take 255, and a hidden name beside it has a host and a process, too."""
 
 
 @contextlib.contextmanager
@@ -33,16 +37,25 @@ def obstacle_of_file(path: Path, *sources: Path) -> str | None:
 
     A link or a device would be replaced by the file, and what is read from ``sources``, files or folders, be lost.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 (never raises, as all of os.path here)
         return "it is a folder"
-    if path.is_symlink():
+    if os.path.islink(path):  # noqa: PTH114
         return "it is a link"
-    if os.path.lexists(path) and not path.is_file():
+    if os.path.lexists(path) and not os.path.isfile(path):  # noqa: PTH113
         return "it is no regular file"
     for source in sources:
         if is_within(path, source):
             return f"it lies in {source}, which is read"
-    return f"{path.parent} is no folder" if not path.parent.is_dir() else obstacle(path)
+    return obstacle(path) if os.path.isdir(path.parent) else f"{path.parent} is no folder"  # noqa: PTH112
+
+
+def obstacle_of_folder(path: Path) -> str | None:
+    """What keeps files from being written into the folder ``path``, which may be there or not, in words."""
+    if os.path.isdir(path):  # noqa: PTH112
+        return obstacle(path / "new")
+    if os.path.islink(path):  # noqa: PTH114
+        return "it is a link that leads to no folder"
+    return "it is a file" if os.path.lexists(path) else obstacle(path)
 
 
 def is_within(path: Path, folder: Path) -> bool:
@@ -52,9 +65,12 @@ def is_within(path: Path, folder: Path) -> bool:
 
 def obstacle(path: Path) -> str | None:
     """What keeps ``path`` from being made, in words, as far as it shows before it is tried; None: nothing."""
-    place = next(parent for parent in path.absolute().parents if os.path.exists(parent))  # noqa: PTH110 (never raises)
+    path = path.absolute()
+    place = next(parent for parent in path.parents if os.path.exists(parent))  # noqa: PTH110
     if not place.is_dir():
         return f"{place} is no folder"
+    if any(len(os.fsencode(name)) > _LONGEST_NAME for name in path.relative_to(place).parts):
+        return os.strerror(errno.ENAMETOOLONG)
     try:
         tempfile.TemporaryDirectory(dir=place).cleanup()  # /proc, for one, says that it is writable
     except OSError:

@@ -43,12 +43,14 @@ positive = whole(1)
 
 
 def exit_code(prog: str, work: Callable[[], int | None]) -> int:
-    """That of ``work``, None being 0, or of what ends it, said in a line: 2 UserError, 1 OSError, 130 ^C."""
+    """That of ``work``, None being 0, or of what ends it, said in a line: 2 UserError, 1 OSError, 130 / 143 stopped."""
     message: object
     try:
-        return work() or 0
-    except KeyboardInterrupt:
-        code, message = 128 + signal.SIGINT, "stopped by SIGINT"
+        with stoppable():
+            return work() or 0
+    except KeyboardInterrupt as interrupt:
+        number = stopped_by(interrupt)
+        code, message = 128 + number, f"stopped by {number.name}"
     except UserError as error:
         code, message = 2, error
     except OSError as error:

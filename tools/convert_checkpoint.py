@@ -10,6 +10,11 @@ refused options take a tenth of a second.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that ^C ends
+
 import argparse
 import dataclasses
 import re

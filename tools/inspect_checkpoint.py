@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that ^C ends
+
 import argparse
 import json
 import math
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +21,7 @@ from checkpoints.contents import anatomy
 from checkpoints.contents.statistics import difference, figures
 from checkpoints.formats import open_any
 from checkpoints.tensors import Checkpoint, CheckpointError
-from command_line import Parser
+from command_line import Parser, exit_code
 from preprocessing.sources import shown
 from progress import in_words, progress
 
@@ -41,8 +45,8 @@ words:
              zero experts: if all experts are chosen alike)
   relative   norm of the difference of two tensors over the norm of the first one
 
-exit codes: 0 done; 1 --scan found NaN or Inf, or two checkpoints differ, or failed; 2 bad request or checkpoint; 130
-stopped
+exit codes: 0 done; 1 --scan found NaN or Inf, or two checkpoints differ, or failed; 2 bad request or checkpoint; 130 /
+143 stopped by SIGINT / SIGTERM
 """
 MOST_ROWS = 20
 """Tensors that differ, as printed; --json has them all."""
@@ -57,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("other", type=Path, nargs="?", metavar="DIR2", help="another one of the same format, to compare with")
     add("--norms", action="store_true", help="print norm, mean, standard deviation and largest element of each tensor")
     add("--scan", action="store_true", help="look for NaN and Inf; exit code 1 if there are any")
-    add("--json", type=Path, metavar="FILE", help="write everything into this file too")
+    add("--json", type=Path, metavar="FILE", help="write everything into this file too, in the place of what it held")
     return parser
 
 
@@ -206,16 +210,7 @@ def _print_some(head: str, lines: Sequence[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` and return the exit code."""
     args = make_parser().parse_args(argv)
-    try:
-        return run(args)
-    except CheckpointError as error:
-        code, message = 2, str(error)
-    except KeyboardInterrupt:
-        code, message = 130, "stopped by SIGINT"
-    except OSError as error:
-        code, message = 1, str(error)
-    print(f"inspect_checkpoint.py: error: {message}", file=sys.stderr)
-    return code
+    return exit_code("inspect_checkpoint.py", lambda: run(args))
 
 
 if __name__ == "__main__":

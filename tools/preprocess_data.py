@@ -9,16 +9,21 @@ at the top, here and in preprocessing/: --help and refusals stay fast, and the s
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that ^C ends
+
 import argparse
 import importlib.util
 import os
 import shutil
 import sys
-import tempfile
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+import atomic
 from command_line import Parser, UserError, stoppable, stopped_by, whole
 from preprocessing import encoding, output, sources, workers
 from preprocessing.output import DATA, MANIFEST, MODEL
@@ -105,23 +110,8 @@ def make_settings(args: argparse.Namespace) -> dict[str, Any]:
 def check_request(args: argparse.Namespace) -> Path:
     """Return the real path of --output, or raise UserError if work could not succeed."""
     target = Path(os.path.realpath(args.output))
-    try:
-        target.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:  # a loop of links, a name too long, a folder that may not be searched
-        raise UserError(f"--output {shown(args.output)[:200]}: {error.strerror}; choose another") from error
-    if target.is_symlink():
-        raise UserError(f"--output {shown(args.output)} is a loop of links; choose another")
-    if target.exists() and not target.is_dir():
-        raise UserError(f"--output {shown(args.output)} is a file; name a new folder")
-    parent = next(path for path in (*target.parents, target) if path.exists())  # what is missing below it is created
-    try:
-        tempfile.TemporaryDirectory(dir=parent).cleanup()  # /proc, for one, is writable and takes nothing
-    except OSError as error:
-        raise UserError(
-            f"--output {shown(args.output)}: {shown(parent)} is no writable folder; choose another"
-        ) from error
+    if reason := atomic.obstacle_of_folder(target):
+        raise UserError(f"--output {shown(args.output)} cannot be made: {shown(reason)}; name a new folder")
     for word in args.input:
         path = Path(os.path.realpath(word))
         if word != "stdlib" and (path.is_relative_to(target) or target.is_relative_to(path)):

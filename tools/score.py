@@ -7,8 +7,14 @@ window -> write into a hidden folder beside --output, which gets its name when i
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that ^C ends
+
 import argparse
 import contextlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -26,7 +32,7 @@ from checkpoints.mappings.megatron_settings import check_saved
 from checkpoints.running.model import load
 from checkpoints.running.scores import Model
 from checkpoints.settings import SIZE, check, optional
-from checkpoints.tensors import Checkpoint, CheckpointError, check_plain
+from checkpoints.tensors import Checkpoint, check_plain
 from command_line import Parser, positive, stoppable, stopped_by
 from preprocessing.output import partial_folder, publish, remove_stale
 from preprocessing.sources import UserError, shown
@@ -133,13 +139,21 @@ def windows_of(args: argparse.Namespace, model: Model) -> tuple[int, int]:
     return length, stride
 
 
+def check_output(folder: Path, *sources: Path) -> None:
+    """Raise UserError where ``folder`` cannot be made, or would be a part of ``sources``."""
+    if os.path.lexists(folder):
+        raise UserError(f"--output {shown(folder)} exists; name a new folder")
+    for source in sources:
+        if atomic.is_within(folder, source):
+            raise UserError(f"--output {shown(folder)} lies in {shown(source)}, which is read; name a folder outside")
+    if reason := atomic.obstacle(folder):
+        raise UserError(f"--output {shown(folder)} cannot be made: {shown(reason)}; name another folder")
+
+
 def run(args: argparse.Namespace) -> int:
     """Do what the command line asks; returns the exit code. Raises CheckpointError, UserError."""
     begun_s = time.monotonic()
-    if args.output.exists():
-        raise UserError(f"--output {shown(args.output)} exists; name a new folder")
-    if reason := atomic.obstacle(args.output):
-        raise UserError(f"--output {shown(args.output)} cannot be made: {reason}; name another folder")
+    check_output(args.output, args.load, *map(Path, args.input))
     opened = open_any(args.load)
     files, tokenizer = read_input(args, opened)
     columns = opened.vocab_size if args.logits else 0
@@ -221,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     with stoppable():
         try:
             return run(args)
-        except (CheckpointError, UserError) as error:
+        except UserError as error:
             code, message = 2, str(error)
         except KeyboardInterrupt as error:
             number = stopped_by(error)

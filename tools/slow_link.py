@@ -8,6 +8,11 @@ from a rank that runs in it.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that ^C ends
+
 import argparse
 import asyncio
 import json
@@ -92,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", choices=OUTPUTS, default="all", help=output)
     grace = "how long ranks have to end after SIGTERM (default %(default)s)"
     add("--grace", type=_seconds, default=5.0, metavar="SECONDS", help=grace)
-    add("--json", type=Path, metavar="FILE", help="write the report there, too")
+    add("--json", type=Path, metavar="FILE", help="write the report there, too, in the place of what it held")
     return parser
 
 

@@ -8,6 +8,11 @@ standard library is needed, so the tool runs where the report was copied to.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that ^C ends
+
 import argparse
 import json
 import re
@@ -47,7 +52,7 @@ what is drawn:
   * The first step of a run has no spans, nor has the last one of a run that was killed.
   * One step of a thousand ranks is more than Perfetto takes: choose some with --steps and --ranks.
 
-Exit codes: 0 done, 1 unexpected failure, 2 bad input or request.
+Exit codes: 0 done, 1 unexpected failure, 2 bad input or request, 130 / 143 stopped by a signal.
 """
 
 GAP_NS = 1_000_000

@@ -511,7 +511,7 @@ def test_refusals_are_one_line_and_exit_2(words_given, said, tmp_path, capsys):
 def test_output_is_needed_and_must_be_a_folder(tmp_path, capsys):
     check_refusal([], "--output is missing", capsys)
     (tmp_path / "file").write_text("")
-    check_refusal(["--output", str(tmp_path / "file")], "is a file; name a folder", capsys)
+    check_refusal(["--output", str(tmp_path / "file")], "it is a file; name another folder", capsys)
 
 
 def test_a_refusal_imports_neither_torch_nor_matplotlib():
@@ -1153,7 +1153,7 @@ def test_encoding_is_measured_alone(words_given, capsys):
 def test_an_output_that_cannot_be_made_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for more in ([], ["--encoding-cost"]):
-        check_refusal([*more, "--output", str(tmp_path / "file")], "is a file; name a folder", capsys)
+        check_refusal([*more, "--output", str(tmp_path / "file")], "it is a file; name another folder", capsys)
         check_refusal([*more, "--output", str(tmp_path / "file" / "x")], "is no folder; name another folder", capsys)
         check_refusal([*more, "--output", "/proc/x"], "/proc is not writable; name another folder", capsys)
 

@@ -357,8 +357,8 @@ def test_file_that_changes_after_the_scan_is_refused(tmp_path, built, monkeypatc
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--input {in} --output {in}/no/o", "in.txt is no writable folder; choose another"),
-        ("--input {in} --output {in}", "is a file; name a new folder"),
+        ("--input {in} --output {in}/no/o", "in.txt is no folder; name a new folder"),
+        ("--input {in} --output {in}", "it is a file; name a new folder"),
         ("--input {t} --output {t}/o", "contain each other"),
         ("--input {t}/full/x.txt --output {t}/full --overwrite", "contain each other"),
         ("--input {in} --output {t}/full --overwrite", "not a result of this tool"),

@@ -237,7 +237,9 @@ def test_data_go_to_no_impossible_folder(tmp_path, kind):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     output = {"loop": tmp_path / "loop", "proc": "/proc/x", "long": tmp_path / ("a" * 300)}[kind]
-    says = {"loop": "a loop of links", "proc": "no writable folder", "long": "File name too long"}[kind]
+    says = {"loop": "a link that leads to no folder", "proc": "/proc is not writable", "long": "File name too long"}[
+        kind
+    ]
     assert_refuses("preprocess_data.py", "--input", tmp_path / "a.txt", "--output", output, says=says)
 
 
@@ -252,15 +254,16 @@ def test_a_folder_with_a_foreign_manifest_stays(tmp_path, manifest):
     assert contents(folder) == {"manifest.json": manifest.encode()}
 
 
-def test_a_trace_is_stopped_in_one_line(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_trace_is_stopped_in_one_line(tmp_path, number):
     (tmp_path / "report").mkdir()
     os.mkfifo(tmp_path / "report" / "rank00000.jsonl")  # to open it takes for ever
     command = [sys.executable, TOOLS / "trace.py", tmp_path / "report"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     wait_until_blocked(process.pid)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=20)
-    assert (process.returncode, said) == (130, "trace.py: error: stopped by SIGINT\n")
+    assert (process.returncode, said) == (128 + number, f"trace.py: error: stopped by {number.name}\n")
 
 
 def wait_until_blocked(pid: int) -> None:

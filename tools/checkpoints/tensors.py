@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from command_line import UserError
 from torch import Tensor
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A checkpoint that cannot be read, converted or written. The message is one line: what, where, the fix."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class StudyParser(Parser):
     ) -> Any:
         """Do what ``--from DIR`` and ``--write-results FILE`` ask of an earlier run; returns its result.
 
-        Nothing is written where anything is refused.
+        Nothing is written where anything is refused. Raises OSError where writing fails all the same.
 
         Args:
             args: with ``source`` and ``write_results``.
@@ -70,6 +70,7 @@ class StudyParser(Parser):
         """
         source, target = args.source, args.write_results
         result = self.read(f"--from {str(source)!a}", lambda: read(source), "name a folder of this tool's")
+        self._check_files({"--from": source / REPORT, "--write-results": target})
         if target:
             flag = f"--write-results {str(target)!a}"
             document = self.read(flag, lambda: target.read_text(encoding="utf-8"))
@@ -80,3 +81,9 @@ class StudyParser(Parser):
             atomic.write_text(target, between.sub(lambda _: text, document))
         atomic.write_text(source / REPORT, html(result))
         return result
+
+    def _check_files(self, files: Mapping[str, Path | None]) -> None:
+        """Refuse files that cannot be written, by the flag that asks for them."""
+        for flag, path in files.items():
+            if path is not None and (reason := atomic.obstacle_of_file(path)):
+                self.error(f"{flag}: {str(path)!a} cannot be written: {reason}; name another")
