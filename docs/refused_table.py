@@ -45,7 +45,13 @@ def _without_effect() -> str:
         f"of its groups for {programs} (but for {kept}).\n"
         "They are refused where they are not at their default, as are\n"
     )
-    return "\n".join([head, "| flag | why |", "|---|---|", *rows, ""])
+    begins = {f"--{begin.replace('_', '-')}...": why for begin, (_, why) in unread_flags.OF_REFUSED.items()}
+    rows += [f"| `{begin}` | {why} |" for begin, why in begins.items()]
+    tail = ["", "and, without another flag,", "", "| flag | without |", "|---|---|"]
+    tail += [
+        f"| `--{name.replace('_', '-')}` | `{one.needed}` |" for one in unread_flags.COMPANIONS for name in one.names
+    ]
+    return "\n".join([head, "| flag | why |", "|---|---|", *rows, *tail, ""])
 
 
 def _allowed(rule: refused_flags.Refusal) -> str:

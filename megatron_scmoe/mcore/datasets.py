@@ -8,12 +8,14 @@ indices, so the hash of the ``.idx`` file, which holds them, goes into the name.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import _IndexReader
 
 INDEX_HASHES = "index_hashes"
 
@@ -48,6 +50,20 @@ def index_hashes(prefixes: Iterable[str]) -> dict[str, str]:
         found = [{prefix: _sha256(path) for prefix, path in paths.items() if path.is_file()}]
     dist.broadcast_object_list(found, src=0)
     return found[0]
+
+
+def sequences_and_bytes(prefix: str) -> tuple[int, int]:
+    """How many sequences the index of a dataset has, and how many bytes of tokens they take; reads its ends alone.
+
+    Raises:
+        ValueError: where it is no index, or not a whole one.
+    """
+    try:
+        index = _IndexReader(prefix + ".idx", multimodal=False)
+    except (AssertionError, struct.error) as error:
+        raise ValueError(str(error)) from error
+    last = zip(index.sequence_pointers[-1:], index.sequence_lengths[-1:], strict=True)
+    return len(index), sum(int(begin) + int(length) * index.dtype_size for begin, length in last)
 
 
 def _sha256(path: Path) -> str:

@@ -35,7 +35,7 @@ from megatron_scmoe.config import (
 )
 from megatron_scmoe.mcore import checkpoints, version
 from megatron_scmoe.report.figures import ONE_QUEUE
-from megatron_scmoe.training import corpus, refusals, resume, script_rules
+from megatron_scmoe.training import corpus, refusals, resume, script_rules, sizes
 from megatron_scmoe.training.unread_flags import UnreadFlags
 
 EXIT_REFUSED = 2
@@ -131,11 +131,12 @@ def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig]:
     try:
         version.check_core_version()
         unread[0].check(args)
+        sizes.check_sizes(args)
         script_rules.check_hooks(args)
         scmoe, saved = _validate(args)
+        script_rules.check_paths(args)
         corpus.check_datasets(args)
         corpus.say_if_order_changes(args, saved)
-        script_rules.check_report_folder(scmoe)
         set_global_variables(args)  # with the tokenizer, which decides the vocabulary
         resume.keep_vocabulary(args, saved)
     except ConfigError as error:

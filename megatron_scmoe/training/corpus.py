@@ -11,25 +11,26 @@ import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_scmoe.config import ConfigError
+from megatron_scmoe.mcore.datasets import sequences_and_bytes
 
 _SPLITS = ("training", "validation", "test")
 _ORDER = ("seed", "seq_length", "split")
 
 
 def check_datasets(args: Namespace) -> None:
-    """Raise ConfigError where --data-path or its relatives name no datasets, blend them as Core cannot or one with
-    itself, or leave a part that is needed without documents; those of an object store are not looked at.
+    """Raise ConfigError where --data-path or its relatives name no datasets or damaged ones, blend them as Core cannot
+    or one with itself, or leave a part that is needed without documents; those of an object store are not looked at.
     """
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    blend, blend_per_split = _blends(args)
     blends = [given for given in (blend, *(blend_per_split or ())) if given is not None]
     if not blends or args.object_storage_cache_path is not None:
         return
@@ -63,15 +64,44 @@ def say_if_order_changes(args: Namespace, saved: Namespace | None) -> None:
             )
 
 
+def _blends(args: Namespace) -> tuple[Any, Any]:
+    """For all parts of the run, and for each of them, as Megatron reads its flags."""
+    try:
+        return get_blend_and_blend_per_split(args)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        name = "data_args_path" if args.data_args_path else "per_split_data_args_path"
+        raise ConfigError(
+            f"it names datasets as Megatron's --help says: --{name.replace('_', '-')} is {getattr(args, name)}, which "
+            f"does not ({error!r}); mend it"
+        ) from error
+
+
+def _num_sequences(prefix: str) -> int:
+    """How many there are in a dataset, which is whole."""
+    for suffix in (".idx", ".bin"):
+        if not Path(prefix + suffix).is_file():
+            raise ConfigError(
+                f"--data-path names datasets without their suffix: {prefix} is given and {prefix}{suffix} is no "
+                "file; write it with tools/preprocess_data.py"
+            )
+    try:
+        num_sequences, needed = sequences_and_bytes(prefix)
+    except ValueError as error:
+        raise ConfigError(
+            f"{prefix}.idx is no index of a dataset ({error}); write it anew with tools/preprocess_data.py"
+        ) from error
+    if (found := Path(f"{prefix}.bin").stat().st_size) < needed:
+        raise ConfigError(
+            f"a dataset is as long as its index says: {prefix}.bin has {found} bytes and should have {needed}; write "
+            "it anew with tools/preprocess_data.py"
+        )
+    return num_sequences
+
+
 def _check_blend(prefixes: Sequence[str], weights: Sequence[float] | None) -> None:
     seen: set[str] = set()
     for prefix in prefixes:
-        for suffix in (".idx", ".bin"):
-            if not Path(prefix + suffix).is_file():
-                raise ConfigError(
-                    f"--data-path names datasets without their suffix: {prefix} is given and {prefix}{suffix} is no "
-                    "file; write it with tools/preprocess_data.py"
-                )
+        _num_sequences(prefix)
         if (place := os.path.realpath(prefix + ".bin")) in seen:
             raise ConfigError(
                 f"copies of a dataset give the same samples in the same order, each of them twice: {prefix} is blended "
@@ -90,7 +120,7 @@ def _check_parts(args: Namespace, prefixes: Sequence[str]) -> None:
     if parts[1] is None:
         _check_validation(args, f"--split is {args.split}")
     for prefix in prefixes:
-        num_documents = len(IndexedDataset(prefix))
+        num_documents = _num_sequences(prefix)
         for name, part in zip(_SPLITS, parts, strict=True):
             # The rounding is Megatron's.
             if part is not None and round(part[0] * num_documents) == round(part[1] * num_documents):

@@ -46,6 +46,7 @@ _UNTRIED_PRECISION = "low precision has not run in groups, where Core's first an
 _FETCHES_BY_BLOCK = "it fetches weights block by block, and has not run with groups"
 _REDUCES_ONCE = "it reduces an expert's gradients once in a micro-batch, and experts run once for each chunk and gate"
 _PADS_AFTER_COUNTS = "it pads the tokens of experts when their counts are exchanged already"
+_TRACES_STOCK_ROUTER = "Core's tracer writes what the stock router returns, and nothing of another"
 
 RECOMPUTE_REFUSED = {
     "moe": "it would run the all-to-all inside a recompute region, where nothing can hide it",
@@ -137,6 +138,14 @@ HOOK_REFUSALS = (
     Refusal("--hybrid-context-parallel", "the batch hook does not pack sequences"),
     Refusal("--perform-rl-step", "the forward hook computes a language-model loss"),
     Refusal("--hybrid-layer-pattern", "this script builds GPT models"),
+    Refusal("--hybrid-override-pattern", "this script builds GPT models"),
+    Refusal("--is-hybrid-model", "this script builds GPT models"),
+    Refusal(
+        "--position-embedding-type",
+        "Core's GPT has no relative positions, and would train without any",
+        "use rope",
+        ("learned_absolute", "rope", "yarn", "mrope", "none"),
+    ),
     Refusal("--mtp-num-layers", "the batch hook has no tokens for prediction layers, and groups no place"),
     Refusal(
         "--overlap-moe-expert-parallel-comm",
@@ -164,6 +173,7 @@ LONGCAT_REFUSALS = (
     Refusal("--moe-router-fusion", "the fused choice has no bias beside a softmax"),
     Refusal("--moe-enable-routing-replay", "the choice with a bias stands where a replay would"),
     Refusal("--moe-router-force-biased", "it is a benchmark of the stock router"),
+    Refusal("--moe-routing-trace-path", _TRACES_STOCK_ROUTER),
 )
 """What cannot be combined with --router longcat."""
 
@@ -174,6 +184,7 @@ TWO_GATES_REFUSALS = (
     Refusal("--moe-router-fusion", "the fused choice cannot leave out the preceding layer's expert"),
     Refusal("--moe-enable-routing-replay", "the choice that leaves out an expert stands where a replay would"),
     Refusal("--moe-router-force-biased", "it is a benchmark of the stock router"),
+    Refusal("--moe-routing-trace-path", _TRACES_STOCK_ROUTER),
     Refusal("--calculate-per-token-loss", "the balance loss counts the tokens of both gates, it would scale twice"),
 )
 """What cannot be combined with --shortcut dgmoe."""

@@ -6,12 +6,22 @@ In one line, before any process group starts: the rule, the values, the fix.
 from __future__ import annotations
 
 import importlib.util
+import os
 import tempfile
 from argparse import Namespace
 from pathlib import Path
 
 from megatron_scmoe.config import ConfigError, ScMoEConfig
 from megatron_scmoe.training import refused_flags
+
+_FOLDERS = (
+    *("overlap_report", "save", "data_cache_path", "moe_routing_trace_path", "logits_save_dir", "ckpt_convert_save"),
+    "non_persistent_global_ckpt_dir",
+)
+"""Where every machine writes, which Megatron tries behind the process groups, or behind the first steps."""
+_FOLDERS_OF_ONE = ("tensorboard_dir", "wandb_save_dir")
+"""Where one machine writes: on others the place may not be there."""
+_FILES = ("data_args_path", "per_split_data_args_path", "per_dataset_sequences_path", "te_precision_config_file")
 
 
 def check_hooks(args: Namespace) -> None:
@@ -23,6 +33,14 @@ def check_hooks(args: Namespace) -> None:
         raise ConfigError(
             "Core 0.19.2 ends at its first full validation of a single set: --full-validation is set and "
             "--multiple-validation-sets is off; add --multiple-validation-sets"
+        )
+    if args.save_tokens_per_expert_interval and not (
+        args.transformer_impl == "transformer_engine" and args.moe_grouped_gemm
+    ):
+        raise ConfigError(
+            "Core counts the tokens of experts in Transformer Engine's grouped products alone: "
+            f"--save-tokens-per-expert-interval is {args.save_tokens_per_expert_interval}, --transformer-impl is "
+            f"{args.transformer_impl} and --moe-grouped-gemm is {'on' if args.moe_grouped_gemm else 'off'}; drop it"
         )
     if args.tp_comm_overlap and importlib.util.find_spec("transformer_engine") is None:
         raise ConfigError(
@@ -55,7 +73,8 @@ def _check_document_flags(args: Namespace) -> None:
 
 def check_chunks(args: Namespace, scmoe: ScMoEConfig) -> None:
     """Raise ConfigError where there would be chunks without tokens; ``args`` are validated."""
-    tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
+    sequences = min(args.micro_batch_size, args.eval_micro_batch_size)
+    tokens = sequences * args.seq_length // args.context_parallel_size
     if args.sequence_parallel:
         tokens //= args.tensor_model_parallel_size
     if scmoe.overlap_chunks > tokens:
@@ -65,16 +84,30 @@ def check_chunks(args: Namespace, scmoe: ScMoEConfig) -> None:
         )
 
 
-def check_report_folder(scmoe: ScMoEConfig) -> None:
-    """Make the folder of --overlap-report; raise ConfigError where no file can be written there."""
-    if not scmoe.overlap_report:
-        return
+def check_paths(args: Namespace) -> None:
+    """Raise ConfigError where a folder cannot be written, or a file is not there; nothing is made yet."""
+    for name in (*_FOLDERS, *_FOLDERS_OF_ONE):
+        path = getattr(args, name)
+        if path and "://" not in path and (reason := _obstacle(path, is_tried=name in _FOLDERS)):
+            raise ConfigError(
+                f"what is written are files in a folder: --{name.replace('_', '-')} is {path}, where none can be "
+                f"written ({reason}); give another folder"
+            )
+    for name in _FILES:
+        path = getattr(args, name)
+        if path and "://" not in path and not os.path.isfile(path):  # noqa: PTH113 (never raises)
+            raise ConfigError(f"it is to be read: --{name.replace('_', '-')} is {path}, which is no file; give a file")
+
+
+def _obstacle(path: str, *, is_tried: bool) -> str | None:
+    """What keeps files from being written below ``path``, as far as it shows now; None: nothing."""
+    place = Path(path).absolute()
     try:
-        Path(scmoe.overlap_report).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=scmoe.overlap_report):
-            pass
+        while not place.is_symlink() and not place.exists():
+            place = place.parent
+        if is_tried or not place.is_dir():
+            with tempfile.TemporaryFile(dir=place):
+                pass
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the report is files in a folder: --overlap-report is {scmoe.overlap_report}, where none can be written "
-            f"({getattr(error, 'strerror', None) or error}); give another folder"
-        ) from error
+        return getattr(error, "strerror", None) or str(error)
+    return None

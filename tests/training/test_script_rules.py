@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import re
 import sys
+from pathlib import Path
 
 import entry
 import numpy
@@ -23,28 +27,161 @@ IGNORED = {
     "--grpo-group-size 7": ["no effect here", "a flag of reinforcement learning", "--grpo-group-size is 7"],
     "--biencoder-projection-dim 7": ["no effect here", "a flag of retrieval", "--biencoder-projection-dim is 7"],
     "--logits-load-prefetch-factor 7": ["no effect here", "does not distil"],
+    "--fim-rate 0.3": ["no effect here", "--fim-rate is 0.3", "plain GPT datasets"],
+    "--apply-residual-connection-post-layernorm": ["no effect here", "nothing reads it"],
+    "--save-interval 7": ["no effect here", "--save-interval is 7", "add --save"],
+    "--exit-on-missing-checkpoint": ["no effect here", "add --load"],
+    "--hysteresis 3": ["no effect here", "--hysteresis is 3", "add --fp16"],
+    "--sgd-momentum 0.5": ["no effect here", "add --optimizer sgd"],
+    "--no-data-sharding": ["no effect here", "add --dataloader-type cyclic"],
+    "--hybrid-override-pattern M*": ["GPT models", "--hybrid-override-pattern is M*"],
+    "--save /tmp --save-tokens-per-expert-interval 1": ["grouped products alone", "--transformer-impl is local"],
 }
 TOO_LATE = {
     "--overlap-chunks 99999999999999999999": ["a chunk has a token at least", "use --overlap-chunks 4"],
     "--a2a-codec lsh --lsh-seed -1": ["a seed is a number from 0", "--lsh-seed is -1"],
     "--a2a-codec lsh --lsh-seed 99999999999999999999": ["a seed is a number from 0", "one below"],
+    **{
+        f"{flag} /proc/x --save-interval 1": [
+            "files in a folder",
+            f"{flag.split()[-1]} is /proc/x",
+            "give another folder",
+        ]
+        for flag in ("--save", "--save /tmp --data-cache-path", "--save /tmp --moe-routing-trace-path")
+    },
     "--overlap-report /proc/x": ["files in a folder", "--overlap-report is /proc/x", "give another folder"],
+    f"--save /tmp/{'a' * 300} --save-interval 1": ["files in a folder", "File name too long"],
+    "--per-dataset-sequences-path nowhere": ["--per-dataset-sequences-path is nowhere, which is no file"],
     "--tp-comm-overlap": ["Transformer Engine is not installed", "drop --tp-comm-overlap"],
     "--load nowhere --exit-on-missing-checkpoint": ["--load is nowhere, where there is none", "drop --exit-on-missing"],
 }
 
 
-@pytest.mark.parametrize("refused", [IGNORED, TOO_LATE], ids=["without effect", "that would fail later"])
+SIZES = {
+    **{
+        f"{flag} {value}": ["a whole number from 1", f"{flag} is {value}"]
+        for flag, value in (
+            *(("--hidden-size", 0), ("--hidden-size", 99999999999999999968), ("--num-layers", 0), ("--num-layers", -2)),
+            *(("--num-attention-heads", 0), ("--ffn-hidden-size", -4), ("--moe-ffn-hidden-size", 0)),
+            *(("--moe-router-topk", -1), ("--seq-length", -1), ("--log-interval", 0), ("--eval-interval", 0)),
+            *(("--tensor-model-parallel-size", 0), ("--expert-model-parallel-size", 0), ("--vocab-size", -5)),
+            *(("--make-vocab-size-divisible-by", 0), ("--seed", -1), ("--micro-batch-size", -1)),
+        )
+    },
+    **{
+        f"{flag} -1": ["a whole number from 0", f"{flag} is -1"]
+        for flag in ("--num-experts", "--num-workers", "--train-iters", "--eval-iters")
+    },
+    **{
+        f"{flag} nan": ["nan is no number", f"{flag} is "]
+        for flag in ("--lr", "--clip-grad", "--weight-decay", "--moe-aux-loss-coeff")
+    },
+    "--moe-router-topk 999": ["to different experts", "there are 4", "use fewer"],
+}
+"""Most of these divided by zero, or went as far as the process groups."""
+
+
+@pytest.mark.parametrize(
+    "refused", [IGNORED, TOO_LATE, SIZES], ids=["without effect", "that would fail later", "that no run has"]
+)
 def test_flags_are_refused(refused):
     entry.assert_refused((with_flags(SCMOE, *changes(flags)), words) for flags, words in refused.items())
+
+
+def test_what_another_flag_gives_an_effect_is_accepted(tmp_path):
+    """Negative control: as above, with the other flag; folders that can be made, and are not yet."""
+    entry.assert_accepted(
+        with_flags(SCMOE, *changes(flags))
+        for flags in (
+            f"--save {tmp_path}/a/b --save-interval 7 --tensorboard-dir {tmp_path}/c --data-cache-path {tmp_path}/d/e",
+            f"--load {tmp_path}/none --finetune",
+            "--optimizer sgd --sgd-momentum 0.5",
+            "--fp16 --hysteresis 3",
+            "--dataloader-type cyclic --no-data-sharding",
+        )
+    )
+    assert not (tmp_path / "a").exists() and not (tmp_path / "d").exists()
+
+
+def flags_that_are_not_refused() -> list[str]:
+    """Of the tables, in the way that each asks for; and those that would be where they should not."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_scmoe.config import ConfigError
+    from megatron_scmoe.training import unread_flags
+
+    parser = add_megatron_arguments(argparse.ArgumentParser())
+    unread, wrong = unread_flags.UnreadFlags(parser), list[str]()
+    defaults = vars(parser.parse_args([]))
+    companions = [name for one in unread_flags.COMPANIONS for name in one.names]
+    unread.check(argparse.Namespace(**defaults))
+    for name in (*unread_flags.LEFTOVERS, *companions):
+        (action,) = (one for one in parser._actions if f"--{name.replace('_', '-')}" in one.option_strings)
+        try:
+            unread.check(argparse.Namespace(**defaults | {action.dest: "something else"}))
+            wrong.append(name)
+        except ConfigError as error:
+            if f"{action.option_strings[0]} is something else" not in str(error):
+                wrong.append(f"{name}: {error}")
+    return wrong
+
+
+def test_every_flag_of_the_tables_is_refused():
+    (wrong,) = ranks.run(flags_that_are_not_refused, 1, distributed=False)
+    assert not wrong
+
+
+def test_the_wheel_reads_none_of_the_leftovers():
+    """But for its parser, and its configurations, which say what there is."""
+    from megatron_scmoe.training.unread_flags import LEFTOVERS
+
+    names = [name for name, reason in LEFTOVERS.items() if reason == "nothing reads it"]
+    assert len(names) > 5
+    reads = re.compile(rf"args\.({'|'.join(names)}|seq_length)\b|config\.({'|'.join(names)})\b")
+    found = set()
+    for root in importlib.util.find_spec("megatron").submodule_search_locations:
+        for path in Path(root).rglob("*.py"):
+            if path.name not in ("arguments.py", "yaml_arguments.py"):
+                found |= {one or other for one, other in reads.findall(path.read_text(encoding="utf-8"))}
+    assert found == {"seq_length"}  # negative control: what is read is found
+
+
+@pytest.mark.parametrize("damage", ["no change", "half an index", "no index", "half the tokens", "no tokens"])
+def test_a_damaged_dataset_is_refused(tmp_path, damage):
+    prefix = tmp_path / "data"
+    ranks.run(write_dataset, 1, str(prefix), distributed=False)
+    path = prefix.with_suffix(".idx" if "index" in damage else ".bin")
+    content = path.read_bytes()
+    path.write_bytes({"no": b"", "half": content[: len(content) // 2]}.get(damage.split()[0], b""))
+    flags = with_flags(without_flag(SCMOE, "--mock-data"), f"--data-path {prefix}", "--split 90,10,0")
+    if damage == "no change":
+        path.write_bytes(content)
+        entry.assert_accepted([flags, with_flags(without_flag(flags, "--data-path"), f"--train-data-path {prefix}")])
+    else:
+        entry.assert_refused([(flags, [str(path), "write it anew with tools/preprocess_data.py"])])
+
+
+def write_dataset(prefix: str) -> None:
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=DType.optimal_dtype(500))
+    for index in range(40):
+        builder.add_document(numpy.full(20, index, dtype=numpy.int32), [20])
+    builder.finalize(prefix + ".idx")
 
 
 def test_files_in_the_place_of_folders_are_refused(tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
-    report = (with_flags(SCMOE, f"--overlap-report {file}"), ["files in a folder", "give another folder"])
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    words = ["files in a folder", "give another folder"]
+    places = (f"--overlap-report {file}", f"--tensorboard-dir {file}", f"--tensorboard-dir {tmp_path}/loop")
+    places += (f"--save {file}/new", f"--save {tmp_path}/loop", f"--save {tmp_path}/link")
     load = (with_flags(SCMOE, f"--load {file}"), ["a checkpoint is a folder", "the folder that --save wrote"])
-    entry.assert_refused([report, load])
+    saving = "--save-interval 1"
+    folders = (with_flags(SCMOE, place, *[saving] * place.startswith("--save")) for place in places)
+    entry.assert_refused([*((flags, words) for flags in folders), load])
     assert file.read_text() == "mine"
 
 
