@@ -71,6 +71,8 @@ exit codes: 0 done; 1 a training failed (the others went on); 2 bad request or s
 stopped.
 """
 
+MOST = 1 << 16
+"""Of sequences, or of tokens of an expert: a training holds them in memory."""
 OF_TRAININGS = (
     *("output", "data", "models", "arms", "seeds", "iterations", "eval_every", "eval_sequences"),
     *("tokens_per_expert", "jobs"),
@@ -115,6 +117,13 @@ def check_request(parser: StudyParser, args: argparse.Namespace) -> tuple[list[s
     _check_folder(parser, args.output)
     if args.iterations % args.eval_every:
         parser.error(f"--iterations {args.iterations} is no multiple of --eval-every {args.eval_every}; make it one")
+    for flag, most in {
+        "jobs": 4 * len(os.sched_getaffinity(0)),
+        "eval_sequences": MOST,
+        "tokens_per_expert": MOST,
+    }.items():
+        if getattr(args, flag) > most:
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} needs more than a machine has; use {most}")
     settings = Settings(args.iterations, args.eval_every, args.eval_sequences, args.tokens_per_expert)
     chosen = [arm for arm in arms if arm.name in names]
     for arm in chosen:

@@ -23,6 +23,7 @@ from pathlib import Path
 import atomic
 from ablation.arms import Arm, all_arms, chosen_arms
 from command_line import exit_code, positive, stoppable, stopped_by
+from progress import in_words
 from studies.request import StudyParser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,7 +130,21 @@ def check_request(parser: StudyParser, args: argparse.Namespace) -> list[Arm]:
         parser.error("--ranks 1 has no link; give 2 or more")
     if args.experts < 2 or args.experts % ranks:
         parser.error(f"--experts {args.experts} cannot be spread over {ranks} ranks; give a multiple, from 2")
+    if "RANK" not in os.environ:
+        _check_memory(parser, args)
     return arms
+
+
+def _check_memory(parser: StudyParser, args: argparse.Namespace) -> None:
+    """Refuse models whose parameters, gradients and residual stream alone are more than this machine can hold."""
+    weights = args.layers * args.hidden**2 * (8 * args.ranks + 4 * args.experts)  # every second block has the experts
+    needed = 4 * (2 * weights + args.ranks * args.tokens * args.hidden * args.layers)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        sizes = ", ".join(
+            f"--{name} {getattr(args, name)}" for name in ("ranks", "hidden", "layers", "experts", "tokens")
+        )
+        parser.error(f"{sizes} need {in_words(needed)} at least, and this machine has {in_words(there)}; use less")
 
 
 def show_again(parser: StudyParser, args: argparse.Namespace) -> None:

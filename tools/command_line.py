@@ -27,12 +27,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """The type of an option that is a whole number from ``low`` to ``high``, or of few digits."""
+    """The type of an option that is a whole number from ``low`` to ``high``, else below a million."""
+    most = 10**6 - 1 if high is None else high
 
     def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and low <= int(text[:9]) <= (high or 10**6 - 1)):
-            to = "" if high is None else f" to {high}"
-            raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a whole number from {low}{to}")
+        if not (text.isascii() and text.isdigit() and len(text) < 20 and low <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a whole number from {low} to {most}")
         return int(text)
 
     return parse

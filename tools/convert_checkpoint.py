@@ -73,7 +73,7 @@ The receipt, conversion.json in the new folder, says what became of every tensor
 
 def size(text: str) -> int:
     """A number of bytes such as 5GB or 512MiB, as the type of an option."""
-    found = re.fullmatch(r"(\d{1,12})(|K|M|G|Ki|Mi|Gi)B?", text)
+    found = re.fullmatch(r"([0-9]{1,12})(|K|M|G|Ki|Mi|Gi)B?", text)
     if not found or not int(found[1]):
         raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a size like 5GB or 512MiB")
     return int(found[1]) * UNITS[found[2]]
@@ -84,7 +84,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
     def parse(text: str) -> float:
         try:
-            value = float(text)
+            value = float(text) if text.isascii() else float("nan")
         except ValueError:
             value = float("nan")
         if not low <= value <= high:

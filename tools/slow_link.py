@@ -73,7 +73,7 @@ what it does not prove:
 
 def _seconds(text: str) -> float:
     try:
-        if 0 <= float(text) <= 3600:
+        if text.isascii() and 0 <= float(text) <= 3600:
             return float(text)
     except ValueError:
         pass

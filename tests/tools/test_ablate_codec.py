@@ -488,6 +488,9 @@ REFUSED = {
     ),
     "sequences": (["--eval-sequences", "30"], "--eval-sequences 30 is no multiple of 8, the batch of top-2; use 24"),
     "data": (["--data", "/nowhere"], "has no manifest.json; make it with tools/preprocess_data.py"),
+    "jobs": (["--jobs", "999999"], "--jobs 999999 needs more than a machine has"),
+    "more tokens": (["--tokens-per-expert", "999424"], "--tokens-per-expert 999424 needs more than a machine has"),
+    "more sequences": (["--eval-sequences", "999936"], "--eval-sequences 999936 needs more than a machine has"),
     "goals of nothing": (["--write-results", "x.md"], "needs --from"),
     "from and output": (["--from", "x"], "leave --output out"),
 }

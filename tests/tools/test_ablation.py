@@ -249,6 +249,8 @@ REFUSED = {
     "one expert": (["--ranks", "2", "--experts", "1"], "--experts 1 cannot be spread"),
     "one rank": (["--ranks", "1"], "--ranks 1 has no link"),
     "width": (["--hidden", "100"], "--hidden 100 is no multiple of 64"),
+    "memory": (["--hidden", "999936"], "need "),
+    "tokens": (["--tokens", "999999", "--layers", "2000"], "at least, and this machine has"),
     "zero": (["--repetitions", "0"], "not a whole number from 1"),
     "abbreviation": (["--repet", "3"], "unrecognized arguments"),
     "goals of nothing": (["--write-results", "x.md"], "needs --from"),
@@ -666,6 +668,26 @@ def test_document_without_its_marks_is_refused_and_kept(result, text, tmp_path, 
     arguments = ["--from", str(tmp_path), "--write-results", str(tmp_path / "results.md")]
     check_refusal(arguments, "it lacks the two marks", monkeypatch, capsys)
     assert (tmp_path / "results.md").read_text() == text
+
+
+@pytest.mark.parametrize("place", ["a link", "a device", "a report that is a folder"])
+def test_what_is_no_file_of_its_own_is_not_replaced(result, place, tmp_path, monkeypatch, capsys):
+    """A fifo would be read for ever, a link become a file."""
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    text, document = f"{BEGIN}\n{END}\n", tmp_path / "results.md"
+    if place == "a link":
+        (tmp_path / "mine.md").write_text(text)
+        document.symlink_to(tmp_path / "mine.md")
+    elif place == "a device":
+        os.mkfifo(document)
+    else:
+        document.write_text(text)
+        (tmp_path / "report.html").mkdir()
+    before = {path.name: path.lstat().st_mode for path in tmp_path.iterdir()}
+    arguments = ["--from", str(tmp_path), "--write-results", str(document)]
+    check_refusal(arguments, "cannot be written: it is ", monkeypatch, capsys)
+    assert {path.name: path.lstat().st_mode for path in tmp_path.iterdir()} == before
+    assert place == "a device" or document.read_text() == text
 
 
 def test_folder_without_a_result_is_refused(tmp_path, monkeypatch, capsys):
