@@ -149,6 +149,7 @@ def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig]:
 
 def _validate(args: Namespace) -> tuple[ScMoEConfig, Namespace | None]:
     """Complete and validate ``args``; returns our settings, and the arguments of the checkpoint to load."""
+    resume.use_pretrained(args)
     if args.use_checkpoint_args:
         _restore_args(args)
     scmoe = scmoe_config_from_args(args)

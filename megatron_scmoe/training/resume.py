@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 import torch.distributed as dist
+from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.global_vars import get_tokenizer
 from megatron.training.utils import print_rank_0
 from torch import nn
@@ -51,6 +52,22 @@ def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace]
         _check_expert_optimizer(args, saved)
         schedule.check(args, saved)
     return saved
+
+
+def use_pretrained(args: Namespace) -> None:
+    """Load from --pretrained-checkpoint where there is none in --load, as Core does later: then it is checked, too.
+
+    Raises:
+        ConfigError: where there is none in either.
+    """
+    if not args.pretrained_checkpoint or checkpoint_exists(args.load):
+        return
+    if not checkpoint_exists(args.pretrained_checkpoint):
+        raise ConfigError(
+            f"there is no checkpoint in either: --load is {args.load} and --pretrained-checkpoint is "
+            f"{args.pretrained_checkpoint}; give the folder that --save wrote"
+        )
+    args.load, args.finetune = args.pretrained_checkpoint, True
 
 
 def keep_vocabulary(args: Namespace, saved: Namespace | None) -> None:

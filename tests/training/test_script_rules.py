@@ -52,6 +52,7 @@ TOO_LATE = {
     "--overlap-report /proc/x": ["files in a folder", "--overlap-report is /proc/x", "give another folder"],
     f"--save /tmp/{'a' * 300} --save-interval 1": ["files in a folder", "File name too long"],
     "--per-dataset-sequences-path nowhere": ["--per-dataset-sequences-path is nowhere, which is no file"],
+    "--pretrained-checkpoint nowhere": ["no checkpoint in either", "--load is None", "nowhere"],
     "--tp-comm-overlap": ["Transformer Engine is not installed", "drop --tp-comm-overlap"],
     "--load nowhere --exit-on-missing-checkpoint": ["--load is nowhere, where there is none", "drop --exit-on-missing"],
 }
@@ -204,8 +205,12 @@ def test_a_vocabulary_is_padded_as_in_the_checkpoint(tmp_path):
     flags = with_flags(SCMOE, "--vocab-size 600", "--train-iters 3", "--ckpt-format torch_dist", "--bf16")
     ranks.run(training.train, 1, with_flags(flags, f"--save {tmp_path}/c", "--save-interval 2"))
     load = with_flags(flags, f"--load {tmp_path}/c", "--ckpt-step 2", "--no-load-optim", "--no-load-rng")
+    other = "--make-vocab-size-divisible-by 256"
+    pretrained = with_flags(flags, f"--pretrained-checkpoint {tmp_path}/c")
+    printed = ranks.run(training.train, 1, with_flags(pretrained, other, "--train-iters 1"))[0]
+    assert "vocabulary padded to 640 rows, as in the checkpoint, and not to 768" in printed and "exit" not in printed
     losses = {}
-    for name, change in {"same": [], "other": ["--make-vocab-size-divisible-by 256"]}.items():
+    for name, change in {"same": [], "other": [other]}.items():
         printed = ranks.run(training.train, 1, with_flags(load, *change, f"--tensorboard-dir {tmp_path}/{name}"))[0]
         assert ("vocabulary padded to 640 rows, as in the checkpoint, and not to 768" in printed) == bool(change)
         losses[name] = training.scalars(tmp_path / name, "lm loss")["lm loss"]
