@@ -7,6 +7,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 LINE_INTERVAL_S = 5.0
 
@@ -23,7 +24,7 @@ def progress(label: str, total: int, done: int = 0, *, in_bytes: bool = True) ->
         done: what an earlier call has done; it does not count for the rate.
         in_bytes: whether bytes are counted.
     """
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or find_spec("rich") is None:  # where a report was copied to, for one
         yield _line_writer(label, total, done, in_words if in_bytes else _count)
         return
     from rich import console

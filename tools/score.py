@@ -120,6 +120,7 @@ def read_input(args: argparse.Namespace, opened: Checkpoint) -> tuple[list[Token
         json_key=args.json_key,
         tokenizer=lambda: inputs.find_tokenizer(args.tokenizer, args.load, saved),
         vocab_size=opened.vocab_size,
+        shows=is_first_rank(),
     )
 
 

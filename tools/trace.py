@@ -27,6 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, so that an in
 
 import atomic
 from command_line import Parser, UserError, exit_code
+from progress import progress
 
 from megatron_scmoe.overlap.plan import CURRENT, DECODE, ENCODE, EXPERTS, ROUTE, TAIL
 from megatron_scmoe.overlap.spans import Lane
@@ -129,10 +130,12 @@ def read_report(folder: Path, steps: Sequence[int] | None = None, ranks: Sequenc
         files = [by_rank[rank] for rank in ranks]
     report: Report = defaultdict(dict)
     drawable: set[int] = set()
-    for file in files:
-        with file.open(encoding="utf-8", errors="replace") as lines:
-            for number, text in enumerate(lines, start=1):
-                drawable |= _read_line(text.rstrip("\n"), f"{file} line {number}", report, steps)
+    with progress("read", sum(file.stat().st_size for file in files)) as advance:
+        for file in files:
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                for number, text in enumerate(lines, start=1):
+                    drawable |= _read_line(text.rstrip("\n"), f"{file} line {number}", report, steps)
+                    advance(len(text))
     if not drawable:
         raise UserError(
             f"no line of {folder} has spans: they are kept every --log-interval steps, but not in the first step of a "

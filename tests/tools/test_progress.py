@@ -64,3 +64,21 @@ def test_a_terminal_gets_a_bar(arguments, unit):
     assert process.wait() == 0
     os.close(ours)
     assert b"100%" in shown and b"ETA" in shown and unit in shown and (unit or b"KiB" not in shown)
+
+
+def test_a_large_report_and_a_long_text_say_how_far_they_are_read(tmp_path, monkeypatch, capsys):
+    from scoring import inputs
+    from test_trace import tool as trace
+
+    monkeypatch.setattr(progress, "LINE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    (tmp_path / "rank00000.jsonl").write_text('{"iteration": 1, "rank": 0, "passes": []}\n' * 3)
+    with pytest.raises(trace.UserError, match="has spans"):
+        trace.read_report(tmp_path)
+    assert capsys.readouterr().err.count("read: ") == 3
+    (tmp_path / "a.txt").write_text("one two")
+    tokenizer = inputs.Tokenizer("here", 9, 0, lambda text: [1] * len(text.split()))
+    for shows in (True, False):
+        inputs.read([str(tmp_path / "a.txt")], json_key="", tokenizer=lambda: tokenizer, vocab_size=9, shows=shows)
+        said = capsys.readouterr().err
+        assert ("read: 7 B of 7 B (100%)" in said and "ETA 0 s" in said) if shows else not said

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from preprocessing.sources import (
     list_sources,
     shown,
 )
+from progress import Advance, progress
 
 _TOKENIZERS = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "HuggingFaceTokenizer")
 SUFFIXES = (".txt", *JSON_LINES, ".npy")
@@ -67,11 +69,12 @@ class Tokens:
 
 
 def read(
-    words: Sequence[str], *, json_key: str, tokenizer: Callable[[], Tokenizer], vocab_size: int
+    words: Sequence[str], *, json_key: str, tokenizer: Callable[[], Tokenizer], vocab_size: int, shows: bool
 ) -> tuple[list[Tokens], Tokenizer | None]:
     """Every file that ``words``, files and folders, name, and the tokenizer, which is called for if there is text.
 
-    Raises UserError for anything that cannot be scored, such as ids beyond ``vocab_size``.
+    ``shows`` on stderr how far that is. Raises UserError for anything that cannot be scored, such as ids beyond
+    ``vocab_size``.
     """
     sources = list_sources(list(words), SUFFIXES)
     for source in sources:
@@ -82,10 +85,16 @@ def read(
     has_ids = [source.name.lower().endswith(".npy") for source in sources]
     ready = None if all(has_ids) else tokenizer()
     files = []
-    for source, is_ids in zip(sources, has_ids, strict=True):
-        tokens = _read_ids(source) if is_ids or ready is None else _read_text(source, json_key, ready)
-        _check_ids(tokens, vocab_size)
-        files.append(tokens)
+    bar = progress("read", sum(source.num_bytes for source in sources)) if shows else nullcontext(lambda _: None)
+    with bar as advance:
+        for source, is_ids in zip(sources, has_ids, strict=True):
+            if is_ids or ready is None:
+                tokens = _read_ids(source)
+                advance(source.num_bytes)
+            else:
+                tokens = _read_text(source, json_key, ready, advance)
+            _check_ids(tokens, vocab_size)
+            files.append(tokens)
     return files, ready
 
 
@@ -114,7 +123,7 @@ def _read_ids(source: Source) -> Tokens:
     )
 
 
-def _read_text(source: Source, json_key: str, tokenizer: Tokenizer) -> Tokens:
+def _read_text(source: Source, json_key: str, tokenizer: Tokenizer, advance: Advance) -> Tokens:
     """A document begins behind the separator, as in training, so that its first token is scored too."""
     digest, bad_lines = hashlib.sha256(), []  # type: ignore[var-annotated]
     parts: list[list[int]] = []
@@ -122,7 +131,8 @@ def _read_text(source: Source, json_key: str, tokenizer: Tokenizer) -> Tokens:
     before = [] if tokenizer.separator is None else [tokenizer.separator]
     for text in iter_documents(source, Reading(json_key, 0), digest, bad_lines):
         parts.append([*before, *tokenizer.encode(text)])
-        num_bytes += len(text.encode())
+        num_bytes += (length := len(text.encode()))
+        advance(length)
     if bad_lines:
         raise UserError(f"{shown(source.name)}: {describe_lines(bad_lines)}")
     return Tokens(
