@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
-from test_hf_scmoe import EXACT, TOKENS, exported, loaded, logits_of  # noqa: F401  (a fixture among them)
+from cases import cases
+from test_hf_scmoe import EXACT, TOKENS, TOOLS, exported, loaded, logits_of  # noqa: F401  (a fixture among them)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -29,46 +35,85 @@ def train_step(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 class ServedExperts(torch.nn.Module):
-    """What programs that serve put in the place of a list of experts: stacked weights, SwiGLU, three arguments."""
+    """What programs that serve put in the place of a list of experts: stacked weights, SwiGLU, three arguments.
 
-    def __init__(self, experts) -> None:
+    It writes over its input, as their kernels may.
+    """
+
+    def __init__(self, experts, topk: int) -> None:
         super().__init__()
         self.gate = torch.stack([expert.gate_proj.weight for expert in experts])
         self.up = torch.stack([expert.up_proj.weight for expert in experts])
         self.down = torch.stack([expert.down_proj.weight for expert in experts])
+        self.topk = topk
         self.ids_seen = 0
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         assert hidden_states.dim() == 2 and top_k_index.shape == top_k_weights.shape
+        assert top_k_index.shape == (len(hidden_states), self.topk)  # as many as the configuration says
         assert int(top_k_index.max()) < self.gate.shape[0]  # a fused kernel would read behind its weights
         self.ids_seen += top_k_index.numel()
-        gate, up, down = (weights[top_k_index] for weights in (self.gate, self.up, self.down))
+        gate, up, down = (weights[top_k_index.int()] for weights in (self.gate, self.up, self.down))
         inner = functional.silu(torch.einsum("nkih,nh->nki", gate, hidden_states))
         inner = inner * torch.einsum("nkih,nh->nki", up, hidden_states)
         output = torch.einsum("nkhi,nki->nkh", down, inner)
-        return (output * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
+        hidden_states.fill_(torch.nan)
+        return (output * top_k_weights.float().unsqueeze(-1)).sum(dim=1).to(output.dtype)
 
 
-def served_attention(module, query, key, value, mask, *, scaling, calls, **_):
-    """A backend's attention: it finds its state by the layer's index, and knows keys by their heads."""
-    calls.append(module.layer_idx)
+def served_attention(module, query, key, value, mask, *, scaling, attention_instances, **_):
+    """A backend's attention: its state is found by the layer's index, and a head is as large in q, k and v.
+
+    It takes one row of tokens, without a mask, and gives [n, heads * d].
+    """
+    assert len(query) == 1 and value.shape[-1] == query.shape[-1]
+    attention_instances[module.layer_idx] += 1
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     length = query.shape[2]
-    causal = torch.ones(length, key.shape[2], dtype=torch.bool).tril(key.shape[2] - length)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
     scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~causal, -torch.inf)
-    return (scores.softmax(dim=-1) @ value).transpose(1, 2).contiguous(), None
+    return (scores.softmax(dim=-1) @ value).transpose(1, 2).reshape(length, -1), None
 
 
-def served(model) -> list[int]:
-    """Swap attention and experts as the Transformers backends of vLLM and SGLang do; returns the attention's calls."""
-    calls: list[int] = []
-    ALL_ATTENTION_FUNCTIONS["served"] = lambda *args, **kwargs: served_attention(*args, calls=calls, **kwargs)
+def assert_tuple(output: object) -> None:
+    assert isinstance(output, tuple)
+
+
+def served(model):
+    """Swap attention and experts as the Transformers backends of vLLM and SGLang do."""
+    ALL_ATTENTION_FUNCTIONS["served"] = served_attention
     model.config._attn_implementation = "served"
     for name, module in list(model.named_modules()):
         if name.endswith(".experts") and isinstance(module, torch.nn.ModuleList):
-            model.get_submodule(name.rpartition(".")[0]).experts = ServedExperts(module)
-    return calls
+            parent = model.get_submodule(name.rpartition(".")[0])
+            # What stands beside the experts is added up over ranks with them, and would count many times.
+            assert {name for name, _ in parent.named_children()} == {"router", "experts"}
+            # A block that gives one tensor, and reads one, is one whose routing they may replace by their own.
+            parent.register_forward_hook(lambda *called: assert_tuple(called[-1]))
+            parent.experts = ServedExperts(module, model.config.num_experts_per_tok)
+    return model
+
+
+@torch.no_grad()
+def served_states(model, **inputs) -> torch.Tensor:
+    """Hidden states [n, h] of one row of tokens, as the backends call a model without its output layer."""
+    length = inputs.get("input_ids", inputs.get("inputs_embeds")).shape[1]
+    calls = dict.fromkeys(range(model.config.num_hidden_layers), 0)
+    outputs = model.model(
+        **inputs,
+        use_cache=False,
+        position_ids=torch.arange(length).unsqueeze(0),
+        attention_instances=calls,
+        return_dict=False,
+    )
+    here = [index for index, block in enumerate(model.model.layers) if not isinstance(block, torch.nn.Identity)]
+    assert [index for index, number in calls.items() for _ in range(number)] == here
+    return outputs[0][0]
+
+
+def served_logits(model) -> torch.Tensor:
+    return model.lm_head(torch.stack([served_states(model, input_ids=row.unsqueeze(0)) for row in TOKENS]))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -76,25 +121,60 @@ def test_backends_that_swap_attention_and_experts_compute_the_same(exported, cas
     _, folder, expected = exported(case)
     model = loaded(folder)
     assert model.is_backend_compatible() and model.model.is_backend_compatible()
-    assert model.config.base_model_tp_plan and model.config.base_model_pp_plan
-    calls = served(model)
-    assert (logits_of(model) - expected).abs().max() <= 10 * TOLERANCE
-    assert calls == list(range(model.config.num_hidden_layers))
+    served(model)
+    assert (served_logits(model) - expected).abs().max() <= 10 * TOLERANCE
     stand_ins = [module for module in model.modules() if isinstance(module, ServedExperts)]
     # Fused experts compute SwiGLU, so those with another activation are no list that a backend would swap.
     assert bool(stand_ins) == (model.config.activation == "swiglu")
     assert all(module.ids_seen for module in stand_ins)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_backends_cut_it_into_stages(exported, case):  # noqa: F811
+    """A stage has identities in the places of what other stages have, and gets hidden states for embeddings."""
+    _, folder, expected = exported(case)
+    config = loaded(folder).config
+    unit = config.moe_every * config.moe_share_groups
+    half = (config.num_hidden_layers // unit + 1) // 2 * unit
+    assert config.base_model_pp_plan.keys() == {"embed_tokens", "layers", "norm"}
+    first, second = served(loaded(folder)), served(loaded(folder))
+    for index in range(config.num_hidden_layers):
+        (first if index >= half else second).model.layers[index] = torch.nn.Identity()
+    first.model.norm = second.model.embed_tokens = torch.nn.Identity()
+    rows = [served_states(first, input_ids=row.unsqueeze(0)) for row in TOKENS]
+    found = torch.stack([served_states(second, inputs_embeds=row.unsqueeze(0)) for row in rows])
+    assert (second.lm_head(found) - expected).abs().max() <= 10 * TOLERANCE
+
+
+def on_ranks(folder: Path) -> tuple[torch.Tensor, int]:
+    """Logits of a model that ranks share as its plan says, and how many of its parameters are shared."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    sys.path.insert(0, str(TOOLS))
+    from checkpoints.mappings.hf_scmoe.modeling_scmoe import ScMoEForCausalLM
+
+    model = ScMoEForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2)).eval()
+    shared = sum(isinstance(value, DTensor) for value in model.parameters())
+    logits = logits_of(model)
+    return logits.full_tensor() if isinstance(logits, DTensor) else logits, shared
+
+
+@pytest.mark.parametrize("case", cases(EXACT, ["pos2", "longcat"]))
+def test_ranks_of_tensor_parallelism_share_it(exported, case):  # noqa: F811
+    _, folder, expected = exported(case)
+    for logits, shared in ranks.run(on_ranks, 2, folder):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+        assert shared
+
+
 def test_a_backend_that_mixes_up_experts_is_noticed(exported):  # noqa: F811
     """Negative control of the test above."""
     _, folder, expected = exported("pos2")
-    model = loaded(folder)
-    served(model)
+    model = served(loaded(folder))
     for module in model.modules():
         if isinstance(module, ServedExperts):
             module.down = module.down.flip(0)
-    assert (logits_of(model) - expected).abs().max() > 1e-3
+    assert (served_logits(model) - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -187,15 +267,22 @@ def test_it_gives_what_it_is_asked_for(exported, case):  # noqa: F811
     assert {logits.shape[-1] for logits in asked.router_logits} == {config.num_experts + config.zero_experts}
 
 
-def test_a_part_of_a_group_alone_is_refused(exported):  # noqa: F811
-    """As in a pipeline stage that begins within a group: what its experts read was in the block before."""
-    _, folder, _ = exported("pos2")
+@pytest.mark.parametrize(("case", "blocks"), [("pos2", 1), ("dgmoe pos3 share", 2)])
+def test_a_part_of_a_group_alone_is_refused(exported, case, blocks):  # noqa: F811
+    """As in a pipeline stage that begins within a group: what its experts read, or its experts, were before."""
+    _, folder, _ = exported(case)
     model = loaded(folder)
-    block = model.model.layers[1]
-    hidden = torch.randn(1, 3, model.config.hidden_size)
-    angles = (torch.ones(1, 1, 3, 16), torch.zeros(1, 1, 3, 16))
+    for index in range(blocks):
+        model.model.layers[index] = torch.nn.Identity()
     with pytest.raises(ValueError, match="give a pipeline stage whole groups of blocks"):
-        block(hidden, angles=angles)
+        model(inputs_embeds=torch.randn(1, 3, model.config.hidden_size))
+
+
+def test_rotary_positions_that_depend_on_the_length_are_refused(exported):  # noqa: F811
+    """Frequencies are computed once for a kind, whatever the length."""
+    _, folder, _ = exported("pos2")
+    with pytest.raises(ValueError, match="rope_type is one of .* it is 'dynamic'"):
+        loaded(folder, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
 
 
 def test_the_default_configuration_makes_a_model(exported):  # noqa: F811

@@ -31,8 +31,8 @@ def tensors():
         "model.layers.0.moe.router.weight": (2, 4),
         "model.layers.0.moe.experts.0.up_proj.weight": (5, 4),
         "model.layers.0.moe.experts.1.up_proj.weight": (5, 4),
-        "model.layers.0.moe.shared_expert.up_proj.weight": (7, 4),
-        "model.layers.0.moe.shared_expert_gate.weight": (1, 4),
+        "model.layers.0.shared_expert.up_proj.weight": (7, 4),
+        "model.layers.0.shared_expert_gate.weight": (1, 4),
         "lm_head.weight": (3, 4),
     }
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}

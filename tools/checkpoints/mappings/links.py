@@ -155,7 +155,7 @@ def _block(args: Namespace, block: int) -> Iterator[Link]:
     if not carries_moe(args, block):
         yield from _mlp(args, f"{ours}mlp.", f"{theirs}mlp.", args.ffn_hidden_size)
     elif args.shortcut == "none" or block // args.moe_every % args.moe_share_groups == 0:
-        yield from _moe(args, ours, f"{theirs}moe.")
+        yield from _moe(args, ours, theirs)
 
 
 def _grouped_query_attention(args: Namespace, ours: str, theirs: str, _norms: Mapping[str, str]) -> Iterator[Link]:
@@ -214,11 +214,11 @@ def _mlp(args: Namespace, ours: str, theirs: str, size: int) -> Iterator[Link]:
 
 def _moe(args: Namespace, ours: str, theirs: str) -> Iterator[Link]:
     hidden, choices = args.hidden_size, args.num_experts + args.zero_experts
-    yield _same(f"{ours}mlp.router.weight", f"{theirs}router.weight", (choices, hidden))
+    yield _same(f"{ours}mlp.router.weight", f"{theirs}moe.router.weight", (choices, hidden))
     if args.moe_router_enable_expert_bias or args.router == "longcat":
-        yield _same(f"{ours}mlp.router.expert_bias", f"{theirs}router.expert_bias", (choices,))
+        yield _same(f"{ours}mlp.router.expert_bias", f"{theirs}moe.router.expert_bias", (choices,))
     for index in range(args.num_experts):
-        yield from _expert(args, f"{ours}mlp.experts.experts.", f"{theirs}experts.{index}.", index)
+        yield from _expert(args, f"{ours}mlp.experts.experts.", f"{theirs}moe.experts.{index}.", index)
     if args.moe_shared_expert_intermediate_size:
         shared = f"{ours}mlp.shared_experts."
         yield from _mlp(args, shared, f"{theirs}shared_expert.", args.moe_shared_expert_intermediate_size)

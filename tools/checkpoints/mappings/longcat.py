@@ -37,7 +37,7 @@ _HAS_UNUSED = "hf_has_unused_tensors"  # among the saved arguments
 _NAMES = {
     r"(input_layernorm|self_attn|post_attention_layernorm)\.": r"\1.{}.",
     r"mlp\.": "mlps.0.",
-    r"moe\.shared_expert\.": "mlps.1.",
+    r"shared_expert\.": "mlps.1.",
     r"moe\.router\.weight": "mlp.router.classifier.weight",
     r"moe\.router\.expert_bias": "mlp.router.e_score_correction_bias",
     r"moe\.experts\.": "mlp.experts.",

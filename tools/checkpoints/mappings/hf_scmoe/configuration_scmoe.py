@@ -24,14 +24,9 @@ _CHOICES = {
 _OPS_BEHIND_TAP = {"pos1": 2, "pos2": 3, "pos3": 4}
 _POSITIONS = tuple(_OPS_BEHIND_TAP)
 _LATENT_SIZES = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
-_SPLIT = {
-    "q_proj": "colwise",
-    "k_proj": "colwise",
-    "v_proj": "colwise",
-    "q_b_proj": "colwise",
-    "kv_b_proj": "colwise",
-    "o_proj": "rowwise",
-}
+# Kinds of rope_parameters whose frequencies are the same at every length.
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# How ranks share linears (transformers' tensor parallelism).
 _SPLIT_MLP = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
 
 
@@ -44,12 +39,6 @@ class ScMoEConfig(PretrainedConfig):
 
     model_type = "scmoe"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the name and type are those of transformers)
-    base_model_tp_plan = {  # noqa: RUF012
-        **{f"layers.*.self_attn.{name}": how for name, how in _SPLIT.items()},
-        **{f"layers.*.mlp.{name}": how for name, how in _SPLIT_MLP.items()},
-        **{f"layers.*.moe.shared_expert.{name}": how for name, how in _SPLIT_MLP.items()},
-        **{f"layers.*.moe.experts.*.{name}": how for name, how in _SPLIT_MLP.items()},
-    }
     base_model_pp_plan = {  # noqa: RUF012
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -191,6 +180,9 @@ class ScMoEConfig(PretrainedConfig):
     router_dtype: str | None = None
     """float32 or float64: in which the router's logits are computed; None: as the hidden states."""
 
+    output_router_logits: bool = False
+    """Whether the router's logits are given where a call does not say."""
+
     initializer_range: float = 0.02
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -213,13 +205,16 @@ class ScMoEConfig(PretrainedConfig):
             self.head_dim = self.latent_sizes[2]
         if self.shortcut == "scmoe" and self.shared_expert_intermediate_size is None:
             self.shared_expert_intermediate_size = self.moe_intermediate_size
-        self._check()
+        self.check()
         super().__post_init__(**kwargs)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise a ValueError that says what cannot be, where this describes no model."""
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is one of {choices}: it is {getattr(self, name)!r}")
+        if (kind := (self.rope_parameters or {}).get("rope_type", "default")) not in _ROPE_TYPES:
+            raise ValueError(f"rope_type is one of {_ROPE_TYPES}: it is {kind!r}")
         num_groups, rest = divmod(self.num_hidden_layers, self.moe_every)
         rules = {
             "every group is whole": self.shortcut == "none" or rest == 0,
@@ -240,6 +235,24 @@ class ScMoEConfig(PretrainedConfig):
         broken = [rule for rule, holds in rules.items() if not holds]
         if broken:
             raise ValueError(f"{'; '.join(broken)}: {self.shortcut=}, {self.moe_every=}, {self.num_hidden_layers=}")
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How ranks of tensor parallelism share the linears that there are; transformers and what serves read it."""
+        split = ["q_proj", "k_proj", "v_proj"]
+        if self.attention == "multi_latent":
+            split = ["q_proj" if self.q_lora_rank is None else "q_b_proj", "kv_b_proj"]
+        attention = {**dict.fromkeys(split, "colwise"), "o_proj": "rowwise"}
+        mlp = {name: how for name, how in _SPLIT_MLP.items() if name != "gate_proj" or self.activation == "swiglu"}
+        carries = [self.carries_moe(block) for block in range(self.num_hidden_layers)]
+        parts = {"self_attn": attention}
+        if not all(carries):
+            parts["mlp"] = mlp
+        if any(carries):
+            parts["moe.experts.*"] = mlp
+            if self.shared_expert_intermediate_size:
+                parts["shared_expert"] = mlp
+        return {f"layers.*.{part}.{name}": how for part, names in parts.items() for name, how in names.items()}
 
     @property
     def latent_sizes(self) -> tuple[int, int, int, int]:

@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_scmoe import ScMoEConfig
 
 LONGCAT_EPSILON = 1e-6
+TORN_GROUP = "the blocks of a group run one after another: give a pipeline stage whole groups of blocks"
 
 
 class Block(GradientCheckpointingLayer):
@@ -48,8 +49,18 @@ class Block(GradientCheckpointingLayer):
         attention = LatentAttention if config.attention == "multi_latent" else GroupedQueryAttention
         self.self_attn = attention(config, index)
         self.post_attention_layernorm = build_norm(config, config.hidden_size)
-        self.mlp = None if config.carries_moe(index) else MLP(config, config.intermediate_size)
-        self.moe = MoE(config) if config.carries_moe(index) and not config.borrows_moe(index) else None
+        self.mlp = self.moe = self.shared_expert = self.shared_expert_gate = self.combine_gate = None
+        if not config.carries_moe(index):
+            self.mlp = MLP(config, config.intermediate_size)
+        elif not config.borrows_moe(index):
+            self.moe = MoE(config)
+            if config.shared_expert_intermediate_size:
+                # Beside the MoE, since programs that serve add up over ranks whatever is in there with the experts.
+                self.shared_expert = MLP(config, config.shared_expert_intermediate_size)
+                if config.shortcut_combine == "cg1":
+                    self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+                elif config.shortcut_combine == "cg2":
+                    self.combine_gate = nn.Linear(config.hidden_size, 2, bias=False)
         self.tapped_op = config.tapped_op(index)
         self.has_shortcut = config.shortcut != "none"
 
@@ -73,7 +84,7 @@ class Block(GradientCheckpointingLayer):
         """
         if current is not None:
             assert self.moe is not None
-            return hidden + self.moe(source, current), None, None
+            return hidden + self.moe(source, current)[0], None, None
         normed = self.input_layernorm(hidden)
         if self.tapped_op == "attention":
             source = normed
@@ -84,12 +95,27 @@ class Block(GradientCheckpointingLayer):
         if self.mlp is not None:
             return hidden + self.mlp(normed), source, None
         if source is None and self.has_shortcut:
-            raise ValueError(
-                "the blocks of a group run one after another: give a pipeline stage whole groups of blocks"
-            )
+            raise ValueError(TORN_GROUP)
         if self.moe is None:
             return hidden, source, normed
-        return hidden + self.moe(normed if source is None else source, normed), None, None
+        # The shared expert comes first: fused experts may write over what they read.
+        shared, share = self._run_shared_expert(normed)
+        routed, _ = self.moe(normed if source is None else source, normed)
+        if share is not None:
+            routed = share * routed
+        return hidden + (routed if shared is None else routed + shared), None, None
+
+    def _run_shared_expert(self, normed: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What the shared expert adds to the residual, [b, s, h], and what the routed ones are multiplied by."""
+        if self.shared_expert is None:
+            return None, None
+        shared = self.shared_expert(normed)
+        if self.shared_expert_gate is not None:
+            return torch.sigmoid(self.shared_expert_gate(normed)) * shared, None
+        if self.combine_gate is not None:
+            weights = self.combine_gate(normed).softmax(dim=-1, dtype=torch.float32).to(shared.dtype)
+            return weights[..., 0:1] * shared, weights[..., 1:2]
+        return shared, None
 
 
 def build_norm(config: ScMoEConfig, size: int, eps: float | None = None) -> nn.Module:
@@ -237,7 +263,7 @@ class OtherExperts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Router, routed experts, shared expert, and how they become one.
+    """Router and routed experts.
 
     Args:
         config: of the model.
@@ -249,50 +275,38 @@ class MoE(nn.Module):
         self.num_experts, self.zero_experts = config.num_experts, config.zero_experts
         self.router = Router(config)
         self.experts = (Experts if config.activation == "swiglu" else OtherExperts)(config)
-        self.shared_expert = self.shared_expert_gate = self.combine_gate = None
-        if config.shared_expert_intermediate_size:
-            self.shared_expert = MLP(config, config.shared_expert_intermediate_size)
-            if config.shortcut_combine == "cg1":
-                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
-            elif config.shortcut_combine == "cg2":
-                self.combine_gate = nn.Linear(config.hidden_size, 2, bias=False)
 
-    def forward(self, source: Tensor, current: Tensor) -> Tensor:
-        """What the MoE adds to the residual, [b, s, h].
+    def forward(self, source: Tensor, current: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What routed experts give, [b, s, h], and the router's logits, [n, e], of each gate.
+
+        A program that serves would route by itself for an MoE that gives one tensor, and from one input.
 
         Args:
             source: normed tensor at the shortcut position, [b, s, h].
-            current: normed tensor in front of the MoE's place in its block, [b, s, h].
+            current: normed tensor in front of the MoE's place in its block, [b, s, h], which dgmoe's other gate reads.
         """
-        if self.two_gates:
-            return self._run_two_gates(source.flatten(0, 1), current.flatten(0, 1)).view_as(current)
-        tokens = source.flatten(0, 1)
-        weights, chosen, _ = self.router(tokens)
-        # Zero experts lie behind the others and give a token back as it is: the others never hear of them.
+        run = self._run_two_gates if self.two_gates else self._run_one_gate
+        output, logits = run(source.flatten(0, 1), current.flatten(0, 1))
+        return output.view_as(source), logits
+
+    def _run_one_gate(self, tokens: Tensor, _: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        weights, chosen, logits = self.router(tokens)
+        # Zero experts lie behind the others and give a token back as it is: the others never hear of them. That comes
+        # first, since fused experts may write over what they read.
         is_zero = chosen >= self.num_experts
+        given_back = tokens * (weights * is_zero).sum(dim=1, keepdim=True) if self.zero_experts else None
         routed = self.experts(tokens, chosen.masked_fill(is_zero, 0), weights.masked_fill(is_zero, 0))
-        if self.zero_experts:
-            routed = routed + (tokens * (weights * is_zero).sum(dim=1, keepdim=True)).to(routed.dtype)
-        routed = routed.view_as(source)
-        return routed if self.shared_expert is None else self._combine(current, self.shared_expert(current), routed)
+        return routed if given_back is None else routed + given_back.to(routed.dtype), (logits,)
 
-    def _run_two_gates(self, source: Tensor, current: Tensor) -> Tensor:
-        """One expert for each of two tensors [n, h]: one call, in which a token's other choice weighs nothing."""
-        first_weights, first, _ = self.router(source)
-        second_weights, second, _ = self.router(current, taken=first)
+    def _run_two_gates(self, source: Tensor, current: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One expert for each of two tensors [n, h]: two calls, in each of which the other choice weighs nothing."""
+        first_weights, first, first_logits = self.router(source)
+        second_weights, second, second_logits = self.router(current, taken=first)
         nothing = torch.zeros_like(first_weights)
-        chosen = torch.cat((first, second), dim=1).repeat(2, 1)
-        weights = torch.cat((torch.cat((first_weights, nothing), 1), torch.cat((nothing, second_weights), 1)))
-        of_source, of_current = self.experts(torch.cat((source, current)), chosen, weights).chunk(2)
-        return of_source + of_current
-
-    def _combine(self, current: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
-        if self.shared_expert_gate is not None:
-            return routed + torch.sigmoid(self.shared_expert_gate(current)) * shared
-        if self.combine_gate is not None:
-            weights = self.combine_gate(current).softmax(dim=-1, dtype=torch.float32).to(shared.dtype)
-            return weights[..., 0:1] * shared + weights[..., 1:2] * routed
-        return routed + shared
+        chosen = torch.cat((first, second), dim=1)
+        of_source = self.experts(source, chosen, torch.cat((first_weights, nothing), dim=1))
+        of_current = self.experts(current, chosen, torch.cat((nothing, second_weights), dim=1))
+        return of_source + of_current, (first_logits, second_logits)
 
 
 # --- attention ---------------------------------------------------------------------------------------------------
@@ -364,7 +378,7 @@ class Attention(nn.Module):
         """Output [b, s, heads * d] of query, key and value [b, heads, s, d], and the weights where they are made."""
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0, **kwargs)
-        return output.flatten(2), weights
+        return output.reshape(query.shape[0], query.shape[2], -1), weights  # some give [b * s, heads * d]
 
 
 class GroupedQueryAttention(Attention):
@@ -453,8 +467,10 @@ class LatentAttention(Attention):
         key_value = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, still + value_size)).transpose(1, 2)
         key_still, value = key_value.split([still, value_size], dim=-1)
         key = torch.cat((key_still, key_turning.expand(-1, key_still.shape[1], -1, -1)), dim=-1)
-        if pads := "flash" in str(self.config._attn_implementation) and value_size < still + turning:
-            value = functional.pad(value, (0, still + turning - value_size))  # flash attention wants equal sizes
+        any_size = self.config._attn_implementation in ("eager", "sdpa", "flex_attention")
+        if pads := not any_size and value_size < still + turning:
+            # Flash attention and the attention of programs that serve want equal sizes.
+            value = functional.pad(value, (0, still + turning - value_size))
         output, weights = self._attend(query, key, value, mask, **kwargs)
         if pads:
             output = output.unflatten(-1, (-1, still + turning))[..., :value_size].flatten(2)
@@ -494,8 +510,6 @@ class ScMoEPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(Attention, index=1),
         "router_logits": OutputRecorder(Router, index=2),
     }
-    # Biases decide between scores that lie close together, whatever the weights are kept in.
-    _keep_in_fp32_modules_strict = ["expert_bias"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
     @torch.no_grad()
@@ -516,12 +530,16 @@ class ScMoEModel(ScMoEPreTrainedModel):
 
     def __init__(self, config: ScMoEConfig) -> None:
         super().__init__(config)
+        config.check()  # it may have been changed since it was made
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         if config.position_embedding == "learned_absolute":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
         self.norm = build_norm(config, config.hidden_size)
         self.gradient_checkpointing = False
+        if config.router_expert_bias:
+            # Biases decide between scores that lie close together, whatever the weights are kept in.
+            self._keep_in_fp32_modules_strict = ["expert_bias"]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -567,7 +585,8 @@ class ScMoEModel(ScMoEPreTrainedModel):
             position_ids=position_ids,
         )
         hidden = inputs_embeds
-        if self.config.position_embedding == "learned_absolute":
+        # A pipeline stage has identities in the places of other stages' blocks, and gets hidden states for embeddings.
+        if self.config.position_embedding == "learned_absolute" and not isinstance(self.layers[0], nn.Identity):
             hidden = hidden + self.embed_positions(position_ids)
         inputs = {
             "angles": rotary_angles(self.config, position_ids, hidden.dtype),
@@ -579,9 +598,12 @@ class ScMoEModel(ScMoEPreTrainedModel):
         source: Tensor | None = None
         lender: nn.Module | None = None
         for block in self.layers:
+            if isinstance(block, nn.Identity):
+                continue
             hidden, source, current = block(hidden, source, **inputs)
             if current is not None:
-                assert lender is not None  # the configuration has an owner in front of each borrower
+                if lender is None:
+                    raise ValueError(TORN_GROUP)
                 hidden, source, _ = lender(hidden, source, current)
             elif block.moe is not None:
                 lender = block
