@@ -12,8 +12,12 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that ^C ends
+from megatron_scmoe.job.orphans import die_with_launcher
+
+if __name__ == "__main__":  # before the slow imports
+    die_with_launcher()
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that ^C ends
 
 import json
 import sys
@@ -53,7 +57,8 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_scmoe.config import ConfigError
-from megatron_scmoe.mcore.datasets import HashedDataset, HashedDatasetConfig, index_hashes
+from megatron_scmoe.job.start import joined
+from megatron_scmoe.mcore.datasets import HashedDataset, HashedDatasetConfig, dataset_prefixes, index_hashes
 from megatron_scmoe.models.gpt import model_config_from_args
 from megatron_scmoe.training import resume
 from megatron_scmoe.training.arguments import parse_and_validate_args, refuse
@@ -184,7 +189,6 @@ def train_valid_test_datasets_provider(
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = args.per_dataset_sequences_path
-    prefixes = [prefix for part in (blend, *(blend_per_split or ())) if part for prefix in part[0]]
     config = HashedDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -207,7 +211,7 @@ def train_valid_test_datasets_provider(
         sequences_per_dataset=json.loads(Path(sequences).read_text(encoding="utf-8")) if sequences else None,
         fast_cache_load=args.dataloader_fast_cache_load,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
-        index_hashes=index_hashes(prefixes),
+        index_hashes=index_hashes(dataset_prefixes(args)),
     )
     print_rank_0("> building train, validation, and test datasets for GPT ...")
     return BlendedMegatronDatasetBuilder(
@@ -233,12 +237,14 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is something to flush
     try:
-        pretrain(
-            pretrain_cfg_container_from_args(args, model_config),
-            train_valid_test_datasets_provider,
-            ModelType.encoder_or_decoder,
-            partial(forward_step, time_left=TimeLeft(), session=session),
-        )
+        with joined(args, scmoe.hang_limit) as store:
+            pretrain(
+                pretrain_cfg_container_from_args(args, model_config),
+                train_valid_test_datasets_provider,
+                ModelType.encoder_or_decoder,
+                partial(forward_step, time_left=TimeLeft(), session=session),
+                store=store,
+            )
     except ConfigError as error:  # what cannot be known before the model is there
         refuse(str(error))
     except KeyboardInterrupt:

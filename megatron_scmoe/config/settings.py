@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from megatron_scmoe.config.architecture import ArchitectureConfig
 from megatron_scmoe.config.codec import CodecConfig
+from megatron_scmoe.config.job import JobConfig
 from megatron_scmoe.config.overlap import Overlap, OverlapConfig
 from megatron_scmoe.config.rules import ConfigError, check_length, flag_of, shown
 from megatron_scmoe.contracts import Plan
@@ -38,6 +39,7 @@ SUBJECTS = {
     "overlap": OverlapConfig,
     "what travels": CodecConfig,
     "checkpoints": ResumeConfig,
+    "the job": JobConfig,
 }
 """By what the group of its flags is called, in their order."""
 
@@ -55,7 +57,7 @@ _NEEDS_SHORTCUT = (*(field.name for field in fields(ArchitectureConfig) if field
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScMoEConfig(ResumeConfig, CodecConfig, OverlapConfig, ArchitectureConfig):
+class ScMoEConfig(JobConfig, ResumeConfig, CodecConfig, OverlapConfig, ArchitectureConfig):
     """Shortcut-connected mixture of experts: which architecture, and how its communication is hidden."""
 
     def plan(self, group_index: int) -> Plan:
@@ -83,6 +85,7 @@ class ScMoEConfig(ResumeConfig, CodecConfig, OverlapConfig, ArchitectureConfig):
         """Raise ConfigError where these settings cannot describe a model of ``num_layers`` blocks."""
         self.validate_codec()
         self.validate_overlap()
+        self.validate_job()
         if not self.enabled:
             self._validate_stock()
             return

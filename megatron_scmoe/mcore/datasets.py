@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import _IndexReader
+from megatron.training.utils import get_blend_and_blend_per_split
 
 INDEX_HASHES = "index_hashes"
 
@@ -37,6 +39,12 @@ class HashedDataset(GPTDataset):
     @staticmethod
     def _key_config_attributes() -> list[str]:
         return [*GPTDataset._key_config_attributes(), INDEX_HASHES]
+
+
+def dataset_prefixes(args: Namespace) -> list[str]:
+    """Paths without suffix of all datasets that the command line names, for whatever part of the run."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return [prefix for part in (blend, *(blend_per_split or ())) if part for prefix in part[0]]
 
 
 def index_hashes(prefixes: Iterable[str]) -> dict[str, str]:

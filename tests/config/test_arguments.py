@@ -414,12 +414,18 @@ def test_a_corpus_that_leaves_a_part_without_documents(tmp_path, num_documents, 
         entry.assert_accepted([flags])
 
 
+def test_a_process_that_was_told_of_no_others_is_refused():
+    unknown = {"MASTER_ADDR": "", "MASTER_PORT": ""}
+    entry.assert_refused([(SCMOE, ["MASTER_ADDR", "not set", "torchrun, also on one GPU"])], unknown)
+
+
 # --- the process ---------------------------------------------------------------------------------------------------
 
 NO_PROCESS_GROUP = """
-import runpy, sys, torch.distributed
-def forbidden(*args, **kwargs): raise SystemExit("a process group was started")
-torch.distributed.init_process_group = forbidden
+import os, runpy, sys, torch.distributed
+def forbidden(*args, **kwargs): raise SystemExit("other ranks were looked for")
+torch.distributed.rendezvous = forbidden
+os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="1")
 sys.argv[:] = ["pretrain_gpt_scmoe.py", *sys.argv[1:]]
 runpy.run_path("pretrain_gpt_scmoe.py", run_name="__main__")
 """
@@ -437,9 +443,9 @@ def test_refusal_ends_the_process_with_2_before_any_process_group(tmp_path):
     refused = commands.run(script, *with_flags(SCMOE, "--num-layers 5"), cwd=ROOT, env={"LOCAL_RANK": "0"})
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith("pretrain_gpt_scmoe.py: refused: groups must be whole")
-    # Negative control: a run that is not refused does reach the process group.
+    # Negative control: a run that is not refused does look for other ranks.
     accepted = commands.run(script, *SCMOE, cwd=ROOT, env={"LOCAL_RANK": "0"})
-    assert "a process group was started" in accepted.stderr
+    assert "other ranks were looked for" in accepted.stderr
 
 
 def test_torchrun_turns_a_refusal_into_1_and_the_line_is_there():

@@ -25,6 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "config": {"contracts", "overlap"},
     "mcore": {"config"},
     "cpu": {"mcore"},
+    "job": {"config", "mcore"},
     "dispatch": {"contracts", "mcore", "overlap"},
     "report": {"config", "contracts", "mcore", "overlap"},
     "codec": {"config", "contracts", "dispatch", "mcore", "overlap"},

@@ -1,7 +1,7 @@
 """The entry script in processes of its own, to their ends; forked from a rank, which has imported what is slow.
 
-No process gets as far as a process group: where the script would start one, it ends with exit code 1 and says so. So
-each process may be any rank of a world of any size.
+No process meets another rank: where the script would look for them, it ends with exit code 1 and says so. So each
+process may be any rank of a world of any size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from training import ROOT
 
 SCRIPT = "pretrain_gpt_scmoe.py"
-STARTED = "a process group was started"
+STARTED = "other ranks were looked for"
 
 
 class Command(NamedTuple):
@@ -50,7 +50,7 @@ class Ended(NamedTuple):
         return (self.exit_code, self.stderr) == (2, "")
 
     def accepts(self) -> bool:
-        """It went as far as the process group, and refused nothing."""
+        """It went as far as its meeting with other ranks, and refused nothing."""
         return self.exit_code == 1 and self.stderr.endswith(f"{STARTED}\n") and "refused" not in self.stderr
 
 
@@ -121,9 +121,9 @@ def _script(command: Command, output: Path) -> None:
     """The process."""
     for stream, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(output.with_suffix(suffix), os.O_WRONLY | os.O_CREAT), stream)
-    os.environ.update(command.environment or {})
+    os.environ.update({"MASTER_ADDR": "localhost", "MASTER_PORT": "1"} | (command.environment or {}))
     os.chdir(ROOT)
-    dist.init_process_group = _forbidden
+    dist.rendezvous = _forbidden
     if command.before is not None:
         command.before()
     sys.argv[:] = [SCRIPT, *command.flags]

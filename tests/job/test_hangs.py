@@ -1,0 +1,170 @@
+"""A rank that hangs ends the job and is named; one that computes does not."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import ranks
+import torch.distributed as dist
+
+from megatron_scmoe.config import ConfigError, ScMoEConfig
+from megatron_scmoe.job import beats, hangs
+from megatron_scmoe.job.beats import Beat, Ear, Pulse, diagnosis
+
+# --- what follows from signs of life ---------------------------------------------------------------------------------
+
+
+def beat(number: int = 1, step: int = 7, section: str = "step", still_s: float = 100.0) -> Beat:
+    return Beat(number, step, section, still_s, "host", 1)
+
+
+@pytest.mark.parametrize(
+    ("after", "words", "named"),
+    [
+        ({0: beat(2), 1: beat(1)}, "silent for 25 s or more, in step 7", [1]),
+        ({0: beat(2), 1: beat(2)}, "standing still for 30 s or more, in step 7, as all ranks do", [0, 1]),
+        ({0: beat(2, step=8), 1: beat(2)}, "in step 7, behind all others", [1]),
+        # another rank computes, saves for less than ten times as long, or has ended and says nothing more
+        ({0: beat(2), 1: beat(2, still_s=1.0)}, None, None),
+        ({0: beat(2), 1: beat(2, section="checkpointing")}, None, None),
+        ({0: beat(2), 1: beat(2, section="checkpointing", still_s=301.0)}, "standing still", [0, 1]),
+        ({0: beat(2, still_s=1.0), 1: beat(1, section="ended")}, None, None),
+    ],
+)
+def test_who_is_to_blame(after, words, named):
+    found = diagnosis({0: beat(), 1: beat(section=after[1].section)}, after, limit_s=30.0)
+    assert (found is None) is (words is None)
+    if found is not None:
+        assert words in found.words and found.ranks == named and found.are_silent is ("silent" in words)
+
+
+def test_limit_follows_the_slowest_of_the_last_steps():
+    limit = hangs.StepLimit(-1.0)
+    assert limit.seconds == hangs.FLOOR_S
+    limit.add(1, 20.0)
+    for step in range(2, 2 + hangs.REMEMBERED_STEPS - 1):
+        limit.add(step, 5.0)
+        limit.add(step, 0.1)  # evaluation's steps do not crowd out what training takes
+    assert limit.seconds == 200.0
+    limit.add(100, 5.0)
+    assert limit.seconds == 50.0
+    assert hangs.StepLimit(12.0).seconds == 12.0
+
+
+def test_a_main_thread_that_moves_is_told_from_one_that_stands_still():
+    store, go_on = dist.HashStore(), threading.Event()
+    pulse = Pulse(store, 0)
+
+    def speak(seconds: float) -> Beat:
+        speaker = threading.Timer(seconds, lambda: (pulse.say(1, "step"), go_on.set()))
+        speaker.start()
+        go_on.wait()
+        speaker.join()
+        go_on.clear()
+        found = beats.heard(store, 0)
+        assert found is not None
+        return found
+
+    stands = [speak(0.1) for _ in range(3)]
+    assert stands[-1].still_s > 0.15
+    pulse.say(2, "step")  # from here it is another place
+    moved = beats.heard(store, 0)
+    assert moved is not None and moved.still_s < 0.05
+
+
+def test_silence_counts_in_steps_and_never_in_start_up(monkeypatch):
+    monkeypatch.setitem(beats.SILENT_S, "step", 0.05)
+    store = dist.HashStore()
+    ear = Ear(store, 0)
+    for section, is_silent in (("setup", False), ("step", True), ("ended", False)):
+        Pulse(store, 0).say(3, section)
+        assert ear.silence() is None
+        time.sleep(0.1)
+        found = ear.silence()
+        assert (found is not None) is is_silent
+        if found is not None:
+            assert found.ranks == [0] and "last heard of in step 3" in found.words
+
+
+@pytest.mark.parametrize("value", [-2.0, float("nan")])
+def test_limits_that_are_none_are_refused(value):
+    with pytest.raises(ConfigError, match="--hang-limit is"):
+        ScMoEConfig(hang_limit=value).validate(num_layers=0)
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+class Ended(NamedTuple):
+    """Exit codes of both ranks, None for one that still ran; what they printed; which wrote stacks."""
+
+    exit_codes: list[int | None]
+    printed: str
+    stacks: list[str]
+
+
+def both(what_rank_1_does: str, folder: Path) -> Ended:
+    """Two ranks in a step, of which rank 0 waits for ever."""
+    dist.destroy_process_group()
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_rank, args=(rank, what_rank_1_does, folder)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    if what_rank_1_does == "stopped":
+        while not (folder / "1").exists():
+            time.sleep(0.01)
+        os.kill(processes[1].pid or 0, signal.SIGSTOP)
+    processes[0].join(6)
+    processes[1].join(1)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    printed = "".join((folder / f"{rank}.err").read_text() for rank in (0, 1))
+    return Ended(codes, printed, sorted(path.name for path in folder.glob("hangs/*/*")))
+
+
+def _rank(rank: int, what_rank_1_does: str, folder: Path) -> None:
+    os.dup2(os.open(folder / f"{rank}.err", os.O_WRONLY | os.O_CREAT), 2)
+    sys.stderr = os.fdopen(2, "w")
+    hangs.BEAT_S = 0.2
+    beats.SILENT_S["step"] = 2.0
+    args = Namespace(rank=rank, world_size=2, save=str(folder), curr_iteration=6)
+    watch = hangs.HangWatch(args, dist.FileStore(str(folder / "store"), 2), hangs.StepLimit(0.5))
+    watch.start()
+    watch.start_section("checkpointing" if what_rank_1_does == "saves" and rank == 1 else "step")
+    time.sleep(0.3)
+    (folder / str(rank)).touch()
+    if rank == 1 and what_rank_1_does == "computes":
+        while True:  # as a compilation does, in many functions
+            copy.deepcopy([{number: [str(number)]} for number in range(1000)])
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("what_rank_1_does", "words"),
+    [("stopped", ["hang: rank 1: silent for", "in step 7"]), ("waits", ["hang: ranks 0-1: standing still", "as all"])],
+)
+def test_a_hang_ends_the_job_and_names_the_rank(what_rank_1_does, words, tmp_path):
+    (found,) = ranks.run(both, 1, what_rank_1_does, tmp_path)
+    assert found.exit_codes == [hangs.EXIT_HUNG, -signal.SIGKILL if what_rank_1_does == "stopped" else hangs.EXIT_HUNG]
+    assert found.printed.count("hang:") == 1 and all(word in found.printed for word in words)
+    assert found.stacks == ["rank00000.txt", "rank00001.txt"][: 1 if what_rank_1_does == "stopped" else 2]
+    (stack,) = tmp_path.glob("hangs/*/rank00000.txt")
+    assert "in _rank" in stack.read_text()
+
+
+@pytest.mark.parametrize("what_rank_1_does", ["computes", "saves"])
+def test_what_is_slow_is_no_hang(what_rank_1_does, tmp_path):
+    (found,) = ranks.run(both, 1, what_rank_1_does, tmp_path)
+    assert found == Ended([None, None], "", [])
