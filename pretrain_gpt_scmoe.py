@@ -228,7 +228,7 @@ def _builds_datasets(vp_stage: int | None) -> bool:
 
 def main() -> None:
     """Parse, refuse or train."""
-    args, scmoe = parse_and_validate_args()
+    args, scmoe, meeting = parse_and_validate_args()
     # Each rank of a pipeline builds its own datasets, so Megatron must not build them on one rank alone.
     train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
     model_config = model_config_from_args(args, scmoe)
@@ -237,13 +237,13 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is something to flush
     try:
-        with joined(args, scmoe.hang_limit) as store:
+        with joined(args, meeting, scmoe.hang_limit):
             pretrain(
                 pretrain_cfg_container_from_args(args, model_config),
                 train_valid_test_datasets_provider,
                 ModelType.encoder_or_decoder,
                 partial(forward_step, time_left=TimeLeft(), session=session),
-                store=store,
+                store=meeting.job_store,
             )
     except ConfigError as error:  # what cannot be known before the model is there
         refuse(str(error))

@@ -21,7 +21,7 @@ SILENT_S = {"step": 25.0, "checkpointing": 120.0, "between": 120.0}
 stopped or dead process, an unreachable node, or a call that keeps Python's lock; in start-up, where data are indexed,
 such calls take minutes."""
 PATIENCE = 10.0
-_BEAT = "megatron_scmoe/beat/"
+_BEAT = "beat/"
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ TIMES_THE_SLOWEST = 10.0
 REMEMBERED_STEPS = 20
 JUDGES = 3  # ranks that ask all others when a step takes too long: rank 0, and two should it hang itself
 _SCRIPT = "pretrain_gpt_scmoe.py"
-_VERDICT = "megatron_scmoe/hang"
+_VERDICT = "hang"
 
 
 class StepLimit:

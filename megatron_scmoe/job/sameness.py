@@ -15,7 +15,6 @@ import platform
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ import torch.distributed as dist
 
 import megatron_scmoe
 from megatron_scmoe.config import ConfigError
+from megatron_scmoe.job.meeting import Meeting
 from megatron_scmoe.mcore.datasets import dataset_prefixes
 
 OF_ONE_RANK = ("rank", "local_rank")
@@ -34,7 +34,7 @@ TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 SHOWN = 3  # differing fields that the refusal names
 SAY_EVERY_S = 30.0
 
-_MEANS, _VERDICT = "megatron_scmoe/means/", "megatron_scmoe/verdict"
+_MEANS = "means/"
 
 
 def meant(args: Namespace) -> dict[str, str]:
@@ -104,38 +104,35 @@ def in_words(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {words}"
 
 
-def check(args: Namespace, store: dist.Store) -> None:
+def check(args: Namespace, meeting: Meeting) -> None:
     """Raise ConfigError, on every rank, where ranks mean different things or some never come; all ranks call this.
 
     Args:
         args: Megatron's namespace, validated.
-        store: joins the ranks of this job, and is new.
+        meeting: of the ranks.
     """
-    limit_s = 60.0 * args.distributed_timeout_minutes
-    store.set(f"{_MEANS}{args.rank}", json.dumps(meant(args)))
-    if args.rank == 0:
-        store.set(_VERDICT, _verdict(store, args.world_size, limit_s))
-    else:
-        store.wait([_VERDICT], timedelta(seconds=limit_s + SAY_EVERY_S))
-    if line := store.get(_VERDICT).decode():
-        raise ConfigError(line)
+    if meeting.world_size == 1:
+        return
+    meeting.store.set(f"{_MEANS}{meeting.rank}", json.dumps(meant(args)))
+    meeting.told("same", lambda: _compare(meeting))
 
 
-def _verdict(store: dist.Store, world_size: int, limit_s: float) -> str:
-    """The line that refuses, or nothing."""
-    missing = _wait(store, range(world_size), limit_s)
-    if missing:
-        return (
+def _compare(meeting: Meeting) -> None:
+    store, world_size = meeting.store, meeting.world_size
+    # Before the others give up waiting for what this one finds.
+    if missing := _wait(store, range(world_size), 0.9 * meeting.limit_s):
+        raise ConfigError(
             f"a job starts when all ranks are there: {in_words(missing)} of {world_size} did not come within "
-            f"--distributed-timeout-minutes; see what they printed, and the address of the first node"
+            "--distributed-timeout-minutes; see what they printed, and the address of the first node"
         )
     texts = [store.get(f"{_MEANS}{rank}") for rank in range(world_size)]
     for rank in range(world_size):
         store.delete_key(f"{_MEANS}{rank}")
-    if len(set(texts)) == 1:
-        return ""
-    found = difference([json.loads(text) for text in texts])
-    return f"all ranks must mean the same: {found}; start every node with the same command line, code and data"
+    if len(set(texts)) > 1:
+        found = difference([json.loads(text) for text in texts])
+        raise ConfigError(
+            f"all ranks must mean the same: {found}; start every node with the same command line, code and data"
+        )
 
 
 def _wait(store: dist.Store, ranks: Iterable[int], limit_s: float) -> list[int]:

@@ -33,6 +33,7 @@ from megatron_scmoe.config import (
     ScMoEConfig,
     Shortcut,
 )
+from megatron_scmoe.job.meeting import Meeting
 from megatron_scmoe.mcore import checkpoints, version
 from megatron_scmoe.report.figures import ONE_QUEUE
 from megatron_scmoe.training import corpus, refusals, resume, script_rules, sizes
@@ -112,14 +113,14 @@ def scmoe_config_from_args(args: Namespace) -> ScMoEConfig:
     return ScMoEConfig(**values)
 
 
-def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig]:
+def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig, Meeting]:
     """Parse the command line, refuse what cannot work, and set Megatron's global variables.
 
     Megatron's function of this name has no place between parsing and validation, where the MoE pattern has to be set,
     so its steps are called one by one.
 
     Returns:
-        Megatron's namespace, validated, and our settings.
+        Megatron's namespace, validated, our settings, and where this job's ranks meet.
     """
     unread: list[UnreadFlags] = []
 
@@ -128,12 +129,13 @@ def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig]:
         return add_scmoe_arguments(parser)
 
     args = parse_args(add_arguments)
+    meeting = Meeting(args)
     try:
         version.check_core_version()
         unread[0].check(args)
         sizes.check_sizes(args)
         script_rules.check_hooks(args)
-        scmoe, saved = _validate(args)
+        scmoe, saved = _validate(args, meeting)
         script_rules.check_paths(args)
         corpus.check_datasets(args)
         corpus.say_if_order_changes(args, saved)
@@ -144,12 +146,13 @@ def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig]:
     connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") if torch.cuda.is_available() else None
     if args.rank == 0 and (warning := one_queue_warning(scmoe, connections)):
         print(f" > overlap warning: {warning}", flush=True)
-    return args, scmoe
+    return args, scmoe, meeting
 
 
-def _validate(args: Namespace) -> tuple[ScMoEConfig, Namespace | None]:
+def _validate(args: Namespace, meeting: Meeting) -> tuple[ScMoEConfig, Namespace | None]:
     """Complete and validate ``args``; returns our settings, and the arguments of the checkpoint to load."""
     resume.use_pretrained(args)
+    resume.choose_step(args, meeting)
     if args.use_checkpoint_args:
         _restore_args(args)
     scmoe = scmoe_config_from_args(args)

@@ -239,7 +239,7 @@ def saved_namespace(flags: list[str]) -> bytes:
     from megatron_scmoe.training.arguments import parse_and_validate_args
 
     sys.argv[:] = ["pretrain_gpt_scmoe.py", *flags]
-    args, _ = parse_and_validate_args()
+    args, *_ = parse_and_validate_args()
     from megatron_scmoe.config import ScMoEConfig
 
     return pickle.dumps({field.name: getattr(args, field.name) for field in dataclasses.fields(ScMoEConfig)})
@@ -368,7 +368,7 @@ def restored(flags: list[str]) -> tuple[list[str], str, object]:
     from megatron_scmoe.training.arguments import parse_and_validate_args
 
     sys.argv[:] = ["pretrain_gpt_scmoe.py", *flags]
-    args, scmoe = parse_and_validate_args()
+    args, scmoe, _ = parse_and_validate_args()
     return list(scmoe.shortcut_position), str(scmoe.shortcut), args.moe_layer_freq
 
 

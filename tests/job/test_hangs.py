@@ -140,7 +140,7 @@ def _rank(rank: int, what_rank_1_does: str, folder: Path) -> None:
     hangs.BEAT_S = 0.2
     beats.SILENT_S["step"] = 2.0
     args = Namespace(rank=rank, world_size=2, save=str(folder), curr_iteration=6)
-    watch = hangs.HangWatch(args, dist.FileStore(str(folder / "store"), 2), hangs.StepLimit(0.5))
+    watch = hangs.HangWatch(args, dist.FileStore(str(folder / "store"), 2), hangs.StepLimit(1.0))
     watch.start()
     watch.start_section("checkpointing" if what_rank_1_does == "saves" and rank == 1 else "step")
     time.sleep(0.3)

@@ -10,7 +10,8 @@ import ranks
 import torch.distributed as dist
 
 from megatron_scmoe.config import ConfigError
-from megatron_scmoe.job import sameness
+from megatron_scmoe.job import meeting, sameness
+from megatron_scmoe.job.meeting import Meeting
 
 
 def arguments(rank: int, world_size: int, **more: object) -> Namespace:
@@ -26,11 +27,12 @@ def arguments(rank: int, world_size: int, **more: object) -> Namespace:
     return Namespace(**{**of_data, **values, **more})
 
 
-def refusal(values: list[dict[str, object]], folder: Path) -> str:
+def refusal(values: list[dict[str, object]]) -> str:
     """What this rank is told where each rank has other arguments."""
     rank, size = dist.get_rank(), dist.get_world_size()
+    args = arguments(rank, size, **values[rank])
     try:
-        sameness.check(arguments(rank, size, **values[rank]), dist.FileStore(str(folder / "job"), size))
+        sameness.check(args, Meeting(args))
     except ConfigError as error:
         return str(error)
     return ""
@@ -45,8 +47,8 @@ def refusal(values: list[dict[str, object]], folder: Path) -> str:
         ([{}, {}, {"seed": 1}], "--seed is missing on ranks 0-1 and 1 on rank 2"),
     ],
 )
-def test_every_rank_is_told_which_rank_means_what(values, words, tmp_path):
-    found = ranks.run(refusal, 3, values, tmp_path)
+def test_every_rank_is_told_which_rank_means_what(values, words):
+    found = ranks.run(refusal, 3, values)
     assert len(set(found)) == 1
     assert words in found[0] and bool(found[0]) is bool(words)
 
@@ -62,7 +64,7 @@ def refusal_of_data(folder: Path) -> str:
     Path("text.bin").write_bytes(b"x" * (10 + rank))
     Path("tokenizer.model").write_bytes(b"same size %d" % rank)
     words = {"data_path": ["text"], "tokenizer_model": "tokenizer.model"}
-    return refusal([words, words], folder)
+    return refusal([words, words])
 
 
 def test_copies_of_the_data_are_compared_too(tmp_path):
@@ -95,6 +97,8 @@ def test_many_differences_are_counted():
 
 def test_ranks_that_do_not_come_are_named(monkeypatch, capsys):
     monkeypatch.setattr(sameness, "SAY_EVERY_S", 0.1)
+    monkeypatch.setattr(meeting, "job_store", lambda _args: dist.HashStore())
+    args = arguments(0, 3, distributed_timeout_minutes=0.005)
     with pytest.raises(ConfigError, match=r"ranks 1-2 of 3 did not come within --distributed-timeout-minutes"):
-        sameness.check(arguments(0, 3, distributed_timeout_minutes=0.005), dist.HashStore())
+        sameness.check(args, Meeting(args))
     assert " > waiting for ranks 1-2 for 0 s" in capsys.readouterr().out

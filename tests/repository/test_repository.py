@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "codec": {"config", "contracts", "dispatch", "mcore", "overlap"},
     "layers": {"codec", "config", "contracts", "dispatch", "mcore", "overlap"},
     "models": {"config", "layers", "mcore"},
-    "training": {"codec", "config", "layers", "mcore", "overlap", "report"},
+    "training": {"codec", "config", "job", "layers", "mcore", "overlap", "report"},
 }
 
 

@@ -109,7 +109,7 @@ def build_and_save(flags: list[str], folder: Path, tokens: torch.Tensor) -> torc
     from megatron_scmoe.training.arguments import parse_and_validate_args
 
     with contextlib.redirect_stdout(io.StringIO()):
-        args, scmoe = parse_and_validate_args()
+        args, scmoe, _ = parse_and_validate_args()
     config = model_config_from_args(args, scmoe)
     builder = ScMoEGPTModelBuilder if isinstance(config, ScMoEGPTModelConfig) else GPTModelBuilder
     model = builder(config).build_model(ProcessGroupCollection.use_mpu_process_groups()).to(args.params_dtype).eval()

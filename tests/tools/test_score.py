@@ -132,7 +132,7 @@ def entry_script_losses(flags, tokens, labels):
     from megatron_scmoe.training.arguments import parse_and_validate_args
 
     with contextlib.redirect_stdout(io.StringIO()):
-        args, scmoe = parse_and_validate_args()
+        args, scmoe, _ = parse_and_validate_args()
         initialize_megatron(allow_no_cuda=True)
         builder = ScMoEGPTModelBuilder if scmoe.enabled else GPTModelBuilder
         model = builder(model_config_from_args(args, scmoe)).build_model(

@@ -118,7 +118,7 @@ def settings_of(flags: list[str]) -> dict[str, str]:
 
     sys.argv[:] = ["pretrain_gpt_scmoe.py", *flags]
     with contextlib.redirect_stdout(io.StringIO()):
-        args, _ = parse_and_validate_args()
+        args, *_ = parse_and_validate_args()
     return {name: repr(value) for name, value in vars(args).items()}
 
 

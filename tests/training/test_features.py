@@ -259,7 +259,7 @@ def train_both(flags: list[str], padded: bool) -> list[dict[str, Any]]:
 
     sys.argv[:] = ["pretrain_gpt_scmoe.py", *flags]
     with contextlib.redirect_stdout(io.StringIO()):
-        args, scmoe = parse_and_validate_args()
+        args, scmoe, _ = parse_and_validate_args()
         initialize_megatron(allow_no_cuda=True)
         return [train_one(args, replace(scmoe, overlap=overlap), padded) for overlap in (Overlap.FIXED, Overlap.OFF)]
 
