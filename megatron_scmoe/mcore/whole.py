@@ -40,10 +40,11 @@ def flaw(folder: Path) -> str:
         return "its folder is missing"
     if any(folder.glob("mp_rank_*")):
         return ""
-    missing = [name for name in ("metadata.json", ".metadata", "common.pt") if not (folder / name).is_file()]
+    missing = [name for name in ("metadata.json", ".metadata") if not (folder / name).is_file()]
     if missing:
         return f"{missing[0]} is missing"
-    if not zipfile.is_zipfile(folder / "common.pt"):
+    common = folder / "common.pt"  # of older versions of Core
+    if common.is_file() and not zipfile.is_zipfile(common):
         return "common.pt is cut"
     return _flaw_of_pieces(folder)
 

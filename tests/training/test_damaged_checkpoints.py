@@ -1,0 +1,88 @@
+"""Where the newest checkpoint is damaged, a run continues from the newest whole one, and says so."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import entry
+import pytest
+import ranks
+import training
+from training import SCMOE, with_flags
+
+from megatron_scmoe.mcore import whole
+
+FLAGS = with_flags(SCMOE, "--expert-model-parallel-size 2", "--train-iters 3", "--save-interval 1")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """``save`` with the steps 1 to 3, and ``log``."""
+    folder = tmp_path_factory.mktemp("trained")
+    ranks.run(training.train, 2, with_flags(FLAGS, f"--save {folder}/save", f"--tensorboard-dir {folder}/log"))
+    return folder
+
+
+@pytest.fixture
+def save(trained, tmp_path) -> Path:
+    return shutil.copytree(trained / "save", tmp_path / "save")
+
+
+def cut(path: Path) -> None:
+    """Lose the last byte that is in use."""
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def piece(folder: Path) -> Path:
+    return sorted(folder.glob("*.distcp"))[-1]
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    # what is done to the folder of a step, and the words for it
+    "gone": (shutil.rmtree, "its folder is missing"),
+    "no metadata": (lambda folder: (folder / ".metadata").unlink(), ".metadata is missing"),
+    "cut metadata": (lambda folder: os.truncate(folder / ".metadata", 100), ".metadata cannot be read"),
+    "no format": (lambda folder: (folder / "metadata.json").unlink(), "metadata.json is missing"),
+    "cut arguments": (lambda folder: (folder / "common.pt").write_bytes(b"PK"), "common.pt is cut"),
+    "no piece": (lambda folder: piece(folder).unlink(), "__1_0.distcp has 0 of "),
+    "cut piece": (lambda folder: cut(piece(folder)), "__1_0.distcp has "),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_a_checkpoint_lacks_is_said(save, damage):
+    act, words = DAMAGES[damage]
+    folder = whole.folder_of(save, 3)
+    assert whole.flaw(folder) == ""
+    act(folder)
+    assert words in whole.flaw(folder)
+
+
+def test_a_run_continues_from_the_newest_whole_one(trained, save, tmp_path):
+    """Bit for bit as if it had ended there; and its own save takes the place of the damaged one."""
+    cut(piece(whole.folder_of(save, 3)))
+    flags = with_flags(FLAGS, f"--save {save}", f"--load {save}", f"--tensorboard-dir {tmp_path}/log")
+    printed = ranks.run(training.train, 2, flags)
+    line = f" > the checkpoint of step 3 in {save} is damaged: __1_0.distcp has "
+    assert line in printed[0] and "bytes; continuing from step 2, the newest whole one\n" in printed[0]
+    assert line not in printed[1]
+    names = ("lm loss", "grad-norm")
+    through, resumed = (training.scalars(folder / "log", *names) for folder in (trained, tmp_path))
+    assert resumed == {name: {3: values[3]} for name, values in through.items()}
+    assert whole.flaw(whole.folder_of(save, 3)) == ""
+
+
+def test_a_step_that_was_asked_for_is_that_or_nothing(save):
+    cut(piece(whole.folder_of(save, 3)))
+    asked = with_flags(FLAGS, "--expert-model-parallel-size 1", f"--load {save}", "--ckpt-step 3")
+    entry.assert_refused([(asked, ["step 3", "is damaged: __1_0.distcp", "give another --ckpt-step, or none"])])
+
+
+def test_none_is_whole(save):
+    for step in (1, 2, 3):
+        cut(piece(whole.folder_of(save, step)))
+    flags = with_flags(FLAGS, "--expert-model-parallel-size 1", f"--load {save}")
+    entry.assert_refused([(flags, ["step 3", "is damaged", "no older one is whole; give another --load"])])
