@@ -8,6 +8,7 @@ buckets, so it is decided when the model is there, before anything is loaded or 
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +79,7 @@ def choose_step(args: Namespace, meeting: Meeting) -> None:
     Raises:
         ConfigError: where none is whole, or the one that --ckpt-step names is not.
     """
-    if args.load is None or args.ckpt_format != "torch_dist" or not Path(args.load).is_dir():
+    if args.load is None or args.ckpt_format != "torch_dist" or not os.path.isdir(args.load):  # noqa: PTH112 (never raises)
         return
     step, line = meeting.told("checkpoint", lambda: _whole_step(Path(args.load), args.ckpt_step))
     if line:
