@@ -25,12 +25,13 @@ def joined(args: Namespace, meeting: Meeting, hang_limit_s: float) -> Iterator[N
     Raises:
         ConfigError: where a rank means something else or does not come, or another job writes there.
     """
+    store = meeting.store  # first: nothing is written by a process that reaches no others
     sameness.check(args, meeting)
     with contextlib.ExitStack() as stack:
         if args.save:
             meeting.told("writer", lambda: stack.enter_context(writer.only_one(Path(args.save))))
         if hang_limit_s != 0 and not args.enable_ft_package:  # whose client takes the place of ours
-            watch = HangWatch(args, meeting.store, StepLimit(hang_limit_s))
+            watch = HangWatch(args, store, StepLimit(hang_limit_s))
             fault_hooks.follow_sections(watch)
             watch.start()
             stack.callback(watch.stop)

@@ -15,14 +15,20 @@ from training import SCMOE, with_flags
 
 from megatron_scmoe.mcore import whole
 
-FLAGS = with_flags(SCMOE, "--expert-model-parallel-size 2", "--train-iters 3", "--save-interval 1")
+FLAGS = with_flags(SCMOE, "--train-iters 3")
+
+
+def saving(save: Path, folder: Path) -> list[str]:
+    """Every step, on two ranks."""
+    flags = with_flags(FLAGS, "--expert-model-parallel-size 2", f"--save {save}", "--save-interval 1")
+    return with_flags(flags, f"--tensorboard-dir {folder}/log")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """``save`` with the steps 1 to 3, and ``log``."""
     folder = tmp_path_factory.mktemp("trained")
-    ranks.run(training.train, 2, with_flags(FLAGS, f"--save {folder}/save", f"--tensorboard-dir {folder}/log"))
+    ranks.run(training.train, 2, saving(folder / "save", folder))
     return folder
 
 
@@ -64,8 +70,7 @@ def test_what_a_checkpoint_lacks_is_said(save, damage):
 def test_a_run_continues_from_the_newest_whole_one(trained, save, tmp_path):
     """Bit for bit as if it had ended there; and its own save takes the place of the damaged one."""
     cut(piece(whole.folder_of(save, 3)))
-    flags = with_flags(FLAGS, f"--save {save}", f"--load {save}", f"--tensorboard-dir {tmp_path}/log")
-    printed = ranks.run(training.train, 2, flags)
+    printed = ranks.run(training.train, 2, with_flags(saving(save, tmp_path), f"--load {save}"))
     line = f" > the checkpoint of step 3 in {save} is damaged: __1_0.distcp has "
     assert line in printed[0] and "bytes; continuing from step 2, the newest whole one\n" in printed[0]
     assert line not in printed[1]
@@ -77,12 +82,13 @@ def test_a_run_continues_from_the_newest_whole_one(trained, save, tmp_path):
 
 def test_a_step_that_was_asked_for_is_that_or_nothing(save):
     cut(piece(whole.folder_of(save, 3)))
-    asked = with_flags(FLAGS, "--expert-model-parallel-size 1", f"--load {save}", "--ckpt-step 3")
+    asked = with_flags(FLAGS, f"--load {save}", "--ckpt-step 3")
     entry.assert_refused([(asked, ["step 3", "is damaged: __1_0.distcp", "give another --ckpt-step, or none"])])
 
 
 def test_none_is_whole(save):
     for step in (1, 2, 3):
         cut(piece(whole.folder_of(save, step)))
-    flags = with_flags(FLAGS, "--expert-model-parallel-size 1", f"--load {save}")
-    entry.assert_refused([(flags, ["step 3", "is damaged", "no older one is whole; give another --load"])])
+    entry.assert_refused(
+        [(with_flags(FLAGS, f"--load {save}"), ["step 3", "is damaged", "no older one is whole; give another --load"])]
+    )
