@@ -1,7 +1,7 @@
 """The entry script in processes of its own, to their ends; forked from a rank, which has imported what is slow.
 
-No process meets another rank: where the script would look for them, it ends with exit code 1 and says so. So each
-process may be any rank of a world of any size.
+No process meets another rank: where the script would compare itself with them, it ends with exit code 1 and says so. So
+each process may be any rank of a world of any size.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import ranks
 import torch.distributed as dist
 from training import ROOT
 
+from megatron_scmoe.job import sameness
+
 SCRIPT = "pretrain_gpt_scmoe.py"
-STARTED = "other ranks were looked for"
+STARTED = "other ranks were asked"
 
 
 class Command(NamedTuple):
@@ -123,7 +125,9 @@ def _script(command: Command, output: Path) -> None:
         os.dup2(os.open(output.with_suffix(suffix), os.O_WRONLY | os.O_CREAT), stream)
     os.environ.update({"MASTER_ADDR": "localhost", "MASTER_PORT": "1"} | (command.environment or {}))
     os.chdir(ROOT)
-    dist.rendezvous = _forbidden
+    store = dist.FileStore(str(output.parent / "store"), -1)  # in which rank 0 says what it has decided
+    dist.rendezvous = lambda *_args, **_kwargs: iter([(store, 0, 0)])
+    sameness.check = _forbidden
     if command.before is not None:
         command.before()
     sys.argv[:] = [SCRIPT, *command.flags]
