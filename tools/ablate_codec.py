@@ -220,14 +220,14 @@ def show_again(parser: StudyParser, args: argparse.Namespace) -> None:
     if args.step_times is not None:
         flag = f"--step-times {str(args.step_times)!a}"
         beside["step_times"] = parser.read(flag, lambda: wall_time.read(args.step_times))
-    result = parser.write_again(
+    parser.write_again(
         args,
         read=lambda source: {**folder.read(source), **beside},
         section=render.markdown,
         marks=(goals.BEGIN, goals.END),
         html=render.html,
+        table=render.print_table,
     )
-    render.print_table(result)
 
 
 def time_encoding(parser: StudyParser, args: argparse.Namespace) -> None:

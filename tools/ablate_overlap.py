@@ -19,10 +19,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import atomic
 from ablation.arms import Arm, all_arms, chosen_arms
-from command_line import exit_code, positive, stoppable, stopped_by
+from command_line import exit_code, one_line, positive, stoppable, stopped_by
 from progress import in_words
 from studies.request import StudyParser
 
@@ -154,9 +155,8 @@ def show_again(parser: StudyParser, args: argparse.Namespace) -> None:
     if args.output is not None:
         parser.error("--from measures nothing; leave --output out")
     marks = (verdicts.BEGIN, verdicts.END)
-    result = parser.write_again(args, read=analysis.read, section=render.markdown, marks=marks, html=render.html)
-    for point in range(len(result["points"])):
-        render.print_table(result, point)
+    made: dict[str, Any] = {"section": render.markdown, "html": render.html, "table": render.print_tables}
+    parser.write_again(args, read=analysis.read, marks=marks, **made)
 
 
 def start_on_slow_links(args: argparse.Namespace) -> int:
@@ -178,7 +178,7 @@ def start_on_slow_links(args: argparse.Namespace) -> int:
                 process.wait()
             number = stopped_by(error)
     found = f"{args.output} has what was measured" if args.output.exists() else "nothing was written"
-    print(f"ablate_overlap.py: error: stopped by {number.name}; {found}", file=sys.stderr)
+    print(f"ablate_overlap.py: error: stopped by {number.name}; {one_line(found)}", file=sys.stderr)
     return 128 + number
 
 

@@ -14,6 +14,11 @@ class UserError(Exception):
     """Bad input or request, which who started the tool can mend. The message is one line that says how; exit code 2."""
 
 
+def one_line(text: object) -> str:
+    """``text`` on one line, such that no terminal obeys it: names of files can hold anything."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(text))
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose help keeps its lines, whose options have one name, and whose refusals are one line."""
 
@@ -23,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say it in one line: argparse would print the whole usage first."""
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}; see --help\n")
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -55,7 +60,7 @@ def exit_code(prog: str, work: Callable[[], int | None]) -> int:
         code, message = 2, error
     except OSError as error:
         code, message = 1, error
-    print(f"{prog}: error: {message}", file=sys.stderr)
+    print(f"{prog}: error: {one_line(message)}", file=sys.stderr)
     return code
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import atomic
-from command_line import Parser, positive, stoppable, stopped_by, whole
+from command_line import Parser, one_line, positive, stoppable, stopped_by, whole
 
 if TYPE_CHECKING:
     from checkpoints.engine import Job
@@ -225,7 +225,7 @@ def show_dry_run(job: Job) -> None:
         print("\n".join(f"{fault}: {name}" for name in names))
     job.account()
     print("\n".join(table(engine.make_receipt(job, found, provenance()))))
-    print(f"dry run: {len(job.parts())} files would be written to {job.target}")
+    print(f"dry run: {len(job.parts())} files would be written to {one_line(job.target)}")
 
 
 def show(receipt: Mapping[str, Any], save: Path) -> None:
@@ -242,7 +242,8 @@ def show(receipt: Mapping[str, Any], save: Path) -> None:
         moved, same = change["relative_difference"], change["same_first_choice"]
         print(f"at step 0 with {position}: logits move by {moved:.3f} of their norm, {same:.0%} of first choices stay")
     written = sum(entry["bytes"] for entry in receipt["files"])
-    print(f"done: {save}: {len(receipt['files'])} files, {written} bytes, {receipt['seconds']} s; see conversion.json")
+    what = f"{len(receipt['files'])} files, {written} bytes, {receipt['seconds']} s"
+    print(f"done: {one_line(save)}: {what}; see conversion.json")
 
 
 def table(receipt: Mapping[str, Any]) -> list[str]:
@@ -257,7 +258,7 @@ def table(receipt: Mapping[str, Any]) -> list[str]:
         f"{what:<10}{counted['tensors']:>10,}{counted['parameters']:>20,}  {words}".rstrip()
         for what, counted, words in rows
     ]
-    return [f"{'tensors':>20}{'parameters':>20}", *lines, *(f"note: {note}" for note in receipt["notes"])]
+    return [f"{'tensors':>20}{'parameters':>20}", *lines, *(f"note: {one_line(note)}" for note in receipt["notes"])]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -279,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
             code, message = 1, str(error)
         except OSError as error:
             code, message = 1, f"{error}; {_what_now(args.save)}"
-        print(f"convert_checkpoint.py: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"convert_checkpoint.py: error: {one_line(message)}", file=sys.stderr)
     return code
 
 

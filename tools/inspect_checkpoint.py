@@ -193,7 +193,7 @@ def print_comparison(found: Mapping[str, Any]) -> int:
         f"{entry['max_abs']:12.5g} {entry['relative']:12.5g} {entry['changed']:>12,}  {name}"
         for name, entry in found["changed"].items()
     ]
-    print(f"compared with {found['with']}: {found['equal']} tensors are equal, {len(changed)} are not")
+    print(f"compared with {shown(found['with'])}: {found['equal']} tensors are equal, {len(changed)} are not")
     for words, lines in names.items():
         _print_some(f"{words}: {len(lines)}", lines)
     _print_some(f"{'largest':>12} {'relative':>12} {'elements':>12}  tensor, those that changed most first", changed)

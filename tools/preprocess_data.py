@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import atomic
-from command_line import Parser, UserError, stoppable, stopped_by, whole
+from command_line import Parser, UserError, one_line, stoppable, stopped_by, whole
 from preprocessing import encoding, output, sources, workers
 from preprocessing.output import DATA, MANIFEST, MODEL
 from preprocessing.sources import SUFFIXES, Reading, Source, shown
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
             code, message = 1, f"{exc}; {args.output} was not written"
         else:
             return 0
-    print(f"preprocess_data.py: error: {message}", file=sys.stderr)
+    print(f"preprocess_data.py: error: {one_line(message)}", file=sys.stderr)
     return code
 
 

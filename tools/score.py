@@ -33,7 +33,7 @@ from checkpoints.running.model import load
 from checkpoints.running.scores import Model
 from checkpoints.settings import SIZE, check, optional
 from checkpoints.tensors import Checkpoint, check_plain
-from command_line import Parser, positive, stoppable, stopped_by
+from command_line import Parser, one_line, positive, stoppable, stopped_by
 from preprocessing.output import partial_folder, publish, remove_stale
 from preprocessing.sources import UserError, shown
 from scoring import inputs, output
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     if not is_first_rank():
         # torchrun ends all processes as soon as one has failed: let the first rank speak, unless it is not affected.
         time.sleep(3)
-    print(f"score.py: error: {message}", file=sys.stderr, flush=True)
+    print(f"score.py: error: {one_line(message)}", file=sys.stderr, flush=True)
     return code
 
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, so that an installed megatron_scmoe is preferred
 
 import atomic
-from command_line import Parser, UserError, exit_code
+from command_line import Parser, UserError, exit_code, one_line
 from progress import progress
 
 from megatron_scmoe.overlap.plan import CURRENT, DECODE, ENCODE, EXPERTS, ROUTE, TAIL
@@ -158,7 +158,10 @@ def _read_line(text: str, where: str, report: Report, steps: Sequence[int] | Non
     except ValueError:
         if not (text.startswith(_LINE_BEGINS) or _LINE_BEGINS.startswith(text)):
             raise UserError(f"{where} is no JSON: not a report of --overlap-report") from None
-        print(f"trace.py: warning: {where} is torn, the run was killed while writing it: left out", file=sys.stderr)
+        print(
+            f"trace.py: warning: {one_line(where)} is torn, the run was killed while writing it: left out",
+            file=sys.stderr,
+        )
         return set()
     try:
         step, rank, passes = _integer(line["iteration"]), _integer(line["rank"]), line["passes"]
@@ -286,7 +289,7 @@ def run(args: argparse.Namespace) -> None:
     with atomic.written(target) as file:
         json.dump(trace_of(report), file)
     num_ranks = len({rank for of_ranks in report.values() for rank in of_ranks})
-    print(f"done: {target}: steps {described(report)}, {num_ranks} ranks; open it at https://ui.perfetto.dev")
+    print(f"done: {one_line(target)}: steps {described(report)}, {num_ranks} ranks; open it at https://ui.perfetto.dev")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -56,13 +58,26 @@ def longcat(folder: Path, **sizes: int) -> Path:
     return write_hf(folder, _drawn(longcat_links(args)), config=config)
 
 
-def all_formats(home: Path) -> dict[str, Path]:
-    """Folders by format; that of ``megatron`` is an upcycled ScMoE."""
+def all_formats(home: Path, first: Callable[[Path], object] = lambda dense: None) -> dict[str, Path]:
+    """Folders by format; that of ``megatron`` is an upcycled ScMoE. ``first`` is called with the dense model's."""
     import convert_checkpoint as tool
 
     made = {"hf-dense": dense(home / "hf-dense"), "hf-longcat": longcat(home / "hf-longcat")}
+    first(made["hf-dense"])
     for name, (origin, *more) in MADE.items():
         words = ["--from", origin, "--to", name.split()[0], "--load", str(made[origin]), "--save", str(home / name)]
         assert tool.main([*words, *more, *(["--skip-change"] if more else [])]) == 0
         made[name] = home / name
     return made
+
+
+def with_common_file(folder: Path) -> None:
+    """Settings in a file of their own, as older versions of Megatron have them."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    (key,) = (key for key in metadata.storage_data if key.fqn.startswith("common_state/"))
+    place = metadata.storage_data.pop(key)
+    del metadata.state_dict_metadata[key.fqn]
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    data = (folder / place.relative_path).read_bytes()[place.offset :][: place.length]
+    (state,) = torch.load(io.BytesIO(data), weights_only=False)
+    torch.save(state, folder / "common.pt")

@@ -649,7 +649,10 @@ def test_other_settings_are_refused(fake, tmp_path, data, words_given, said, cap
 @pytest.mark.parametrize(
     ("place", "text"),
     [
-        *(("runs/top-2-none-1/result.json", text) for text in ("{", "[]", '{"model": "top-2"}')),
+        *(
+            ("runs/top-2-none-1/result.json", text)
+            for text in ("{", "[]", '{"model": "top-2", "arm": "none", "seed": 1}')
+        ),
         *(("settings.json", text) for text in ("{", "[]")),
     ],
 )
@@ -943,6 +946,9 @@ def test_step_times_are_refused_in_one_line(result, tmp_path, capsys):
     check_refusal(["--from", str(tmp_path), "--step-times", str(tmp_path / "none")], "cannot be read", capsys)
     (tmp_path / "result.json").write_text(json.dumps({"points": []}))
     check_refusal(["--from", str(tmp_path), "--step-times", str(tmp_path)], "no link whose share", capsys)
+    for points in ([1], [{"step_share": "x"}], [{"step_share": 0.4, "arms": [{"arm": []}]}]):
+        (tmp_path / "result.json").write_text(json.dumps({"points": points}))
+        check_refusal(["--from", str(tmp_path), "--step-times", str(tmp_path)], "not as this tool writes it", capsys)
 
 
 @pytest.mark.parametrize("name", tool.OF_TRAININGS)
@@ -962,6 +968,18 @@ def test_a_folder_that_is_no_study_is_refused(result, tmp_path, capsys):
     keep(result, tmp_path)
     check_refusal(["--from", str(tmp_path), "--write-results", str(tmp_path / "none.md")], "cannot be read", capsys)
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("changes", [{"validation": None}, {"final_rate": "x"}, {"seed": [1]}, {"rate": [[1]]}])
+def test_a_run_that_cannot_be_shown_is_refused_and_nothing_is_written(changes, tmp_path, capsys):
+    few = make_result(("top-2",), (NONE, PAPER))
+    keep(few, tmp_path)
+    path = next((tmp_path / "runs").glob("*/result.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    (tmp_path / "results.md").write_text(text := f"{goals.BEGIN} old {goals.END}")
+    words = ["--from", str(tmp_path), "--write-results", str(tmp_path / "results.md")]
+    check_refusal(words, "name a folder of this tool's", capsys)
+    assert (tmp_path / "results.md").read_text() == text and not (tmp_path / "report.html").exists()
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------------

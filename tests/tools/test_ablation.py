@@ -697,6 +697,35 @@ def test_folder_without_a_result_is_refused(tmp_path, monkeypatch, capsys):
         check_refusal(["--from", str(tmp_path)], "name a folder of this tool's", monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("damage", ["meta", "arm", "span", "deep"])
+def test_a_result_that_cannot_be_shown_is_refused_and_nothing_is_written(result, damage, tmp_path, monkeypatch, capsys):
+    few = with_arms(result, 0, BASELINE, "pos2 off")
+    if damage == "meta":
+        del few["meta"]
+    elif damage == "arm":
+        del find(few, 0, "pos2 off")["communication_s"]
+    elif damage == "span":  # what the section of a document has no use for, and the page has
+        del find(few, 0, "pos2 off")["timeline"]["training"][0]["lane"]
+    (tmp_path / "result.json").write_text("[" * 100_000 if damage == "deep" else json.dumps(few))
+    text = f"{BEGIN} old {END}"
+    (tmp_path / "results.md").write_text(text)
+    arguments = ["--from", str(tmp_path), "--write-results", str(tmp_path / "results.md")]
+    check_refusal(arguments, "name a folder of this tool's", monkeypatch, capsys)
+    assert (tmp_path / "results.md").read_text() == text and not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["report.html", "results.md"])
+def test_what_cannot_be_replaced_is_refused_and_nothing_is_written(result, name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "result.json").write_text(json.dumps(with_arms(result, 0, BASELINE)))
+    (tmp_path / "mine.md").write_text(f"{BEGIN} old {END}")
+    (tmp_path / name).symlink_to("mine.md")
+    arguments = ["--from", str(tmp_path), "--write-results", str(tmp_path / "mine.md")]
+    if name == "results.md":
+        arguments[-1] = str(tmp_path / name)
+    check_refusal(arguments, "cannot be written: it is a link", monkeypatch, capsys)
+    assert (tmp_path / "mine.md").read_text() == f"{BEGIN} old {END}" and (tmp_path / name).is_symlink()
+
+
 # --- stopped ---------------------------------------------------------------------------------------------------------
 
 SLOW_LINK = """

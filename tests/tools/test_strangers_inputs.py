@@ -6,11 +6,14 @@ import gzip
 import hashlib
 import json
 import os
+import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import commands
@@ -25,7 +28,10 @@ sys.path.insert(0, str(TOOLS))
 import convert_checkpoint  # noqa: E402
 from checkpoints.disk.hf_folder import HFFolder  # noqa: E402
 from checkpoints.disk.torch_dist import MegatronCheckpoint  # noqa: E402
+from checkpoints.disk.torch_saved import safe_globals  # noqa: E402
 from checkpoints.mappings.tokenizer import _sentencepiece  # noqa: E402
+from command_line import one_line  # noqa: E402
+from preprocessing.encoding import load_tokenizer  # noqa: E402
 from preprocessing.sources import JSON_LINES, Reading, iter_documents, list_sources, scan_files  # noqa: E402
 from scoring.inputs import _is_more_than_sentencepiece  # noqa: E402
 
@@ -299,3 +305,133 @@ def test_a_score_of_damaged_files_is_refused_in_one_line(tmp_path, damage):
     says = "ids.npy" if damage == "ids" else str(made)
     assert_refuses("score.py", "--load", made, "--input", ids, "--output", tmp_path / "scores", says=says)
     assert not (tmp_path / "scores").exists()
+
+
+# --- what a fuzzer has found ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory) -> Path:
+    """A checkpoint as Megatron wrote it before its settings lay beside the tensors."""
+    home = tmp_path_factory.mktemp("older")
+    folder = small_checkpoints.longcat(home / "longcat")
+    assert converted("--from", "hf-longcat", "--to", "megatron", "--load", folder, "--save", home / "made") == 0
+    small_checkpoints.with_common_file(home / "made" / "release")
+    return home / "made"
+
+
+def test_settings_in_a_file_of_their_own_do_not_keep_core_from_loading(tmp_path, older):
+    """What this tool had allowed torch to load, it took from Core, which had allowed it too."""
+    numpy.save(tmp_path / "ids.npy", numpy.arange(8))
+    done = commands.run(
+        TOOLS / "score.py", "--load", older, "--input", tmp_path / "ids.npy", "--output", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_torch_may_load_is_left_as_it_was():
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals([Namespace])
+    try:
+        with safe_globals([Namespace, Path]):
+            assert Path in torch.serialization.get_safe_globals()
+        assert Namespace in torch.serialization.get_safe_globals()
+        assert Path not in torch.serialization.get_safe_globals()
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def without_bool(folder: Path) -> None:
+    path = folder / "release" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    one = next(entry for entry in metadata.state_dict_metadata.values() if hasattr(entry, "properties"))
+    one.properties.pin_memory = 1
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def other_bytes(folder: Path) -> None:
+    path = folder / "release" / "__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3 : len(data) // 3 + 400] = bytes(400)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [without_bool, other_bytes])
+def test_what_core_makes_of_a_damaged_checkpoint_is_said_in_one_line(tmp_path, older, damage):
+    shutil.copytree(older, tmp_path / "made")
+    damage(tmp_path / "made")
+    numpy.save(tmp_path / "ids.npy", numpy.arange(8))
+    words = ["--load", tmp_path / "made", "--input", tmp_path / "ids.npy", "--output", tmp_path / "out"]
+    done = commands.run(TOOLS / "score.py", *words)
+    *loading, said = done.stderr.splitlines()
+    assert done.returncode == 2 and len(loading) == 1, done.stderr
+    assert "or is damaged" in said and "Traceback" not in said and not (tmp_path / "out").exists()
+
+
+def test_ids_with_a_damaged_header_are_refused_in_one_line(tmp_path, older):
+    numpy.save(tmp_path / "ids.npy", numpy.arange(8))
+    data = bytearray((tmp_path / "ids.npy").read_bytes())
+    data[20:100] = bytes(80)
+    (tmp_path / "ids.npy").write_bytes(data)
+    words = ("--load", older, "--input", tmp_path / "ids.npy", "--output", tmp_path / "out")
+    assert_refuses("score.py", *words, says="no array of numpy.save")
+
+
+def test_a_tokenizer_without_its_unknown_token_is_refused_in_one_line(tmp_path, older):
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "<unk>"}
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "added_tokens": [], "model": model})
+    )
+    (tmp_path / "a.txt").write_text("c")
+    words = ("--load", older, "--input", tmp_path / "a.txt", "--tokenizer", tmp_path / "words")
+    assert_refuses("score.py", *words, "--output", tmp_path / "out", says="Missing [UNK] token")
+
+
+def test_a_tokenizer_may_lie_where_no_text_can_say(tmp_path):
+    """SentencePiece takes names as text; one that is not UTF-8 ended in a traceback."""
+    (tmp_path / "a.txt").write_text("the quick brown fox\n" * 40)
+    first = ("--input", tmp_path / "a.txt", "--output", tmp_path / "data", "--vocab-size", 300, "--workers", 1)
+    assert commands.run(TOOLS / "preprocess_data.py", *first).returncode == 0
+    odd = tmp_path / "caf\udce9"
+    odd.mkdir()
+    shutil.copy(tmp_path / "data" / "tokenizer.model", odd)
+    words = ("--input", tmp_path / "a.txt", "--output", tmp_path / "more", "--workers", 1)
+    done = commands.run(TOOLS / "preprocess_data.py", *words, "--tokenizer-model", odd / "tokenizer.model")
+    assert done.returncode == 0, done.stderr
+    assert load_tokenizer(odd / "tokenizer.model").get_piece_size() == 300
+    assert _sentencepiece(odd / "tokenizer.model").files["tokenizer.model"]
+
+
+ODD = "a\nb\x1b[31mc"
+NAMED_ODDLY = {
+    "inspect_checkpoint.py": (ODD,),
+    "convert_checkpoint.py": ("--from", "megatron", "--to", "hf-scmoe", "--load", ODD, "--save", "out"),
+    "score.py": ("--load", ODD, "--input", "ids.npy", "--output", "out"),
+    "preprocess_data.py": ("--input", ODD, "--output", "out"),
+    "trace.py": (ODD,),
+    "ablate_overlap.py": ("--from", ODD),
+    "ablate_codec.py": ("--from", ODD),
+    "slow_link.py": ("--json", ODD, "--", ODD),
+}
+
+
+@pytest.mark.parametrize("script", NAMED_ODDLY)
+def test_an_odd_name_stays_on_one_line(tmp_path, script):
+    done = commands.run(TOOLS / script, *NAMED_ODDLY[script], cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 + (script == "preprocess_data.py") and all(line.isprintable() for line in lines), lines
+
+
+def test_odd_names_are_printed_such_that_no_terminal_obeys(tmp_path):
+    made = small_checkpoints.dense(tmp_path / ODD)
+    a_report(tmp_path / f"{ODD} report")
+    for script, *words in (("inspect_checkpoint.py", made, made), ("trace.py", tmp_path / f"{ODD} report")):
+        done = commands.run(TOOLS / script, *words)
+        assert done.returncode == 0 and all(line.isprintable() for line in done.stdout.splitlines()), done.stdout
+
+
+def test_one_line():
+    assert one_line("a\nb\x1b[31m \ud800 caf\u00e9") == "a\\nb\\x1b[31m \\ud800 caf\u00e9"

@@ -67,6 +67,12 @@ def print_table(result: Mapping[str, Any], point: int, console: Console | None =
     console.print(explained, style="dim")
 
 
+def print_tables(result: Mapping[str, Any], console: Console) -> None:
+    """Print the figures of every link rate."""
+    for point in range(len(result["points"])):
+        print_table(result, point, console)
+
+
 def html(result: Mapping[str, Any]) -> str:
     """The report: one page that loads nothing from anywhere."""
     rows = analysis.rows_by_point(result["points"])

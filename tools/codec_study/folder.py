@@ -25,6 +25,11 @@ META, RUNS, RESULT = "meta.json", "runs", "result.json"
 MANIFEST = "manifest.json"
 SETTINGS = "settings.json"
 VOCABULARY = 1024
+_OF_RUN = {
+    *("model", "arm", "seed", "commit", "tokens_per_step", "validation", "train", "rate", "residual"),
+    *("final_validation", "final_rate", "final_residual", "seconds_per_step"),
+}
+"""What every training has left since there are studies, and reports are made of."""
 
 
 def made_data(folder: Path) -> Path:
@@ -76,7 +81,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted((folder / RUNS).glob(f"*/{RESULT}")):
         found.append(kept.read(path))
-        if found[-1].get("model") not in MODELS or not {"arm", "seed"} <= found[-1].keys():
+        if _OF_RUN - found[-1].keys() or found[-1]["model"] not in MODELS:
             raise ValueError(f"{path} is not what a training leaves")
     return sorted(found, key=lambda one: (places[one["model"]], places.get(one["arm"], len(places)), one["seed"]))
 

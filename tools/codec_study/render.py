@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from command_line import one_line
 from rich.console import Console
 from studies import kept, report, tables
 
@@ -57,7 +58,7 @@ def print_table(result: Mapping[str, Any], console: Console | None = None) -> No
         title = f"{model}; medians over seeds, and their range"
         tables.show(console, title, ("arm", *words.HEADINGS), lines, SHAPES)
     for text in _said(result):
-        console.print(text, markup=False)
+        console.print(one_line(text), markup=False)
 
 
 def html(result: Mapping[str, Any]) -> str:

@@ -80,7 +80,9 @@ def load_tokenizer(path: Path) -> Any:
     """Return the SentencePiece model of a file. Raises OSError or, if it is no model, RuntimeError."""
     import sentencepiece
 
-    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(path.read_bytes())  # by its name it takes no path that is not UTF-8
+    return processor
 
 
 _load_once = functools.cache(load_tokenizer)  # a worker has one task after the other

@@ -102,8 +102,9 @@ def _read_ids(source: Source) -> Tokens:
     """A row is a document; one dimension is one document."""
     try:
         ids = numpy.load(source.path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{shown(source.name)}: no array of numpy.save ({error}); write it with numpy.save") from error
+    except Exception as error:  # a damaged header can raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{shown(source.name)}: no array of numpy.save ({reason}); write it with numpy.save") from error
     if not isinstance(ids, numpy.ndarray) or ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
         what = f"{ids.dtype} {ids.shape}" if isinstance(ids, numpy.ndarray) else "an archive"
         raise UserError(
@@ -208,6 +209,11 @@ def _is_more_than_sentencepiece(folder: Path) -> bool:
     return config.is_file() and OUR_CLASS.encode() not in config.read_bytes()
 
 
+def _unusable(path: Path, error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    return UserError(f"{shown(path)}: transformers cannot load its tokenizer ({shown(reason)}); name another")
+
+
 def _hugging_face(path: Path, *, by_megatron: bool) -> Tokenizer:
     try:
         from transformers import AutoTokenizer
@@ -216,15 +222,16 @@ def _hugging_face(path: Path, *, by_megatron: bool) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file can raise anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-        message = f"{shown(path)}: transformers cannot load its tokenizer ({shown(reason)}); name another"
-        raise UserError(message) from error
+        raise _unusable(path, error) from error
     first, second = tokenizer.bos_token_id, tokenizer.eos_token_id
     if by_megatron:  # which ends documents with EOS, and knows no BOS
         first, second = second, first
 
     def encode(text: str) -> list[int]:
-        encoded: Mapping[str, Any] = tokenizer(text, add_special_tokens=False)
+        try:
+            encoded: Mapping[str, Any] = tokenizer(text, add_special_tokens=False)
+        except Exception as error:  # of what the file lacks, when a text first needs it
+            raise _unusable(path, error) from error
         return list(encoded["input_ids"])
 
     return Tokenizer(str(path), len(tokenizer), second if first is None else first, encode)

@@ -19,7 +19,7 @@ def read(path: Path) -> dict[str, Any]:
     """Read an object. Raises OSError, ValueError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no object")

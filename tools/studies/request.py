@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import atomic
 from command_line import Parser
+from rich.console import Console
 
 from studies.report import REPORT
 
@@ -45,8 +45,10 @@ class StudyParser(Parser):
         """What ``read`` finds; refuses ``what`` with the first ``words`` characters of its error, and the fix."""
         try:
             return read()
-        except (OSError, ValueError, KeyError) as error:
-            self.error(f"{what} cannot be read: {str(error)[:words]}{fix and f'; {fix}'}")
+        except Exception as error:  # a file that is not this tool's can hold anything
+            known = isinstance(error, OSError | ValueError)
+            reason = f"{error}" if known else f"it is not as this tool writes it ({type(error).__name__}: {error})"
+            self.error(f"{what} cannot be read: {reason[:words]}{fix and f'; {fix}'}")
 
     def write_again(
         self,
@@ -56,8 +58,9 @@ class StudyParser(Parser):
         section: Callable[[Any], str],
         marks: tuple[str, str],
         html: Callable[[Any], str],
-    ) -> Any:
-        """Do what ``--from DIR`` and ``--write-results FILE`` ask of an earlier run; returns its result.
+        table: Callable[[Any, Console], object],
+    ) -> None:
+        """Do what ``--from DIR`` and ``--write-results FILE`` ask of an earlier run, and print its tables.
 
         Nothing is written where anything is refused. Raises OSError where writing fails all the same.
 
@@ -67,20 +70,34 @@ class StudyParser(Parser):
             section: of a document, from the result.
             marks: between which it stands there.
             html: the report, from the result.
+            table: prints the result.
         """
-        source, target = args.source, args.write_results
-        result = self.read(f"--from {str(source)!a}", lambda: read(source), "name a folder of this tool's")
-        self._check_files({"--from": source / REPORT, "--write-results": target})
-        if target:
-            flag = f"--write-results {str(target)!a}"
-            document = self.read(flag, lambda: target.read_text(encoding="utf-8"))
-            between = re.compile(rf"{re.escape(marks[0])}.*{re.escape(marks[1])}", re.DOTALL)
-            if any(document.count(mark) != 1 for mark in marks) or not between.search(document):
-                self.error(f"{flag}: it lacks the two marks between which the tool writes: {marks[0]} and {marks[1]}")
-            text = f"{marks[0]}\n\n{section(result)}\n\n{marks[1]}"
-            atomic.write_text(target, between.sub(lambda _: text, document))
-        atomic.write_text(source / REPORT, html(result))
-        return result
+        what, fix = f"--from {str(args.source)!a}", "name a folder of this tool's"
+        result = self.read(what, lambda: read(args.source), fix)
+        console = Console(highlight=False)
+        self._check_files({"--from": args.source / REPORT, "--write-results": args.write_results})
+        document = self._document(args.write_results, marks) if args.write_results else None
+        try:
+            page = html(result)
+            between = f"{marks[0]}\n\n{section(result)}\n\n{marks[1]}" if document else ""
+            with console.capture() as printed:
+                table(result, console)
+        except Exception as error:  # a file that is not this tool's can hold anything, of which drawing makes anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            self.error(f"{what} holds a result of which no report can be made ({reason!a}); {fix}")
+        if document:
+            atomic.write_text(args.write_results, document[0] + between + document[1])
+        atomic.write_text(args.source / REPORT, page)
+        print(printed.get(), end="")
+
+    def _document(self, path: Path, marks: tuple[str, str]) -> tuple[str, str]:
+        """What of a document stays: before the first mark, and behind the second one."""
+        flag = f"--write-results {str(path)!a}"
+        text = self.read(flag, lambda: path.read_text(encoding="utf-8"))
+        begin, end = (text.find(mark) for mark in marks)
+        if any(text.count(mark) != 1 for mark in marks) or begin > end:
+            self.error(f"{flag}: it lacks the two marks between which the tool writes: {marks[0]} and {marks[1]}")
+        return text[:begin], text[end + len(marks[1]) :]
 
     def _check_files(self, files: Mapping[str, Path | None]) -> None:
         """Refuse files that cannot be written, by the flag that asks for them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from command_line import one_line
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -38,10 +39,12 @@ def show(
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], shape: Shape) -> Table:
     columns, before, between = shape
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(title=one_line(title), title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column(headings[0], overflow="fold")
     for heading in headings[1 : 1 + columns]:
         table.add_column(heading, justify="right", overflow="fold")
     for name, *figures in rows:
-        table.add_row(name, *(one.replace(" [", f"{before}[").replace(", ", between) for one in figures[:columns]))
+        table.add_row(
+            one_line(name), *(one.replace(" [", f"{before}[").replace(", ", between) for one in figures[:columns])
+        )
     return table

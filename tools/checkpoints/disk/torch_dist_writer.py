@@ -20,6 +20,7 @@ from checkpoints.disk import companions
 from checkpoints.disk.files import Sink
 from checkpoints.disk.torch_dist import COMMON, CONFIG, TRACKER
 from checkpoints.disk.torch_dist_metadata import METADATA
+from checkpoints.disk.torch_saved import safe_globals
 from checkpoints.plan import Piece
 from checkpoints.tensors import CheckpointError, TensorInfo
 
@@ -54,7 +55,7 @@ class MegatronWriter:
         self._tokenizer = tokenizer or {}
         self._common = _saved(_common_state(args))
         try:
-            with torch.serialization.safe_globals([Namespace]):
+            with safe_globals([Namespace]):
                 torch.load(io.BytesIO(self._common), weights_only=True)
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL ([\w.]+)", str(error))

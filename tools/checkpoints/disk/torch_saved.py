@@ -160,12 +160,20 @@ _SAFE_NAMES: list[Any] = [
 ]
 
 
+@contextlib.contextmanager
+def safe_globals(names: list[Any]) -> Iterator[None]:
+    """torch.load takes ``names`` inside, and behind it what it took before: torch's own forgets those that are both."""
+    before = torch.serialization.get_safe_globals()
+    try:
+        with torch.serialization.safe_globals(names):
+            yield
+    finally:
+        torch.serialization.add_safe_globals(before)
+
+
 def load_plain(extent: Extent) -> Any:
     """Load an object that consists of builtin types, tensors and Core's enumerations."""
-    with (
-        _opened(extent, "the common state", ": no common state") as window,
-        torch.serialization.safe_globals(_SAFE_NAMES),
-    ):
+    with _opened(extent, "the common state", ": no common state") as window, safe_globals(_SAFE_NAMES):
         with zipfile.ZipFile(window) as archive:
             _check_records(archive, archive.infolist())
         return _loaded(window, "cpu")

@@ -108,7 +108,9 @@ def _sentencepiece(path: Path) -> Tokenizer:
     try:
         import sentencepiece  # noqa: PLC0415 (needed here alone)
 
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        data = path.read_bytes()
+        model = sentencepiece.SentencePieceProcessor()
+        model.LoadFromSerializedProto(data)
     except ImportError:
         return _none(f"{str(path)!r} is read by sentencepiece, which is missing; pip install sentencepiece")
     except (OSError, RuntimeError):  # untrusted arguments may name any file, which must not be copied
@@ -117,7 +119,7 @@ def _sentencepiece(path: Path) -> Tokenizer:
     ids = {name: index for name, index in ids.items() if index >= 0}
     special = {name.removesuffix("_id"): model.id_to_piece(index) for name, index in ids.items()}
     files = _our_files({"unk_token": model.id_to_piece(model.unk_id()), **special})
-    return Tokenizer(files={SENTENCEPIECE: path.read_bytes(), **files}, ids=ids)
+    return Tokenizer(files={SENTENCEPIECE: data, **files}, ids=ids)
 
 
 def _our_files(special: Mapping[str, str]) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 if not torch.cuda.is_available():
     # Before any import of Megatron, which decides at import time what it finds.
@@ -23,7 +25,6 @@ if not torch.cuda.is_available():
     cpu_backend.install()
 
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -146,7 +147,7 @@ def _built(args: Namespace, scmoe: ScMoEConfig) -> Any:
 
 def _load_weights(module: Any, source: MegatronCheckpoint, args: Namespace) -> None:
     """Fill the parameters of this rank; refuses, on every rank alike, what lacks a tensor of the model or has more."""
-    with warnings.catch_warnings(action="ignore"):
+    with _says_what_is_wrong(source), warnings.catch_warnings(action="ignore"):
         metadata = dist_checkpointing.load_content_metadata(str(source.folder)) or {}
     metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
     # Extra state is that of low-precision training. Checkpoints that were converted have none.
@@ -158,13 +159,10 @@ def _load_weights(module: Any, source: MegatronCheckpoint, args: Namespace) -> N
     then_by_now = _names_in_checkpoint(source.args, args)
     for value in sharded.values():
         value.key = then_by_now.get(value.key, value.key)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of torch, about what Core calls
-            state, unused, lacking = dist_checkpointing.load(
-                {"model": sharded}, str(source.folder), strict=StrictHandling.RETURN_ALL
-            )
-    except CheckpointingException as error:
-        raise CheckpointError(f"{source.folder} does not fit its own settings: {str(error)[:200]}") from error
+    with _says_what_is_wrong(source), warnings.catch_warnings(action="ignore"):  # of torch, about what Core calls
+        state, unused, lacking = dist_checkpointing.load(
+            {"model": sharded}, str(source.folder), strict=StrictHandling.RETURN_ALL
+        )
     of_ranks: list[set[str]] = [set()] * dist.get_world_size()
     dist.all_gather_object(of_ranks, lacking)
     if names := sorted(set().union(*of_ranks)):
@@ -179,6 +177,20 @@ def _load_weights(module: Any, source: MegatronCheckpoint, args: Namespace) -> N
             "settings are those of another model"
         )
     module.load_state_dict(state["model"], strict=False)
+
+
+@contextlib.contextmanager
+def _says_what_is_wrong(source: MegatronCheckpoint) -> Iterator[None]:
+    """A damaged index makes Core and torch raise all kinds of errors; torch's own is not even an Exception."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        if isinstance(error, OSError):
+            raise
+        # Torch's is of all ranks, and its words are their tracebacks.
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
+        raise CheckpointError(f"{source.folder} does not fit its own settings, or is damaged ({reason})") from error
 
 
 def _names_in_checkpoint(then: Namespace, now: Namespace) -> dict[str, str]:
