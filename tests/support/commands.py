@@ -29,13 +29,13 @@ def run(
     """``python script words...``, with ``env`` added to the environment; returns what it printed and its exit code."""
     argv = [str(script), *map(str, words)]
     (done,) = ranks.run(
-        _called, 1, argv, dict(env or {}), str(cwd or Path.cwd()), stdin, distributed=False, timeout_s=timeout_s
+        called, 1, argv, dict(env or {}), str(cwd or Path.cwd()), stdin, distributed=False, timeout_s=timeout_s
     )
     return subprocess.CompletedProcess(argv, *done)
 
 
-def _called(argv: list[str], env: dict[str, str], cwd: str, stdin: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a script, with what its children and C++ code print."""
+def called(argv: list[str], env: dict[str, str], cwd: str, stdin: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a script, with what its children and C++ code print; to be called in a fork."""
     for number in range(3):
         with tempfile.TemporaryFile() as file:
             os.dup2(file.fileno(), number)
@@ -57,5 +57,5 @@ def _called(argv: list[str], env: dict[str, str], cwd: str, stdin: str) -> tuple
         code = 1
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    out, err = (os.pread(number, os.fstat(number).st_size, 0).decode() for number in (1, 2))
+    out, err = (os.pread(number, os.fstat(number).st_size, 0).decode(errors="replace") for number in (1, 2))
     return int(code or 0), out, err
