@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,12 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "slow_link.py"
@@ -291,6 +293,41 @@ def test_nobody_answers(monkeypatch, tmp_path):
         Control.from_environment().rate()
     monkeypatch.delenv(VARIABLE)
     assert Control.from_environment() is None
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda some: st.lists(some) | st.dictionaries(st.text(), some),
+)
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=60)
+@given(answer=st.binary() | JSON.map(lambda value: json.dumps(value).encode()) | st.just(b"[" * 100_000))
+@example(b"{}")
+@example(b"1")
+def test_whatever_answers_is_an_answer_or_one_error(answer):
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"{folder}/c")
+        server.listen()
+
+        def serve():
+            with server.accept()[0] as connection, contextlib.suppress(OSError):
+                connection.recv(100)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(ControlError):
+            Control(f"{folder}/c").rate()
+        thread.join()
+
+
+@settings(derandomize=True, deadline=None, database=None)
+@given(st.lists(st.text() | st.from_regex(r"slow-link-[0-9]{1,20}-[0-9]{1,20}-[0-9]+(-rank[0-9]+)?", fullmatch=True)))
+@example(["slow-link-0-0-0", "slow-link-99999999999999999999-1-1-bridge", "slow-link-\n"])
+def test_odd_names_are_nobodys_or_leftovers(names):
+    found = leftovers.find_leftovers(names)
+    assert all(part.startswith(network) and part in names for network, parts in found.items() for part in parts)
 
 
 # --- slow links ------------------------------------------------------------------------------------------------------

@@ -49,15 +49,23 @@ class Control:
                 connection.connect(self.path)
                 connection.sendall(line.encode() + b"\n")
                 answer = json.loads(connection.makefile().readline())
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, RecursionError) as exc:
             raise ControlError(f"no answer from slow_link at {self.path} ({exc})") from exc
+        if not isinstance(answer, dict):
+            raise ControlError(f"no answer from slow_link at {self.path} but {answer!a:.60}")
         if "error" in answer:
             raise ControlError(answer["error"])
         return answer
 
+    def _told(self, line: str, name: str) -> Any:
+        answer = self.request(line)
+        if name not in answer:
+            raise ControlError(f"no {name} from slow_link at {self.path} but {answer!a:.60}")
+        return answer[name]
+
     def rate(self) -> str:
         """Return the rate of every link, such as 50mbit."""
-        return self.request("rate")["rate"]
+        return self._told("rate", "rate")
 
     def set_rate(self, rate: str) -> None:
         """Give every link another rate, such as 100mbit, or 'unlimited'. Raises ControlError."""
@@ -65,7 +73,7 @@ class Control:
 
     def bytes_sent(self) -> list[int]:
         """Return how many bytes each rank has put on the wire so far."""
-        return self.request("bytes")["bytes_sent"]
+        return self._told("bytes", "bytes_sent")
 
 
 class ControlServer:
