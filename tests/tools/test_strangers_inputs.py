@@ -404,6 +404,21 @@ def test_a_tokenizer_may_lie_where_no_text_can_say(tmp_path):
     assert _sentencepiece(odd / "tokenizer.model").files["tokenizer.model"]
 
 
+@pytest.mark.parametrize("shape", [[1 << 63, 0], [0, 1 << 70], [0, 1 << 40, 1 << 40]])
+def test_a_tensor_without_elements_claims_no_sizes_that_torch_cannot_count(tmp_path, shape):
+    folder = small_checkpoints.dense(tmp_path / "dense")
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header, end = json.loads(data[8:begin]), len(data) - begin
+    for name, sizes in (("fine", [5, 0]), ("empty", shape)):
+        text = json.dumps(header | {name: {"dtype": "F32", "shape": sizes, "data_offsets": [end, end]}}).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[begin:])
+        if name == "fine":  # negative control
+            assert commands.run(TOOLS / "inspect_checkpoint.py", folder, "--norms").returncode == 0
+    assert_refuses("inspect_checkpoint.py", folder, "--norms", says="is no shape")
+
+
 ODD = "a\nb\x1b[31mc"
 NAMED_ODDLY = {
     "inspect_checkpoint.py": (ODD,),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,11 @@ from torch import Tensor
 
 class CheckpointError(UserError, ValueError):
     """A checkpoint that cannot be read, converted or written. The message is one line: what, where, the fix."""
+
+
+def is_countable(shape: Sequence[int]) -> bool:
+    """Whether torch can count bytes and strides of an untrusted shape; one without elements may claim any sizes."""
+    return math.prod(max(size, 1) for size in shape) < 1 << 59
 
 
 class TensorInfo(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from checkpoints.disk.files import Sink
-from checkpoints.tensors import CheckpointError, TensorInfo
+from checkpoints.tensors import CheckpointError, TensorInfo, is_countable
 
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -71,6 +71,8 @@ def _place(name: str, entry: Mapping[str, Any], begin: int) -> Place:
     for number in (*shape, start, stop):
         if type(number) is not int or number < 0:
             raise ValueError(f"{number!r} is no size")
+    if not is_countable(shape):
+        raise ValueError(f"{shape} is no shape")
     if (dtype := entry["dtype"]) not in _DTYPES:
         raise CheckpointError(f"dtype {dtype!r:.40} is not read here; get the weights in another one, such as BF16")
     info = TensorInfo(shape, _DTYPES[dtype])

@@ -12,7 +12,7 @@ import numpy
 import torch
 
 from checkpoints.disk.files import inside
-from checkpoints.tensors import CheckpointError, TensorInfo
+from checkpoints.tensors import CheckpointError, TensorInfo, is_countable
 
 METADATA = ".metadata"
 
@@ -176,6 +176,8 @@ def _saved_tensor(key: str, entry: Any, extents: Mapping[tuple[str, Any], Extent
     if not isinstance(entry.properties.dtype, torch.dtype):
         raise TypeError(f"{key} has no dtype")
     shape = _sizes(entry.size)
+    if not is_countable(shape):
+        raise TypeError(f"{shape} is no shape of {key}")
     chunks = tuple(
         Chunk(_sizes(chunk.offsets), _sizes(chunk.sizes), extents[key, tuple(chunk.offsets)]) for chunk in entry.chunks
     )
