@@ -15,6 +15,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from megatron_scmoe.job.orphans import die_with_parent
+
+if __name__ == "__main__":  # before the slow imports: nobody reads what a study that was killed trains
+    die_with_parent()
+
 from torch import Tensor
 
 import pretrain_gpt_scmoe  # before anything that imports Megatron
