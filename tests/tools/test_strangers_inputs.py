@@ -103,6 +103,8 @@ def test_a_model_without_its_type_is_known_by_its_class(tmp_path):
     assert converted(*words, "--save", tmp_path / "made") == 0
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["SomethingElse"]}))
     assert converted(*words, "--save", tmp_path / "other") == 2
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": True}))
+    assert converted(*words, "--save", tmp_path / "other") == 2
 
 
 def test_a_tokenizer_that_is_put_there_later_gives_its_own_ids(tmp_path):

@@ -29,7 +29,9 @@ _MODEL_TYPES = {
 def read_config(path: Path) -> dict[str, Any]:
     """What a config.json holds; where it does not say its model_type, as LongCat-Flash's does not, its class does."""
     config = read_json(path)
-    kinds = [_MODEL_TYPES[str(name)] for name in config.get("architectures") or () if str(name) in _MODEL_TYPES]
+    classes = config.get("architectures")
+    names = map(str, classes if isinstance(classes, list) else ())
+    kinds = [_MODEL_TYPES[name] for name in names if name in _MODEL_TYPES]
     if config.get("model_type") is None and len(kinds) == 1:
         config["model_type"] = kinds[0]
     return config
