@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
 class UserError(Exception):
@@ -45,6 +48,29 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
 
 positive = whole(1)
 """A whole number from 1, as the type of an option."""
+
+
+def size(text: str) -> int:
+    """A number of bytes such as 5GB or 512MiB, as the type of an option."""
+    found = re.fullmatch(r"([0-9]{1,12})(|K|M|G|Ki|Mi|Gi)B?", text)
+    if not found or not int(found[1]):
+        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a size like 5GB or 512MiB")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """A number from ``low`` to ``high``, as the type of an option."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text) if text.isascii() else float("nan")
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a number from {low:g} to {high:g}")
+        return value
+
+    return parse
 
 
 def exit_code(prog: str, work: Callable[[], int | None]) -> int:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Convert checkpoints: Hugging Face <-> this plugin, one spec to the other, dense models to ScMoE.
+"""Convert checkpoints: Hugging Face <-> this plugin, one spec or layout to the other, dense models to ScMoE.
 
 Flow: open the source -> decide what becomes of every tensor -> account for all of them -> write part by part -> compare
 both sides if asked to -> rename. Nothing is written before the account is balanced. The result grows in a hidden folder
@@ -17,15 +17,14 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 
 import argparse
 import dataclasses
-import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import atomic
-from command_line import Parser, one_line, positive, stoppable, stopped_by, whole
+from command_line import Parser, number, one_line, positive, size, stoppable, stopped_by, whole
 
 if TYPE_CHECKING:
     from checkpoints.engine import Job
@@ -34,11 +33,11 @@ MOST_EXPERTS = 1 << 14  # sixteen times the largest model known; a plan has a li
 SOURCES = ("megatron", "hf-longcat", "hf-scmoe", "hf-dense")
 TARGETS = ("megatron", "hf-longcat", "hf-scmoe")
 SPECS = ("local", "transformer_engine")
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 EPILOG = """\
 formats:
-  megatron    a folder that --save of pretrain_gpt_scmoe.py or of Megatron has made (torch_dist); a release when written
+  megatron    a folder that --save of pretrain_gpt_scmoe.py or of Megatron has made (torch_dist); when
+              written a release, but with --with-optimizer what a run goes on from
   hf-longcat  a LongcatFlash folder of Hugging Face
   hf-scmoe    a Hugging Face folder with any model of this plugin and the code that runs it (trust_remote_code)
   hf-dense    a Hugging Face folder with a dense Llama (2 to 3.1, 3.3), Mistral without a window, Qwen2, Qwen2.5 or
@@ -56,6 +55,9 @@ examples:
   # a checkpoint of the local spec for Transformer Engine's
   convert_checkpoint.py --from megatron --to megatron --load ckpt --save ckpt-te --transformer-impl transformer_engine
 
+  # a run of one optimizer goes on with two, as with --expert-model-parallel-size above 1, moments and all; or back
+  convert_checkpoint.py --from megatron --to megatron --load run --save run-ep --with-optimizer --verify
+
   # a dense model as the begin of an ScMoE with 8 experts, half of each drawn anew
   convert_checkpoint.py --from hf-dense --to megatron --load Llama-3.1-8B --save upcycled --experts 8 --drop-ratio 0.5
 
@@ -65,39 +67,24 @@ examples:
 then train with:
   pretrain_gpt_scmoe.py --load SAVED --use-checkpoint-args ... (weights only, from iteration 0)
   with the tokenizer that came along, in SAVED/tokenizer; the notes say by which flags
+or, after --with-optimizer, go on with the run's own flags and --load SAVED: from its iteration, with its moments
+
+how many optimizers a run has:
+  one  where experts are split like the dense layers: --expert-model-parallel-size 1, and --expert-tensor-parallel-size
+       as large as --tensor-model-parallel-size
+  two  where they are not: experts have one of their own
+  Core loads moments at any layout with as many. What it saves without --dist-ckpt-optim-fully-reshardable, where
+  --use-distributed-optimizer is set, is not rewritten: load that where it was saved, and save it with this flag.
 
 The receipt, conversion.json in the new folder, says what became of every tensor, with hashes and versions. Exit codes:
 0 done, 1 failure, or --verify found a difference, 2 bad request or source, 130 / 143 stopped by a signal.
 """
 
 
-def size(text: str) -> int:
-    """A number of bytes such as 5GB or 512MiB, as the type of an option."""
-    found = re.fullmatch(r"([0-9]{1,12})(|K|M|G|Ki|Mi|Gi)B?", text)
-    if not found or not int(found[1]):
-        raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a size like 5GB or 512MiB")
-    return int(found[1]) * UNITS[found[2]]
-
-
-def number(low: float, high: float) -> Callable[[str], float]:
-    """A number from ``low`` to ``high``, as the type of an option."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text) if text.isascii() else float("nan")
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text[:40]!a} is not a number from {low:g} to {high:g}")
-        return value
-
-    return parse
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    about = "Convert checkpoints: Hugging Face <-> this plugin, one spec to the other, dense models to ScMoE."
+    about = "Convert checkpoints: Hugging Face <-> this plugin, one spec or layout to the other, dense models to ScMoE."
     parser = Parser("convert_checkpoint.py", description=about, epilog=EPILOG, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--from", dest="source", required=True, choices=SOURCES, help="format of --load")
@@ -106,7 +93,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--save", required=True, type=Path, metavar="DIR", help="new folder; nothing is overwritten")
     add("--shard-size", type=size, default=size("5GB"), metavar="SIZE", help="of a file at most (default 5GB)")
     add("--transformer-impl", choices=SPECS, help="megatron to megatron: the spec that is to load the result")
-    verify = "compare the logits of both sides in fp32 before the result gets its name"
+    moments = "megatron to megatron: all that a run goes on from, for layouts with another number of optimizers (below)"
+    add("--with-optimizer", action="store_true", help=moments)
+    optimizers = "with --with-optimizer: refuse to make another number (default: the one that --load does not have)"
+    add("--optimizers", choices=("one", "two"), help=optimizers)
+    verify = "compare both sides before the result gets its name: logits in fp32, or, with --with-optimizer, all bits"
     add("--verify", action="store_true", help=verify)
     tolerance = "largest difference of two logits that passes (default %(default)s)"
     add("--verify-tolerance", type=number(0, 1e9), default=1e-4, metavar="D", help=tolerance)
@@ -144,6 +135,9 @@ def run(args: argparse.Namespace) -> None:
     from checkpoints.journal import check_target
     from checkpoints.tensors import CheckpointError
 
+    optimizers = (args.optimizers or "other") if args.with_optimizer else None
+    if args.optimizers and not optimizers:
+        raise CheckpointError(f"--optimizers is {args.optimizers}, and no optimizer goes along; add --with-optimizer")
     given = {name: getattr(args, name) for name in UPCYCLING if getattr(args, name) is not None}
     upcycling = None
     if given:
@@ -159,13 +153,14 @@ def run(args: argparse.Namespace) -> None:
     words = " ".join(f"{UPCYCLING[name]} {value}" for name, value in given.items())
     impl = args.transformer_impl
     formats.check_format(args.source, args.load)
-    formats.check_pair(args.source, args.target, transformer_impl=impl, upcycling=words)
+    formats.check_pair(args.source, args.target, transformer_impl=impl, upcycling=words, number=optimizers)
     check_target(args.save)
     if atomic.is_within(args.save, args.load):
         raise CheckpointError(f"--save {str(args.save)!a} lies in --load {str(args.load)!a}; name a folder outside it")
-    source = formats.opened(args.source, args.load)
-    target = formats.mapped(args.source, args.target, source, transformer_impl=impl, upcycling=upcycling)
-    options = {"from": args.source, "to": args.target, "transformer_impl": impl}
+    source = formats.opened_run(args.load) if optimizers else formats.opened(args.source, args.load)
+    asked = {"transformer_impl": impl, "upcycling": upcycling, "number": optimizers}
+    target = formats.mapped(args.source, args.target, source, **asked)
+    options = {"from": args.source, "to": args.target, "transformer_impl": impl, "optimizers": optimizers}
     options["upcycling"] = dataclasses.asdict(upcycling) if upcycling else None
     job = engine.Job(
         source=source,
@@ -174,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
         target=args.save,
         shard_bytes=args.shard_size,
         options=options,
-        verify=partial(compared, args, upcycling),
+        verify=partial(read_back, args, source, target) if optimizers else partial(compared, args, upcycling),
     )
     if args.dry_run:
         show_dry_run(job)
@@ -214,6 +209,18 @@ def compared(args: argparse.Namespace, upcycling: Any, folder: Path) -> Mapping[
     return figures
 
 
+def read_back(args: argparse.Namespace, source: Any, target: Any, folder: Path) -> Mapping[str, Any] | None:
+    """What --verify says of a conversion that changes no tensor; MismatchError where one differs."""
+    if not args.verify:
+        return None
+    from checkpoints import read_back
+    from checkpoints.journal import beside
+
+    print("verify: every tensor is read again", file=sys.stderr, flush=True)
+    kept = f"what was written stays in {beside(args.save)}"
+    return read_back.verify(target.conversion, source, folder, kept=kept)
+
+
 def show_dry_run(job: Job) -> None:
     """Print the account, and every name that keeps it from being balanced; raises CheckpointError if it is not."""
     from checkpoints import engine
@@ -238,6 +245,8 @@ def show(receipt: Mapping[str, Any], save: Path) -> None:
     figures = receipt["verified"] or {}
     if "largest_difference" in figures:
         print(f"verified: logits differ by {figures['largest_difference']} at most in fp32")
+    if "differing" in figures:
+        print(f"verified: {figures['tensors']} tensors are the same bit for bit")
     for position, change in figures.get("function_change_at_step_0", {}).items():
         moved, same = change["relative_difference"], change["same_first_choice"]
         print(f"at step 0 with {position}: logits move by {moved:.3f} of their norm, {same:.0%} of first choices stay")

@@ -23,6 +23,8 @@ def saved_args(args: Namespace) -> Namespace | None:
     """The arguments saved in the checkpoint that ``args`` would load; None where there is no checkpoint.
 
     Those of a release say that it has no optimizer, since Core looks for none there.
+    They have ``expert_optimizer``: whether experts have an optimizer of their own in it, by what it holds; None where
+    that does not tell.
 
     Raises:
         ConfigError: for one that cannot be read, and for none where --exit-on-missing-checkpoint asks for one.
@@ -47,9 +49,21 @@ def saved_args(args: Namespace) -> Namespace | None:
             "--load, or an older step by --ckpt-step"
         ) from error
     saved = state_dict.get("args") if state_dict else None
-    if saved is not None and is_release:
-        saved.no_save_optim = True
+    if saved is not None:
+        saved.expert_optimizer = _has_expert_optimizer(state_dict.get("optimizer"))
+        if is_release:
+            saved.no_save_optim = True
     return saved
+
+
+def _has_expert_optimizer(saved: object) -> bool | None:
+    """By what Core saves beside tensors of an optimizer, or of several by their numbers."""
+    if not isinstance(saved, dict):
+        return None
+    if (groups := saved.get("param_groups")) is not None:
+        return any(group.get("is_expert_parallel") for group in groups)
+    found = [_has_expert_optimizer(part) for key, part in saved.items() if isinstance(key, int) or key == "optimizer"]
+    return None if None in found or not found else any(found)
 
 
 @contextlib.contextmanager

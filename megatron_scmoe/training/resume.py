@@ -24,6 +24,7 @@ from megatron_scmoe.job.meeting import Meeting
 from megatron_scmoe.mcore import checkpoints, version, whole
 from megatron_scmoe.training import schedule
 
+_NUMBERS = {False: "one", True: "two"}
 _LAYOUT_FLAGS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -259,7 +260,9 @@ def _check_expert_optimizer(args: Namespace, saved: Namespace) -> None:
     """
     if not args.num_experts or args.use_megatron_fsdp:
         return
-    now, then = _has_expert_optimizer(args), _has_expert_optimizer(saved)
+    now, then = _has_expert_optimizer(args), getattr(saved, "expert_optimizer", None)
+    if then is None:
+        then = _has_expert_optimizer(saved)
     if now == then:
         return
     if then:
@@ -268,10 +271,13 @@ def _check_expert_optimizer(args: Namespace, saved: Namespace) -> None:
         fix = "keep --expert-model-parallel-size 1"
     else:
         fix = f"use --expert-tensor-parallel-size {args.tensor_model_parallel_size}"
+    step = f"/iter_{args.ckpt_step:07d}" if args.ckpt_step else ""
     raise ConfigError(
         "Core has one optimizer for all where experts are split like the dense layers, else two, and cannot load the "
-        f"moments of one into the other: this run has {_expert_layout(args)} and the checkpoint in {args.load} has "
-        f"{_expert_layout(saved)}; {fix}, or add --no-load-optim, or --finetune (weights only)"
+        f"moments of one into the other: this run has {_NUMBERS[now]} ({_expert_layout(args)}) and the checkpoint in "
+        f"{args.load} has {_NUMBERS[then]}; load what tools/convert_checkpoint.py --from megatron --to megatron "
+        f"--with-optimizer --load {args.load}{step} --save NEW makes of it, or {fix}, or add --no-load-optim, or "
+        "--finetune (weights only)"
     )
 
 

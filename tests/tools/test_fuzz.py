@@ -20,6 +20,7 @@ import ranks
 import small_checkpoints
 import test_ablate_codec
 import test_ablation
+import test_optimizers
 from ablation import verdicts
 from codec_study import goals
 from test_strangers_inputs import a_report
@@ -58,6 +59,8 @@ def add_all() -> None:
         source = model if model == "megatron" else f"hf-{model}"
         words = f"--from {source} --to {target} --load in/{model} --save out {more.get(way, '')}"
         add(f"convert {way}", f"convert_checkpoint.py {words}", model)
+    moments = "--from megatron --to megatron --with-optimizer --load in/run --save out --verify"
+    add("convert moments", f"convert_checkpoint.py {moments}", "run")
     add("plan", f"convert_checkpoint.py {words} --dry-run", model)
     ids, text = (f"score.py --load in/megatron --input in/{name} --output out" for name in ("ids.npy", "texts"))
     add("score megatron", ids, "megatron", "ids.npy")
@@ -90,6 +93,7 @@ def pristine(tmp_path_factory) -> Path:
         made[name].rename(home / name.removeprefix("hf-"))
     small_checkpoints.with_common_file(home / "megatron" / "release")
     shutil.copytree(home / "megatron", home / "other")
+    test_optimizers.write_run(home / "made" / "run").rename(home / "run")
     numpy.save(home / "ids.npy", numpy.arange(20).reshape(2, 10) % 7)
     a_report(home / "report")
     line = (home / "report" / "rank00000.jsonl").read_text()

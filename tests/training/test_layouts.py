@@ -84,6 +84,7 @@ MODELS = {
     **ARCHITECTURES,
     "dgmoe-share": with_flags(ARCHITECTURES["dgmoe"], "--moe-share-groups 2"),
     "stock": STOCK,
+    "alike": with_flags(STOCK, "--moe-layer-freq 1"),
     "longcat": with_flags(ARCHITECTURES["scmoe"], *("--" + change for change in LONGCAT[2:].split(" --"))),
 }
 BALANCE_LOSSES = {
@@ -496,7 +497,12 @@ def assert_loads(saved: Saved, folder: Path, model: str, layout: str, width: str
     assert sorted(found.scalars["lm loss"]) == [3, 4]
     assert_agree(found.scalars, {name: {i: saved.through.scalars[name][i] for i in (3, 4)} for name in NAMES})
     assert_same_logits(logits_at(2, found.results), logits_at(2, saved.through.results))
+    assert_saves_the_same(saved, folder, model, layout, width)
 
+
+def assert_saves_the_same(saved: Saved, folder: Path, model: str, layout: str, width: str = WIDE) -> None:
+    """Weights and moments, bit for bit, when the checkpoint is loaded and saved again."""
+    load = [width, f"--load {saved.folder}"]
     convert = ["--ckpt-convert-format torch_dist", f"--ckpt-convert-save {folder}", "--train-iters 2"]
     ranks.run(train, LAYOUTS[layout][0], flags_of(model, layout, *load, *convert), timeout_s=180)
     before, after = (

@@ -180,6 +180,7 @@ def make_receipt(job: Job, account: Account, origin: Mapping[str, Any]) -> dict[
         "dropped": [
             {"reason": reason, **_counted(infos, names), "names": names} for reason, names in by_reason.items()
         ],
+        "carried": sorted(job.conversion.carried),
         "target": {**_counted(expected, expected), "bytes": sum(info.nbytes for info in expected.values())},
         "notes": list(job.conversion.notes),
         **origin,

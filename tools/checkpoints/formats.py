@@ -11,7 +11,7 @@ from checkpoints.disk.hf_folder import CONFIG, HFFolder, HFWriter, read_config
 from checkpoints.disk.torch_dist import TRACKER, MegatronCheckpoint
 from checkpoints.disk.torch_dist_metadata import METADATA
 from checkpoints.disk.torch_dist_writer import MegatronWriter
-from checkpoints.mappings import dense
+from checkpoints.mappings import dense, optimizers
 from checkpoints.mappings.megatron_settings import check_saved
 from checkpoints.mappings.tokenizer import carried
 from checkpoints.plan import Target
@@ -34,11 +34,13 @@ _UPCYCLED = {"hf-dense": "from_hf_dense", MEGATRON: "from_megatron"}
 _MODEL_TYPES = {"hf-longcat": ("longcat_flash",), "hf-scmoe": ("scmoe",), "hf-dense": dense.MODEL_TYPES}
 
 
-def check_pair(source: str, target: str, *, transformer_impl: str | None, upcycling: str) -> None:
+def check_pair(
+    source: str, target: str, *, transformer_impl: str | None, upcycling: str, number: str | None = None
+) -> None:
     """Refuse a way from one format to the other that does not exist, or not with these options.
 
-    ``transformer_impl`` is the spec that is to load a checkpoint of Megatron's, if another one is asked for, and
-    ``upcycling`` are the words that ask for that, or none.
+    ``transformer_impl`` is the spec that is to load a checkpoint of Megatron's, if another one is asked for,
+    ``upcycling`` are the words that ask for that, or none, and ``number`` is that of optimizers, if they go along.
     """
     asked = f"--from {source} --to {target} {upcycling}".rstrip()
     if (source, target) not in PAIRS:
@@ -50,14 +52,22 @@ def check_pair(source: str, target: str, *, transformer_impl: str | None, upcycl
             f"upcycling makes {MEGATRON} checkpoints of {' or '.join(_UPCYCLED)}, and {asked} asks for another; drop "
             f"{upcycling}, or upcycle first"
         )
+    if number and (transformer_impl or upcycling or (source, target) != (MEGATRON, MEGATRON)):
+        spec = f"--transformer-impl {transformer_impl}" if transformer_impl else ""
+        raise CheckpointError(
+            "moments are rewritten from one run of a model to another, in a step of its own: --with-optimizer is set "
+            f"with {' '.join(f'{asked} {spec}'.split())}; drop it, then --from {MEGATRON} --to {MEGATRON} "
+            "--with-optimizer"
+        )
     if transformer_impl and (upcycling or (source, target) != (MEGATRON, MEGATRON)):
         raise CheckpointError(
             f"--transformer-impl turns one spec's checkpoint into the other's, in a step of its own: it is "
             f"{transformer_impl} with {asked}; drop it, then --from {MEGATRON} --to {MEGATRON} "
             f"--transformer-impl {transformer_impl}"
         )
-    if target == MEGATRON and source in _UPCYCLED and not (upcycling or transformer_impl):
+    if target == MEGATRON and source in _UPCYCLED and not (upcycling or transformer_impl or number):
         other = " or --transformer-impl for the other spec" if source == MEGATRON else ""
+        other += ", or --with-optimizer for another number of optimizers" if source == MEGATRON else ""
         raise CheckpointError(f"from {source} to {target} something has to change: add --experts N to upcycle{other}")
 
 
@@ -88,6 +98,12 @@ def opened(source: str, path: Path) -> Checkpoint:
     return MegatronCheckpoint(path) if source == MEGATRON else HFFolder(path)
 
 
+def opened_run(path: Path) -> MegatronCheckpoint:
+    """A checkpoint of Megatron's with all that a run goes on from; refuses one whose moments cannot be rewritten."""
+    optimizers.check(MegatronCheckpoint(path))
+    return MegatronCheckpoint(path, as_saved=True)
+
+
 def open_any(folder: Path) -> MegatronCheckpoint | HFFolder:
     """What is in a folder of either kind; headers are read, tensors are not."""
     if is_megatron(folder):
@@ -101,17 +117,26 @@ def open_any(folder: Path) -> MegatronCheckpoint | HFFolder:
 
 
 def mapped(
-    source_format: str, target_format: str, source: Checkpoint, *, transformer_impl: str | None, upcycling: Any
+    source_format: str,
+    target_format: str,
+    source: Checkpoint,
+    *,
+    transformer_impl: str | None,
+    upcycling: Any,
+    number: str | None = None,
 ) -> Target:
     """What becomes of a source; refuses settings that have no counterpart, and quantized weights.
 
-    ``transformer_impl`` is a spec, ``upcycling`` an ``upcycle.Upcycling``; None: not asked for.
+    ``transformer_impl`` is a spec, ``upcycling`` an ``upcycle.Upcycling``, ``number`` that of optimizers; None: not
+    asked for.
     """
-    if isinstance(source, MegatronCheckpoint):
+    if isinstance(source, MegatronCheckpoint) and not number:
         check_saved(source)
     check_plain(source)
     module, name = PAIRS[source_format, target_format]
     options: dict[str, Any] = {"transformer_impl": transformer_impl} if transformer_impl else {}
+    if number:
+        module, name, options = optimizers.__name__, "convert", {"optimizers": number}
     if upcycling:
         module, name, options = "checkpoints.mappings.upcycle", _UPCYCLED[source_format], {"options": upcycling}
     try:
@@ -124,7 +149,7 @@ def mapped(
         raise CheckpointError(
             f"{source.folder} has settings of which no {source_format} model can be made ({reason}); get it anew"
         ) from error
-    if target_format != MEGATRON:
+    if target_format != MEGATRON or number:
         return target
     tokenizer = carried(source)
     conversion = replace(target.conversion, notes=(*target.conversion.notes, *tokenizer.notes))
@@ -134,5 +159,7 @@ def mapped(
 def writer(target_format: str, target: Target) -> MegatronWriter | HFWriter:
     """What writes ``target``; refuses settings and file names that cannot be saved."""
     if target_format == MEGATRON:
-        return MegatronWriter(target.conversion.expected, target.args or {}, target.tokenizer)
+        carried = target.conversion.carried if target.common else None
+        expected, args = target.conversion.expected, target.args or {}
+        return MegatronWriter(expected, args, target.tokenizer, common=target.common, carried=carried)
     return HFWriter(target.files)

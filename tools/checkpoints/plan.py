@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from checkpoints.disk.torch_dist_metadata import Extent
 from checkpoints.tensors import CheckpointError, TensorInfo
 
 
@@ -49,12 +50,14 @@ class Conversion:
         pieces: of the target, in the order in which they are written.
         expected: every tensor that a target of this configuration has, known without looking at the source's tensors.
         dropped: tensors of the source that are left out, and why.
+        carried: what is no tensor and goes into the target byte for byte, by the key that it has in both.
         notes: what a user should know, for the receipt and the terminal.
     """
 
     pieces: tuple[Piece, ...]
     expected: Mapping[str, TensorInfo]
     dropped: Mapping[str, str] = field(default_factory=dict)
+    carried: Mapping[str, Extent] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -64,12 +67,14 @@ class Target:
 
     Attributes:
         args: where the target is Megatron's: the saved arguments, as far as they differ from Megatron's defaults.
+        common: where a run is to go on from the target: what Megatron saves with the arguments, such as the iteration.
         files: where the target is a Hugging Face folder: config.json and others, by plain file name.
         tokenizer: where the target is Megatron's: files of its folder of that name, by plain file name.
     """
 
     conversion: Conversion
     args: Mapping[str, object] | None = None
+    common: Mapping[str, Any] | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
     tokenizer: Mapping[str, bytes] = field(default_factory=dict)
 

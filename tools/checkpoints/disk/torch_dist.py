@@ -26,12 +26,12 @@ CONFIG = "metadata.json"
 COMMON = "common_state/shard_0_1"
 _OLDER_COMMON = "common.pt"
 _STACKED = re.compile(r"(decoder\.layers\.)(?!\d)(.+)")
-OPTIMIZER = "state of the optimizer"
+OPTIMIZER, RERUN = "state of the optimizer", "state of Megatron's rerun machine"
 _OTHERS = {
     r"(chained_\d+\.)?optimizer\.": OPTIMIZER,
     r".*_extra_state(/|$)": "state of Transformer Engine's FP8 modules",
     r"rng_state": "state of the random numbers",
-    r"rerun_state_machine": "state of Megatron's rerun machine",
+    r"rerun_state_machine": RERUN,
     r"common_state/": "settings and counters, of which the arguments are read",
 }
 
@@ -44,13 +44,16 @@ class MegatronCheckpoint(Checkpoint):
     Attributes:
         iteration: of training; 0 for a release.
         args: the saved arguments, as builtin types and torch.dtype.
+        common: what Megatron saves beside tensors, once for all ranks, without the arguments.
+        objects: what was saved of all else that is no tensor, by key.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, as_saved: bool = False) -> None:
         """Read what says where everything lies, and the arguments; refuses what is missing, cut short or unsafe.
 
         Args:
             path: a folder as Megatron's --save has it, or that of one iteration.
+            as_saved: every tensor, those of the optimizer too, under the key that it was saved under.
         """
         self.folder = _iteration_folder(Path(path))
         config = inside(self.folder, CONFIG, self.folder)
@@ -58,9 +61,9 @@ class MegatronCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"{self.folder} has the format {found!a}; load it and save it with --ckpt-format torch_dist"
             )
-        contents = read_metadata(self.folder, is_model=lambda key: _other_reason(key) is None)
+        contents = read_metadata(self.folder, is_model=lambda key: as_saved or other_reason(key) is None)
         self._tensors = contents.tensors
-        self._keys = _names(contents.tensors)
+        self._keys = {key: (key, None) for key in contents.tensors} if as_saved else _names(contents.tensors)
         self._places: dict[Extent, Place] = {}
         self._checked: set[Extent] = set()
         infos = {name: (self._tensors[key].info, block) for name, (key, block) in self._keys.items()}
@@ -68,15 +71,18 @@ class MegatronCheckpoint(Checkpoint):
             name: info if block is None else TensorInfo(info.shape[1:], info.dtype)
             for name, (info, block) in infos.items()
         }
-        self.others = {key: _other_reason(key) or "no tensor of the model" for key in contents.others}
+        others = () if as_saved else contents.others
+        self.others = {key: other_reason(key) or "no tensor of the model" for key in others}
         self.files = (config, *contents.files)
         common = self._common_state(contents.objects.get(COMMON))
         if not isinstance(common.get("args"), Namespace):
             raise CheckpointError(f"{self.folder} has no saved arguments; save it with Megatron's training script")
         try:
             self.args = Namespace(**as_builtin(vars(common["args"])))
+            self.common = as_builtin({key: value for key, value in common.items() if key != "args"})
         except (RecursionError, TypeError):
             raise CheckpointError(f"{self.folder}: its saved arguments are no table of settings; get it anew") from None
+        self.objects = {key: extent for key, extent in contents.objects.items() if key != COMMON}
         iteration = common.get("iteration")
         self.iteration = iteration if isinstance(iteration, int) else 0
 
@@ -162,7 +168,7 @@ def _iteration_folder(path: Path) -> Path:
     words = tracker.read_bytes()[:40].decode("ascii", "replace").strip()
     if words != "release" and not (words.isdecimal() and len(words) < 16):
         raise CheckpointError(f"{tracker} names no iteration but {words!a}; name the folder of one iteration")
-    folder = path / (words if words == "release" else f"iter_{int(words):07d}")
+    folder = path / (words if words == "release" else iteration_name(int(words)))
     if any(folder.glob("mp_rank_*")):
         raise CheckpointError(
             f"{folder} has Megatron's older format; load it and save it with --ckpt-format torch_dist"
@@ -172,7 +178,12 @@ def _iteration_folder(path: Path) -> Path:
     return folder
 
 
-def _other_reason(key: str) -> str | None:
+def iteration_name(iteration: int) -> str:
+    """The folder of an iteration."""
+    return f"iter_{iteration:07d}"
+
+
+def other_reason(key: str) -> str | None:
     """Why ``key`` is that of no tensor of the model; None where it is one."""
     return next((reason for pattern, reason in _OTHERS.items() if re.match(pattern, key)), None)
 

@@ -1,4 +1,4 @@
-"""Writes weights in Megatron's format torch_dist, as a release: what a training run starts from, at iteration 0."""
+"""Writes Megatron's format torch_dist: weights as a release, for iteration 0, or all that a run goes on from."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo  # the name tha
 
 from checkpoints.disk import companions
 from checkpoints.disk.files import Sink
-from checkpoints.disk.torch_dist import COMMON, CONFIG, TRACKER
-from checkpoints.disk.torch_dist_metadata import METADATA
-from checkpoints.disk.torch_saved import safe_globals
+from checkpoints.disk.torch_dist import COMMON, CONFIG, TRACKER, iteration_name
+from checkpoints.disk.torch_dist_metadata import METADATA, Extent
+from checkpoints.disk.torch_saved import copy_object, safe_globals
 from checkpoints.plan import Piece
 from checkpoints.tensors import CheckpointError, TensorInfo
 
-FOLDER = "release"
+RELEASE = "release"
 """Of a release Megatron loads no optimizer, no random numbers and no iteration, with --finetune and without."""
 _OBJECTS = "__0_objects.distcp"
 _MODULE_WITH_STATE = re.compile(r"(?:.*\.)?(?:linear_\w+|\w*norm)")
@@ -45,15 +45,25 @@ class MegatronWriter:
     keeps_tensors_whole = False
 
     def __init__(
-        self, expected: Mapping[str, TensorInfo], args: Mapping[str, Any], tokenizer: Mapping[str, bytes] | None = None
+        self,
+        expected: Mapping[str, TensorInfo],
+        args: Mapping[str, Any],
+        tokenizer: Mapping[str, bytes] | None = None,
+        *,
+        common: Mapping[str, Any] | None = None,
+        carried: Mapping[str, Extent] | None = None,
     ) -> None:
         """All tensors are ``expected``; ``args`` of other than builtin types and torch.dtype are refused.
 
-        ``tokenizer`` has files of the folder of that name, by plain file name.
+        ``tokenizer`` has files of the folder of that name, by plain file name. ``common`` is what is saved with the
+        arguments, and ``carried`` what lies beside the tensors; None: those of a release.
         """
         self._expected = expected
         self._tokenizer = tokenizer or {}
-        self._common = _saved(_common_state(args))
+        self._carried = carried
+        self._tracked = RELEASE if common is None else str(common["iteration"])
+        self._folder = RELEASE if common is None else iteration_name(common["iteration"])
+        self._common = _saved(_released(args) if common is None else [{**common, "args": Namespace(**args)}])
         try:
             with safe_globals([Namespace]):
                 torch.load(io.BytesIO(self._common), weights_only=True)
@@ -65,7 +75,7 @@ class MegatronWriter:
 
     def part_path(self, number: int, total: int) -> str:
         """See ``Writer``."""
-        return f"{FOLDER}/__0_{number:0{len(str(total))}d}.distcp"
+        return f"{self._folder}/__0_{number:0{len(str(total))}d}.distcp"
 
     def write_part(self, sink: Sink, pieces: Sequence[Piece], tensors: Iterator[Tensor]) -> list[dict[str, Any]]:
         """See ``Writer``; each piece becomes a chunk of its tensor."""
@@ -96,27 +106,36 @@ class MegatronWriter:
             )
             for name, info in self._expected.items()
         }
-        nothing = _saved([None])
-        (folder / FOLDER / _OBJECTS).write_bytes(self._common + nothing)
-        extents = {COMMON: (0, len(self._common))}
-        extents |= dict.fromkeys(_states(self._expected), (len(self._common), len(nothing)))
-        for key, (offset, length) in extents.items():
+        for key, (offset, length) in self._write_objects(folder / self._folder / _OBJECTS).items():
             described[key] = dcp.BytesStorageMetadata()
             storage[dcp.MetadataIndex(key)] = _StorageInfo(_OBJECTS, offset, length)
         metadata = dcp.Metadata(
             described, planner_data={}, storage_data=storage, storage_meta=dcp.StorageMeta(), version="1.0.0"
         )
-        (folder / FOLDER / METADATA).write_bytes(pickle.dumps(metadata))
+        (folder / self._folder / METADATA).write_bytes(pickle.dumps(metadata))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-        (folder / FOLDER / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        (folder / self._folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         for name, data in self._tokenizer.items():
             (folder / companions.FOLDER).mkdir(exist_ok=True)
             (folder / companions.FOLDER / name).write_bytes(data)
-        (folder / TRACKER).write_text(FOLDER, encoding="utf-8")
+        (folder / TRACKER).write_text(self._tracked, encoding="utf-8")
+
+    def _write_objects(self, path: Path) -> dict[str, tuple[int, int]]:
+        """Write all that is no tensor, and return the offset and length of each by its key."""
+        extents = {COMMON: (0, len(self._common))}
+        with path.open("wb") as file:
+            file.write(self._common)
+            if self._carried is None:
+                length = file.write(_saved([None]))
+                return extents | dict.fromkeys(_states(self._expected), (len(self._common), length))
+            for key, extent in self._carried.items():
+                extents[key] = file.tell(), extent.length
+                copy_object(key, extent, file)
+        return extents
 
 
-def _common_state(args: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What Megatron saves beside tensors, as the list of one object that it is saved in."""
+def _released(args: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What Megatron saves of a release beside tensors, as the list of one object that it is saved in."""
     kept = {name: value for name, value in args.items() if name not in _OF_THE_RUN.split()}
     # Core would otherwise expect models whose blocks are all alike as one tensor of all blocks.
     content = {"non_homogeneous_layers": True, "singleton_local_shards": False}
