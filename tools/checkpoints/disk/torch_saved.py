@@ -172,12 +172,14 @@ _SAFE_NAMES: list[Any] = [
 
 @contextlib.contextmanager
 def safe_globals(names: list[Any]) -> Iterator[None]:
-    """torch.load takes ``names`` inside, and behind it what it took before: torch's own forgets those that are both."""
+    """torch.load takes ``names`` alone inside, whatever was imported, and behind it what it took before."""
     before = torch.serialization.get_safe_globals()
     try:
-        with torch.serialization.safe_globals(names):
-            yield
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(names)
+        yield
     finally:
+        torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
 
 
