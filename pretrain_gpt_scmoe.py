@@ -6,6 +6,10 @@
 Megatron's flags work, but those of docs/refused.md: its own ``pretrain`` runs. Only what its wheel lacks is
 here: the hooks that fetch a batch, run a forward step, reduce the loss and build the datasets. Without an accelerator
 the same trainer runs on gloo ranks (``megatron_scmoe/cpu/backend.py``).
+
+    DRY_RUN=1 WORLD_SIZE=64 python pretrain_gpt_scmoe.py <the same flags>
+
+tells, on any machine, what each rank would hold (``megatron_scmoe/dry_run/``).
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ if __name__ == "__main__":  # before the slow imports
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that ^C ends
 
 import json
+import os
 import sys
 import time
 from datetime import timedelta
@@ -31,6 +36,10 @@ import torch
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
+
+DRY_RUN = os.environ.get("DRY_RUN", "0") not in ("", "0")
+if DRY_RUN:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it says the same on every machine
 
 if torch.cuda.is_available():
     from megatron_scmoe.mcore import wheel
@@ -57,6 +66,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_scmoe.config import ConfigError
+from megatron_scmoe.dry_run import run as dry_run
 from megatron_scmoe.job.start import joined
 from megatron_scmoe.mcore.datasets import HashedDataset, HashedDatasetConfig, dataset_prefixes, index_hashes
 from megatron_scmoe.models.gpt import model_config_from_args
@@ -227,7 +237,10 @@ def _builds_datasets(vp_stage: int | None) -> bool:
 
 
 def main() -> None:
-    """Parse, refuse or train."""
+    """Parse, refuse or train; or say what training would need."""
+    if DRY_RUN:
+        dry_run.run()
+        return
     args, scmoe, meeting = parse_and_validate_args()
     # Each rank of a pipeline builds its own datasets, so Megatron must not build them on one rank alone.
     train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]

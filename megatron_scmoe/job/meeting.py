@@ -23,11 +23,12 @@ class Meeting:
 
     Args:
         args: Megatron's namespace.
+        alone: whether this rank decides without the others, which there are not.
     """
 
-    def __init__(self, args: Namespace) -> None:
+    def __init__(self, args: Namespace, *, alone: bool = False) -> None:
         self.rank: int = args.rank
-        self.world_size: int = args.world_size
+        self.world_size: int = 1 if alone else args.world_size
         self.limit_s = 60.0 * args.distributed_timeout_minutes
         self._args = args
         self._prefix = f"megatron_scmoe/{next(_numbers)}"

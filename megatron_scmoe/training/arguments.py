@@ -113,11 +113,17 @@ def scmoe_config_from_args(args: Namespace) -> ScMoEConfig:
     return ScMoEConfig(**values)
 
 
-def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig, Meeting]:
+def parse_and_validate_args(
+    go_without: Callable[[Namespace], None] | None = None,
+) -> tuple[Namespace, ScMoEConfig, Meeting]:
     """Parse the command line, refuse what cannot work, and set Megatron's global variables.
 
     Megatron's function of this name has no place between parsing and validation, where the MoE pattern has to be set,
     so its steps are called one by one.
+
+    Args:
+        go_without: of a dry run, which has no other ranks and needs no Transformer Engine: takes out of the validated
+            namespace what cannot be built without a GPU.
 
     Returns:
         Megatron's namespace, validated, our settings, and where this job's ranks meet.
@@ -129,13 +135,13 @@ def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig, Meeting]:
         return add_scmoe_arguments(parser)
 
     args = parse_args(add_arguments)
-    meeting = Meeting(args)
+    meeting = Meeting(args, alone=go_without is not None)
     try:
         version.check_core_version()
         unread[0].check(args)
         sizes.check_sizes(args)
-        script_rules.check_hooks(args)
-        scmoe, saved = _validate(args, meeting)
+        script_rules.check_hooks(args, needs_transformer_engine=go_without is None)
+        scmoe, saved = _validate(args, meeting, go_without)
         script_rules.check_paths(args)
         corpus.check_datasets(args)
         corpus.say_if_order_changes(args, saved)
@@ -149,7 +155,9 @@ def parse_and_validate_args() -> tuple[Namespace, ScMoEConfig, Meeting]:
     return args, scmoe, meeting
 
 
-def _validate(args: Namespace, meeting: Meeting) -> tuple[ScMoEConfig, Namespace | None]:
+def _validate(
+    args: Namespace, meeting: Meeting, go_without: Callable[[Namespace], None] | None
+) -> tuple[ScMoEConfig, Namespace | None]:
     """Complete and validate ``args``; returns our settings, and the arguments of the checkpoint to load."""
     resume.use_pretrained(args)
     resume.choose_step(args, meeting)
@@ -165,6 +173,8 @@ def _validate(args: Namespace, meeting: Meeting) -> tuple[ScMoEConfig, Namespace
         if scmoe.replaces_stock_moe:
             refusals.check_pipelined(args, scmoe)
     _by_megatrons_rules(validate_args, args)
+    if go_without is not None:
+        go_without(args)
     script_rules.check_chunks(args, scmoe)
     if scmoe.enabled:
         refusals.check_pipeline(scmoe, _by_megatrons_rules(core_transformer_config_from_args, args))

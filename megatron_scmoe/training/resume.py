@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
@@ -152,15 +152,20 @@ def check_buckets(args: Namespace, model_chunks: list[nn.Module]) -> list[nn.Mod
         return model_chunks
     found: list[list[checkpoints.PaddedBucket]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, [bucket for chunk in model_chunks for bucket in checkpoints.padded_buckets(chunk)])
-    buckets = [(rank, bucket) for rank, of_rank in enumerate(found) for bucket in of_rank]
-    if buckets:
+    refuse_padded_buckets(args, dict(enumerate(found)))
+    return model_chunks
+
+
+def refuse_padded_buckets(args: Namespace, found: Mapping[int, list[checkpoints.PaddedBucket]]) -> None:
+    """Raise ConfigError where this run would save moments behind a padded bucket; ``found``: those of each rank."""
+    buckets = [(rank, bucket) for rank, of_rank in found.items() for bucket in of_rank]
+    if buckets and _saves_moments_by_parameter(args):
         rank, first = buckets[0]
         raise ConfigError(
             "Core saves moments at the wrong places behind a gradient bucket that ends in padding: "
             f"--dist-ckpt-optim-fully-reshardable is set and {first.place} on rank {rank} holds {first.numel} "
             f"elements in {first.numel_padded} places; " + _bucket_fix(args, [bucket for _, bucket in buckets])
         )
-    return model_chunks
 
 
 def _saves_moments_by_parameter(args: Namespace) -> bool:

@@ -24,8 +24,13 @@ _FOLDERS_OF_ONE = ("tensorboard_dir", "wandb_save_dir")
 _FILES = ("data_args_path", "per_split_data_args_path", "per_dataset_sequences_path", "te_precision_config_file")
 
 
-def check_hooks(args: Namespace) -> None:
-    """Raise ConfigError for the first flag in ``args`` that the entry script's hooks do not do."""
+def check_hooks(args: Namespace, *, needs_transformer_engine: bool = True) -> None:
+    """Raise ConfigError for the first flag in ``args`` that the entry script's hooks do not do.
+
+    Args:
+        args: Megatron's namespace.
+        needs_transformer_engine: whether what is Transformer Engine's will be used.
+    """
     for refusal in refused_flags.HOOK_REFUSALS:
         refusal.check(args)
     _check_document_flags(args)
@@ -42,7 +47,8 @@ def check_hooks(args: Namespace) -> None:
             f"--save-tokens-per-expert-interval is {args.save_tokens_per_expert_interval}, --transformer-impl is "
             f"{args.transformer_impl} and --moe-grouped-gemm is {'on' if args.moe_grouped_gemm else 'off'}; drop it"
         )
-    if args.tp_comm_overlap and importlib.util.find_spec("transformer_engine") is None:
+    missing = needs_transformer_engine and importlib.util.find_spec("transformer_engine") is None
+    if args.tp_comm_overlap and missing:
         raise ConfigError(
             "it is Transformer Engine's: --tp-comm-overlap is set and Transformer Engine is not installed; install it, "
             "or drop --tp-comm-overlap"

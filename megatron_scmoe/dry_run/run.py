@@ -1,0 +1,77 @@
+"""The dry run of a command line: every rule of the entry script, then the model without data, then a table.
+
+It needs no GPU, no data and no other rank: torch's meta device holds the model, a fake process group stands for the
+world, and Megatron's local spec for Transformer Engine. WORLD_SIZE says for how many GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+
+import torch
+
+from megatron_scmoe.config import ConfigError, ScMoEConfig
+from megatron_scmoe.dry_run import local_spec, memory, report
+from megatron_scmoe.dry_run.meta import replaced
+from megatron_scmoe.dry_run.stages import Stage, find_stages
+from megatron_scmoe.models.gpt import model_config_from_args
+from megatron_scmoe.training.arguments import parse_and_validate_args, refuse
+
+
+def run() -> None:
+    """Print what the command line of this process would need, or refuse it as a training would."""
+    if os.environ.get("RANK", "0") != "0":
+        return  # under torchrun one of them says it for all
+    try:
+        with _in_silence():
+            args, stages, gone = estimate()
+    except ConfigError as error:
+        refuse(str(error))
+    print(report.text(args, stages, gone))
+
+
+def estimate() -> tuple[Namespace, list[Stage], list[str]]:
+    """Megatron's namespace of this process's command line, its pipeline stages, and flags that were left out."""
+    gone: list[str] = []
+    with replaced(torch.cuda, "get_device_capability", local_spec.imagined_capability):
+        args, scmoe, _ = parse_and_validate_args(lambda args: gone.extend(local_spec.go_without(args)))
+        memory.check_known(args)
+        _check_known(args, scmoe)
+        config = model_config_from_args(args, scmoe)
+        if local_spec.TRANSFORMER_ENGINE in gone:
+            local_spec.with_flash_attention(config)
+        return args, find_stages(args, config), gone
+
+
+def _check_known(args: Namespace, scmoe: ScMoEConfig) -> None:
+    if args.spec is not None:
+        raise ConfigError(f"a dry run builds Megatron's own blocks: --spec is {' '.join(args.spec)}; drop it")
+    if args.context_parallel_size > 1:
+        raise ConfigError(
+            "Core pins memory for context parallelism, which takes a GPU: --context-parallel-size is "
+            f"{args.context_parallel_size}; use 1 with --seq-length {args.seq_length // args.context_parallel_size} "
+            "for a dry run, whose activations are those of one rank"
+        )
+    if scmoe.compresses:
+        raise ConfigError(
+            f"how many centroids travel is up to the data: --a2a-codec is {scmoe.a2a_codec} in a dry run; use "
+            "--a2a-codec none for it, which needs more memory"
+        )
+
+
+@contextlib.contextmanager
+def _in_silence() -> Iterator[None]:
+    """Without what Megatron prints on its way, and its warnings."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
