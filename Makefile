@@ -21,7 +21,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -
 
 # What tests depend on, and with which contents of it test-full has passed.
 TESTED := pretrain_gpt_scmoe.py requirements.txt pyproject.toml
-TESTED += $(sort $(foreach kind,py sh html css,$(shell find megatron_scmoe tools tests examples -name "*.$(kind)")))
+TESTED += $(sort $(foreach kind,py sh sbatch yaml html css,$(shell find megatron_scmoe tools tests examples -name "*.$(kind)")))
 PASSED := tests/full-passed.sha256
 
 .DEFAULT_GOAL := help
