@@ -295,7 +295,7 @@ def reports_last_step(exit_code: int, has_group: bool) -> bool:
     """Whether the session is closed where Megatron ends the process with this code."""
     entry_script, closed = training.entry_script(), []
 
-    def end(*_: object) -> None:
+    def end(*_: object, **__: object) -> None:
         if not has_group:
             torch.distributed.destroy_process_group()
         sys.exit(exit_code)

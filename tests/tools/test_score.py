@@ -30,7 +30,7 @@ import score  # noqa: E402
 from scoring import inputs, windows  # noqa: E402
 
 VOCABULARY, LENGTH = 320, 16
-SMALL = [f"--vocab-size {VOCABULARY}", "--make-vocab-size-divisible-by 8", "--train-iters 1", "--save-interval 1"]
+SMALL = [f"--vocab-size {VOCABULARY}", "--make-vocab-size-divisible-by 8", "--train-iters 1"]
 MOE_FLAGS = [flag for flag in STOCK if flag.startswith("--moe")] + ["--num-experts"]
 DENSE = STOCK
 for flag in MOE_FLAGS:
@@ -77,7 +77,7 @@ def checkpoints(tmp_path_factory):
     def checkpoint(name):
         if name not in made:
             made[name] = folder / str(len(made))
-            train([*MODELS[name], "--save", str(made[name])])
+            train([*MODELS[name], "--save", str(made[name]), "--save-interval", "1"])
         return made[name]
 
     return checkpoint
@@ -270,7 +270,7 @@ def test_bf16_is_near_and_not_the_same(tmp_path, checkpoints, two_files):
 def test_the_codec_of_training_is_off(tmp_path):
     """--a2a-codec lsh with learned compensation: the same losses as without it, and the maps are no obstacle."""
     codec = ["--a2a-codec lsh", "--lsh-hashes 1", "--lsh-compensation lowrank"]
-    flags = with_flags(MODELS["scmoe"], *codec, f"--save {tmp_path / 'save'}")
+    flags = with_flags(MODELS["scmoe"], *codec, f"--save {tmp_path / 'save'}", "--save-interval 1")
     train(flags)
     rows = random_ids(4, LENGTH + 1)
     numpy.save(tmp_path / "rows.npy", rows)
