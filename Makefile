@@ -15,8 +15,9 @@ FOLDER = $(RUN)/$(notdir $(CORPUS:/=))
 INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-# Workers that run tests beside one another. A file's tests go to one of them, since they share what was made for them.
-JOBS ?= 2
+# Workers that run tests beside one another, more than 2 cores: ranks wait for one another, and processes for their start.
+# A file's tests go to one of them, since they share what was made for them.
+JOBS ?= 3
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 25
 
 # What tests depend on, and with which contents of it test-full has passed.

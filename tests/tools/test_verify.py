@@ -90,7 +90,7 @@ def test_a_nan_does_not_pass(folder, tmp_path):
 def test_megatron_checkpoints(tmp_path):
     """Weights of two iterations differ, a checkpoint and itself do not; ids lie in its vocabulary and window."""
     flags = [*MODELS["scmoe"], "--save", str(tmp_path / "save")]
-    flags = training.with_flags(flags, "--train-iters 2")
+    flags = training.with_flags(flags, "--train-iters 2", "--save-interval 1")
     ranks.run(training.train, 1, flags, timeout_s=240)
     one, two = (tmp_path / "save" / f"iter_000000{n}" for n in (1, 2))
     tokens = random_tokens(one, two)
