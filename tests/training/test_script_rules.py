@@ -173,6 +173,30 @@ def write_dataset(prefix: str) -> None:
     builder.finalize(prefix + ".idx")
 
 
+def write_short_documents(prefix: str, end_of_document: int) -> None:
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    builder, random = IndexedDatasetBuilder(prefix + ".bin", dtype=DType.optimal_dtype(64)), numpy.random.default_rng(0)
+    for _ in range(400):
+        builder.add_document(numpy.array([*random.integers(1, 60, 3), end_of_document], dtype=numpy.int32), [4])
+    builder.finalize(prefix + ".idx")
+
+
+def test_a_mask_of_documents_has_an_effect_where_it_is_accepted(tmp_path):
+    """Without it tokens see the documents before theirs; 62 is the end of a document to this tokenizer."""
+    prefix = str(tmp_path / "data")
+    ranks.run(write_short_documents, 1, prefix, 62, distributed=False)
+    flags = without_flag(without_flag(SCMOE, "--mock-data"), "--no-create-attention-mask-in-dataloader")
+    flags = with_flags(flags, f"--data-path {prefix}", "--split 80,20,0", "--train-iters 1")
+    losses = []
+    for number, change in enumerate([[], ["--reset-attention-mask"]]):
+        log = tmp_path / str(number)
+        (printed,) = ranks.run(training.train, 1, with_flags(flags, *change, f"--tensorboard-dir {log}"))
+        assert "exit code" not in printed, printed[-2000:]
+        losses.append(training.scalars(log, "lm loss")["lm loss"][1])
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
 def test_files_in_the_place_of_folders_are_refused(tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
