@@ -1,35 +1,62 @@
-"""What the rooms agree on: dense ops, cargo, routed calls, and the plan of a group. The second file to read.
+"""What the rooms agree on: dense ops, cargo, routed calls, and the plan of a span. The second file to read.
 
-A group is a list of dense ops and a routed call. The call's tokens travel as a cargo, in as many chunks as the plan has
-slots; the layer (``layers/group.py``) makes the cargo, hands it to the flights (``dispatch/flights.py``) and runs the
-ops while they fly. Standard library alone where it runs, so that settings can be checked before torch is there.
+A span is one group, or several neighbouring ones: a list of dense ops and a list of routed calls. A call's tokens travel
+as a cargo, in as many chunks as the plan has slots for the call; the layer (``layers/span.py``) makes the cargo, hands it
+to the flights (``dispatch/flights.py``) and runs the ops while they fly. Standard library alone where it runs, so that
+settings can be checked before torch is there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
     from torch import Tensor
 
 
+class Stream(NamedTuple):
+    """What flows through the ops of a span.
+
+    Attributes:
+        hidden: the residual stream, [s, b, h].
+        shared_input: what the shared expert read, [s, b, h], from then on until the end of its group adds it.
+        shared: what it made of it, as long.
+        routed: outputs of the calls that land at the end of a group, [s, b, h] each, for that op.
+        entry: ``hidden`` as it entered the group, and what has landed since, where an op reads it; else None.
+        late_weight: what cg2 weighs routed outputs with that land behind the end of their group, [s, b, 1].
+    """
+
+    hidden: Tensor
+    shared_input: Tensor | None = None
+    shared: Tensor | None = None
+    routed: tuple[Tensor, ...] = ()
+    entry: Tensor | None = None
+    late_weight: Tensor | None = None
+
+    @property
+    def newest(self) -> Tensor:
+        """What the last op made."""
+        return self.hidden if self.shared is None else self.shared
+
+
 @dataclass(frozen=True, slots=True)
 class DenseOp:
-    """One residual op of the dense stream.
+    """One op of a span: a residual op, the shared expert, or the end of a group, which adds what is pending.
 
     Attributes:
         name: what runs, for marks.
-        norm: from a hidden state [s, b, h] to the normed tensor that the op reads.
-        run: ``run(hidden, norm(hidden), inputs)`` is the next hidden state; ``inputs`` is what Core hands to every
+        norm: from the stream to the normed tensor that the op, and the calls tapped at it, read, [s, b, h]; None where
+            nothing reads one.
+        run: ``run(stream, norm(stream), inputs)`` is the stream behind the op; ``inputs`` is what Core hands to every
             block beside it (``mcore.blocks.AttentionInputs``).
     """
 
     name: str
-    norm: Callable[[Tensor], Tensor]
-    run: Callable[[Tensor, Tensor, Any], Tensor]
+    norm: Callable[[Stream], Tensor] | None
+    run: Callable[[Stream, Tensor | None, Any], Stream]
 
 
 class Cargo(Protocol):
@@ -56,62 +83,103 @@ class Cargo(Protocol):
         """Each token's sum over its experts, in the shape of the tokens, from what all chunks delivered."""
 
 
-class RoutedCall(Protocol):
-    """The tokens of one routing, on their way since it was made (``dispatch/flights.py``)."""
+class Flying(Protocol):
+    """The tokens of one routed call, on their way since it was made (``dispatch/flights.py``)."""
 
-    def run_experts(self, slot: int | None = None) -> None:
-        """Run the experts of the chunks whose slot this is; of all chunks for None."""
+    def run_experts(self, slot: int) -> None:
+        """Run the experts of the chunks whose slot this is."""
 
     def finish_combine(self) -> Tensor:
         """Wait for the outputs of every chunk; [s, b, h]."""
 
 
 @dataclass(frozen=True, slots=True)
-class GroupShape:
-    """What a plan has to know of a group.
+class RoutedCall:
+    """One routing of a span: what its experts read, and where their output is added.
 
     Attributes:
-        tap: index of the dense op whose normed input the routed experts read; the number of dense ops where they read
-            behind all.
-        num_dense_ops: ops in the dense stream.
-        second_gate: dgmoe: a second flight starts behind the last dense op.
+        tap: index of the op whose normed input the experts read; their tokens take off just before it.
+        landing: index of the op in which the output is added, the end of the call's group, or, where late, before which.
+        late: whether it lands behind the end of its group.
+        group: whose call it is, counted from 0 within the span.
     """
 
     tap: int
-    num_dense_ops: int
-    second_gate: bool = False
+    landing: int
+    late: bool = False
+    group: int = 0
 
     @property
     def num_slots(self) -> int:
-        """Places behind the tap where experts may run."""
-        return self.num_dense_ops - self.tap + 1
+        """Places from the tap to the landing where the experts may run."""
+        return self.landing - self.tap + 1
+
+
+@dataclass(frozen=True, slots=True)
+class SpanShape:
+    """What a plan has to know of a span.
+
+    At one place, before op p, things have this order: late calls that land there run the experts that are left, and
+    land; the calls tapped there take off; experts whose slot this is run, by the number of their call; calls that land
+    in op p finish their combine; op p runs.
+
+    Attributes:
+        num_ops: ops of the span, the ends of its groups among them.
+        calls: in the order of their taps.
+    """
+
+    num_ops: int
+    calls: tuple[RoutedCall, ...]
+
+    def first_call_of(self, part: int) -> int:
+        """Number of the first call of the span's group ``part``."""
+        return next(number for number, call in enumerate(self.calls) if call.group == part)
+
+    def tapped_at(self, place: int) -> list[int]:
+        """Numbers of the calls that take off just before op ``place``."""
+        return [number for number, call in enumerate(self.calls) if call.tap == place]
+
+    def landing_before(self, place: int) -> list[int]:
+        """Numbers of the late calls whose outputs are added before op ``place``."""
+        return [number for number, call in enumerate(self.calls) if call.late and call.landing == place]
+
+    def landing_in(self, place: int) -> list[int]:
+        """Numbers of the calls whose outputs op ``place``, the end of their group, adds."""
+        return [number for number, call in enumerate(self.calls) if not call.late and call.landing == place]
+
+    def has(self, plan: Plan) -> bool:
+        """Whether ``plan`` is for these calls, and each slot one of theirs."""
+        return len(plan.slots) == len(self.calls) and all(
+            slots[-1] <= call.num_slots for slots, call in zip(plan.slots, self.calls, strict=True)
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Where the experts of one group run.
+    """Where the experts of one span run.
 
     Attributes:
-        slots: for each token chunk, the place behind the tap where its experts run: before the k-th dense op behind the
-            tap (from 1); the last slot lies behind them all. Chunks travel in order, so slots never decrease.
+        slots: for each routed call, and each token chunk of it, the place where its experts run: slot k lies before the
+            k-th op from the tap on (from 1), the last one where the call lands. Chunks travel in order, so that slots
+            never decrease; all calls have the same number of chunks.
         blocking: every collective is waited for where it starts: the sequential reference.
 
     Raises:
-        ValueError: for no chunk, a slot below 1, or a chunk before the one that travels ahead of it.
+        ValueError: for no call, no chunk, calls of different numbers of chunks, a slot below 1, or a chunk before the
+            one that travels ahead of it.
     """
 
-    slots: tuple[int, ...]
+    slots: tuple[tuple[int, ...], ...]
     blocking: bool = False
 
     def __post_init__(self) -> None:
-        if not self.slots or self.slots[0] < 1 or list(self.slots) != sorted(self.slots):
-            raise ValueError(f"a plan needs slots from 1 that never decrease, one for each chunk: not {self.slots}")
+        for slots in self.slots:
+            if not slots or slots[0] < 1 or list(slots) != sorted(slots):
+                raise ValueError(f"a call needs slots from 1 that never decrease, one for each chunk: not {slots}")
+        if len({len(slots) for slots in self.slots}) != 1:
+            raise ValueError(f"a plan needs calls with the same number of chunks: not {self.slots}")
 
     @property
     def chunks(self) -> int:
-        """Number of token chunks."""
-        return len(self.slots)
-
-    def chunks_at(self, slot: int) -> list[int]:
-        """The chunks whose experts run at ``slot``."""
-        return [chunk for chunk, its_slot in enumerate(self.slots) if its_slot == slot]
+        """Number of token chunks of each call."""
+        return len(self.slots[0])

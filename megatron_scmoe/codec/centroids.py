@@ -58,7 +58,7 @@ class Centroids:
         residual_map: ResidualMap | None,
         tag: Tag,
     ) -> None:
-        tag.marker.now(tag.prefix + ENCODE)
+        tag.marker.now(ENCODE, call=tag.call)
         self._tag = tag
         self._compensation, self._residual_map = compensation, residual_map
         self._hasher, self._refinement = hasher, refinement
@@ -128,8 +128,8 @@ class Centroids:
 
     def join(self, delivered: list[Tensor]) -> Tensor:
         """See ``contracts.Cargo``."""
-        marker, step, last = self._tag.marker, self._tag.prefix + DECODE, len(delivered) - 1
-        marker.now(step, last)
+        marker, call, last = self._tag.marker, self._tag.call, len(delivered) - 1
+        marker.now(DECODE, last, call=call)
         outputs = delivered[0] if len(delivered) == 1 else torch.cat(delivered)
         paper = self._compensation is Compensation.PAPER
         rows = restore(outputs, self._clusters, self._weights, self._residual if paper else None)
@@ -140,5 +140,5 @@ class Centroids:
             mapped = self._residual_map(residuals, self._rows_per_expert)
             rows = rows + (mapped * self._weights.unsqueeze(-1)).to(mapped.dtype)
         output = self._home.combine_postprocess(rows)
-        marker.in_backward(step, output, last)
+        marker.in_backward(DECODE, output, last, call=call)
         return output

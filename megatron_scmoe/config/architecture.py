@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from megatron_scmoe.config.rules import ConfigError, check_length, one_or_each
+from megatron_scmoe.contracts import RoutedCall, SpanShape
 
 
 class Shortcut(StrEnum):
@@ -23,6 +24,7 @@ class Position(StrEnum):
     POS1 = "pos1"
     POS2 = "pos2"
     POS3 = "pos3"
+    FARSKIP = "farskip"
 
 
 class Combine(StrEnum):
@@ -49,8 +51,8 @@ class LatentScaling(StrEnum):
 
 # Dense residual ops that lie behind the tap, the shared expert included, for each position. They lie in the last two
 # blocks of a group whatever its size: pos1 [attention, SE], pos2 [MLP, attention, SE], pos3 [attention, MLP,
-# attention, SE].
-WINDOW_OPS = {Position.POS1: 2, Position.POS2: 3, Position.POS3: 4}
+# attention, SE], farskip [SE].
+WINDOW_OPS = {Position.POS1: 2, Position.POS2: 3, Position.POS3: 4, Position.FARSKIP: 1}
 
 MOE_EVERY_CHOICES = (1, 2, 3, 4)
 
@@ -67,8 +69,9 @@ class ArchitectureConfig:
 
     shortcut_position: tuple[Position, ...] = (Position.POS2,)
     """Tensor that the routed experts read. pos1: output of the preceding block; pos2: between attention and MLP of the
-    preceding block; pos3: input of the preceding block. One value for all groups, or one for each group. With
-    --moe-every 1 only pos1 exists."""
+    preceding block; pos3: input of the preceding block; farskip: input of the block itself, which its shared expert
+    reads, too (FarSkip-Collective, arXiv 2511.11505): with --moe-every 1, and --shortcut-landing 1 in spans. One value
+    for all groups, or one for each group. With --moe-every 1 only pos1 and farskip exist."""
 
     shortcut_combine: Combine = Combine.CG1
     """How shared and routed experts are added. add: sum; cg1: a sigmoid gate on the shared expert (Megatron's
@@ -78,9 +81,19 @@ class ArchitectureConfig:
     """Blocks in a group; the last one of each group carries the MoE. Replaces --moe-layer-freq, which is derived from
     it. 1 puts an MoE in every block."""
 
+    shortcut_span: int = 1
+    """Neighbouring groups that run as one list of ops, in which routed outputs may land late (--shortcut-landing). No
+    pipeline stage, and no unit of full recompute, may cut a span."""
+
+    shortcut_landing: int = 0
+    """Where the routed output of every group of a span but its last one is added. 0: at the end of its own group, as in
+    the papers; K: behind the K-th op of the next group, so that its combine has that many ops more to hide behind. What
+    later ops read is complete."""
+
     moe_share_groups: int = 1
-    """Neighbouring groups that one MoE serves. 2 is DGMoE-Share: the second group of each pair uses the router and the
-    experts of the first, which appear once in checkpoints, optimizer and gradient reduction. dgmoe only."""
+    """Neighbouring groups that one MoE serves: the others use the router, the experts and the shared expert of the
+    first, which appear once in checkpoints, optimizer and gradient reduction. dgmoe with 2 is the paper's
+    DGMoE-Share."""
 
     router: Router = Router.CORE
     """How experts are chosen. core: by Megatron's router. longcat: as LongCat-Flash does (arXiv 2509.01322, section
@@ -108,16 +121,25 @@ class ArchitectureConfig:
 
     @property
     def num_dense_ops(self) -> int:
-        """Ops in a group's dense stream. dgmoe has no shared expert, which is the last one of scmoe."""
+        """Ops of a group before its end. dgmoe has no shared expert, which is the last one of scmoe."""
         return 2 * self.moe_every - (self.shortcut is Shortcut.DGMOE)
 
     def tap(self, group_index: int) -> int:
-        """Index in the dense stream of group ``group_index`` at which its routed experts read."""
+        """Index among the ops of group ``group_index`` at which its routed experts read."""
         return 2 * self.moe_every - WINDOW_OPS[self.position(group_index)]
 
-    def num_slots(self, group_index: int) -> int:
-        """Places behind the tap of group ``group_index`` where the experts may run."""
-        return self.num_dense_ops - self.tap(group_index) + 1
+    def span_shape(self, first_group: int) -> SpanShape:
+        """The span of ``shortcut_span`` groups that begins with group ``first_group``."""
+        group_ops = self.num_dense_ops + 1  # and its end
+        calls = []
+        for part in range(self.shortcut_span):
+            first, end = part * group_ops, (part + 1) * group_ops - 1
+            late = self.shortcut_landing > 0 and part < self.shortcut_span - 1
+            landing = end + 1 + self.shortcut_landing if late else end
+            calls.append(RoutedCall(first + self.tap(first_group + part), landing, late, part))
+            if self.shortcut is Shortcut.DGMOE:  # its second gate reads what a shared expert would
+                calls.append(RoutedCall(end, landing, late, part))
+        return SpanShape(self.shortcut_span * group_ops, tuple(calls))
 
     def position(self, group_index: int) -> Position:
         """Position of group ``group_index`` (counted from 0 over the whole model)."""
@@ -142,14 +164,17 @@ class ArchitectureConfig:
         self._validate_router()
         num_groups = num_layers // self.moe_every
         self._validate_sharing(num_groups)
+        self._validate_span(num_groups)
         check_length("--shortcut-position", self.shortcut_position, num_groups)
         for group_index in range(num_groups):
             position = self.position(group_index)
-            if self.moe_every == 1 and position is not Position.POS1:
+            if self.moe_every == 1 and position in (Position.POS2, Position.POS3):
                 raise ConfigError(
                     f"{position} reads a preceding block of the same group: --moe-every is 1 and --shortcut-position "
                     f"of group {group_index} is {position}; use --shortcut-position pos1 or --moe-every 2"
                 )
+            if position is Position.FARSKIP:
+                self._validate_farskip(group_index)
 
     def _validate_router(self) -> None:
         if self.router is Router.LONGCAT and self.shortcut is Shortcut.DGMOE:
@@ -166,20 +191,39 @@ class ArchitectureConfig:
             )
 
     def _validate_sharing(self, num_groups: int) -> None:
-        if self.moe_share_groups not in (1, 2):
+        if self.moe_share_groups < 1 or num_groups % self.moe_share_groups:
             raise ConfigError(
-                f"an MoE serves one group or two: --moe-share-groups is {self.moe_share_groups} of {num_groups}; "
-                "use 1 or 2"
+                f"an MoE serves the same number of groups everywhere: --moe-share-groups is {self.moe_share_groups} "
+                f"and there are {num_groups} groups; use a divisor of {num_groups}"
             )
-        if self.moe_share_groups == 1:
-            return
-        if self.shortcut is not Shortcut.DGMOE:
+
+    def _validate_span(self, num_groups: int) -> None:
+        if self.shortcut_span < 1 or num_groups % self.shortcut_span:
             raise ConfigError(
-                f"sharing is part of dgmoe: --moe-share-groups is 2 and --shortcut is {self.shortcut}; "
-                "use --shortcut dgmoe or drop --moe-share-groups"
+                f"spans are whole: --shortcut-span is {self.shortcut_span} and there are {num_groups} groups; "
+                f"use a divisor of {num_groups}"
             )
-        if num_groups % 2:
+        last = 2 * self.moe_every - 1
+        if not 0 <= self.shortcut_landing <= last:
             raise ConfigError(
-                f"groups share in pairs: --moe-share-groups is 2 and there are {num_groups} groups; "
-                "use an even number of groups"
+                f"a routed output lands behind one of the next group's {last} residual ops, or with 0 at its own "
+                f"group's end: --shortcut-landing is {self.shortcut_landing}; use 0 to {last}"
+            )
+        if self.shortcut_landing and self.shortcut_span == 1:
+            raise ConfigError(
+                f"a routed output lands late within a span: --shortcut-landing is {self.shortcut_landing} and "
+                "--shortcut-span is 1; use --shortcut-span 2, or 0 to land at the end of the group"
+            )
+
+    def _validate_farskip(self, group_index: int) -> None:
+        if self.shortcut is Shortcut.DGMOE or self.moe_every > 1:
+            raise ConfigError(
+                f"farskip is an MoE with a shared expert in every block: --shortcut-position of group {group_index} is "
+                f"farskip, --shortcut is {self.shortcut} and --moe-every is {self.moe_every}; use --shortcut scmoe "
+                "--moe-every 1, or another position"
+            )
+        if self.shortcut_span > 1 and self.shortcut_landing != 1:
+            raise ConfigError(
+                f"farskip's routed outputs land behind the next attention: --shortcut-position of group {group_index} "
+                f"is farskip and --shortcut-landing is {self.shortcut_landing}; use --shortcut-landing 1"
             )

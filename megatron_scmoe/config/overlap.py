@@ -30,10 +30,11 @@ class OverlapConfig:
     else. With --shortcut none it pipelines the stock MoE layers."""
 
     expert_slot: tuple[str, ...] = ()
-    """Place behind the tap where the experts run, counted from 1: slot k lies before the k-th dense op behind the tap,
-    the last slot behind the shared expert (pos1 has slots 1 to 3, pos2 1 to 4, pos3 1 to 5; dgmoe one less each). With
-    several chunks a slot for each, such as 1,3, or one for all. One value for all groups, or one for each group.
-    Default: spread evenly over the window."""
+    """Place behind the tap where the experts run, counted from 1: slot k lies before the k-th op behind the tap, the
+    last slot where the output lands: behind the shared expert (pos1 has slots 1 to 3, pos2 1 to 4, pos3 1 to 5; dgmoe
+    one less each), or with --shortcut-landing K behind K ops of the next group (K + 1 slots more). With several chunks
+    a slot for each, such as 1,3, or one for all. One value for all groups, or one for each group. Default: spread
+    evenly over the window, as the tokens of dgmoe's second gate are in any case."""
 
     overlap_interval: int = 1000
     """Steps after which --overlap adaptive measures again, which takes 3 steps for each number of chunks that it tries;

@@ -12,7 +12,7 @@ from megatron_scmoe.config.job import JobConfig
 from megatron_scmoe.config.overlap import Overlap, OverlapConfig
 from megatron_scmoe.config.rules import ConfigError, check_length, flag_of, shown
 from megatron_scmoe.contracts import Plan
-from megatron_scmoe.overlap.plan import even_plan
+from megatron_scmoe.overlap.plan import even_plan, sequential_plan
 
 
 class Resume(StrEnum):
@@ -60,16 +60,21 @@ _NEEDS_SHORTCUT = (*(field.name for field in fields(ArchitectureConfig) if field
 class ScMoEConfig(JobConfig, ResumeConfig, CodecConfig, OverlapConfig, ArchitectureConfig):
     """Shortcut-connected mixture of experts: which architecture, and how its communication is hidden."""
 
-    def plan(self, group_index: int) -> Plan:
-        """The plan that group ``group_index`` starts with: the one set, else chunks spread evenly over the window."""
+    def plan(self, first_group: int) -> Plan:
+        """The plan that the span which begins with group ``first_group`` starts with.
+
+        Slots that are set, each for the first call of its group; else chunks are spread evenly over a call's window.
+        """
+        shape = self.span_shape(first_group)
         if self.overlap is Overlap.OFF:
-            return Plan(slots=(1,), blocking=True)
+            return sequential_plan(shape)
         if self.overlap is Overlap.ADAPTIVE:
-            return even_plan(self.num_slots(group_index), chunks=1)
-        slots = self.slots(group_index)
-        if not slots:
-            return even_plan(self.num_slots(group_index), self.overlap_chunks)
-        return Plan(slots * self.overlap_chunks if len(slots) == 1 else slots)
+            return even_plan(shape, chunks=1)
+        slots = list(even_plan(shape, self.overlap_chunks).slots)
+        for part in range(self.shortcut_span):
+            if own := self.slots(first_group + part):
+                slots[shape.first_call_of(part)] = own * self.overlap_chunks if len(own) == 1 else own
+        return Plan(tuple(slots))
 
     @property
     def replaces_stock_moe(self) -> bool:
@@ -112,12 +117,14 @@ class ScMoEConfig(JobConfig, ResumeConfig, CodecConfig, OverlapConfig, Architect
                 )
 
     def _validate_slots(self, group_index: int) -> None:
-        slots, num_slots = self.slots(group_index), self.num_slots(group_index)
+        first_group, part = group_index // self.shortcut_span * self.shortcut_span, group_index % self.shortcut_span
+        shape = self.span_shape(first_group)
+        slots, num_slots = self.slots(group_index), shape.calls[shape.first_call_of(part)].num_slots
         value = ",".join(map(str, slots))
         if any(not 1 <= slot <= num_slots for slot in slots):
             raise ConfigError(
-                f"{self.position(group_index)} of {self.shortcut} has the slots 1 to {num_slots}: --expert-slot of "
-                f"group {group_index} is {value}; use a value from 1 to {num_slots}"
+                f"{self.position(group_index)} of {self.shortcut} has the slots 1 to {num_slots} here: --expert-slot "
+                f"of group {group_index} is {value}; use a value from 1 to {num_slots}"
             )
         if slots and (len(slots) not in (1, self.overlap_chunks) or list(slots) != sorted(slots)):
             raise ConfigError(

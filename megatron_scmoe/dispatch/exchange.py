@@ -96,18 +96,18 @@ class Tag(NamedTuple):
     Attributes:
         marker: of the group.
         name: what travels, e.g. ``"dispatch"``.
-        prefix: stands before the names of steps where a layer has several flights.
+        call: which routed call of its span.
         chunk: which token chunk.
     """
 
     marker: Marker
     name: str = ""
-    prefix: str = ""
+    call: int = 0
     chunk: int = 0
 
     def begins(self, half: str, *, backward: bool) -> None:
         """Mark that ``half``, "start" or "finish", begins."""
-        self.marker.now(f"{self.prefix}{half} {self.name}", self.chunk, backward=backward)
+        self.marker.now(f"{half} {self.name}", self.chunk, call=self.call, backward=backward)
 
 
 class _State(Enum):
@@ -146,9 +146,10 @@ class _Leg:
         self._before_wait = self._tag.marker.transfer(
             self._work,
             begin,
-            self._tag.prefix + self._tag.name,
+            self._tag.name,
             self._tag.chunk,
             _bytes_to_others(self._sent, send_rows, exchange.group),
+            call=self._tag.call,
             backward=self._backward,
         )
         if exchange.blocking:
@@ -177,7 +178,7 @@ class _Leg:
         if self._state is not expected:
             direction = "backward" if self._backward else "forward"
             raise ExchangeOrderError(
-                f"{self._tag.prefix}{self._tag.name} ({direction}) is {self._state.value} and cannot become "
+                f"{self._tag.name} of call {self._tag.call} ({direction}) is {self._state.value} and cannot become "
                 f"{new.value}: "
                 "start and finish belong in this order, once each"
             )

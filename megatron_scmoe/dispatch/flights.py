@@ -11,7 +11,7 @@ from __future__ import annotations
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
-from megatron_scmoe.contracts import Cargo, Plan
+from megatron_scmoe.contracts import Cargo
 from megatron_scmoe.dispatch.exchange import Exchange, ExchangeOrderError, Rows, Tag
 from megatron_scmoe.mcore import token_dispatcher
 from megatron_scmoe.overlap.plan import DECODE, ENCODE, EXPERTS
@@ -23,16 +23,16 @@ class Flight:
     Args:
         moe: the layer whose experts run.
         cargo: what flies, of which this flight has the chunk of its tag.
-        plan: blocking or not; where the experts run is the caller's business.
+        blocking: wait for each exchange where it starts.
         tag: whose flight it is, and which chunk; its name is replaced.
     """
 
-    def __init__(self, moe: MoELayer, cargo: Cargo, plan: Plan, tag: Tag) -> None:
+    def __init__(self, moe: MoELayer, cargo: Cargo, tag: Tag, *, blocking: bool) -> None:
         self._moe = moe
         self._cargo = cargo
         self._dispatcher = cargo.dispatchers[tag.chunk]
         self._tag = tag
-        self._blocking = plan.blocking
+        self._blocking = blocking
         self._exchange: Exchange | None = None
         self._token: Tensor | None = None
 
@@ -40,7 +40,7 @@ class Flight:
         """Pack the cargo and send it off."""
         self._begin(ENCODE)
         packed = self._cargo.pack(self._tag.chunk)
-        self._tag.marker.in_backward(self._tag.prefix + ENCODE, packed[0], self._tag.chunk)
+        self._begins_backward(ENCODE, packed[0])
         send_rows, receive_rows = token_dispatcher.split_rows(self._dispatcher)
         self._start("dispatch", packed, send_rows, receive_rows)
 
@@ -52,7 +52,7 @@ class Flight:
         output, bias = self._moe.experts(rows, rows_per_expert, weights)
         assert bias is None  # refused: experts with a bias of their own
         output = self._dispatcher.combine_preprocess(output)
-        self._tag.marker.in_backward(self._tag.prefix + EXPERTS, output, self._tag.chunk)
+        self._begins_backward(EXPERTS, output)
         receive_rows, send_rows = token_dispatcher.split_rows(self._dispatcher)
         self._start("combine", (output,), send_rows, receive_rows)
 
@@ -61,11 +61,14 @@ class Flight:
         (outputs,) = self._finish()
         self._begin(DECODE)
         output = self._cargo.deliver(self._tag.chunk, outputs)
-        self._tag.marker.in_backward(self._tag.prefix + DECODE, output, self._tag.chunk)
+        self._begins_backward(DECODE, output)
         return output
 
     def _begin(self, step: str) -> None:
-        self._tag.marker.now(self._tag.prefix + step, self._tag.chunk)
+        self._tag.marker.now(step, self._tag.chunk, call=self._tag.call)
+
+    def _begins_backward(self, step: str, output: Tensor) -> None:
+        self._tag.marker.in_backward(step, output, self._tag.chunk, call=self._tag.call)
 
     def _start(self, name: str, tensors: tuple[Tensor, ...], send_rows: Rows, receive_rows: Rows) -> None:
         if self._exchange is not None:
@@ -96,7 +99,8 @@ class Flights:
         moe: the layer whose router decided and whose experts run.
         cargo: of all tokens. It was made with the counts of every chunk, which are exchanged before the first payload
             flies, behind which they would queue.
-        plan: chunks, the slots of their experts, and whether collectives are waited for where they start.
+        slots: of each chunk's experts.
+        blocking: wait for every collective where it starts.
         tag: whose flights they are; its name and chunk are replaced.
         at_home: what zero experts made of the tokens, which did not travel, [s, b, h]; None where there are none.
     """
@@ -106,19 +110,22 @@ class Flights:
         moe: MoELayer,
         cargo: Cargo,
         *,
-        plan: Plan,
+        slots: tuple[int, ...],
+        blocking: bool,
         tag: Tag,
         at_home: Tensor | None = None,
     ) -> None:
-        self._plan, self._cargo, self._at_home = plan, cargo, at_home
-        self._flights = [Flight(moe, cargo, plan, tag._replace(chunk=chunk)) for chunk in range(plan.chunks)]
+        self._slots, self._cargo, self._at_home = slots, cargo, at_home
+        chunks = range(len(slots))
+        self._flights = [Flight(moe, cargo, tag._replace(chunk=chunk), blocking=blocking) for chunk in chunks]
         for flight in self._flights:
             flight.start_dispatch()
 
-    def run_experts(self, slot: int | None = None) -> None:
-        """Run the experts of the chunks whose slot this is; of all chunks for None."""
-        for chunk in range(self._plan.chunks) if slot is None else self._plan.chunks_at(slot):
-            self._flights[chunk].run_experts()
+    def run_experts(self, slot: int) -> None:
+        """Run the experts of the chunks whose slot this is."""
+        for flight, its_slot in zip(self._flights, self._slots, strict=True):
+            if its_slot == slot:
+                flight.run_experts()
 
     def finish_combine(self) -> Tensor:
         """Wait for the outputs of every chunk; [s, b, h]."""

@@ -159,9 +159,10 @@ def _saved_bytes(args: Namespace, chunk: torch.nn.Module) -> tuple[int, int]:
     unit, recomputed = args.recompute_num_layers, num_blocks
     if args.recompute_method == "block":
         unit, recomputed = 1, min(args.recompute_num_layers, num_blocks)
-    # The last block of a group runs all of it, and a unit ends with a group.
+    # The last block of a span runs all of it, and a unit ends with a span.
     if args.shortcut != Shortcut.NONE:
-        unit = -(-unit // args.moe_every) * args.moe_every
+        span = args.moe_every * args.shortcut_span
+        unit = -(-unit // span) * span
     starts = range(0, recomputed, unit)
     peaks = [kept[first] + whole[min(first + unit, num_blocks)] - whole[first] for first in starts]
     return in_all, max([0, *(peak - in_all for peak in peaks)])

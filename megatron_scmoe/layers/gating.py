@@ -25,14 +25,12 @@ class CoefficientGate(MegatronModule):
         # Under sequence parallelism each rank sees a part of the tokens: Core then sums this gradient over the ranks.
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (Core's marker on a Parameter)
 
-    def forward(self, shared_input: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
-        """Return ``c0 * shared + c1 * routed``.
+    def forward(self, shared_input: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients of the shared and of the routed output, [s, b, 1] each.
 
         Args:
-            shared_input: what the shared expert reads, [s, b, h]; the coefficients are computed from it.
-            shared: output of the shared expert, [s, b, h].
-            routed: output of the routed experts, [s, b, h].
+            shared_input: what the shared expert reads, [s, b, h].
         """
         logits = torch.nn.functional.linear(shared_input, self.weight)
-        coefficients = torch.softmax(logits, dim=-1, dtype=torch.float32).type_as(shared)
-        return coefficients[..., 0:1] * shared + coefficients[..., 1:2] * routed
+        coefficients = torch.softmax(logits, dim=-1, dtype=torch.float32).type_as(shared_input)
+        return coefficients[..., 0:1], coefficients[..., 1:2]

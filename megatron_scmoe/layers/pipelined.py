@@ -14,12 +14,12 @@ from torch import Tensor
 
 from megatron_scmoe.codec.maker import CargoMaker, residual_map_of
 from megatron_scmoe.config import Overlap, ScMoEConfig
-from megatron_scmoe.contracts import GroupShape, Plan
+from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
 from megatron_scmoe.dispatch.exchange import Tag
 from megatron_scmoe.dispatch.flights import Flights
 from megatron_scmoe.mcore import blocks
 from megatron_scmoe.overlap.observe import BEGIN, END, Marker
-from megatron_scmoe.overlap.plan import ROUTE, SHARED_EXPERT, TAIL
+from megatron_scmoe.overlap.plan import ADD, ROUTE, SHARED_EXPERT
 
 
 class PipelinedMoELayer(MoELayer):
@@ -31,11 +31,13 @@ class PipelinedMoELayer(MoELayer):
 
     def __init__(self, *args: Any, scmoe: ScMoEConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.shape = GroupShape(tap=0, num_dense_ops=int(self.use_shared_expert), second_gate=False)
+        end = int(self.use_shared_expert)  # the only op before it
+        self._call = RoutedCall(tap=0, landing=end)
+        self.shape = SpanShape(num_ops=end + 1, calls=(self._call,))
         # The shared expert runs while the first chunk travels to its experts.
         chunks = scmoe.overlap_chunks if scmoe.overlap is Overlap.FIXED else 1
-        slots = (self.shape.num_slots,) * chunks
-        self.plan = self.forward_plan = Plan(slots, blocking=scmoe.overlap is Overlap.OFF)
+        slots = (self._call.num_slots,) * chunks
+        self.plan = self.forward_plan = Plan((slots,), blocking=scmoe.overlap is Overlap.OFF)
         self.scmoe = scmoe
         blocks.let_experts_run_repeatedly(self)
 
@@ -58,23 +60,24 @@ class PipelinedMoELayer(MoELayer):
         marker.now(BEGIN)
         marker.in_backward(END, hidden_states)
         plan = self.plan if self.training else self.forward_plan
-        marker.now(ROUTE)
+        marker.now(ROUTE, call=0)
         probs, routing_map = self.route(hidden_states, blocks.sequence_first(padding_mask))
-        marker.in_backward(ROUTE, probs)
+        marker.in_backward(ROUTE, probs, call=0)
         marker.load(probs, routing_map, self.router.topk)
         tag = Tag(marker)
         cargo = self.cargo_maker.cargo(self, hidden_states, probs, routing_map, chunks=plan.chunks, tag=tag)
-        flights = Flights(self, cargo, plan=plan, tag=tag)
+        flights = Flights(self, cargo, slots=plan.slots[0], blocking=plan.blocking, tag=tag)
         shared = None
         if self.use_shared_expert:
             flights.run_experts(slot=1)
             marker.now(SHARED_EXPERT)
             shared = self.shared_experts_compute(hidden_states)
             marker.in_backward(SHARED_EXPERT, shared)
-        flights.run_experts(slot=self.shape.num_slots)
+        flights.run_experts(slot=self._call.num_slots)
         routed = flights.finish_combine()
-        marker.now(TAIL)
+        marker.now(ADD, self._call.landing)
         output = routed if shared is None else routed + shared
-        marker.in_backward(TAIL, output)
+        marker.in_backward(BEGIN, output)
+        marker.in_backward(ADD, output, self._call.landing)
         marker.now(END)
         return output, None

@@ -57,9 +57,9 @@ def mlp_residual(layer: TransformerLayer, hidden_states: Tensor, normed: Tensor,
     return add_mlp_output(layer, hidden_states, output_with_bias)
 
 
-def shared_expert(layer: TransformerLayer, _hidden_states: Tensor, normed: Tensor, _inputs: AttentionInputs) -> Tensor:
-    """The output of the shared expert of ``layer`` on ``normed``, gated where Core gates it; no residual yet."""
-    return layer.mlp.shared_experts_compute(normed)
+def shared_expert(moe: MoELayer, normed: Tensor) -> Tensor:
+    """The output of the shared expert of ``moe`` on ``normed``, gated where Core gates it; no residual yet."""
+    return moe.shared_experts_compute(normed)
 
 
 def add_mlp_output(

@@ -44,7 +44,7 @@ class ScMoEGPTModelBuilder(GPTModelBuilder):
         """Build one (virtual) pipeline stage; the arguments are those of Core's builder."""
         model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
         scmoe = self._model_config.scmoe
-        _link_groups(model, scmoe.moe_every)
+        _link_groups(model, scmoe)
         if scmoe.router is Router.LONGCAT:
             blocks.let_expert_biases_move(model)
         return model
@@ -72,10 +72,13 @@ def with_shortcut(config: ScMoEGPTModelConfig, scmoe: ScMoEConfig) -> ScMoEGPTMo
     return config
 
 
-def _link_groups(model: GPTModel, moe_every: int) -> None:
+def _link_groups(model: GPTModel, scmoe: ScMoEConfig) -> None:
     layers = list(model.decoder.layers)
-    preceding = None
+    groups: list[GroupBlock] = []
     for index, layer in enumerate(layers):
         if isinstance(layer, GroupBlock):
-            layer.link(layers[index - moe_every + 1 : index], preceding)
-            preceding = layer
+            layer.link(layers[index - scmoe.moe_every + 1 : index], groups[-1] if groups else None)
+            groups.append(layer)
+    for first in range(0, len(groups), scmoe.shortcut_span):
+        span = groups[first : first + scmoe.shortcut_span]
+        span[-1].run(span)

@@ -29,13 +29,15 @@ class Mark:
     Attributes:
         name: what begins, e.g. ``"start dispatch"``, or ``BEGIN`` and ``END`` of a group's pass.
         index: which dense op, or which token chunk.
-        group: whose step it is, counted over the whole model.
+        call: number of the routed call whose step it is; None for the others.
+        group: whose step it is, counted over the whole model; of a span, its first one.
         backward: whether it is the backward of that step.
         time_s: seconds since the recording began.
     """
 
     name: str
     index: int
+    call: int | None
     group: int
     backward: bool
     time_s: float
@@ -46,7 +48,7 @@ class Transfer:
     """One collective, from its launch to its completion, on the communication lane.
 
     Attributes:
-        name, index, group, backward: as in ``Mark``.
+        name, index, call, group, backward: as in ``Mark``.
         start_s: when it was launched, in seconds since the recording began.
         end_s: when it was complete.
         sent_bytes: what this rank sent to other ranks.
@@ -54,6 +56,7 @@ class Transfer:
 
     name: str
     index: int
+    call: int
     group: int
     backward: bool
     start_s: float
@@ -66,12 +69,14 @@ class Load:
     """How evenly one routing spread this rank's tokens.
 
     Attributes:
-        group: whose routing it is.
+        group: whose routing it is; of a span, its first one.
+        part: which group of the span.
         tokens_per_expert: tokens of this rank that each expert of the model gets, after capacity.
         dropped: tokens' choices that capacity dropped.
     """
 
     group: int
+    part: int
     tokens_per_expert: Tensor
     dropped: Tensor
 
@@ -112,6 +117,7 @@ class _Flying:
 
     name: str
     index: int
+    call: int
     group: int
     backward: bool
     start: _Moment
@@ -124,7 +130,7 @@ class Recording:
     """What one listener heard; read it when the recording is over."""
 
     _began: _Moment = field(default_factory=_now)
-    _marks: list[tuple[str, int, int, bool, _Moment]] = field(default_factory=list)
+    _marks: list[tuple[str, int, int | None, int, bool, _Moment]] = field(default_factory=list)
     _flying: list[_Flying] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     compressions: list[Compression] = field(default_factory=list)
@@ -133,8 +139,8 @@ class Recording:
     def marks(self) -> list[Mark]:
         """All marks in the order in which the host made them. Waits for the GPU."""
         return [
-            Mark(name, index, group, backward, self._seconds(moment))
-            for name, index, group, backward, moment in self._marks
+            Mark(name, index, call, group, backward, self._seconds(moment))
+            for name, index, call, group, backward, moment in self._marks
         ]
 
     @property
@@ -144,6 +150,7 @@ class Recording:
             Transfer(
                 one.name,
                 one.index,
+                one.call,
                 one.group,
                 one.backward,
                 self._seconds(one.start),
@@ -189,26 +196,26 @@ def _nothing(_work: dist.Work) -> None: ...
 
 
 class Marker:
-    """Makes the marks of one group.
+    """Makes the marks of one span.
 
     Args:
-        group: its index over the whole model.
+        group: index of its first group over the whole model.
     """
 
     def __init__(self, group: int) -> None:
         self.group = group
 
-    def now(self, name: str, index: int = 0, *, backward: bool = False) -> None:
+    def now(self, name: str, index: int = 0, *, call: int | None = None, backward: bool = False) -> None:
         """A step begins here."""
         if _listeners:
             moment = _now()
             for recorded in _listeners:
-                recorded._marks.append((name, index, self.group, backward, moment))
+                recorded._marks.append((name, index, call, self.group, backward, moment))
 
-    def in_backward(self, name: str, output: Tensor, index: int = 0) -> None:
+    def in_backward(self, name: str, output: Tensor, index: int = 0, *, call: int | None = None) -> None:
         """The backward of a step begins when the gradient of its ``output`` is complete."""
         if _listeners and output.requires_grad:
-            output.register_hook(lambda _grad: self.now(name, index, backward=True))
+            output.register_hook(lambda _grad: self.now(name, index, call=call, backward=True))
 
     def moment(self) -> _Moment | None:
         """The moment before a launch, for ``transfer``; None while nobody listens."""
@@ -217,7 +224,15 @@ class Marker:
         return _now() if _listeners else None
 
     def transfer(
-        self, work: dist.Work, begin: _Moment | None, name: str, index: int, sent_bytes: int, *, backward: bool
+        self,
+        work: dist.Work,
+        begin: _Moment | None,
+        name: str,
+        index: int,
+        sent_bytes: int,
+        *,
+        call: int,
+        backward: bool,
     ) -> Callable[[dist.Work], None]:
         """A collective was launched at ``begin``, which ``moment`` returned; its end is noted when it comes.
 
@@ -226,7 +241,7 @@ class Marker:
         """
         if begin is None:
             return _nothing
-        flying = _Flying(name, index, self.group, backward, begin, sent_bytes)
+        flying = _Flying(name, index, call, self.group, backward, begin, sent_bytes)
         for recorded in _listeners:
             recorded._flying.append(flying)
 
@@ -243,7 +258,7 @@ class Marker:
         listen(work)
         return _nothing
 
-    def load(self, probs: Tensor, routing_map: Tensor, choices: int | None) -> None:
+    def load(self, probs: Tensor, routing_map: Tensor, choices: int | None, *, part: int = 0) -> None:
         """A routing was made. Only what gradients will flow through counts: neither evaluation nor, under full
         recompute, the first of two equal forwards.
 
@@ -251,13 +266,14 @@ class Marker:
             probs: gate weights after capacity, [n, e].
             routing_map: which expert gets which token, after capacity, bool, [n, e].
             choices: experts that the router chose for each token, before capacity; None where it drops none.
+            part: which group of the span routed.
         """
         if _listeners and torch.is_grad_enabled():
             # Rows that pad an expert to its capacity have no weight: they are not load.
             tokens_per_expert = (routing_map & (probs > 0)).sum(dim=0)
             kept = tokens_per_expert.sum()
             dropped = torch.zeros_like(kept) if choices is None else probs.shape[0] * choices - kept
-            load = Load(self.group, tokens_per_expert, dropped)
+            load = Load(self.group, part, tokens_per_expert, dropped)
             for recorded in _listeners:
                 recorded.loads.append(load)
 

@@ -1,19 +1,20 @@
-"""What follows from a plan: the names of a group's steps and their order. Standard library only.
+"""What follows from a plan: the names of a span's steps and their order. Standard library only.
 
-The order follows from the plan alone, in forward and, mirrored, in backward. ``layers/group.py`` runs that
-order, the tests compare what every rank recorded with it, and ``docs/draw_timeline.py`` draws it.
+The order follows from the shape and the plan alone, in forward and, mirrored, in backward. ``layers/span.py`` runs that
+order, the solver plays it, the tests compare what every rank recorded with it, and ``docs/draw_timeline.py`` draws it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from megatron_scmoe.contracts import Plan
+from megatron_scmoe.contracts import Plan, SpanShape
 
 ATTENTION = "attention"
 MLP = "MLP"
 SHARED_EXPERT = "shared expert"
+ADD = "add"
 ROUTE = "route"
 ENCODE = "encode"
 START_DISPATCH = "start dispatch"
@@ -22,62 +23,79 @@ EXPERTS = "experts"
 START_COMBINE = "start combine"
 FINISH_COMBINE = "finish combine"
 DECODE = "decode"
-TAIL = "add"
-CURRENT = "current "
-"""What the steps of dgmoe's second flight, that of the current layer, are called before their name."""
+
+OF_A_CALL = (
+    ROUTE, ENCODE, START_DISPATCH, FINISH_DISPATCH, EXPERTS, START_COMBINE, FINISH_COMBINE, DECODE,
+)  # fmt: skip
+"""Steps of a routed call, in their order; all others are dense ops."""
 
 
 class Step(NamedTuple):
-    """One step of a group.
+    """One step of a span.
 
     Attributes:
-        name: what runs: a dense op, or one of the names above.
+        name: what runs: a dense op, or one of ``OF_A_CALL``.
         at: which dense op, or which token chunk.
+        call: number of the routed call; None for a dense op.
     """
 
     name: str
     at: int
+    call: int | None = None
 
 
-def even_plan(num_slots: int, chunks: int) -> Plan:
-    """The plan that spreads the experts of ``chunks`` chunks evenly over the window: where nothing was measured."""
-    return Plan(tuple(max(1, (chunk + 1) * (num_slots + 1) // (chunks + 1)) for chunk in range(chunks)))
+def even_slots(num_slots: int, chunks: int) -> tuple[int, ...]:
+    """Slots that spread the experts of ``chunks`` chunks evenly over a window."""
+    return tuple(max(1, (chunk + 1) * (num_slots + 1) // (chunks + 1)) for chunk in range(chunks))
 
 
-def forward_order(dense_ops: Sequence[str], tap: int, plan: Plan, *, second_gate: bool = False) -> list[Step]:
-    """Steps of one group's forward, in the order of their launch (ScMoE, arXiv 2404.05019, section 3.3).
+def even_plan(shape: SpanShape, chunks: int) -> Plan:
+    """The plan that spreads the experts of every call evenly over its window: where nothing was measured."""
+    return Plan(tuple(even_slots(call.num_slots, chunks) for call in shape.calls))
+
+
+def sequential_plan(shape: SpanShape, chunks: int = 1) -> Plan:
+    """The plan that waits for every collective where it starts: the reference, and what single ops are measured with."""
+    return Plan(((1,) * chunks,) * len(shape.calls), blocking=True)
+
+
+def forward_order(op_names: Sequence[str], shape: SpanShape, plan: Plan) -> list[Step]:
+    """Steps of a span's forward, in the order of their launch (ScMoE, arXiv 2404.05019, section 3.3).
 
     Args:
-        dense_ops: names of the residual ops in order, the shared expert last.
-        tap: index of the op whose normed input the routed experts read; their number where the experts read behind all.
+        op_names: names of the ops in order, the ends of the groups among them.
+        shape: of the span; ``SpanShape`` says what comes first at one place.
         plan: where the experts run.
-        second_gate: dgmoe: the current layer's tokens fly too, after the last dense op.
     """
     chunks = range(plan.chunks)
     steps: list[Step] = []
-    for index in range(len(dense_ops) + 1):
-        if index == tap:
-            steps += [Step(START_DISPATCH, chunk) for chunk in chunks]
-        if index == len(dense_ops) and second_gate:
-            steps += [Step(CURRENT + START_DISPATCH, chunk) for chunk in chunks]
-        steps += _experts(plan.chunks_at(index - tap + 1))
-        if index < len(dense_ops):
-            steps.append(Step(dense_ops[index], index))
-    if second_gate:
-        steps += _experts(chunks, CURRENT)
-    steps += [Step(FINISH_COMBINE, chunk) for chunk in chunks]
-    return steps + ([Step(CURRENT + FINISH_COMBINE, chunk) for chunk in chunks] if second_gate else [])
+    for place, name in enumerate(op_names):
+        late = shape.landing_before(place)
+        for call in late:
+            steps += _experts(shape, plan, call, place)
+            steps += [Step(half, chunk, call) for chunk in chunks for half in (FINISH_COMBINE, DECODE)]
+        for call in shape.tapped_at(place):
+            steps.append(Step(ROUTE, 0, call))
+            steps += [Step(half, chunk, call) for chunk in chunks for half in (ENCODE, START_DISPATCH)]
+        for call in range(len(shape.calls)):
+            if call not in late:
+                steps += _experts(shape, plan, call, place)
+        for call in shape.landing_in(place):
+            steps += [Step(half, chunk, call) for chunk in chunks for half in (FINISH_COMBINE, DECODE)]
+        steps.append(Step(name, place))
+    return steps
 
 
-def backward_order(dense_ops: Sequence[str], tap: int, plan: Plan, *, second_gate: bool = False) -> list[Step]:
-    """Steps of the same group's backward: the mirror image, in which a finish starts and a start finishes."""
-    forward = forward_order(dense_ops, tap, plan, second_gate=second_gate)
-    return [Step(_mirrored(name), at) for name, at in reversed(forward)]
+def backward_order(op_names: Sequence[str], shape: SpanShape, plan: Plan) -> list[Step]:
+    """Steps of the same span's backward: the mirror image, in which a finish starts and a start finishes."""
+    return [step._replace(name=_mirrored(step.name)) for step in reversed(forward_order(op_names, shape, plan))]
 
 
-def _experts(chunks: Sequence[int], prefix: str = "") -> list[Step]:
-    names = (FINISH_DISPATCH, EXPERTS, START_COMBINE)
-    return [Step(prefix + name, chunk) for chunk in chunks for name in names]
+def _experts(shape: SpanShape, plan: Plan, call: int, place: int) -> Iterator[Step]:
+    for chunk, slot in enumerate(plan.slots[call]):
+        if shape.calls[call].tap + slot - 1 == place:
+            for name in (FINISH_DISPATCH, EXPERTS, START_COMBINE):
+                yield Step(name, chunk, call)
 
 
 def _mirrored(name: str) -> str:

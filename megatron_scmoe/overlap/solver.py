@@ -16,14 +16,12 @@ are smallest at the same slots.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from enum import Enum, auto
-from itertools import combinations_with_replacement
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import combinations_with_replacement, product
 
-from megatron_scmoe.contracts import GroupShape, Plan
-from megatron_scmoe.overlap.plan import CURRENT
+from megatron_scmoe.contracts import Plan, SpanShape
+from megatron_scmoe.overlap.plan import Step, backward_order, forward_order
 from megatron_scmoe.overlap.spans import Lane, Span, communication_s, exposed_s, hidden_share
 
 TIE = 1e-9
@@ -31,43 +29,58 @@ TIE = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PassCosts:
-    """What one direction of one group costs at one chunk count, in seconds.
+class CallCosts:
+    """What one direction of one routed call costs at one chunk count, in seconds.
 
     Attributes:
-        dense: each op of the dense stream, in forward order.
         route: choosing the experts, once for all chunks.
         encode: sorting one chunk's tokens by expert and packing them.
         dispatch: carrying one chunk to its experts.
         experts: the experts on one chunk.
         combine: carrying one chunk's results back.
-        decode: unpacking and weighing one chunk's results.
-        tail: what follows the last decode.
+        decode: unpacking and weighing one chunk's results, and adding them where they land late.
     """
 
-    dense: tuple[float, ...]
     route: float
     encode: float
     dispatch: float
     experts: float
     combine: float
     decode: float
-    tail: float
-
-    def __post_init__(self) -> None:
-        for name, seconds in self.by_name().items():
-            if not (math.isfinite(seconds) and seconds >= 0):
-                raise ValueError(f"cost of {name} is {seconds} s: a cost is a finite number from 0")
-
-    def by_name(self) -> dict[str, float]:
-        """Seconds of each op by its name in a schedule."""
-        dense = {_dense(index): seconds for index, seconds in enumerate(self.dense)}
-        return dense | {field.name: getattr(self, field.name) for field in fields(self) if field.name != "dense"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GroupCosts:
-    """What one group costs at one chunk count.
+class PassCosts:
+    """What one direction of one span costs at one chunk count, in seconds.
+
+    Attributes:
+        ops: each op, in forward order, the ends of the groups among them.
+        calls: each routed call.
+
+    Raises:
+        ValueError: for a cost that is no finite number from 0.
+    """
+
+    ops: tuple[float, ...]
+    calls: tuple[CallCosts, ...]
+
+    def __post_init__(self) -> None:
+        named = [(f"op {index}", seconds) for index, seconds in enumerate(self.ops)]
+        named += [(f"{op} of call {n}", s) for n, call in enumerate(self.calls) for op, s in asdict(call).items()]
+        for name, seconds in named:
+            if not (math.isfinite(seconds) and seconds >= 0):
+                raise ValueError(f"cost of {name} is {seconds} s: a cost is a finite number from 0")
+
+    def seconds(self, step: Step) -> float:
+        """What a step costs on the lane that it occupies; a start or finish is that of its collective."""
+        if step.call is None:
+            return self.ops[step.at]
+        return getattr(self.calls[step.call], step.name.removeprefix("start ").removeprefix("finish "))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanCosts:
+    """What one span costs at one chunk count.
 
     Attributes:
         forward: the forward pass, once.
@@ -90,7 +103,7 @@ class Solution:
 
     Attributes:
         plan: the plan.
-        predicted_s: time of the group's passes.
+        predicted_s: time of the span's passes.
         hidden_share: part of the communication that runs beside computation.
     """
 
@@ -99,22 +112,23 @@ class Solution:
     hidden_share: float
 
 
-def candidate_plans(shape: GroupShape, chunk_counts: Iterable[int]) -> Iterator[Plan]:
+def candidate_plans(shape: SpanShape, chunk_counts: Iterable[int]) -> Iterator[Plan]:
     """Every plan with these chunk counts, in the order given: of each count the earlier slots first."""
     for num_chunks in chunk_counts:
-        for slots in combinations_with_replacement(range(1, shape.num_slots + 1), num_chunks):
-            yield Plan(slots=slots)
+        windows = [combinations_with_replacement(range(1, c.num_slots + 1), num_chunks) for c in shape.calls]
+        for slots in product(*windows):
+            yield Plan(slots)
 
 
-def solve(shape: GroupShape, costs: Mapping[int, GroupCosts], *, forward_only: bool = False) -> Solution:
+def solve(shape: SpanShape, costs: Mapping[int, SpanCosts], *, forward_only: bool = False) -> Solution:
     """The plan with the smallest predicted time, by trying all.
 
     Of plans whose times differ by less than ``TIE`` it takes the one with the fewest chunks and, among those, the
     earliest slots, compared chunk by chunk: rounding does not decide.
 
     Args:
-        shape: the group.
-        costs: what the group costs at each chunk count that may be chosen.
+        shape: the span.
+        costs: what the span costs at each chunk count that may be chosen.
         forward_only: choose for evaluation, where no backward follows.
     """
     predicted = {
@@ -127,23 +141,22 @@ def solve(shape: GroupShape, costs: Mapping[int, GroupCosts], *, forward_only: b
     return Solution(plan, predicted[plan], share)
 
 
-def predicted_s(shape: GroupShape, costs: GroupCosts, plan: Plan, *, forward_only: bool = False) -> float:
-    """Time of the group's passes under a plan: forward and backward, or one forward.
+def predicted_s(shape: SpanShape, costs: SpanCosts, plan: Plan, *, forward_only: bool = False) -> float:
+    """Time of the span's passes under a plan: forward and backward, or one forward.
 
     Args:
-        shape: the group.
+        shape: the span.
         costs: what it costs at the plan's chunk count.
         plan: where the experts run.
         forward_only: leave backward out.
     """
-    steps = _forward_steps(shape, plan)
-    forward_s = _time_of_pass(steps, costs.forward, plan)
+    forward_s = _time_of_pass(shape, costs.forward, plan, backward=False)
     if forward_only:
         return forward_s
-    return costs.training_s(forward_s, _time_of_pass(_mirrored(steps), costs.backward, plan))
+    return costs.training_s(forward_s, _time_of_pass(shape, costs.backward, plan, backward=True))
 
 
-def predicted_hidden_share(shape: GroupShape, costs: GroupCosts, plan: Plan, *, forward_only: bool = False) -> float:
+def predicted_hidden_share(shape: SpanShape, costs: SpanCosts, plan: Plan, *, forward_only: bool = False) -> float:
     """Part of the communication that runs beside computation under a plan; the arguments of :func:`predicted_s`."""
     forward = schedule(shape, costs.forward, plan, backward=False)
     exposed, communication = exposed_s(forward), communication_s(forward)
@@ -154,101 +167,45 @@ def predicted_hidden_share(shape: GroupShape, costs: GroupCosts, plan: Plan, *, 
     return hidden_share(exposed, communication)
 
 
-def schedule(shape: GroupShape, costs: PassCosts, plan: Plan, *, backward: bool) -> list[Span]:
+def schedule(shape: SpanShape, costs: PassCosts, plan: Plan, *, backward: bool) -> list[Span]:
     """The simulated timeline of one pass, from 0 seconds, in the order of launch.
 
     Args:
-        shape: the group.
+        shape: the span.
         costs: those of this direction at the plan's chunk count.
         plan: where the experts run.
         backward: the mirror image of forward: the last step first, collectives in the other direction.
     """
-    steps = _forward_steps(shape, plan)
     return [
-        Span(CURRENT + step.op if step.current else step.op, lane, start_s, end_s, backward, step.chunk)
-        for step, lane, start_s, end_s in _play(_mirrored(steps) if backward else steps, costs, plan)
+        Span(name, lane, start_s, end_s, backward, at, call)
+        for (name, at, call), lane, start_s, end_s in _play(_steps(shape, plan, backward=backward), costs, plan)
     ]
 
 
-class _Action(Enum):
-    RUN = auto()
-    LAUNCH = auto()
-    WAIT = auto()
+def _steps(shape: SpanShape, plan: Plan, *, backward: bool) -> list[Step]:
+    assert shape.has(plan), (plan, shape)
+    return (backward_order if backward else forward_order)(["op"] * shape.num_ops, shape, plan)
 
 
-class _Step(NamedTuple):
-    """What the compute lane does next: runs an op, launches a collective or waits for it."""
-
-    action: _Action
-    op: str
-    chunk: int | None = None
-    current: bool = False
-
-
-_MIRRORED = {_Action.RUN: _Action.RUN, _Action.LAUNCH: _Action.WAIT, _Action.WAIT: _Action.LAUNCH}
-
-
-def _dense(index: int) -> str:
-    return f"dense {index}"
-
-
-def _forward_steps(shape: GroupShape, plan: Plan) -> list[_Step]:
-    """A group's forward in the order of its launch, as the group's own ``forward`` has it."""
-    assert all(1 <= slot <= shape.num_slots for slot in plan.slots), (plan, shape)
-    chunks = range(plan.chunks)
-    flights = (False, True) if shape.second_gate else (False,)
-    steps = [_Step(_Action.RUN, _dense(index)) for index in range(shape.tap)]
-    steps += _start_steps(chunks, current=False)
-    for slot in range(1, shape.num_slots + 1):
-        if slot == shape.num_slots and shape.second_gate:
-            steps += _start_steps(chunks, current=True)
-        steps += _expert_steps(plan.chunks_at(slot), current=False)
-        if slot < shape.num_slots:
-            steps.append(_Step(_Action.RUN, _dense(shape.tap + slot - 1)))
-    if shape.second_gate:
-        steps += _expert_steps(chunks, current=True)
-    for current in flights:
-        for chunk in chunks:
-            steps += [_Step(_Action.WAIT, "combine", chunk, current), _Step(_Action.RUN, "decode", chunk, current)]
-    return [*steps, _Step(_Action.RUN, "tail")]
-
-
-def _start_steps(chunks: Iterable[int], *, current: bool) -> Iterator[_Step]:
-    yield _Step(_Action.RUN, "route", None, current)
-    for chunk in chunks:
-        yield _Step(_Action.RUN, "encode", chunk, current)
-        yield _Step(_Action.LAUNCH, "dispatch", chunk, current)
-
-
-def _expert_steps(chunks: Iterable[int], *, current: bool) -> Iterator[_Step]:
-    for chunk in chunks:
-        yield _Step(_Action.WAIT, "dispatch", chunk, current)
-        yield _Step(_Action.RUN, "experts", chunk, current)
-        yield _Step(_Action.LAUNCH, "combine", chunk, current)
-
-
-def _mirrored(steps: Sequence[_Step]) -> list[_Step]:
-    return [_Step(_MIRRORED[action], op, chunk, current) for action, op, chunk, current in reversed(steps)]
-
-
-def _play(steps: Iterable[_Step], costs: PassCosts, plan: Plan) -> Iterator[tuple[_Step, Lane, float, float]]:
-    """Every op of the steps with its lane, start and end."""
-    seconds = costs.by_name()
+def _play(steps: Iterable[Step], costs: PassCosts, plan: Plan) -> Iterator[tuple[Step, Lane, float, float]]:
+    """Every op and collective of the steps with its lane, start and end."""
     compute_free_s = communication_free_s = 0.0
-    arrival_s: dict[tuple[str, int | None, bool], float] = {}
+    arrival_s: dict[Step, float] = {}
     for step in steps:
-        action, op, chunk, current = step
-        if action is _Action.RUN:
-            start_s, compute_free_s = compute_free_s, compute_free_s + seconds[op]
-            yield step, Lane.COMPUTE, start_s, compute_free_s
-            continue
-        if action is _Action.LAUNCH:
+        half, _, collective = step.name.partition(" ")
+        if half == "start":
+            carried = step._replace(name=collective)
             start_s = max(compute_free_s, communication_free_s)
-            communication_free_s = arrival_s[op, chunk, current] = start_s + seconds[op]
-            yield step, Lane.COMMUNICATION, start_s, communication_free_s
-        if action is _Action.WAIT or plan.blocking:
-            compute_free_s = max(compute_free_s, arrival_s[op, chunk, current])
+            communication_free_s = arrival_s[carried] = start_s + costs.seconds(step)
+            yield carried, Lane.COMMUNICATION, start_s, communication_free_s
+            if plan.blocking:
+                compute_free_s = max(compute_free_s, communication_free_s)
+        elif half == "finish":
+            compute_free_s = max(compute_free_s, arrival_s[step._replace(name=collective)])
+        else:
+            start_s, compute_free_s = compute_free_s, compute_free_s + costs.seconds(step)
+            yield step, Lane.COMPUTE, start_s, compute_free_s
 
 
-def _time_of_pass(steps: Iterable[_Step], costs: PassCosts, plan: Plan) -> float:
-    return max(end_s for _, _, _, end_s in _play(steps, costs, plan))
+def _time_of_pass(shape: SpanShape, costs: PassCosts, plan: Plan, *, backward: bool) -> float:
+    return max(end_s for _, _, _, end_s in _play(_steps(shape, plan, backward=backward), costs, plan))

@@ -31,7 +31,8 @@ class Span:
         start_s: when it began, on a clock that all spans of a list share.
         end_s: when it ended.
         backward: whether it belongs to the backward pass.
-        chunk: the token chunk it handled; ``None`` for work that is not cut into chunks.
+        at: which dense op, or which token chunk of a routed call.
+        call: number of the routed call; None for a dense op.
     """
 
     name: str
@@ -39,7 +40,8 @@ class Span:
     start_s: float
     end_s: float
     backward: bool = False
-    chunk: int | None = None
+    at: int = 0
+    call: int | None = None
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:

@@ -57,9 +57,9 @@ class KeptPlans:
         plans = self._plans.get(group.group_index)
         if plans is None or self._scmoe.overlap is not Overlap.ADAPTIVE or self._changed(group):
             return None
-        chunks = max(plans.training.chunks, plans.forward.chunks)
-        last_slot = max(*plans.training.slots, *plans.forward.slots)
-        return plans if chunks <= self._scmoe.overlap_chunks and last_slot <= group.shape.num_slots else None
+        both = (plans.training, plans.forward)
+        fits = all(plan.chunks <= self._scmoe.overlap_chunks and group.shape.has(plan) for plan in both)
+        return plans if fits else None
 
     def _changed(self, group: Group) -> str:
         """Which condition is not the one under which its plans in the checkpoint were measured; empty if none."""

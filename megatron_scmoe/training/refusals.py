@@ -121,12 +121,12 @@ def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
 
 
 def _check_recomputed_blocks(args: Namespace, scmoe: ScMoEConfig) -> None:
-    blocks, unit = args.recompute_num_layers, scmoe.moe_every
+    blocks, unit = args.recompute_num_layers, scmoe.moe_every * scmoe.shortcut_span
     if args.recompute_granularity == "full" and args.recompute_method == "block" and (blocks or 0) % unit:
         raise ConfigError(
-            "a group is recomputed as a whole, with its last block: --recompute-method is block, "
-            f"--recompute-num-layers is {blocks} and --moe-every is {unit}; use --recompute-num-layers "
-            f"{blocks // unit * unit + unit}"
+            "a group, or span of groups, is recomputed as a whole, with its last block: --recompute-method is block, "
+            f"--recompute-num-layers is {blocks}, --moe-every is {scmoe.moe_every} and --shortcut-span is "
+            f"{scmoe.shortcut_span}; use --recompute-num-layers {blocks // unit * unit + unit}"
         )
 
 
@@ -234,16 +234,20 @@ def _check_sequence_parallel(args: Namespace) -> None:
 
 
 def check_pipeline(scmoe: ScMoEConfig, config: TransformerConfig) -> None:
-    """Raise ConfigError where a (virtual) pipeline stage would hold a part of a group."""
+    """Raise ConfigError where a (virtual) pipeline stage would cut a group, a span, or groups that share an MoE."""
+    unit = scmoe.moe_every * lcm(scmoe.shortcut_span, scmoe.moe_share_groups)
     num_virtual = config.virtual_pipeline_model_parallel_size
     for pp_rank in range(config.pipeline_model_parallel_size):
         for vp_stage in range(num_virtual) if num_virtual else (None,):
             blocks = stages.blocks_of_stage(config, vp_stage, pp_rank)
-            unit = scmoe.moe_every * scmoe.moe_share_groups
             if len(blocks) != unit * len({block // unit for block in blocks}):
                 virtual = "" if vp_stage is None else f", virtual stage {vp_stage},"
-                sharing = f" and --moe-share-groups {scmoe.moe_share_groups}" if scmoe.moe_share_groups > 1 else ""
+                together = "".join(
+                    f", {flag_of(name)} {getattr(scmoe, name)}"
+                    for name in ("shortcut_span", "moe_share_groups")
+                    if getattr(scmoe, name) > 1
+                )
                 raise ConfigError(
                     f"a pipeline stage holds whole groups: stage {pp_rank}{virtual} would hold the blocks {blocks} and "
-                    f"--moe-every is {scmoe.moe_every}{sharing}; give every stage whole units of {unit} blocks"
+                    f"--moe-every is {scmoe.moe_every}{together}; give every stage whole units of {unit} blocks"
                 )
