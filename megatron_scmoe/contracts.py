@@ -1,9 +1,9 @@
 """What the rooms agree on: dense ops, cargo, routed calls, and the plan of a span. The second file to read.
 
-A span is one group, or several neighbouring ones: a list of dense ops and a list of routed calls. A call's tokens travel
-as a cargo, in as many chunks as the plan has slots for the call; the layer (``layers/span.py``) makes the cargo, hands it
-to the flights (``dispatch/flights.py``) and runs the ops while they fly. Standard library alone where it runs, so that
-settings can be checked before torch is there.
+A span is one group, or several neighbouring ones: a list of dense ops and a list of routed calls. A call's tokens
+travel as a cargo, in as many chunks as the plan has slots for the call; the layer (``layers/span.py``) makes the cargo,
+hands it to the flights (``dispatch/flights.py``) and runs the ops while they fly. Standard library alone where it runs,
+so that settings can be checked before torch is there.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class DenseOp:
 
     name: str
     norm: Callable[[Stream], Tensor] | None
-    run: Callable[[Stream, Tensor | None, Any], Stream]
+    run: Callable[[Stream, Any, Any], Stream]
 
 
 class Cargo(Protocol):
@@ -99,7 +99,7 @@ class RoutedCall:
 
     Attributes:
         tap: index of the op whose normed input the experts read; their tokens take off just before it.
-        landing: index of the op in which the output is added, the end of the call's group, or, where late, before which.
+        landing: index of the op in which the output is added, the end of the call's group; where late, before which.
         late: whether it lands behind the end of its group.
         group: whose call it is, counted from 0 within the span.
     """

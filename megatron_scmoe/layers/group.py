@@ -1,8 +1,8 @@
 """One group in Core's module tree, and the ops and routed calls that it gives to its span.
 
-A group is ``moe_every`` consecutive blocks, the last of which carries the MoE. In the module tree the blocks stay Core's
-own numbered layers, with the parameter names and checkpoint keys of the stock model. Only who runs them changes: the
-last block of a span runs all of it (``span.py``), the others pass their input through.
+A group is ``moe_every`` consecutive blocks, the last of which carries the MoE. In the module tree the blocks stay
+Core's own numbered layers, with the parameter names and checkpoint keys of the stock model. Only who runs them changes:
+the last block of a span runs all of it (``span.py``), the others pass their input through.
 """
 
 from __future__ import annotations
@@ -151,39 +151,34 @@ def _sum(outputs: Sequence[Tensor]) -> Tensor:
     return total
 
 
-type _Norm = Callable[[TransformerLayer, Tensor], Tensor]
+type _Normed = Callable[[TransformerLayer, Tensor], Tensor]
 
 
-def _norm(norm: _Norm, block: TransformerLayer, stream: Stream) -> Tensor:
+def _norm(norm: _Normed, block: TransformerLayer, stream: Stream) -> Tensor:
     return norm(block, stream.hidden)
 
 
-def _norm_of_entry(norm: _Norm, block: TransformerLayer, stream: Stream) -> Tensor:
+def _norm_of_entry(norm: _Normed, block: TransformerLayer, stream: Stream) -> Tensor:
     assert stream.entry is not None
     return norm(block, stream.entry)
 
 
 def _attention_op(block: TransformerLayer, *, keeps_entry: bool = False) -> DenseOp:
-    return DenseOp(
-        ATTENTION,
-        partial(_norm, blocks.attention_norm, block),
-        partial(_run_residual, blocks.attention_residual, block, keeps_entry),
-    )
+    run = _attend_and_keep_entry if keeps_entry else _attend
+    return DenseOp(ATTENTION, partial(_norm, blocks.attention_norm, block), partial(run, block))
 
 
 def _mlp_op(block: TransformerLayer) -> DenseOp:
-    return DenseOp(
-        MLP, partial(_norm, blocks.mlp_norm, block), partial(_run_residual, blocks.mlp_residual, block, False)
-    )
+    return DenseOp(MLP, partial(_norm, blocks.mlp_norm, block), partial(_feed_forward, block))
 
 
-def _run_residual(
-    residual: Callable[..., Tensor],
-    block: TransformerLayer,
-    keeps_entry: bool,
-    stream: Stream,
-    normed: Tensor,
-    inputs: Any,
-) -> Stream:
-    entry = stream.hidden if keeps_entry else stream.entry
-    return stream._replace(hidden=residual(block, stream.hidden, normed, inputs), entry=entry)
+def _attend(block: TransformerLayer, stream: Stream, normed: Tensor, inputs: Any) -> Stream:
+    return stream._replace(hidden=blocks.attention_residual(block, stream.hidden, normed, inputs))
+
+
+def _attend_and_keep_entry(block: TransformerLayer, stream: Stream, normed: Tensor, inputs: Any) -> Stream:
+    return _attend(block, stream, normed, inputs)._replace(entry=stream.hidden)
+
+
+def _feed_forward(block: TransformerLayer, stream: Stream, normed: Tensor, inputs: Any) -> Stream:
+    return stream._replace(hidden=blocks.mlp_residual(block, stream.hidden, normed, inputs))

@@ -1,8 +1,8 @@
 """How one span runs. This is the file to read: ``GroupSpan.run`` shows the whole data flow.
 
-A span is one group of blocks, or ``--shortcut-span`` neighbouring ones: a list of ops, and a list of routed calls. Each
-call reads the normed input of the op at its tap; for one group of two blocks and position pos2 (ScMoE, arXiv 2404.05019,
-section 3)::
+A span is one group of blocks, or ``--shortcut-span`` neighbouring ones: a list of ops, and a list of routed calls.
+Each call reads the normed input of the op at its tap; for one group of two blocks and position pos2 (ScMoE, arXiv
+2404.05019, section 3)::
 
                           tap                                                            landing
     dense ops      attention | MLP ---------- attention -------- shared expert --------------- add -->
@@ -38,7 +38,6 @@ class Group(Protocol):
         group_index: over the whole model.
         ops: in order, the group's end last.
         cargo_maker: of what its calls carry.
-        moe: whose router and experts serve its calls.
     """
 
     group_index: int
@@ -46,7 +45,8 @@ class Group(Protocol):
     cargo_maker: CargoMaker
 
     @property
-    def moe(self) -> MoELayer: ...
+    def moe(self) -> MoELayer:
+        """The MoE that serves the group, its own or a shared one."""
 
     def land(self, stream: Stream, routed: Sequence[Tensor]) -> Stream:
         """Add outputs of the group's calls that land behind its end."""
@@ -102,6 +102,7 @@ class GroupSpan:
             normed = None
             for number in shape.tapped_at(place):
                 begin(ROUTE, call=number)
+                assert op.norm is not None  # what a call is tapped at reads something
                 normed = op.norm(stream)
                 flying[number] = self._take_off(number, normed, routings, padding_mask, plan)
             for number, tokens in flying.items():

@@ -20,9 +20,10 @@ from itertools import groupby
 from statistics import fmean, median
 from typing import Any
 
-from megatron_scmoe.contracts import GroupShape, Plan
+from megatron_scmoe.contracts import Plan, SpanShape
 from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs
-from megatron_scmoe.overlap.solver import GroupCosts, predicted_hidden_share, solve
+from megatron_scmoe.overlap.plan import sequential_plan
+from megatron_scmoe.overlap.solver import SpanCosts, predicted_hidden_share, solve
 
 WARM_UP_STEPS = 3
 MEASURE_STEPS = 3
@@ -41,7 +42,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Plans:
-    """The plans of one group: for training, and for evaluation, which has no backward."""
+    """The plans of one span: for training, and for evaluation, which has no backward."""
 
     training: Plan
     forward: Plan
@@ -66,7 +67,7 @@ class Decision:
     share_before: float = 0.0
 
 
-type Evidence = Mapping[int, Mapping[int, GroupCosts | None]] | tuple[float, float]
+type Evidence = Mapping[int, Mapping[int, SpanCosts | None]] | tuple[float, float]
 """What one rank measured: costs by number of chunks and group, or seconds of a micro-batch under old and new plans."""
 
 
@@ -92,7 +93,7 @@ class Tuner:
 
     def __init__(
         self,
-        shapes: Mapping[int, GroupShape],
+        shapes: Mapping[int, SpanShape],
         plans: Mapping[int, Plans],
         *,
         counts: Sequence[int],
@@ -115,8 +116,10 @@ class Tuner:
     def plans(self) -> dict[int, Plans]:
         """What each group runs in the coming step."""
         if self.sequential:
-            plan = Plan((1,) * self._chunks_measured, blocking=True)
-            return {group: Plans(plan, plans.forward) for group, plans in self._incumbent.items()}
+            return {
+                group: Plans(sequential_plan(self._shapes[group], self._chunks_measured), plans.forward)
+                for group, plans in self._incumbent.items()
+            }
         if self.phase is Phase.CHECK and self._done % 2:
             assert self.decision is not None
             return dict(self.decision.plans)
@@ -187,7 +190,7 @@ class Tuner:
         self._incumbent = dict(decision.plans)
         self._enter(Phase.SETTLED)
 
-    def _solve(self, evidence: Sequence[Mapping[int, Mapping[int, GroupCosts | None]]]) -> Decision:
+    def _solve(self, evidence: Sequence[Mapping[int, Mapping[int, SpanCosts | None]]]) -> Decision:
         plans: dict[int, Plans] = {}
         predicted_s, share, share_before = 0.0, 1.0, 1.0
         for group, shape in self._shapes.items():
@@ -244,7 +247,7 @@ class Tuner:
 
 
 def described(plans: Mapping[int, Plans]) -> str:
-    """The slots of every group in few words: neighbours with equal plans share them."""
+    """The slots of every span's calls in few words, under its first group: neighbours with equal plans share them."""
     parts = []
     for slots, run in groupby(sorted(plans), key=lambda group: plans[group].training.slots):
         groups = list(run)
@@ -253,7 +256,7 @@ def described(plans: Mapping[int, Plans]) -> str:
             name += f" {groups[0]} to {groups[-1]}"
         else:
             name += f" {', '.join(map(str, groups))}"
-        parts.append(f"{name} slots {','.join(map(str, slots))}")
+        parts.append(f"{name} slots {' | '.join(','.join(map(str, of_call)) for of_call in slots)}")
     return "; ".join(parts)
 
 
@@ -265,13 +268,26 @@ def saved_form(plans: Mapping[int, Plans], **beside: Any) -> dict[str, dict[str,
         beside: what is kept with the plans of each group.
     """
     return {
-        str(group): {"training": list(one.training.slots), "forward": list(one.forward.slots), **beside}
+        str(group): {"training": _lists(one.training), "forward": _lists(one.forward), **beside}
         for group, one in plans.items()
     }
 
 
 def from_saved_form(saved: Mapping[str, Mapping[str, Any]]) -> dict[int, Plans]:
-    """The inverse of ``saved_form``, without what is beside the plans."""
+    """The inverse of ``saved_form``, without what is beside the plans.
+
+    Plans of versions before there were several calls, whose slots were those of one call, are left out.
+    """
     return {
-        int(group): Plans(Plan(tuple(one["training"])), Plan(tuple(one["forward"]))) for group, one in saved.items()
+        int(group): Plans(_plan(one["training"]), _plan(one["forward"]))
+        for group, one in saved.items()
+        if all(isinstance(slots, list) for slots in (*one["training"], *one["forward"]))
     }
+
+
+def _lists(plan: Plan) -> list[list[int]]:
+    return [list(slots) for slots in plan.slots]
+
+
+def _plan(lists: list[list[int]]) -> Plan:
+    return Plan(tuple(tuple(slots) for slots in lists))

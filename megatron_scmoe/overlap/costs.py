@@ -1,6 +1,6 @@
-"""From the marks and transfers of a step to spans of every group's passes, and to what its ops cost.
+"""From the marks and transfers of a step to a timeline of every span's passes, and to what its ops and calls cost.
 
-A pass is one forward or backward of one group. Marks follow one another on the compute lane, so each lasts until the
+A pass is one forward or backward of one span. Marks follow one another on the compute lane, so each lasts until the
 next one; what a rank waits for is no computation, and is left out.
 """
 
@@ -12,10 +12,9 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from statistics import fmean, median
 
-from megatron_scmoe.contracts import GroupShape
+from megatron_scmoe.contracts import SpanShape
 from megatron_scmoe.overlap.observe import BEGIN, END, Mark, Recording, Transfer
 from megatron_scmoe.overlap.plan import (
-    CURRENT,
     DECODE,
     ENCODE,
     EXPERTS,
@@ -24,9 +23,8 @@ from megatron_scmoe.overlap.plan import (
     ROUTE,
     START_COMBINE,
     START_DISPATCH,
-    TAIL,
 )
-from megatron_scmoe.overlap.solver import GroupCosts, PassCosts
+from megatron_scmoe.overlap.solver import CallCosts, PassCosts, SpanCosts
 from megatron_scmoe.overlap.spans import Lane, Span
 
 # Packing precedes a start and unpacking follows a finish: here are the ops that they belong to, in each direction.
@@ -38,10 +36,10 @@ _OP_OF = {
 
 @dataclass(frozen=True, slots=True)
 class GroupPass:
-    """One forward or backward of one group.
+    """One forward or backward of one span.
 
     Attributes:
-        group: its index over the whole model.
+        group: index of its first group over the whole model.
         backward: which of the two.
         spans: computation and communication; computation without what it waited for.
         total_s: from the first op to the end of the last one, waiting included.
@@ -70,8 +68,8 @@ def passes_of(recording: Recording) -> list[GroupPass]:
     passes: list[GroupPass] = []
     for mark in marks[: last_backward + 1]:
         key = mark.group, mark.backward
-        if mark.name == (TAIL if mark.backward else BEGIN):
-            open_passes[key] = []  # one that never ended, where no gradient reached the group's input, is dropped
+        if mark.name == BEGIN:
+            open_passes[key] = []  # one that never ended, where no gradient reached the span's input, is dropped
         if key not in open_passes:
             continue
         open_passes[key].append(mark)
@@ -82,83 +80,77 @@ def passes_of(recording: Recording) -> list[GroupPass]:
 
 def _group_pass(marks: Sequence[Mark], transfers: Iterable[Transfer]) -> GroupPass:
     first, last = marks[0], marks[-1]
-    mine = {(t.name, t.index): t for t in transfers if first.time_s <= t.start_s <= last.time_s}
+    mine = {(t.name, t.index, t.call): t for t in transfers if first.time_s <= t.start_s <= last.time_s}
     spans = [_computation(mark, following.time_s, mine) for mark, following in pairwise(marks) if mark.name != BEGIN]
     # Events of two GPU streams compare to half a microsecond or so: what took no time may seem to end before its begin,
     # and a negative cost would stop this rank while the others wait for it.
     spans += [
-        Span(t.name, Lane.COMMUNICATION, t.start_s, max(t.start_s, t.end_s), t.backward, t.index) for t in mine.values()
+        Span(t.name, Lane.COMMUNICATION, t.start_s, max(t.start_s, t.end_s), t.backward, t.index, t.call)
+        for t in mine.values()
     ]
     total_s = last.time_s - first.time_s
     return GroupPass(first.group, first.backward, tuple(spans), total_s, sum(t.sent_bytes for t in mine.values()))
 
 
-def _computation(mark: Mark, end_s: float, transfers: Mapping[tuple[str, int], Transfer]) -> Span:
+def _computation(mark: Mark, end_s: float, transfers: Mapping[tuple[str, int, int], Transfer]) -> Span:
     """The part of a step that is computation: packing before a launch, unpacking behind an arrival, or all of it."""
     start_s = mark.time_s
-    half, _, rest = mark.name.removeprefix(CURRENT).partition(" ")
-    transfer = transfers.get((mark.name.replace(f"{half} ", ""), mark.index)) if rest else None
+    half, _, collective = mark.name.partition(" ")
+    transfer = None if mark.call is None else transfers.get((collective, mark.index, mark.call))
     if transfer and half == "start":
         end_s = min(end_s, transfer.start_s)
     if transfer and half == "finish":
         start_s = min(end_s, max(start_s, transfer.end_s))
-    return Span(mark.name, Lane.COMPUTE, start_s, end_s, mark.backward, mark.index)
+    return Span(mark.name, Lane.COMPUTE, start_s, end_s, mark.backward, mark.index, mark.call)
 
 
-def costs_of(passes: Sequence[GroupPass], shape: GroupShape, chunks: int) -> GroupCosts | None:
-    """What one group costs, from passes under a blocking plan of ``chunks`` chunks; None without a whole step.
+def costs_of(passes: Sequence[GroupPass], shape: SpanShape, chunks: int) -> SpanCosts | None:
+    """What one span costs, from passes under a blocking plan of ``chunks`` chunks; None without a whole step.
 
-    Costs are medians over the passes. dgmoe's two flights are taken as equal.
+    Costs are medians over the passes.
     """
     forward = [one for one in passes if not one.backward]
     backward = [one for one in passes if one.backward]
     if not forward or not backward:
         return None
-    return GroupCosts(
+    return SpanCosts(
         forward=pass_costs_of(forward, shape, chunks),
         backward=pass_costs_of(backward, shape, chunks),
         forward_runs=len(forward) / len(backward),
     )
 
 
-def pass_costs_of(passes: Sequence[GroupPass], shape: GroupShape, chunks: int) -> PassCosts:
-    """What one direction of one group costs, as the median over its passes."""
+def pass_costs_of(passes: Sequence[GroupPass], shape: SpanShape, chunks: int) -> PassCosts:
+    """What one direction of one span costs, as the median over its passes."""
     return _combined([_pass_costs(one, shape, chunks) for one in passes], median)
 
 
-def mean_costs(costs: Sequence[GroupCosts]) -> GroupCosts:
+def mean_costs(costs: Sequence[SpanCosts]) -> SpanCosts:
     """The mean over ranks."""
-    return GroupCosts(
+    return SpanCosts(
         forward=_combined([one.forward for one in costs], fmean),
         backward=_combined([one.backward for one in costs], fmean),
         forward_runs=fmean(one.forward_runs for one in costs),
     )
 
 
-def _pass_costs(one: GroupPass, shape: GroupShape, chunks: int) -> PassCosts:
-    flights = 2 if shape.second_gate else 1
-    dense = [0.0] * shape.num_dense_ops
-    total: dict[str, float] = defaultdict(float)
-    ops = {ROUTE, ENCODE, EXPERTS, DECODE, TAIL, *_OP_OF[False]}
+def _pass_costs(one: GroupPass, shape: SpanShape, chunks: int) -> PassCosts:
+    ops = [0.0] * shape.num_ops
+    calls: list[dict[str, float]] = [defaultdict(float) for _ in shape.calls]
     for span in one.spans:
-        name = span.name.removeprefix(CURRENT)
         seconds = span.end_s - span.start_s
-        if span.lane is Lane.COMMUNICATION:
-            total[name] += seconds
-        elif name in ops:
-            total[_OP_OF[one.backward].get(name, name)] += seconds
+        if span.call is None:
+            ops[span.at] += seconds
         else:
-            assert span.chunk is not None  # dense ops carry their index there
-            dense[span.chunk] += seconds
-    return PassCosts(
-        dense=tuple(dense),
-        route=total[ROUTE] / flights,
-        tail=total[TAIL],
-        **{op: total[op] / (flights * chunks) for op in (ENCODE, "dispatch", EXPERTS, "combine", DECODE)},
-    )
+            calls[span.call][_OP_OF[one.backward].get(span.name, span.name)] += seconds
+    cut = {field.name: 1 if field.name == ROUTE else chunks for field in fields(CallCosts)}
+    return PassCosts(ops=tuple(ops), calls=tuple(CallCosts(**{op: call[op] / cut[op] for op in cut}) for call in calls))
 
 
 def _combined(costs: Sequence[PassCosts], average: Callable[[Iterable[float]], float]) -> PassCosts:
-    dense = tuple(average(seconds) for seconds in zip(*(one.dense for one in costs), strict=True))
-    scalars = [field.name for field in fields(PassCosts) if field.name != "dense"]
-    return PassCosts(dense=dense, **{name: average([getattr(one, name) for one in costs]) for name in scalars})
+    ops = tuple(average(seconds) for seconds in zip(*(one.ops for one in costs), strict=True))
+    calls = tuple(
+        CallCosts(**{field.name: average([getattr(call, field.name) for call in same]) for field in fields(CallCosts)})
+        for same in zip(*(one.calls for one in costs), strict=True)
+    )
+    return PassCosts(ops=ops, calls=calls)

@@ -55,7 +55,7 @@ def even_plan(shape: SpanShape, chunks: int) -> Plan:
 
 
 def sequential_plan(shape: SpanShape, chunks: int = 1) -> Plan:
-    """The plan that waits for every collective where it starts: the reference, and what single ops are measured with."""
+    """The plan that waits for every collective where it starts: the reference, under which single ops are measured."""
     return Plan(((1,) * chunks,) * len(shape.calls), blocking=True)
 
 

@@ -35,16 +35,16 @@ ONE_QUEUE = (
 
 @dataclass(frozen=True, slots=True)
 class GroupRow:
-    """One group, one step, one rank.
+    """One span, one step, one rank.
 
     Attributes:
-        group: its index over the whole model.
-        slots: of its plan, for each chunk.
+        group: index of its first group over the whole model.
+        slots: of its plan, for each call and chunk.
         communication_ms: time in which a collective was under way, all micro-batches.
         exposed_ms: the part of it beside which nothing was computed.
         hidden_share: 1 - exposed / communication.
         sent_bytes: what this rank sent to other ranks.
-        tokens_per_expert: this rank's tokens for each expert of the model, after capacity.
+        tokens_per_expert: this rank's tokens for each expert of the model, after capacity, one group after the other.
         tokens_max_over_mean: of these, the largest over the mean.
         dropped_share: part of the tokens' choices that capacity dropped.
         sent_rate: rows that travelled over rows that were routed; 1 without a codec.
@@ -53,7 +53,7 @@ class GroupRow:
     """
 
     group: int
-    slots: tuple[int, ...]
+    slots: tuple[tuple[int, ...], ...]
     communication_ms: float
     exposed_ms: float
     hidden_share: float
@@ -67,7 +67,7 @@ class GroupRow:
 
 
 def rows_of(passes: Sequence[GroupPass], recording: Recording, plans: Mapping[int, Plan]) -> list[GroupRow]:
-    """The step of this rank, group by group."""
+    """The step of this rank, span by span."""
     return [
         _row(
             group,
@@ -90,7 +90,8 @@ def _row(
     communication = sum(communication_s(one.spans) for one in passes)
     exposed = sum(exposed_s(one.spans) for one in passes)
     # Summed on the device: each number that the host asks for is a copy, and a wait.
-    tokens = torch.stack([one.tokens_per_expert for one in loads]).sum(dim=0).tolist() if loads else []
+    parts = [[one.tokens_per_expert for one in loads if one.part == part] for part in sorted({o.part for o in loads})]
+    tokens = torch.cat([torch.stack(part).sum(dim=0) for part in parts]).tolist() if loads else []
     dropped = int(sum(one.dropped for one in loads))
     kept = sum(tokens)
     routed = sum(one.rows for one in compressions)

@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, Overlap, ScMoEConfig
-from megatron_scmoe.layers.group import GroupBlock
 from megatron_scmoe.layers.pipelined import PipelinedMoELayer
+from megatron_scmoe.layers.span import GroupSpan
 from megatron_scmoe.mcore import stages
 from megatron_scmoe.overlap.adaptive import Plans, Tuner, chunk_counts, from_saved_form
 from megatron_scmoe.training.agreement import digests, gathered
 
-type Group = GroupBlock | PipelinedMoELayer
+type Planned = GroupSpan | PipelinedMoELayer
+"""What has a plan of its own."""
 
 
 class KeptPlans:
@@ -52,7 +53,7 @@ class KeptPlans:
             if stages.is_stage_root():
                 print(" > overlap: ranks found plans of different checkpoints: measuring anew", flush=True)
 
-    def of(self, group: Group) -> Plans | None:
+    def of(self, group: Planned) -> Plans | None:
         """The plans of ``group``, where this run could have found them too and ops take as long as they did."""
         plans = self._plans.get(group.group_index)
         if plans is None or self._scmoe.overlap is not Overlap.ADAPTIVE or self._changed(group):
@@ -61,7 +62,7 @@ class KeptPlans:
         fits = all(plan.chunks <= self._scmoe.overlap_chunks and group.shape.has(plan) for plan in both)
         return plans if fits else None
 
-    def _changed(self, group: Group) -> str:
+    def _changed(self, group: Planned) -> str:
         """Which condition is not the one under which its plans in the checkpoint were measured; empty if none."""
         then = self._entries.get(str(group.group_index), {}).get("conditions", {})
         changes = (
@@ -71,7 +72,7 @@ class KeptPlans:
         )
         return next(changes, "")
 
-    def tuner(self, groups: Mapping[int, Group], iteration: int) -> Tuner:
+    def tuner(self, groups: Mapping[int, Planned], iteration: int) -> Tuner:
         """A tuner of ``groups``, which goes on from these plans where they hold for all of them.
 
         Args:
@@ -79,10 +80,11 @@ class KeptPlans:
             iteration: steps that are done.
         """
         known = all(self.of(group) for group in groups.values())
-        if self._plans and not known and stages.is_stage_root():
+        if self._entries and not known and stages.is_stage_root():
             changes = [self._changed(group) for index, group in groups.items() if index in self._plans]
             changed = next(filter(None, changes), "")
             why = f"were measured with {changed}" if changed else "do not fit --overlap-chunks or the groups"
+            why = why if self._plans else "were saved by an older version"
             print(f" > overlap: the checkpoint's plans {why}: measuring anew")
         kept = [self._entries[str(index)] for index in groups] if known else []
         if kept and kept[0]["iteration"] >= iteration:  # --finetune counts from 0 again

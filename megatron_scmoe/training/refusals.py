@@ -6,6 +6,7 @@ Every rule here ends a run before any process group starts, in one line: the rul
 from __future__ import annotations
 
 from argparse import Namespace
+from math import lcm
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -243,7 +244,7 @@ def check_pipeline(scmoe: ScMoEConfig, config: TransformerConfig) -> None:
             if len(blocks) != unit * len({block // unit for block in blocks}):
                 virtual = "" if vp_stage is None else f", virtual stage {vp_stage},"
                 together = "".join(
-                    f", {flag_of(name)} {getattr(scmoe, name)}"
+                    f", --{name.replace('_', '-')} {getattr(scmoe, name)}"
                     for name in ("shortcut_span", "moe_share_groups")
                     if getattr(scmoe, name) > 1
                 )

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_scmoe.codec.rate import adjust_rates
+from megatron_scmoe.codec.rate import RateControl, adjust_rates
 from megatron_scmoe.config import Overlap, ScMoEConfig
 from megatron_scmoe.layers.group import GroupBlock
 from megatron_scmoe.layers.pipelined import PipelinedMoELayer
+from megatron_scmoe.layers.span import GroupSpan
 from megatron_scmoe.mcore import stages
 from megatron_scmoe.overlap import observe
 from megatron_scmoe.overlap.adaptive import Decision, Phase, Tuner, saved_form
@@ -29,7 +30,7 @@ from megatron_scmoe.report.figures import Summary, codec_scalars, rows_of, summa
 from megatron_scmoe.report.files import ReportFile
 from megatron_scmoe.report.scalars import Scalars
 from megatron_scmoe.training.agreement import check_equal, gathered
-from megatron_scmoe.training.kept_plans import Group, KeptPlans
+from megatron_scmoe.training.kept_plans import KeptPlans, Planned
 
 
 class OverlapSession:
@@ -45,7 +46,8 @@ class OverlapSession:
         self._scmoe = scmoe
         self._kept = KeptPlans(args, scmoe)
         self._seen: set[torch.nn.Module] = set()
-        self._groups: dict[int, Group] = {}
+        self._planned: dict[int, Planned] = {}
+        self._rate_controls: dict[int, RateControl] = {}
         self._tuner: Tuner | None = None
         self._recording: observe.Recording | None = None
         self._iteration: int | None = None
@@ -96,20 +98,27 @@ class OverlapSession:
             return
         self._seen.add(model)
         for module in model.modules():
-            if isinstance(module, GroupBlock | PipelinedMoELayer) and module.group_index not in self._groups:
-                self._groups[module.group_index] = module
-                if plans := self._kept.of(module):
-                    module.plan, module.forward_plan = plans.training, plans.forward
-                control, levels = module.cargo_maker.rate_control, getattr(self._args, "lsh_levels", {})
-                if control is not None and str(module.group_index) in levels:
-                    control.level = torch.tensor(levels[str(module.group_index)])
+            if isinstance(module, GroupBlock | PipelinedMoELayer):
+                self._see_codec(module)
+            planned = module.span if isinstance(module, GroupBlock) else module
+            if isinstance(planned, GroupSpan | PipelinedMoELayer):
+                self._planned[planned.group_index] = planned
+                if plans := self._kept.of(planned):
+                    planned.plan, planned.forward_plan = plans.training, plans.forward
+
+    def _see_codec(self, group: GroupBlock | PipelinedMoELayer) -> None:
+        control, levels = group.cargo_maker.rate_control, getattr(self._args, "lsh_levels", {})
+        if control is not None:
+            self._rate_controls[group.group_index] = control
+            if str(group.group_index) in levels:
+                control.level = torch.tensor(levels[str(group.group_index)])
 
     def _between_steps(self, iteration: int) -> None:
         """All of ``iteration`` steps are done and the next one has not begun."""
         if self._scmoe.lsh_target_rate:
             self._adjust_rates(iteration)
-        if self._tuner is None and self._scmoe.overlap is Overlap.ADAPTIVE and self._groups:
-            self._tuner = self._kept.tuner(self._groups, iteration)
+        if self._tuner is None and self._scmoe.overlap is Overlap.ADAPTIVE and self._planned:
+            self._tuner = self._kept.tuner(self._planned, iteration)
         elif self._recording is not None:
             observe.stop(self._recording)
             passes = passes_of(self._recording)
@@ -145,11 +154,10 @@ class OverlapSession:
 
     def _set_plans(self, tuner: Tuner) -> None:
         for index, plans in tuner.plans.items():
-            self._groups[index].plan, self._groups[index].forward_plan = plans.training, plans.forward
+            self._planned[index].plan, self._planned[index].forward_plan = plans.training, plans.forward
 
     def _adjust_rates(self, iteration: int) -> None:
-        controls = {index: group.cargo_maker.rate_control for index, group in sorted(self._groups.items())}
-        found = {index: control for index, control in controls.items() if control is not None}
+        found = dict(sorted(self._rate_controls.items()))
         adjust_rates(list(found.values()), stages.stage_group())
         if iteration % self._args.log_interval == 0 and stages.is_stage_root():
             levels = {index: control.level.item() for index, control in found.items()}
@@ -177,7 +185,7 @@ class OverlapSession:
         logs = iteration % self._args.log_interval == 0
         if self._file is None and not (logs and self._scmoe.compresses):
             return
-        rows = rows_of(passes, self._recording, {index: group.plan for index, group in self._groups.items()})
+        rows = rows_of(passes, self._recording, {index: group.plan for index, group in self._planned.items()})
         if self._file is not None:
             self._file.write(iteration, rows, passes if logs else [])
         if not logs:
