@@ -35,6 +35,13 @@ class Combine(StrEnum):
     CG2 = "cg2"
 
 
+class Norms(StrEnum):
+    """Norms that a group has beside those of the stock model."""
+
+    NONE = "none"
+    UPSTREAM = "upstream"
+
+
 class Router(StrEnum):
     """How experts are chosen and weighed."""
 
@@ -76,6 +83,11 @@ class ArchitectureConfig:
     shortcut_combine: Combine = Combine.CG1
     """How shared and routed experts are added. add: sum; cg1: a sigmoid gate on the shared expert (Megatron's
     --moe-shared-expert-gate, set for you); cg2: a softmax over two learned coefficients."""
+
+    shortcut_norms: Norms = Norms.NONE
+    """Norms beside those of the stock model. upstream: the two of Megatron's ShortcutMoE (NVIDIA/Megatron-LM 6959, on
+    its main branch), for h + post(combine(shared(norm(h)), routed(pre(x)))): what the routed experts read has a norm of
+    its own, and so has the sum of routed and shared output before it is added. scmoe only."""
 
     moe_every: int = 2
     """Blocks in a group; the last one of each group carries the MoE. Replaces --moe-layer-freq, which is derived from
@@ -162,6 +174,7 @@ class ArchitectureConfig:
                 f"{self.shortcut_combine}; drop --shortcut-combine"
             )
         self._validate_router()
+        self._validate_norms()
         num_groups = num_layers // self.moe_every
         self._validate_sharing(num_groups)
         self._validate_span(num_groups)
@@ -175,6 +188,21 @@ class ArchitectureConfig:
                 )
             if position is Position.FARSKIP:
                 self._validate_farskip(group_index)
+
+    def _validate_norms(self) -> None:
+        if self.shortcut_norms is Norms.NONE:
+            return
+        if self.shortcut is Shortcut.DGMOE:
+            raise ConfigError(
+                f"upstream's norms are those of an MoE with a shared expert: --shortcut-norms is {self.shortcut_norms} "
+                f"and --shortcut is {self.shortcut}; use --shortcut scmoe or drop --shortcut-norms"
+            )
+        if self.shortcut_landing:
+            raise ConfigError(
+                f"upstream's second norm reads the sum of shared and routed output: --shortcut-norms is "
+                f"{self.shortcut_norms} and with --shortcut-landing {self.shortcut_landing} they are added at different "
+                "places; use --shortcut-landing 0 or drop --shortcut-norms"
+            )
 
     def _validate_router(self) -> None:
         if self.router is Router.LONGCAT and self.shortcut is Shortcut.DGMOE:

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_scmoe.codec.maker import CargoMaker, residual_map_of
-from megatron_scmoe.config import Combine, Position, ScMoEConfig, Shortcut
+from megatron_scmoe.config import Combine, Norms, Position, ScMoEConfig, Shortcut
 from megatron_scmoe.contracts import DenseOp, Stream
 from megatron_scmoe.layers.gating import CoefficientGate
 from megatron_scmoe.layers.span import GroupSpan
@@ -54,6 +54,9 @@ class GroupBlock(TransformerLayer):
         self.cargo_maker = CargoMaker(scmoe, config.hidden_size, self.group_index, self.residual_map)
         if scmoe.shortcut_combine is Combine.CG2:
             self.combine_gate = CoefficientGate(config)
+        if scmoe.shortcut_norms is Norms.UPSTREAM:
+            self.shortcut_pre_mlp_layernorm = blocks.another_mlp_norm(self)
+            self.shortcut_post_norm = blocks.another_mlp_norm(self)
         self.span: GroupSpan | None = None
         self.ops: tuple[DenseOp, ...] = ()
         self._moe_holder = (self.mlp,)  # in a tuple, so that a borrowed MoE stays its owner's alone
@@ -112,6 +115,14 @@ class GroupBlock(TransformerLayer):
         plan = self.span.plan if self.training else self.span.forward_plan
         return self.span.run(hidden_states, inputs, blocks.sequence_first(padding_mask), plan), context
 
+    def read(self, op: DenseOp, stream: Stream) -> tuple[Tensor, Tensor | None]:
+        """What this group's routed experts read at ``op``, [s, b, h], and what the op does, where that is known, too."""
+        assert op.norm is not None
+        if self.scmoe.shortcut_norms is Norms.UPSTREAM:
+            return self.shortcut_pre_mlp_layernorm(stream.hidden if stream.entry is None else stream.entry), None
+        normed = op.norm(stream)
+        return normed, normed
+
     def land(self, stream: Stream, routed: Sequence[Tensor]) -> Stream:
         """Add outputs of this group's calls that land behind its end."""
         output = _sum(routed)
@@ -141,7 +152,10 @@ class GroupBlock(TransformerLayer):
             outputs.append(shared)  # cg1's gate is inside Core's shared expert
         if not outputs:
             return Stream(stream.hidden)
-        return Stream(blocks.add_mlp_output(self, stream.hidden, (_sum(outputs), None)), late_weight=late_weight)
+        total = _sum(outputs)
+        if self.scmoe.shortcut_norms is Norms.UPSTREAM:
+            total = self.shortcut_post_norm(total)
+        return Stream(blocks.add_mlp_output(self, stream.hidden, (total, None)), late_weight=late_weight)
 
 
 def _sum(outputs: Sequence[Tensor]) -> Tensor:

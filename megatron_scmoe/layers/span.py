@@ -48,6 +48,9 @@ class Group(Protocol):
     def moe(self) -> MoELayer:
         """The MoE that serves the group, its own or a shared one."""
 
+    def read(self, op: DenseOp, stream: Stream) -> tuple[Tensor, Tensor | None]:
+        """What the group's routed experts read at ``op``, [s, b, h], and what the op does, where that is known, too."""
+
     def land(self, stream: Stream, routed: Sequence[Tensor]) -> Stream:
         """Add outputs of the group's calls that land behind its end."""
 
@@ -102,9 +105,8 @@ class GroupSpan:
             normed = None
             for number in shape.tapped_at(place):
                 begin(ROUTE, call=number)
-                assert op.norm is not None  # what a call is tapped at reads something
-                normed = op.norm(stream)
-                flying[number] = self._take_off(number, normed, routings, padding_mask, plan)
+                source, normed = self._groups[shape.calls[number].group].read(op, stream)
+                flying[number] = self._take_off(number, source, routings, padding_mask, plan)
             for number, tokens in flying.items():
                 tokens.run_experts(slot=place - shape.calls[number].tap + 1)
             if landing := shape.landing_in(place):

@@ -57,6 +57,14 @@ def mlp_residual(layer: TransformerLayer, hidden_states: Tensor, normed: Tensor,
     return add_mlp_output(layer, hidden_states, output_with_bias)
 
 
+def another_mlp_norm(layer: TransformerLayer) -> torch.nn.Module:
+    """A norm with parameters of its own, built as that before the MLP, or MoE, of ``layer``."""
+    config = layer.config
+    return layer.submodules_config.pre_mlp_layernorm(
+        config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+    )
+
+
 def shared_expert(moe: MoELayer, normed: Tensor) -> Tensor:
     """The output of the shared expert of ``moe`` on ``normed``, gated where Core gates it; no residual yet."""
     return moe.shared_experts_compute(normed)

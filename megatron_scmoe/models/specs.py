@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_scmoe.config import LatentScaling, Router, ScMoEConfig, Shortcut
+from megatron_scmoe.config import LatentScaling, Norms, Router, ScMoEConfig, Shortcut
 from megatron_scmoe.layers.attention import LatentCoreAttention, LatentSelfAttention, longcat_norm
 from megatron_scmoe.layers.group import GroupBlock, LeadingBlock
 from megatron_scmoe.layers.norm import SequenceParallelNorm
@@ -145,9 +145,11 @@ def _shortcut_layer_spec(spec: ModuleSpec, block: int, scmoe: ScMoEConfig, *, un
     group_index, block_in_group = divmod(block, scmoe.moe_every)
     submodules = spec.submodules
     tap = scmoe.tap(group_index)
-    if unfuse_tap and tap // 2 == block_in_group:
-        submodules = _unfuse_mlp(submodules) if tap % 2 else _unfuse_attention(submodules)
     is_last = block_in_group == scmoe.moe_every - 1
+    # Not where the experts have a norm of their own, nor at farskip's tap: the norm before an MoE stands alone already.
+    read_alone = scmoe.shortcut_norms is Norms.UPSTREAM or (is_last and tap % 2 == 1)
+    if unfuse_tap and tap // 2 == block_in_group and not read_alone:
+        submodules = _unfuse_mlp(submodules) if tap % 2 else _unfuse_attention(submodules)
     if is_last and scmoe.borrows_moe(group_index):
         submodules = dataclasses.replace(submodules, mlp=IdentityOp)
     elif is_last and scmoe.shortcut is Shortcut.DGMOE:

@@ -237,7 +237,7 @@ def _check_places(args: Namespace, scmoe: ScMoEConfig, trained: ScMoEConfig) -> 
     """
     if args.transformer_impl != "transformer_engine":
         return
-    for name in ("shortcut", "shortcut_position", "moe_every", "latent_scaling"):
+    for name in ("shortcut", "shortcut_position", "shortcut_norms", "moe_every", "latent_scaling"):
         now, then = getattr(scmoe, name), getattr(trained, name)
         if now != then:
             raise ConfigError(
