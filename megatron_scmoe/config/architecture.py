@@ -199,9 +199,9 @@ class ArchitectureConfig:
             )
         if self.shortcut_landing:
             raise ConfigError(
-                f"upstream's second norm reads the sum of shared and routed output: --shortcut-norms is "
-                f"{self.shortcut_norms} and with --shortcut-landing {self.shortcut_landing} they are added at different "
-                "places; use --shortcut-landing 0 or drop --shortcut-norms"
+                f"upstream's second norm reads the sum of shared and routed output, which a late landing adds at two "
+                f"places: --shortcut-norms is {self.shortcut_norms} and --shortcut-landing is {self.shortcut_landing}; "
+                "use --shortcut-landing 0 or drop --shortcut-norms"
             )
 
     def _validate_router(self) -> None:

@@ -116,7 +116,7 @@ class GroupBlock(TransformerLayer):
         return self.span.run(hidden_states, inputs, blocks.sequence_first(padding_mask), plan), context
 
     def read(self, op: DenseOp, stream: Stream) -> tuple[Tensor, Tensor | None]:
-        """What this group's routed experts read at ``op``, [s, b, h], and what the op does, where that is known, too."""
+        """What routed experts of the group read at ``op``, [s, b, h], and what the op reads; None if not known yet."""
         assert op.norm is not None
         if self.scmoe.shortcut_norms is Norms.UPSTREAM:
             return self.shortcut_pre_mlp_layernorm(stream.hidden if stream.entry is None else stream.entry), None

@@ -49,7 +49,7 @@ class Group(Protocol):
         """The MoE that serves the group, its own or a shared one."""
 
     def read(self, op: DenseOp, stream: Stream) -> tuple[Tensor, Tensor | None]:
-        """What the group's routed experts read at ``op``, [s, b, h], and what the op does, where that is known, too."""
+        """What routed experts of the group read at ``op``, [s, b, h], and what the op reads; None if not known yet."""
 
     def land(self, stream: Stream, routed: Sequence[Tensor]) -> Stream:
         """Add outputs of the group's calls that land behind its end."""
