@@ -14,19 +14,21 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from megatron_scmoe.contracts import Plan
+from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
 from megatron_scmoe.overlap.plan import (
+    ADD,
     EXPERTS,
     FINISH_COMBINE,
     FINISH_DISPATCH,
     START_COMBINE,
     START_DISPATCH,
     forward_order,
+    sequential_plan,
 )
 
 SVG = Path(__file__).with_name("timeline.svg")
-DENSE_OPS = ("attention", "MLP", "attention", "shared expert")
-TAP = 1  # pos2: between attention and MLP of the preceding block
+OPS = ("attention", "MLP", "attention", "shared expert", ADD)
+SHAPE = SpanShape(len(OPS), (RoutedCall(tap=1, landing=4),))  # pos2: between attention and MLP of the preceding block
 UNITS = {"attention": 1.0, "MLP": 1.0, "shared expert": 1.0, EXPERTS: 0.7}
 ALL_TO_ALL_UNITS = 1.3
 LANES = ("computation", "all-to-all")
@@ -41,14 +43,14 @@ def lay_out(plan: Plan) -> list[Bar]:
     """Bars of one group's forward on two lanes: a start begins an all-to-all, a finish waits for it."""
     bars: list[Bar] = []
     now = arrival = 0.0
-    for step in forward_order(DENSE_OPS, TAP, plan):
+    for step in forward_order(OPS, SHAPE, plan):
         if step.name in (START_DISPATCH, START_COMBINE):
             arrival = now + ALL_TO_ALL_UNITS
             bars.append((1, now, ALL_TO_ALL_UNITS, step.name.removeprefix("start "), COMM_COLOUR))
             now = arrival if plan.blocking else now
         elif step.name in (FINISH_DISPATCH, FINISH_COMBINE):
             now = max(now, arrival)
-        else:
+        elif step.name in UNITS:
             bars.append((0, now, UNITS[step.name], step.name, COLOURS[step.name]))
             now += UNITS[step.name]
     return bars
@@ -58,8 +60,8 @@ def draw() -> None:
     """Write the picture."""
     matplotlib.rcParams.update({"svg.hashsalt": "timeline", "svg.fonttype": "none", "font.family": "sans-serif"})
     titles = {
-        "--overlap off: every all-to-all is waited for": lay_out(Plan((1,), blocking=True)),
-        "--overlap fixed --expert-slot 3: dense ops run meanwhile": lay_out(Plan((3,))),
+        "--overlap off: every all-to-all is waited for": lay_out(sequential_plan(SHAPE)),
+        "--overlap fixed --expert-slot 3: dense ops run meanwhile": lay_out(Plan(((3,),))),
     }
     figure, axes = plt.subplots(len(titles), 1, figsize=(9.0, 3.4), sharex=True, layout="constrained")
     for axis, (title, bars) in zip(axes, titles.items(), strict=True):

@@ -29,7 +29,7 @@ import atomic
 from command_line import Parser, UserError, exit_code, one_line
 from progress import progress
 
-from megatron_scmoe.overlap.plan import CURRENT, DECODE, ENCODE, EXPERTS, ROUTE, TAIL
+from megatron_scmoe.overlap.plan import ROUTE
 from megatron_scmoe.overlap.spans import Lane
 
 EPILOG = """\
@@ -39,7 +39,8 @@ where the report comes from:
 
 how to look at the trace:
   open https://ui.perfetto.dev and drop the file there (it stays on your machine), or load it in chrome://tracing.
-  A click on a span shows its step, group, chunk and direction.
+  A click on a span shows its step, group, direction, and which dense op it is, or which routed call and chunk. Where
+  tokens are routed more than once in a pass, as dgmoe does, the routed calls have their number in their names, too.
 
 what is drawn:
   * One process for each rank with the lanes "compute" and "communication". What a rank waits for is a gap in its
@@ -63,8 +64,6 @@ _LINE_BEGINS = '{"iteration"'
 _RANK_FILE = re.compile(r"rank\d+\.jsonl")
 _LONGEST_S = 1e9  # thirty years: nanoseconds of it are exact in a float
 _THREADS = {Lane.COMPUTE: 1, Lane.COMMUNICATION: 2}
-_CUT_IN_CHUNKS = {"dispatch", "combine", ENCODE, EXPERTS, DECODE}
-_NOT_CUT = {ROUTE, TAIL}
 
 
 class Piece(NamedTuple):
@@ -178,26 +177,30 @@ def _read_line(text: str, where: str, report: Report, steps: Sequence[int] | Non
 def _pieces(one_pass: dict[str, Any], step: int) -> list[Piece]:
     group, backward = _integer(one_pass["group"]), bool(one_pass["backward"])
     sent_bytes = _integer(one_pass["sent_bytes"])
+    spans = one_pass["spans"]
+    if any("at" not in span and "chunk" in span for span in spans):
+        raise ValueError("an older version wrote it; draw it with the tools/trace.py of that version")
+    several_calls = len({span["call"] for span in spans} - {None}) > 1
     pieces = []
-    for span in one_pass["spans"]:
+    for span in spans:
         lane, name = Lane(span["lane"]), str(span["name"])
         start_s, end_s = float(span["start_s"]), float(span["end_s"])
         if not 0 <= start_s <= end_s < _LONGEST_S:
             raise ValueError(f"{name} lasts from {start_s} to {end_s} s")
-        args = {"step": step, "group": group, "backward": backward} | _which(name, span["chunk"])
+        args = {"step": step, "group": group, "backward": backward} | _which(name, span["at"], span["call"])
         if lane is Lane.COMMUNICATION:
             args["sent_bytes_of_pass"] = sent_bytes
+        if several_calls and span["call"] is not None:
+            name += f" call {span['call']}"
         pieces.append(Piece(lane, name, round(start_s * 1e9), round(end_s * 1e9), args))
     return pieces
 
 
-def _which(name: str, index: int | None) -> dict[str, int]:
-    """The index of a span under the name of what it counts."""
-    name = name.removeprefix(CURRENT)
-    if index is None or name in _NOT_CUT:
-        return {}
-    is_chunk = name.removeprefix("start ").removeprefix("finish ") in _CUT_IN_CHUNKS
-    return {"chunk" if is_chunk else "dense_op": _integer(index)}
+def _which(name: str, at: int, call: int | None) -> dict[str, int]:
+    """Which dense op, or which routed call and, where it is cut, chunk of it."""
+    if call is None:
+        return {"dense_op": _integer(at)}
+    return {"call": _integer(call)} | ({} if name == ROUTE else {"chunk": _integer(at)})
 
 
 def _integer(value: Any) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_scmoe.config import Position, ScMoEConfig, Shortcut
+
 BASELINE = "top-2"
 """The arm that speed-ups are relative to: Megatron's own layer, with two experts for each token."""
 
@@ -83,7 +85,11 @@ class Arm:
 
 def num_slots(model: Model) -> int:
     """Places behind the tap where its experts may run."""
-    return {"pos1": 3, "pos2": 4, "pos3": 5}[model.position] - (model.shortcut == "dgmoe")
+    scmoe = ScMoEConfig(
+        shortcut=Shortcut(model.shortcut), shortcut_position=(Position(model.position),), moe_every=model.moe_every
+    )
+    (call,) = scmoe.span_shape(0).calls
+    return call.num_slots
 
 
 def all_arms() -> list[Arm]:

@@ -23,14 +23,15 @@ from ablation.analysis import KINDS
 from ablation.arms import COST_MODEL, MODELS, Arm, Model
 from megatron_scmoe.codec.rate import adjust_rates
 from megatron_scmoe.config import Codec, Combine, Evaluation, Position, ScMoEConfig, Shortcut
-from megatron_scmoe.contracts import Plan
 from megatron_scmoe.layers.group import GroupBlock
 from megatron_scmoe.layers.pipelined import PipelinedMoELayer
+from megatron_scmoe.layers.span import GroupSpan
 from megatron_scmoe.models.gpt import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_chunks, with_shortcut
 from megatron_scmoe.overlap import observe
 from megatron_scmoe.overlap.adaptive import Plans
 from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs, pass_costs_of, passes_of
-from megatron_scmoe.overlap.solver import GroupCosts, PassCosts
+from megatron_scmoe.overlap.plan import sequential_plan
+from megatron_scmoe.overlap.solver import PassCosts, SpanCosts
 from megatron_scmoe.overlap.spans import communication_s
 
 COST_STEPS = 3
@@ -135,15 +136,19 @@ class Bench:
         self._tokens, self._labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         self._positions = torch.arange(sizes.tokens, device=device).unsqueeze(0)
 
-    def groups(self, model: str) -> dict[int, GroupBlock | PipelinedMoELayer]:
-        """The parts of a model that have a plan, by their index."""
-        parts = self._models[model].modules()
-        return {part.group_index: part for part in parts if isinstance(part, GroupBlock | PipelinedMoELayer)}
+    def _groups(self, model: str) -> list[GroupBlock | PipelinedMoELayer]:
+        """The parts of a model whose tokens travel as we let them."""
+        return [part for part in self._models[model].modules() if isinstance(part, GroupBlock | PipelinedMoELayer)]
+
+    def planned(self, model: str) -> dict[int, GroupSpan | PipelinedMoELayer]:
+        """What of a model has a plan, by the index of its first group."""
+        parts = (part.span if isinstance(part, GroupBlock) else part for part in self._groups(model))
+        return {part.group_index: part for part in parts if part is not None}
 
     def set_plans(self, model: str, plans: dict[int, Plans]) -> None:
-        """Give every group of a model its plans."""
-        for index, group in self.groups(model).items():
-            group.plan, group.forward_plan = plans[index].training, plans[index].forward
+        """Give what has a plan its plans."""
+        for index, part in self.planned(model).items():
+            part.plan, part.forward_plan = plans[index].training, plans[index].forward
 
     def set_routing(self, model: str, routing: str) -> None:
         """Force balanced routing, or let the router choose."""
@@ -156,7 +161,7 @@ class Bench:
         world = dist.group.WORLD
         assert world is not None
         for name in self._models:
-            controls = [group.cargo_maker.rate_control for group in self.groups(name).values()]
+            controls = [group.cargo_maker.rate_control for group in self._groups(name)]
             found = [control for control in controls if control is not None]
             for _ in range(RATE_STEPS if found else 0):
                 self.step(name, "training")
@@ -205,30 +210,31 @@ class Bench:
             seconds = self.step(model, kind)
         return seconds, recording
 
-    def _run_in_sequence(self, model: str, chunks: int = 1) -> dict[int, GroupBlock | PipelinedMoELayer]:
-        """Let all that flies be waited for at once; returns the groups."""
-        groups, plan = self.groups(model), Plan((1,) * chunks, blocking=True)
-        self.set_plans(model, dict.fromkeys(groups, Plans(plan, plan)))
-        return groups
+    def _run_in_sequence(self, model: str, chunks: int = 1) -> dict[int, GroupSpan | PipelinedMoELayer]:
+        """Let all that flies be waited for at once; returns what has a plan."""
+        parts = self.planned(model)
+        plans = {index: sequential_plan(part.shape, chunks) for index, part in parts.items()}
+        self.set_plans(model, {index: Plans(plan, plan) for index, plan in plans.items()})
+        return parts
 
-    def costs(self, model: str, chunks: int, kind: str = "training") -> dict[int, GroupCosts]:
-        """What each group of a model costs, in sequence, as a mean over the ranks.
+    def costs(self, model: str, chunks: int, kind: str = "training") -> dict[int, SpanCosts]:
+        """What each planned part of a model costs, in sequence, as a mean over the ranks.
 
         Of forward alone nothing runs backward; what that would cost is left at what forward costs.
         """
-        groups = self._run_in_sequence(model, chunks)
+        parts = self._run_in_sequence(model, chunks)
         self.step(model, kind)
         passes: list[GroupPass] = []
         for _ in range(COST_STEPS):
             passes += passes_of(self.recorded_step(model, kind)[1])
         result = {}
-        for index, group in groups.items():
+        for index, part in parts.items():
             mine = [one for one in passes if one.group == index]
             if kind == "training":
-                costs = costs_of(mine, group.shape, chunks)
+                costs = costs_of(mine, part.shape, chunks)
             else:
-                forward = pass_costs_of(mine, group.shape, chunks)
-                costs = GroupCosts(forward=forward, backward=forward)
+                forward = pass_costs_of(mine, part.shape, chunks)
+                costs = SpanCosts(forward=forward, backward=forward)
             result[index] = mean_costs(gathered(costs))
         return result
 
@@ -255,13 +261,13 @@ class Bench:
     def share(self) -> float:
         """The all-to-all's part of the top-2 baseline's forward MoE time, route to decode."""
         forward = [costs.forward for costs in self.costs(COST_MODEL, 1).values()]
-        communication = sum(costs.dispatch + costs.combine for costs in forward)
+        communication = sum(call.dispatch + call.combine for costs in forward for call in costs.calls)
         return communication / (communication + sum(map(compute_s, forward)))
 
 
 def compute_s(costs: PassCosts) -> float:
     """What the compute ops of an MoE layer take, route to decode."""
-    return costs.route + costs.encode + costs.experts + costs.decode
+    return sum(call.route + call.encode + call.experts + call.decode for call in costs.calls)
 
 
 def gathered(mine: Any) -> list[Any]:

@@ -10,12 +10,13 @@ from typing import Any
 from ablation.arms import Arm
 from ablation.bench import KINDS, Bench, gathered
 from ablation.link import Link
-from megatron_scmoe.contracts import GroupShape, Plan
+from megatron_scmoe.contracts import Plan, SpanShape
 from megatron_scmoe.overlap import observe
 from megatron_scmoe.overlap.adaptive import Plans
 from megatron_scmoe.overlap.costs import passes_of
 from megatron_scmoe.overlap.limit import limit_s
-from megatron_scmoe.overlap.solver import GroupCosts, predicted_s, solve
+from megatron_scmoe.overlap.plan import sequential_plan
+from megatron_scmoe.overlap.solver import SpanCosts, predicted_s, solve
 from megatron_scmoe.overlap.spans import communication_s, exposed_s
 
 CHUNKS = (1, 2, 4)
@@ -28,7 +29,8 @@ class ArmResult:
 
     Attributes:
         arm: what was timed.
-        plans: by group: slots for training and forward, and whether they block; empty for Megatron's own layers.
+        plans: by group: slots of each call for training and forward, and whether they block; empty for Megatron's own
+            layers.
         seconds: of the slowest rank, by kind.
         limit_s: what no plan beats, by kind: the step without its groups, and the groups' limits. None for stock.
         predicted_s: the same with the solver's prediction for its plans, in the place of the limits.
@@ -60,7 +62,7 @@ def measure(bench: Bench, link: Link, results: list[ArmResult], *, repetitions: 
     """Time the arms of ``results`` at the rate that the link has, and fill these; yields after each round of work."""
     plans: dict[str, dict[int, Plans]] = {}
     for name in dict.fromkeys(result.arm.model for result in results):
-        if bench.groups(name):
+        if bench.planned(name):
             _solve(bench, name, [result for result in results if result.arm.model == name], plans)
         yield
     for repetition in range(-1, repetitions):
@@ -84,14 +86,14 @@ def measure(bench: Bench, link: Link, results: list[ArmResult], *, repetitions: 
 
 def _prepare(bench: Bench, arm: Arm, plans: dict[str, dict[int, Plans]]) -> None:
     bench.set_routing(arm.model, arm.routing)
-    if bench.groups(arm.model):
+    if bench.planned(arm.model):
         bench.set_plans(arm.model, plans[arm.name])
 
 
 def _solve(bench: Bench, model: str, results: list[ArmResult], plans: dict[str, dict[int, Plans]]) -> None:
     """Measure a model's ops, and from them the plans, predictions and limits of its arms."""
     bench.set_routing(model, "balanced")
-    shapes = {index: group.shape for index, group in bench.groups(model).items()}
+    shapes = {index: part.shape for index, part in bench.planned(model).items()}
     costs = {kind: {chunks: bench.costs(model, chunks, kind) for chunks in CHUNKS} for kind in KINDS}
     rest_s = bench.rest_s(model)
     only = {kind: kind == "forward" for kind in KINDS}
@@ -124,17 +126,18 @@ def _solve(bench: Bench, model: str, results: list[ArmResult], plans: dict[str, 
         result.limit_s = limits
 
 
-def _plan(arm: Arm, shape: GroupShape, costs: dict[int, GroupCosts], *, forward_only: bool) -> Plan:
+def _plan(arm: Arm, shape: SpanShape, costs: dict[int, SpanCosts], *, forward_only: bool) -> Plan:
     """The plan of a group: what the solver finds by its costs at each number of chunks, or what the mode says."""
     if arm.adaptive:
         counts = CHUNKS if arm.mode == "adaptive chunks" else (1,)
         return solve(shape, {chunks: costs[chunks] for chunks in counts}, forward_only=forward_only).plan
     word, _, number = arm.mode.partition(" ")
     if word == "off":
-        return Plan((1,), blocking=True)
+        return sequential_plan(shape)
+    (call,) = shape.calls  # of several, slots are not set by hand
     if word == "slot":
-        return Plan((int(number),))
-    return Plan((shape.num_slots,) * int(number))  # chunks: the shared expert runs while the first one travels
+        return Plan(((int(number),),))
+    return Plan(((call.num_slots,) * int(number),))  # chunks: the shared expert runs while the first one travels
 
 
 def _observe(bench: Bench, link: Link, result: ArmResult, kind: str) -> None:

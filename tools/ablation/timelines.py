@@ -8,7 +8,6 @@ from statistics import median
 from typing import Any
 
 from ablation.analysis import Point, best_fixed
-from megatron_scmoe.overlap.plan import CURRENT
 
 LANES = ("compute", "communication")
 
@@ -18,7 +17,7 @@ class Bar:
     """One span, drawn.
 
     Attributes:
-        op: what ran; the second flight of dgmoe is named like the first.
+        op: what ran, whichever routed call it is of.
         lane: 0 is compute, 1 communication.
         row, rows: chunks under way at the same time lie below each other: which row of how many.
         start_ms, end_ms: from the begin of the pass.
@@ -61,5 +60,5 @@ def _pass(spans: Sequence[Mapping[str, Any]]) -> list[Bar]:
             placed.append((span, row))
         for span, row in placed:
             start_ms, end_ms = ((span[end] - zero_s) * 1e3 for end in ("start_s", "end_s"))
-            drawn.append(Bar(span["name"].removeprefix(CURRENT), lane, row, len(ends_s), start_ms, end_ms))
+            drawn.append(Bar(span["name"], lane, row, len(ends_s), start_ms, end_ms))
     return drawn

@@ -103,14 +103,14 @@ def window_filled(point: Point, sequential: str, kind: str) -> float | None:
     if launch_s is None:
         return None
     dense = {
-        (span["name"], span["chunk"])
+        (span["name"], span["at"])
         for span in forward
         if span["start_s"] >= launch_s and span["name"] in ("attention", "MLP", "shared expert")
     }
     filled = []
     for backward in {span["backward"] for span in spans}:
         mine = [span for span in spans if span["backward"] is backward]
-        window_s = sum(_length(span) for span in mine if (span["name"], span["chunk"]) in dense)
+        window_s = sum(_length(span) for span in mine if (span["name"], span["at"]) in dense)
         filled.append(sum(_length(span) for span in mine if span["lane"] == "communication") / window_s)
     return max(filled)
 
