@@ -63,7 +63,7 @@ REFUSED = {
     "--logits-load-dir x": ["--logits-load-dir is x", "drop it"],
     "--inprocess-restart": ["--inprocess-restart is True", "restart the job"],
     "--recompute-granularity full --recompute-method block --recompute-num-layers 3": [
-        "--recompute-num-layers is 3 and --moe-every is 2",
+        "--recompute-num-layers is 3, --moe-every is 2 and --shortcut-span is 1",
         "use --recompute-num-layers 4",
     ],
     "--moe-shared-expert-overlap": ["--moe-shared-expert-overlap is True", "drop it"],
@@ -92,7 +92,17 @@ REFUSED = {
         "--qk-layernorm is set",
         "drop --qk-layernorm",
     ],
-    "--moe-share-groups 2": ["sharing is part of dgmoe", "--shortcut is scmoe", "use --shortcut dgmoe"],
+    "--moe-share-groups 3": ["the same number of groups everywhere", "is 3 and there are 2 groups", "a divisor of 2"],
+    "--shortcut-span 3": ["spans are whole", "--shortcut-span is 3 and there are 2 groups", "use a divisor of 2"],
+    "--shortcut-landing 1": ["--shortcut-landing is 1 and --shortcut-span is 1", "use --shortcut-span 2"],
+    "--shortcut-span 2 --shortcut-landing 4": ["next group's 3 residual ops", "--shortcut-landing is 4", "use 0 to 3"],
+    "--shortcut-span 2 --shortcut-landing 2 --expert-slot 8 1": ["slots 1 to 7 here", "of group 0 is 8"],
+    "--shortcut-span 2 --shortcut-landing 2 --expert-slot 7 7": ["slots 1 to 4 here", "of group 1 is 7"],
+    "--shortcut-span 2 --recompute-granularity full --recompute-method block --recompute-num-layers 2": [
+        "--recompute-num-layers is 2, --moe-every is 2 and --shortcut-span is 2",
+        "use --recompute-num-layers 4",
+    ],
+    "--shortcut-position farskip": ["an MoE with a shared expert in every block", "of group 0 is farskip", "is 2; use"],
     "--sft": ["--sft is True; drop it"],
     "--fim-data": ["--fim-data is True", "drop it"],
     "--hybrid-layer-pattern M*": ["--hybrid-layer-pattern is M*", "drop it"],
@@ -127,8 +137,8 @@ DGMOE_REFUSED = {
     "--moe-shared-expert-intermediate-size 24": ["dgmoe has no shared expert", "is 24", "drop it"],
     "--moe-router-topk 1": ["one expert each", "--moe-router-topk is 1", "use --moe-router-topk 2"],
     "--shortcut-combine add": ["no shared expert to weigh", "--shortcut-combine is add"],
-    "--moe-share-groups 3": ["one group or two", "--moe-share-groups is 3", "use 1 or 2"],
-    "--moe-share-groups 2 --num-layers 6": ["groups share in pairs", "there are 3 groups", "use an even number"],
+    "--moe-share-groups 3": ["the same number of groups everywhere", "is 3 and there are 2 groups", "a divisor of 2"],
+    "--moe-share-groups 2 --num-layers 6": ["is 2 and there are 3 groups", "use a divisor of 3"],
     "--expert-slot 4": ["pos2 of dgmoe has the slots 1 to 3", "is 4"],
     "--moe-router-load-balancing-type sinkhorn": ["no second choice", "sinkhorn", "use aux_loss"],
     "--moe-enable-routing-replay": ["--moe-enable-routing-replay is True", "drop it"],
@@ -212,7 +222,7 @@ def test_refused_where_a_pipeline_stage_would_hold_part_of_a_group(pipeline):
 
 def test_refused_where_a_pipeline_stage_would_split_two_groups_that_share():
     flags = with_flags(DGMOE, "--moe-share-groups 2", "--pipeline-model-parallel-size 2")
-    words = ["stage 0 would hold the blocks [0, 1] and --moe-every is 2 and --moe-share-groups 2"]
+    words = ["stage 0 would hold the blocks [0, 1] and --moe-every is 2, --moe-share-groups 2"]
     entry.assert_all_ranks_refuse(flags, words, 2)
 
 

@@ -13,20 +13,11 @@ import ranks
 import torch
 import training
 from models import BATCH_SIZE, SEQ_LENGTH, VOCAB_SIZE, Case
-from test_overlap import assert_close
+from test_overlap import assert_close, order_of
 from training import STOCK, with_flags, without_flag
 
-from megatron_scmoe.contracts import Plan
-from megatron_scmoe.overlap.plan import (
-    EXPERTS,
-    FINISH_COMBINE,
-    FINISH_DISPATCH,
-    SHARED_EXPERT,
-    START_COMBINE,
-    START_DISPATCH,
-    backward_order,
-    forward_order,
-)
+from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
+from megatron_scmoe.overlap.plan import ADD, SHARED_EXPERT, backward_order, forward_order
 
 EP = {size: {"expert_model_parallel_size": size, "expert_tensor_parallel_size": 1} for size in (1, 2, 4)}
 KINDS = {
@@ -138,31 +129,29 @@ def test_names_and_keys_are_those_of_stock(kind):
     assert any("experts" in key for key in stock[0][1])
 
 
-STEPS = {START_DISPATCH, FINISH_DISPATCH, EXPERTS, START_COMBINE, FINISH_COMBINE, SHARED_EXPERT}
-
-
 def orders(kind: str, chunks: int, trains: bool) -> tuple[list, list]:
     from megatron_scmoe.overlap import observe
 
     model = build(kind, chunks)
     model.train(trains)
     for layer in model.decoder.layers[1::2]:
-        layer.mlp.forward_plan = Plan((1,))
+        layer.mlp.forward_plan = Plan(((1,),))
     ((tokens, labels, positions),) = models.my_batch()
     with observe.recording() as recorded:
         model(tokens, positions, None, labels=labels).sum().backward()
-    marks = [mark for mark in recorded.marks if mark.name in STEPS and mark.group == 3]
-    return tuple([(mark.name, mark.index) for mark in marks if mark.backward is backward] for backward in (False, True))
+    marks = [mark for mark in recorded.marks if mark.group == 3]
+    return order_of(marks, backward=False), order_of(marks, backward=True)
 
 
 @pytest.mark.parametrize("kind", ["top-2", "shared expert"])
 def test_recorded_order_is_the_plans(kind):
-    dense = [SHARED_EXPERT] if kind == "shared expert" else []
+    ops = [SHARED_EXPERT, ADD] if kind == "shared expert" else [ADD]
+    shape = SpanShape(len(ops), (RoutedCall(tap=0, landing=len(ops) - 1),))
     for trains in (True, False):
-        plan = Plan((len(dense) + 1,) * 2) if trains else Plan((1,))
+        plan = Plan(((len(ops),) * 2,) if trains else ((1,),))
         for forward, backward in ranks.run(orders, 2, kind, 2, trains, layout=EP[2]):
-            assert forward == forward_order(dense, 0, plan)
-            assert backward == backward_order(dense, 0, plan)
+            assert forward == forward_order(ops, shape, plan)
+            assert backward == backward_order(ops, shape, plan)
 
 
 # ---- through the entry script -----------------------------------------------------------------------------------

@@ -21,10 +21,11 @@ import training
 from models import Case
 from test_arguments import DGMOE
 from test_costs import simulated
+from test_overlap import OPS, order_of
 from training import SCMOE, with_flags
 
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, Overlap, ScMoEConfig, Shortcut
-from megatron_scmoe.contracts import GroupShape, Plan
+from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
 from megatron_scmoe.overlap.adaptive import (
     CHECK_STEPS,
     MEASURE_STEPS,
@@ -39,34 +40,43 @@ from megatron_scmoe.overlap.adaptive import (
 )
 from megatron_scmoe.overlap.costs import GroupPass, mean_costs
 from megatron_scmoe.overlap.plan import even_plan, forward_order
-from megatron_scmoe.overlap.solver import GroupCosts, PassCosts, candidate_plans, predicted_hidden_share, predicted_s
+from megatron_scmoe.overlap.solver import (
+    CallCosts,
+    PassCosts,
+    SpanCosts,
+    candidate_plans,
+    predicted_hidden_share,
+    predicted_s,
+)
 from megatron_scmoe.report.figures import Summary
 
 EP2 = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 
 # ---- the tuner, with a world of known costs ---------------------------------------------------------------------
 
-SHAPE = GroupShape(tap=1, num_dense_ops=4)
-FIRST = {0: Plans(Plan((2,)), Plan((2,)))}
+SHAPE = SpanShape(num_ops=5, calls=(RoutedCall(tap=1, landing=4),))
+FIRST = {0: Plans(Plan(((2,),)), Plan(((2,),)))}
 
-type World = Mapping[int, GroupCosts]
-"""What one group costs at each number of chunks."""
+type World = Mapping[int, SpanCosts]
+"""What one span costs at each number of chunks."""
 
 
-def costs(dense, *, dispatch: float, combine: float, backward: float = 2, chunks: int = 1) -> GroupCosts:
+def costs(dense, *, dispatch: float, combine: float, backward: float = 2, chunks: int = 1) -> SpanCosts:
     """Equal ops, of which backward takes ``backward`` times as long; each collective costs 1 s more, however small."""
-    forward = PassCosts(
-        dense=dense,
+    ops = (*dense, 1)
+    call = CallCosts(
         route=1,
         encode=1 / chunks,
         dispatch=dispatch / chunks + 1,
         experts=8 / chunks,
         combine=combine / chunks + 1,
         decode=1 / chunks,
-        tail=1,
     )
-    scaled = {op: backward * seconds for op, seconds in forward.by_name().items() if not op.startswith("dense")}
-    return GroupCosts(forward=forward, backward=PassCosts(dense=tuple(backward * one for one in dense), **scaled))
+    scaled = CallCosts(**{op: backward * seconds for op, seconds in dataclasses.asdict(call).items()})
+    return SpanCosts(
+        forward=PassCosts(ops=ops, calls=(call,)),
+        backward=PassCosts(ops=tuple(backward * one for one in ops), calls=(scaled,)),
+    )
 
 
 def world(*dense: float, **seconds: float) -> World:
@@ -164,7 +174,7 @@ def test_steps_and_what_they_are_for():
 
 
 def test_nothing_to_check_where_nothing_changes():
-    one = tuner({0: Plans(Plan((1,)), Plan((1,)))})
+    one = tuner({0: Plans(Plan(((1,),)), Plan(((1,),)))})
     first = run_until_settled(one, {0: EARLY})
     again = tuner(one.plans)
     assert len(first) == 1 or len(first) == 2
@@ -174,22 +184,22 @@ def test_nothing_to_check_where_nothing_changes():
 
 def test_it_goes_back_where_the_new_plan_is_slower():
     one = tuner()
-    texts = run_until_settled(one, {0: EARLY}, slower=lambda plan: 0.0 if plan in (Plan((2,)),) else 50.0)
+    texts = run_until_settled(one, {0: EARLY}, slower=lambda plan: 0.0 if plan in (Plan(((2,),)),) else 50.0)
     assert one.plans[0].training == FIRST[0].training
     assert re.search(r"^group 0 slots 2, measured \S+ ms, stays: group 0 slots \d was not faster", texts[-1]), texts
     # What is hidden is compared with what this plan was predicted to hide, not with the one that lost.
     assert one.decision is not None
-    assert one.decision.hidden_share == predicted_hidden_share(SHAPE, EARLY[1], Plan((2,)))
-    assert one.decision.hidden_share < predicted_hidden_share(SHAPE, EARLY[1], Plan((1,)))
+    assert one.decision.hidden_share == predicted_hidden_share(SHAPE, EARLY[1], Plan(((2,),)))
+    assert one.decision.hidden_share < predicted_hidden_share(SHAPE, EARLY[1], Plan(((1,),)))
 
 
 def test_a_faster_plan_says_its_times():
     one = tuner()
     measured, checked = run_until_settled(one, {0: EARLY})
-    slots = one.plans[0].training.slots
+    ((slot,),) = one.plans[0].training.slots
     seconds = predicted_s(SHAPE, EARLY[1], one.plans[0].training)
     before = predicted_s(SHAPE, EARLY[1], FIRST[0].training)
-    assert measured == f"group 0 slots {slots[0]}, predicted {seconds * 1e3:.1f} ms"
+    assert measured == f"group 0 slots {slot}, predicted {seconds * 1e3:.1f} ms"
     assert checked == f"{measured}, measured {seconds * 1e3:.1f} ms, before {before * 1e3:.1f} ms"
 
 
@@ -226,7 +236,7 @@ def test_chunks_never_change_where_there_is_one_count():
 @pytest.mark.parametrize(("settled_for", "more"), [(0, 4), (3, 1), (9, 1)])
 def test_a_settled_one_keeps_the_plans_of_a_checkpoint(settled_for, more):
     """For the rest of the interval, of which a part may be over."""
-    saved = {0: Plans(Plan((1, 3)), Plan((2, 2)))}
+    saved = {0: Plans(Plan(((1, 3),)), Plan(((2, 2),)))}
     one = tuner(saved, counts=(1, 2), interval=4, settled_for=settled_for)
     for _ in range(more):
         assert one.plans == saved and not one.records
@@ -241,13 +251,13 @@ def test_every_group_has_its_own_plan():
     assert plans[3] == plans[4] != plans[5]
     for group, one_world in ((3, EARLY), (5, LATE)):
         assert predicted_s(SHAPE, one_world[1], plans[group].training) == best_s(one_world, (1,))
-    assert texts[-1].startswith(f"groups 3 to 4 slots {plans[3].training.slots[0]}; group 5 slots ")
+    assert texts[-1].startswith(f"groups 3 to 4 slots {plans[3].training.slots[0][0]}; group 5 slots ")
 
 
 def test_evaluation_has_a_plan_of_its_own():
     """Backward's long combine wants early experts; forward alone wants them late."""
     mixed = {
-        1: GroupCosts(forward=LATE[1].forward, backward=costs((9,) * 4, dispatch=3, combine=27, backward=4).backward)
+        1: SpanCosts(forward=LATE[1].forward, backward=costs((9,) * 4, dispatch=3, combine=27, backward=4).backward)
     }
     one = tuner()
     run_until_settled(one, {0: mixed})
@@ -263,7 +273,7 @@ def test_a_new_plan_for_evaluation_alone_is_adopted():
     """There is nothing to check in training then; and where training goes back, evaluation need not."""
     run_until_settled(found := tuner(), {0: EARLY})
     training = found.plans[0].training
-    one = tuner({0: Plans(training, Plan((4,)))})
+    one = tuner({0: Plans(training, Plan(((4,),)))})
     assert len(run_until_settled(one, {0: EARLY})) == 1
     assert one.plans == found.plans
     back = tuner()
@@ -272,10 +282,10 @@ def test_a_new_plan_for_evaluation_alone_is_adopted():
 
 
 def test_while_measuring_evaluation_keeps_its_plan():
-    one = tuner({0: Plans(Plan((2,)), Plan((4,)))})
+    one = tuner({0: Plans(Plan(((2,),)), Plan(((4,),)))})
     while not one.sequential:
         run_step(one, {0: EARLY})
-    assert one.plans[0] == Plans(Plan((1,), blocking=True), Plan((4,)))
+    assert one.plans[0] == Plans(Plan(((1,),), blocking=True), Plan(((4,),)))
 
 
 def test_the_mean_over_ranks_decides():
@@ -315,25 +325,32 @@ def test_without_a_measured_backward_the_plan_stays_and_says_why():
 
 
 def test_plans_are_saved_as_builtin_types_and_come_back():
-    plans = {0: Plans(Plan((1, 2)), Plan((3,))), 11: Plans(Plan((2,)), Plan((1, 1, 4, 4)))}
+    plans = {0: Plans(Plan(((1, 2), (1, 1))), Plan(((3,), (1,)))), 11: Plans(Plan(((2,),)), Plan(((1, 1, 4, 4),)))}
     saved = saved_form(plans)
-    assert saved["0"] == {"training": [1, 2], "forward": [3]}
+    assert saved["0"] == {"training": [[1, 2], [1, 1]], "forward": [[3], [1]]}
     assert from_saved_form(json.loads(json.dumps(saved))) == plans
     assert saved_form(plans, hidden_share=0.5)["11"] == {**saved["11"], "hidden_share": 0.5}
     assert from_saved_form(saved_form(plans, hidden_share=0.5)) == plans
 
 
-def continued(monkeypatch, now: dict[str, Any], settled_at: int = 5, **beside: Any) -> Any:
-    """A session that continues from a checkpoint with ``beside`` beside its plans, under the conditions ``now``."""
+def continued(monkeypatch, now: dict[str, Any], settled_at: int = 5, older: bool = False, **beside: Any) -> Any:
+    """A session that continues from a checkpoint with ``beside`` beside its plans, under the conditions ``now``.
+
+    Args:
+        older: write the plans as versions did that knew one call only.
+    """
     from megatron_scmoe.mcore import stages
     from megatron_scmoe.training import session
 
     monkeypatch.setattr(stages, "is_stage_root", lambda: True)
     scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE, overlap=Overlap.ADAPTIVE)
-    one = session.OverlapSession(Namespace(overlap_plans=saved_form(FIRST, iteration=settled_at, **beside)), scmoe)
+    saved = saved_form(FIRST, iteration=settled_at, **beside)
+    if older:
+        saved["0"] |= {kind: saved["0"][kind][0] for kind in ("training", "forward")}
+    one = session.OverlapSession(Namespace(overlap_plans=saved), scmoe)
     one._kept.conditions = now
-    one._groups[0] = SimpleNamespace(group_index=0, shape=SHAPE, plan=Plan((3,)), forward_plan=Plan((3,)))
-    one._tuner = one._kept.tuner(one._groups, iteration=9)
+    one._planned[0] = SimpleNamespace(group_index=0, shape=SHAPE, plan=Plan(((3,),)), forward_plan=Plan(((3,),)))
+    one._tuner = one._kept.tuner(one._planned, iteration=9)
     return one
 
 
@@ -361,9 +378,18 @@ def test_plans_of_a_checkpoint_hold_under_its_conditions(monkeypatch, capsys, he
     one = continued(monkeypatch, here, hidden_share=0.9, **beside)
     assert one._tuner.phase is (Phase.WARM_UP if why else Phase.SETTLED)
     assert one._tuner._done == (0 if why else 3)  # of the interval, at the end of step 8
-    assert one._kept.of(one._groups[0]) == (None if why else FIRST[0])
+    assert one._kept.of(one._planned[0]) == (None if why else FIRST[0])
     said = f" > overlap: the checkpoint's plans were measured with {why}: measuring anew\n"
     assert capsys.readouterr().out == (said if why else "")
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_plans_of_an_older_version_are_measured_anew(monkeypatch, capsys, older):
+    one = continued(monkeypatch, THERE, older=older, hidden_share=0.9, conditions=THERE)
+    assert one._tuner.phase is (Phase.WARM_UP if older else Phase.SETTLED)
+    assert one._kept.of(one._planned[0]) == (None if older else FIRST[0])
+    said = " > overlap: the checkpoint's plans were saved by an older version: measuring anew\n"
+    assert capsys.readouterr().out == (said if older else "")
 
 
 @pytest.mark.parametrize(("settled_at", "done"), [(5, 3), (90_000, 0)])
@@ -378,7 +404,7 @@ def kept_plans(slots: tuple[int, ...]) -> int:
     """Of how many groups plans are left where rank 1 has read a checkpoint with ``slots``."""
     from megatron_scmoe.training.kept_plans import KeptPlans
 
-    plans = {0: Plans(Plan(slots if torch.distributed.get_rank() else (2,)), Plan((2,)))}
+    plans = {0: Plans(Plan((slots if torch.distributed.get_rank() else (2,),)), Plan(((2,),)))}
     scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE, overlap=Overlap.ADAPTIVE)
     kept = KeptPlans(Namespace(overlap_plans=saved_form(plans)), scmoe)
     kept.keep_what_all_have(torch.distributed.group.WORLD)
@@ -431,8 +457,10 @@ def test_chunk_counts(most, counts):
 
 
 def test_plans_in_few_words():
-    one, other = Plans(Plan((2,)), Plan((1,))), Plans(Plan((1, 3)), Plan((1,)))
+    one, other = Plans(Plan(((2,),)), Plan(((1,),))), Plans(Plan(((1, 3),)), Plan(((1,),)))
     assert described({0: one, 1: one, 2: one, 3: other}) == "groups 0 to 2 slots 2; group 3 slots 1,3"
+    two_calls = Plans(Plan(((1, 3), (1, 1))), Plan(((1,), (1,))))
+    assert described({0: two_calls, 2: one}) == "group 0 slots 1,3 | 1,1; group 2 slots 2"
 
 
 # ---- on ranks, through the entry script -------------------------------------------------------------------------
@@ -454,13 +482,22 @@ LAYOUTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What one rank did: its output, the slots of each group in each step, and the plans that a checkpoint keeps."""
+    """What one rank did: its output, the slots of each group in each step, and the plans that a checkpoint keeps.
+
+    Each group has one routed call, whose slots these are.
+    """
 
     printed: str
     slots: list[dict[int, tuple[int, ...]]]
     blocking: list[bool]
     forward_slots: dict[int, tuple[int, ...]]
     saved: dict[str, object]
+
+
+def slots_of(plan: Plan) -> tuple[int, ...]:
+    """Those of the only call."""
+    (slots,) = plan.slots
+    return slots
 
 
 def train(flags: list[str]) -> str:
@@ -487,13 +524,13 @@ def train_and_look(flags: list[str], found: tuple[int, ...] = (), other_on_rank:
     from megatron_scmoe.training import session
 
     if found:
-        adaptive.solve = lambda *_, forward_only=False: Solution(Plan((1,) if forward_only else found), 1.0, 0.5)
+        adaptive.solve = lambda *_, forward_only=False: Solution(Plan(((1,) if forward_only else found,)), 1.0, 0.5)
     if other_on_rank is not None:
         adopt = Tuner.adopt
 
         def adopt_another(one: Tuner, decision) -> None:
             if dist.get_rank() == other_on_rank:
-                other = {group: Plans(Plan((3,)), plans.forward) for group, plans in decision.plans.items()}
+                other = {group: Plans(Plan(((3,),)), plans.forward) for group, plans in decision.plans.items()}
                 decision = dataclasses.replace(decision, plans=other)
             adopt(one, decision)
 
@@ -504,8 +541,8 @@ def train_and_look(flags: list[str], found: tuple[int, ...] = (), other_on_rank:
     def look(one: session.OverlapSession, its_tuner: Tuner) -> None:
         set_plans(one, its_tuner)
         sessions[:] = [one]
-        slots.append({index: group.plan.slots for index, group in one._groups.items()})
-        blocking.append(any(group.plan.blocking for group in one._groups.values()))
+        slots.append({index: slots_of(span.plan) for index, span in one._planned.items()})
+        blocking.append(any(span.plan.blocking for span in one._planned.values()))
 
     session.OverlapSession._set_plans = look
     printed = train(flags)
@@ -513,7 +550,7 @@ def train_and_look(flags: list[str], found: tuple[int, ...] = (), other_on_rank:
         printed=printed,
         slots=slots,
         blocking=blocking,
-        forward_slots={index: group.forward_plan.slots for index, group in sessions[0]._groups.items()},
+        forward_slots={index: slots_of(span.forward_plan) for index, span in sessions[0]._planned.items()},
         saved=getattr(get_args(), "overlap_plans", {}),
     )
 
@@ -561,7 +598,7 @@ def test_every_plan_on_the_way_gives_the_numbers_of_off(tmp_path, layout):
     if num_stages > 1:
         assert sum("overlap of stage 1 from iteration" in line for line in said(seen)) == 2
     settled = {index: its_slots for one in seen for index, its_slots in one.slots[-1].items()}
-    expected = {str(index): {"training": list(slots), "forward": [1]} for index, slots in sorted(settled.items())}
+    expected = {str(index): {"training": [list(slots)], "forward": [[1]]} for index, slots in sorted(settled.items())}
     slots_of = {index: {kind: one[kind] for kind in ("training", "forward")} for index, one in seen[0].saved.items()}
     assert slots_of == expected and len(expected) == 2
     for one in seen[0].saved.values():
@@ -630,25 +667,23 @@ def both_modes(case: Case) -> list[list[str]]:
     from megatron_scmoe.overlap import observe
 
     model = models.build(case)
-    group = model.decoder.layers[-1]
-    group.plan, group.forward_plan = Plan((1, 4)), Plan((3,))
+    span = model.decoder.layers[-1].span
+    span.plan, span.forward_plan = Plan(((1, 4),)), Plan(((3,),))
     ((tokens, labels, positions),) = models.my_batch()
     orders = []
     for trains in (False, True, False):
         model.train(trains)
         with observe.recording() as recorded:
             model(tokens, positions, None, labels=labels)
-        orders.append([(mark.name, mark.index) for mark in recorded.marks if mark.name in NAMES])
+        orders.append(order_of(recorded.marks, backward=False))
     return orders
-
-
-DENSE = ["attention", "MLP", "attention", "shared expert"]
-NAMES = {step.name for step in forward_order(DENSE, 1, Plan((1,)))}
 
 
 def test_evaluation_runs_its_own_plan():
     for orders in ranks.run(both_modes, 2, Case(num_groups=1), layout=EP2):
-        evaluation, training_order = (forward_order(DENSE, 1, plan) for plan in (Plan((3,)), Plan((1, 4))))
+        evaluation, training_order = (
+            forward_order(OPS["scmoe"], SHAPE, plan) for plan in (Plan(((3,),)), Plan(((1, 4),)))
+        )
         assert orders == [evaluation, training_order, evaluation]
 
 
@@ -693,8 +728,8 @@ def train_switching(flags: list[str], recompute_experts: bool = False) -> str:
 
     def switch(one: session.OverlapSession, iteration: int) -> None:
         between_steps(one, iteration)
-        for group in one._groups.values():
-            group.plan = even_plan(group.shape.num_slots, (2, 4, 1)[iteration % 3])
+        for span in one._planned.values():
+            span.plan = even_plan(span.shape, (2, 4, 1)[iteration % 3])
 
     session.OverlapSession._between_steps = switch
     if recompute_experts:
@@ -717,7 +752,7 @@ def test_switching_chunks_changes_rounding_only(tmp_path, architecture, recomput
         assert sorted(values) == list(range(1, 8))
         assert other[name] == pytest.approx(values, rel=1e-4), name
     lines = (tmp_path / "report" / "rank00000.jsonl").read_text().splitlines()
-    assert {len(group["slots"]) for line in lines for group in json.loads(line)["groups"]} == {1, 2, 4}
+    assert {len(call) for line in lines for group in json.loads(line)["groups"] for call in group["slots"]} == {1, 2, 4}
 
 
 @pytest.mark.full

@@ -20,12 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import Case
 
-from megatron_scmoe.contracts import GroupShape, Plan
+from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
 from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs, passes_of
 from megatron_scmoe.overlap.observe import BEGIN, END, Mark, Transfer
-from megatron_scmoe.overlap.plan import ATTENTION, CURRENT, TAIL
-from megatron_scmoe.overlap.solver import GroupCosts, PassCosts, schedule
-from megatron_scmoe.overlap.spans import Lane, Span, communication_s, exposed_s
+from megatron_scmoe.overlap.plan import OF_A_CALL, sequential_plan
+from megatron_scmoe.overlap.solver import CallCosts, PassCosts, SpanCosts, schedule
+from megatron_scmoe.overlap.spans import Lane, communication_s, exposed_s
 
 EP2 = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 
@@ -34,18 +34,27 @@ EP2 = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 
 
 def recording(*parts: str, group: int = 0, at: float = 0.0) -> SimpleNamespace:
-    """What was heard: marks such as ``forward 10 MLP 1``, and transfers such as ``forward 17-27 dispatch 0 500``."""
+    """What was heard: marks such as ``forward 10 MLP 1``, and transfers such as ``forward 17-27 dispatch 0 500``.
+
+    What is of a routed call is of the first one, unless ``call 1`` stands behind it.
+    """
     marks, transfers = [], []
     for line in (line.strip() for part in parts for line in part.strip().splitlines()):
         direction, when, *words = line.split()
         backward = {"forward": False, "backward": True}[direction]
+        call = 0
+        if "call" in words:
+            *words, _, number = words
+            call = int(number)
         if "-" in when:
             start, end = (at + float(moment) for moment in when.split("-"))
             *name, index, sent_bytes = words
-            transfers.append(Transfer(" ".join(name), int(index), group, backward, start, end, int(sent_bytes)))
+            transfers.append(Transfer(" ".join(name), int(index), call, group, backward, start, end, int(sent_bytes)))
         else:
-            *name, index = words if words[-1].isdigit() else [*words, "0"]
-            marks.append(Mark(" ".join(name), int(index), group, backward, at + float(when)))
+            *parts_of_name, index = words if words[-1].isdigit() else [*words, "0"]
+            name = " ".join(parts_of_name)
+            of_call = call if name in OF_A_CALL else None
+            marks.append(Mark(name, int(index), of_call, group, backward, at + float(when)))
     return SimpleNamespace(marks=marks, transfers=transfers)
 
 
@@ -57,8 +66,8 @@ def together(*recordings: SimpleNamespace) -> SimpleNamespace:
     )
 
 
-# attention | MLP, shared expert behind the tap; packing 2 before a dispatch, 1 before a combine, unpacking 1.
-SHAPE = GroupShape(tap=1, num_dense_ops=3)
+# attention | MLP, shared expert, add behind the tap; packing 2 before a dispatch, 1 before a combine, unpacking 1.
+SHAPE = SpanShape(num_ops=4, calls=(RoutedCall(tap=1, landing=3),))
 FORWARD_BLOCKING = f"""
     forward  0 {BEGIN}
     forward  0 attention 0
@@ -74,7 +83,7 @@ FORWARD_BLOCKING = f"""
     forward 60 shared expert 2
     forward 66 finish combine
     forward 67 decode
-    forward 69 add
+    forward 69 add 3
     forward 70 {END}
 """
 FORWARD_OVERLAPPED = f"""
@@ -92,11 +101,12 @@ FORWARD_OVERLAPPED = f"""
     forward 45-57 combine 0 300
     forward 46 finish combine
     forward 58 decode
-    forward 60 add
+    forward 60 add 3
     forward 61 {END}
 """
 BACKWARD_BLOCKING = f"""
-    backward 100 {TAIL}
+    backward 100 {BEGIN}
+    backward 100 add 3
     backward 102 decode
     backward 106 start combine
     backward 107-119 combine 0 500
@@ -113,10 +123,12 @@ BACKWARD_BLOCKING = f"""
     backward 210 {END}
 """
 FORWARD_COSTS = PassCosts(
-    dense=(10, 7, 6), route=3, encode=2 + 2, dispatch=10, experts=1 + 12 + 1, combine=12, decode=1 + 2, tail=1
+    ops=(10, 7, 6, 1),
+    calls=(CallCosts(route=3, encode=2 + 2, dispatch=10, experts=1 + 12 + 1, combine=12, decode=1 + 2),),
 )
 BACKWARD_COSTS = PassCosts(
-    dense=(20, 14, 12), route=4, encode=1 + 3, dispatch=10, experts=2 + 24 + 1, combine=12, decode=4 + 1, tail=2
+    ops=(20, 14, 12, 2),
+    calls=(CallCosts(route=4, encode=1 + 3, dispatch=10, experts=2 + 24 + 1, combine=12, decode=4 + 1),),
 )
 
 
@@ -158,7 +170,7 @@ def test_costs_of_a_blocking_step_by_hand():
     assert passes[1].total_s == 110
     assert exposed_s(passes[1].spans) == 22
     costs = costs_of(passes, SHAPE, chunks=1)
-    assert costs == GroupCosts(forward=FORWARD_COSTS, backward=BACKWARD_COSTS, forward_runs=1)
+    assert costs == SpanCosts(forward=FORWARD_COSTS, backward=BACKWARD_COSTS, forward_runs=1)
 
 
 def test_a_full_recompute_runs_forward_twice():
@@ -170,7 +182,7 @@ def test_a_full_recompute_runs_forward_twice():
         )
     )
     costs = costs_of(passes, SHAPE, chunks=1)
-    assert costs == GroupCosts(forward=FORWARD_COSTS, backward=BACKWARD_COSTS, forward_runs=2)
+    assert costs == SpanCosts(forward=FORWARD_COSTS, backward=BACKWARD_COSTS, forward_runs=2)
 
 
 def test_costs_are_medians_over_micro_batches():
@@ -179,19 +191,20 @@ def test_costs_are_medians_over_micro_batches():
     passes = passes_of(together(*steps, recording(late, BACKWARD_BLOCKING, at=600)))
     assert [one.total_s for one in passes] == [70, 110, 70, 110, 99, 110]
     costs = costs_of(passes, SHAPE, chunks=1)
-    assert costs == GroupCosts(forward=FORWARD_COSTS, backward=BACKWARD_COSTS, forward_runs=1)
+    assert costs == SpanCosts(forward=FORWARD_COSTS, backward=BACKWARD_COSTS, forward_runs=1)
 
 
 def test_mean_over_ranks():
-    one = GroupCosts(forward=FORWARD_COSTS, backward=BACKWARD_COSTS, forward_runs=1)
-    other = GroupCosts(forward=BACKWARD_COSTS, backward=FORWARD_COSTS, forward_runs=2)
+    one = SpanCosts(forward=FORWARD_COSTS, backward=BACKWARD_COSTS, forward_runs=1)
+    other = SpanCosts(forward=BACKWARD_COSTS, backward=FORWARD_COSTS, forward_runs=2)
     mean = mean_costs([one, other])
     assert mean.forward == mean.backward
-    assert mean.forward.dense == (15, 10.5, 9)
-    assert (mean.forward.experts, mean.forward.dispatch, mean.forward_runs) == (20.5, 10, 1.5)
+    assert mean.forward.ops == (15, 10.5, 9, 1.5)
+    (call,) = mean.forward.calls
+    assert (call.experts, call.dispatch, mean.forward_runs) == (20.5, 10, 1.5)
 
 
-TWO_CHUNKS = GroupShape(tap=0, num_dense_ops=1)
+ONE_CALL = SpanShape(num_ops=2, calls=(RoutedCall(tap=0, landing=1),))
 
 
 def test_chunks_by_hand():
@@ -218,23 +231,22 @@ def test_chunks_by_hand():
             forward 41 decode 0
             forward 42 finish combine 1
             forward 43 decode 1
-            forward 45 add
+            forward 45 add 1
             forward 46 {END}
         """)
     )
     assert (one.sent_bytes, communication_s(one.spans), exposed_s(one.spans)) == (15, 18, 18)
-    costs = costs_of([one, reversed_pass(one)], TWO_CHUNKS, chunks=2)
+    costs = costs_of([one, reversed_pass(one)], ONE_CALL, chunks=2)
     assert costs is not None
-    assert costs.forward == PassCosts(
-        dense=(6,),
+    call = CallCosts(
         route=2,
         encode=(1 + 1 + 2) / 2,
         dispatch=(4 + 6) / 2,
         experts=(4 + 1 + 5 + 1) / 2,
         combine=(3 + 5) / 2,
         decode=(1 + 1 + 2) / 2,
-        tail=1,
     )
+    assert costs.forward == PassCosts(ops=(6, 1), calls=(call,))
 
 
 def reversed_pass(one: GroupPass) -> GroupPass:
@@ -266,7 +278,7 @@ def test_two_collectives_at_once_count_once():
             forward 21 decode 0
             forward 22 finish combine 1
             forward 26 decode 1
-            forward 28 add
+            forward 28 add 1
             forward 29 {END}
         """)
     )
@@ -274,7 +286,7 @@ def test_two_collectives_at_once_count_once():
     assert exposed_s(one.spans) == (16 - 15) + (26 - 22)
 
 
-def test_both_flights_of_dgmoe_by_hand():
+def test_both_calls_of_dgmoe_by_hand():
     (one,) = passes_of(
         recording(f"""
             forward  0 {BEGIN}
@@ -287,34 +299,40 @@ def test_both_flights_of_dgmoe_by_hand():
             forward 11 start combine
             forward 11-14 combine 0 2
             forward 14 attention 0
-            forward 19 {CURRENT}route
-            forward 21 {CURRENT}encode
-            forward 22 {CURRENT}start dispatch
-            forward 22-28 {CURRENT}dispatch 0 4
-            forward 28 {CURRENT}finish dispatch
-            forward 28 {CURRENT}experts
-            forward 34 {CURRENT}start combine
-            forward 34-39 {CURRENT}combine 0 8
+            forward 19 route call 1
+            forward 21 encode call 1
+            forward 22 start dispatch call 1
+            forward 22-28 dispatch 0 4 call 1
+            forward 28 finish dispatch call 1
+            forward 28 experts call 1
+            forward 34 start combine call 1
+            forward 34-39 combine 0 8 call 1
             forward 39 finish combine
             forward 39 decode
-            forward 40 {CURRENT}finish combine
-            forward 40 {CURRENT}decode
-            forward 43 add
+            forward 40 finish combine call 1
+            forward 40 decode call 1
+            forward 43 add 1
             forward 44 {END}
         """)
     )
     assert (one.sent_bytes, communication_s(one.spans), exposed_s(one.spans)) == (15, 18, 18)
-    shape = GroupShape(tap=0, num_dense_ops=1, second_gate=True)
+    shape = SpanShape(num_ops=2, calls=(RoutedCall(tap=0, landing=1), RoutedCall(tap=1, landing=1)))
     costs = costs_of([one, reversed_pass(one)], shape, chunks=1)
     assert costs is not None
-    assert costs.forward == PassCosts(dense=(5,), route=2, encode=1, dispatch=5, experts=5, combine=4, decode=2, tail=1)
+    assert costs.forward == PassCosts(
+        ops=(5, 1),
+        calls=(
+            CallCosts(route=2, encode=1, dispatch=4, experts=4, combine=3, decode=1),
+            CallCosts(route=2, encode=1, dispatch=6, experts=6, combine=5, decode=3),
+        ),
+    )
 
 
 def test_a_transfer_that_seems_to_end_before_its_begin_took_no_time():
     """Marks of two GPU streams may be that far off; a negative cost would be an error on this rank alone."""
     before = FORWARD_BLOCKING.replace("17-27 dispatch", "17-16.9 dispatch")
     costs = costs_of(passes_of(recording(before, BACKWARD_BLOCKING)), SHAPE, chunks=1)
-    assert costs is not None and costs.forward.dispatch == 0
+    assert costs is not None and costs.forward.calls[0].dispatch == 0
     assert costs.backward == BACKWARD_COSTS
 
 
@@ -352,42 +370,42 @@ def test_groups_do_not_mix():
 # ---- what is measured is what the solver reckons with -----------------------------------------------------------
 
 
-def simulated(shape: GroupShape, costs: GroupCosts, plan: Plan, group: int = 0) -> list[GroupPass]:
-    """The passes of a group whose ops cost exactly that, as they would be measured."""
+def simulated(shape: SpanShape, costs: SpanCosts, plan: Plan, group: int = 0) -> list[GroupPass]:
+    """The passes of a span whose ops cost exactly that, as they would be measured."""
     passes = []
     for backward in (False, True):
         spans = schedule(shape, costs.backward if backward else costs.forward, plan, backward=backward)
         total_s = max(span.end_s for span in spans)
-        passes.append(GroupPass(group, backward, tuple(map(_as_measured, spans)), total_s, 0))
+        passes.append(GroupPass(group, backward, tuple(spans), total_s, 0))
     return passes
 
 
-def _as_measured(span: Span) -> Span:
-    """A simulated span, by the name and index of its mark."""
-    if span.name == "tail":
-        return dataclasses.replace(span, name=TAIL)
-    if span.name.startswith("dense "):
-        return dataclasses.replace(span, name=ATTENTION, chunk=int(span.name.removeprefix("dense ")))
-    return span
+@st.composite
+def shapes(draw):
+    """Spans of up to five ops and three calls, some of which land behind the end of their group."""
+    num_ops = draw(st.integers(1, 5))
+    calls = []
+    for tap in sorted(draw(st.lists(st.integers(0, num_ops - 1), min_size=1, max_size=3))):
+        late = tap < num_ops - 1 and draw(st.booleans())
+        calls.append(RoutedCall(tap, draw(st.integers(tap + late, num_ops - 1)), late))
+    return SpanShape(num_ops, tuple(calls))
 
 
 @st.composite
 def worlds(draw):
-    tap = draw(st.integers(0, 2))
-    shape = GroupShape(
-        tap=tap, num_dense_ops=tap + draw(st.integers(0, 3)), second_gate=draw(st.sampled_from((False, True)))
-    )
+    shape = draw(shapes())
     seconds = st.integers(0, 99)
-    ops = ("route", "encode", "dispatch", "experts", "combine", "decode", "tail")
-    one_pass = st.builds(PassCosts, dense=st.tuples(*[seconds] * shape.num_dense_ops), **dict.fromkeys(ops, seconds))
-    return shape, draw(st.builds(GroupCosts, forward=one_pass, backward=one_pass))
+    call = st.builds(CallCosts, **{field.name: seconds for field in dataclasses.fields(CallCosts)})
+    one_pass = st.builds(
+        PassCosts, ops=st.tuples(*[seconds] * shape.num_ops), calls=st.tuples(*[call] * len(shape.calls))
+    )
+    return shape, draw(st.builds(SpanCosts, forward=one_pass, backward=one_pass))
 
 
 @given(world=worlds(), chunks=st.sampled_from((1, 2, 4)))
 def test_a_sequential_timeline_gives_its_costs_back(world, chunks):
     shape, costs = world
-    sequential = Plan((1,) * chunks, blocking=True)
-    assert costs_of(simulated(shape, costs, sequential), shape, chunks) == costs
+    assert costs_of(simulated(shape, costs, sequential_plan(shape, chunks)), shape, chunks) == costs
 
 
 # ---- on ranks, with known times ---------------------------------------------------------------------------------
@@ -431,13 +449,13 @@ def timed_collectives(seconds: list[float]) -> Iterator[None]:
     assert next(left, None) is None
 
 
-def timed_step(case: Case, chunks: int) -> GroupCosts | None:
+def timed_step(case: Case, chunks: int) -> SpanCosts | None:
     """What a few steps under the sequential plan are measured to cost, when their ops take the times above."""
     from megatron_scmoe.overlap import observe
 
     model = models.build(case)
     group = model.decoder.layers[-1]
-    group.plan = Plan((1,) * chunks, blocking=True)
+    group.span.plan = sequential_plan(group.span.shape, chunks)
     ((tokens, labels, positions),) = models.my_batch()
     model(tokens, positions, None, labels=labels).sum().backward()  # the first one is slow
     slow = {
@@ -458,7 +476,7 @@ def timed_step(case: Case, chunks: int) -> GroupCosts | None:
         with observe.recording() as recorded, timed_collectives(forward + backward):
             model(tokens, positions, None, labels=labels).sum().backward()
         recordings.append(recorded)
-    return costs_of([one for recorded in recordings for one in passes_of(recorded)], group.shape, chunks)
+    return costs_of([one for recorded in recordings for one in passes_of(recorded)], group.span.shape, chunks)
 
 
 def about(seconds: float) -> tuple[float, float]:
@@ -476,11 +494,13 @@ def test_known_times_are_measured(chunks):
         assert costs.forward_runs == 1
         for measured, known, backward in ((costs.forward, FORWARD_S, False), (costs.backward, BACKWARD_S, True)):
             expected = [*known.values(), DISPATCH_S[backward], COMBINE_S[backward]]
-            got = [*measured.dense, measured.experts, measured.dispatch, measured.combine]
+            (call,) = measured.calls
+            *dense, add = measured.ops
+            got = [*dense, call.experts, call.dispatch, call.combine]
             for seconds, one in zip(expected, got, strict=True):
                 low, high = about(seconds)
                 assert low < one < high, (expected, got)
-            for cheap in (measured.route, measured.encode, measured.decode, measured.tail):
+            for cheap in (call.route, call.encode, call.decode, add):
                 assert 0 < cheap < 0.03
 
 
@@ -574,7 +594,7 @@ def test_a_mark_without_a_listener_looks_at_nothing():
     marker.now("attention")
     marker.in_backward("attention", tensor)
     assert marker.moment() is None
-    marker.transfer(tensor, None, "dispatch", 0, 1, backward=False)
+    marker.transfer(tensor, None, "dispatch", 0, 1, call=0, backward=False)
     marker.load(tensor, tensor, 1)
     with observe.recording(), pytest.raises(AssertionError, match="was asked for"):
         marker.in_backward("attention", tensor)

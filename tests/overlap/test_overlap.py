@@ -13,12 +13,18 @@ import torch.distributed as dist
 from cases import cases
 from models import Case
 
-from megatron_scmoe.contracts import Plan
+from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
 from megatron_scmoe.overlap.plan import (
-    CURRENT,
+    ADD,
+    ATTENTION,
+    DECODE,
+    ENCODE,
     EXPERTS,
     FINISH_COMBINE,
     FINISH_DISPATCH,
+    MLP,
+    ROUTE,
+    SHARED_EXPERT,
     START_COMBINE,
     START_DISPATCH,
     Step,
@@ -149,7 +155,11 @@ def test_a_rank_without_tokens():
 # --- the recorded order ------------------------------------------------------------------------------------------
 
 
-SENDS = (START_DISPATCH, FINISH_DISPATCH, START_COMBINE, FINISH_COMBINE)
+OPS = {
+    "scmoe": [ATTENTION, MLP, ATTENTION, SHARED_EXPERT, ADD],
+    "dgmoe": [ATTENTION, MLP, ATTENTION, ADD],
+}
+TAP = {"pos1": 2, "pos2": 1, "pos3": 0}
 CHUNKED = [
     ("scmoe", "pos1", "1,3"),
     ("scmoe", "pos2", "1,1"),
@@ -159,34 +169,47 @@ CHUNKED = [
 ]
 
 
-def order_of(marks, *, backward: bool, dense: list[str]) -> list[Step]:
-    """The steps that a plan orders, as they were recorded."""
-    names = {prefix + name for prefix in ("", CURRENT) for name in (EXPERTS, *SENDS)} | set(dense)
-    return [Step(mark.name, mark.index) for mark in marks if mark.backward is backward and mark.name in names]
+def shape_of(shortcut: str, position: str) -> SpanShape:
+    """Of one group of two blocks: dgmoe's second gate reads at its end."""
+    end = len(OPS[shortcut]) - 1
+    taps = (TAP[position], end) if shortcut == "dgmoe" else (TAP[position],)
+    return SpanShape(num_ops=end + 1, calls=tuple(RoutedCall(tap, landing=end) for tap in taps))
 
 
-def recorded_order(case: Case) -> tuple[list[Step], list[Step], list[str], int]:
+def plan_of(shortcut: str, *slots: int) -> Plan:
+    """These slots, and the only ones that dgmoe's second gate has."""
+    return Plan((slots, (1,) * len(slots)) if shortcut == "dgmoe" else (slots,))
+
+
+def order_of(marks, *, backward: bool) -> list[Step]:
+    """The steps of one pass of the only span, as they were recorded between its begin and its end."""
+    from megatron_scmoe.overlap.observe import BEGIN, END
+
+    first, *steps, last = (mark for mark in marks if mark.backward is backward)
+    assert (first.name, last.name) == (BEGIN, END)
+    return [Step(mark.name, mark.index, mark.call) for mark in steps]
+
+
+def recorded_order(case: Case) -> tuple[list[Step], list[Step]]:
     from megatron_scmoe.overlap import observe
 
     model = models.build(case)
-    group = model.decoder.layers[case.moe_every - 1]
     ((tokens, labels, positions),) = models.my_batch()
     with observe.recording() as recorded:
         model(tokens, positions, None, labels=labels).sum().backward()
-    names = group.dense_op_names
-    forward, backward = (order_of(recorded.marks, backward=direction, dense=names) for direction in (False, True))
+    forward, backward = (order_of(recorded.marks, backward=direction) for direction in (False, True))
     assert observe._listeners == []
-    return forward, backward, names, group.shape.tap
+    return forward, backward
 
 
 @pytest.mark.parametrize(("shortcut", "position", "slot"), POSITION_AND_SLOT)
 @pytest.mark.parametrize("ep", cases([2, 4], [2]))
 def test_recorded_order_is_the_plans(shortcut, position, slot, ep):
     case = Case(shortcut=shortcut, position=(position,), num_groups=1, expert_slot=(slot,))
-    for forward, backward, names, tap in ranks.run(recorded_order, ep, case, layout=EP[ep]):
-        plan = Plan((slot,))
-        assert forward == forward_order(names, tap, plan, second_gate=shortcut == "dgmoe")
-        assert backward == backward_order(names, tap, plan, second_gate=shortcut == "dgmoe")
+    of_plan = OPS[shortcut], shape_of(shortcut, position), plan_of(shortcut, slot)
+    for forward, backward in ranks.run(recorded_order, ep, case, layout=EP[ep]):
+        assert forward == forward_order(*of_plan)
+        assert backward == backward_order(*of_plan)
 
 
 @pytest.mark.parametrize(("shortcut", "position", "slots"), CHUNKED)
@@ -194,17 +217,19 @@ def test_recorded_order_of_chunks_is_the_plans(shortcut, position, slots):
     case = Case(
         shortcut=shortcut, position=(position,), num_groups=1, expert_slot=(slots,), chunks=slots.count(",") + 1
     )
-    plan = Plan(tuple(map(int, slots.split(","))))
-    for forward, backward, names, tap in ranks.run(recorded_order, 2, case, layout=EP[2]):
-        assert forward == forward_order(names, tap, plan, second_gate=shortcut == "dgmoe")
-        assert backward == backward_order(names, tap, plan, second_gate=shortcut == "dgmoe")
+    of_plan = OPS[shortcut], shape_of(shortcut, position), plan_of(shortcut, *map(int, slots.split(",")))
+    for forward, backward in ranks.run(recorded_order, 2, case, layout=EP[2]):
+        assert forward == forward_order(*of_plan)
+        assert backward == backward_order(*of_plan)
 
 
 def test_order_of_pos2_by_hand():
     """What design and picture say of the default plan, spelled out once."""
-    names = ["attention", "MLP", "attention", "shared expert"]
-    assert [step.name for step in forward_order(names, 1, Plan((2,)))] == [
+    shape = SpanShape(5, (RoutedCall(tap=1, landing=4),))
+    assert [step.name for step in forward_order(OPS["scmoe"], shape, Plan(((2,),)))] == [
         "attention",
+        ROUTE,
+        ENCODE,
         START_DISPATCH,
         "MLP",
         FINISH_DISPATCH,
@@ -213,8 +238,12 @@ def test_order_of_pos2_by_hand():
         "attention",
         "shared expert",
         FINISH_COMBINE,
+        DECODE,
+        "add",
     ]
-    assert [step.name for step in backward_order(names, 1, Plan((4,)))] == [
+    assert [step.name for step in backward_order(OPS["scmoe"], shape, Plan(((4,),)))] == [
+        "add",
+        DECODE,
         START_COMBINE,
         FINISH_COMBINE,
         EXPERTS,
@@ -223,32 +252,94 @@ def test_order_of_pos2_by_hand():
         "attention",
         "MLP",
         FINISH_DISPATCH,
+        ENCODE,
+        ROUTE,
         "attention",
     ]
 
 
 def test_order_of_two_chunks_by_hand():
     """Both chunks take off at the tap; each has a slot of its own, and the last to take off is the first to return."""
-    assert forward_order(["MLP", "shared expert"], 0, Plan((1, 3))) == [
-        (START_DISPATCH, 0),
-        (START_DISPATCH, 1),
-        (FINISH_DISPATCH, 0),
-        (EXPERTS, 0),
-        (START_COMBINE, 0),
-        ("MLP", 0),
-        ("shared expert", 1),
-        (FINISH_DISPATCH, 1),
-        (EXPERTS, 1),
-        (START_COMBINE, 1),
-        (FINISH_COMBINE, 0),
-        (FINISH_COMBINE, 1),
+    shape = SpanShape(3, (RoutedCall(tap=0, landing=2),))
+    assert forward_order(["MLP", "shared expert", "add"], shape, Plan(((1, 3),))) == [
+        (ROUTE, 0, 0),
+        (ENCODE, 0, 0),
+        (START_DISPATCH, 0, 0),
+        (ENCODE, 1, 0),
+        (START_DISPATCH, 1, 0),
+        (FINISH_DISPATCH, 0, 0),
+        (EXPERTS, 0, 0),
+        (START_COMBINE, 0, 0),
+        ("MLP", 0, None),
+        ("shared expert", 1, None),
+        (FINISH_DISPATCH, 1, 0),
+        (EXPERTS, 1, 0),
+        (START_COMBINE, 1, 0),
+        (FINISH_COMBINE, 0, 0),
+        (DECODE, 0, 0),
+        (FINISH_COMBINE, 1, 0),
+        (DECODE, 1, 0),
+        ("add", 2, None),
     ]
-    assert backward_order(["MLP"], 0, Plan((1, 2)))[:2] == [(START_COMBINE, 1), (START_COMBINE, 0)]
+    backward = backward_order(["MLP", "add"], SpanShape(2, (RoutedCall(tap=0, landing=1),)), Plan(((1, 2),)))
+    assert backward[:5] == [
+        ("add", 1, None),
+        (DECODE, 1, 0),
+        (START_COMBINE, 1, 0),
+        (DECODE, 0, 0),
+        (START_COMBINE, 0, 0),
+    ]
+
+
+CALLS = SpanShape(4, (RoutedCall(0, landing=2, late=True), RoutedCall(1, landing=1), RoutedCall(2, landing=3)))
+
+
+def test_order_of_several_calls_by_hand():
+    """At one place: what lands late, what takes off, the experts by the number of their call, what lands in the op."""
+    names = ["attention", "add", "attention", "add"]
+    assert forward_order(names, CALLS, Plan(((3,), (1,), (1,)))) == [
+        (ROUTE, 0, 0),
+        (ENCODE, 0, 0),
+        (START_DISPATCH, 0, 0),
+        ("attention", 0, None),
+        (ROUTE, 0, 1),
+        (ENCODE, 0, 1),
+        (START_DISPATCH, 0, 1),
+        (FINISH_DISPATCH, 0, 1),
+        (EXPERTS, 0, 1),
+        (START_COMBINE, 0, 1),
+        (FINISH_COMBINE, 0, 1),
+        (DECODE, 0, 1),
+        ("add", 1, None),
+        (FINISH_DISPATCH, 0, 0),
+        (EXPERTS, 0, 0),
+        (START_COMBINE, 0, 0),
+        (FINISH_COMBINE, 0, 0),
+        (DECODE, 0, 0),
+        (ROUTE, 0, 2),
+        (ENCODE, 0, 2),
+        (START_DISPATCH, 0, 2),
+        (FINISH_DISPATCH, 0, 2),
+        (EXPERTS, 0, 2),
+        (START_COMBINE, 0, 2),
+        ("attention", 2, None),
+        (FINISH_COMBINE, 0, 2),
+        (DECODE, 0, 2),
+        ("add", 3, None),
+    ]
+    at_once = [step for step in forward_order(names, CALLS, Plan(((2,), (1,), (2,)))) if step.name == EXPERTS]
+    assert at_once == [(EXPERTS, 0, 0), (EXPERTS, 0, 1), (EXPERTS, 0, 2)]
 
 
 @pytest.mark.parametrize("slots", [(), (0,), (2, 1)])
-def test_plan_refuses_slots_that_no_group_has(slots):
+def test_plan_refuses_slots_that_no_call_has(slots):
     with pytest.raises(ValueError, match="slots from 1 that never decrease"):
+        Plan(((1,) * len(slots), slots))
+
+
+@pytest.mark.parametrize("slots", [(), ((1,), (1, 1))])
+def test_plan_refuses_calls_that_do_not_go_together(slots):
+    with pytest.raises(ValueError, match="calls with the same number of chunks"):
         Plan(slots)
 
 
@@ -346,8 +437,8 @@ def slow_step(case: Case) -> dict[str, object]:
     return {
         "forward_s": forward_s,
         "backward_s": backward_s,
-        "forward": [step.name for step in order_of(recorded.marks, backward=False, dense=group.dense_op_names)],
-        "backward": [step.name for step in order_of(recorded.marks, backward=True, dense=group.dense_op_names)],
+        "forward": [step.name for step in order_of(recorded.marks, backward=False)],
+        "backward": [step.name for step in order_of(recorded.marks, backward=True)],
     }
 
 

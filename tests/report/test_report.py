@@ -32,13 +32,13 @@ def one_pass(
 ):
     spans = (
         Span("MLP", Lane.COMPUTE, *compute, backward, 1),
-        Span("dispatch", Lane.COMMUNICATION, *communication, backward, 0),
+        Span("dispatch", Lane.COMMUNICATION, *communication, backward, 0, call=0),
     )
     return GroupPass(group, backward, spans, 100.0, sent)
 
 
-def load(group: int, *tokens: int, dropped: int = 0) -> Load:
-    return Load(group, torch.tensor(tokens), torch.tensor(dropped))
+def load(group: int, *tokens: int, part: int = 0, dropped: int = 0) -> Load:
+    return Load(group, part, torch.tensor(tokens), torch.tensor(dropped))
 
 
 def compression(group: int, rows: int, clusters: int, largest: int, residual: float) -> Compression:
@@ -47,7 +47,7 @@ def compression(group: int, rows: int, clusters: int, largest: int, residual: fl
 
 def row(group: int, **changes: Any) -> GroupRow:
     values = {
-        "slots": (1,),
+        "slots": ((1,),),
         "communication_ms": 10.0,
         "exposed_ms": 4.0,
         "hidden_share": 0.6,
@@ -66,14 +66,19 @@ def test_rows_by_hand():
         one_pass(4, backward=True, compute=(24, 30), communication=(20, 22), sent=30),  # 2 s, all exposed
     ]
     recording = Recording(
-        loads=[load(4, 5, 1, 0, 2, dropped=1), load(7, 2, 2, 2, 2), load(4, 1, 1, 4, 2, dropped=3)],
+        loads=[
+            load(4, 5, 1, 0, 2, dropped=1),
+            load(7, 1, 1, 1, 1, part=1),  # the second group of a span
+            load(7, 2, 2, 2, 2),
+            load(4, 1, 1, 4, 2, dropped=3),
+        ],
         compressions=[compression(4, 12, 3, 5, 0.25), compression(4, 4, 1, 4, 0.75)],
     )
-    rows = rows_of(passes, recording, {7: Plan((1,)), 4: Plan((1, 3))})
+    rows = rows_of(passes, recording, {7: Plan(((1,),)), 4: Plan(((1, 3), (1, 1)))})
     assert rows == [
         GroupRow(
             group=4,
-            slots=(1, 3),
+            slots=((1, 3), (1, 1)),
             communication_ms=10_000,
             exposed_ms=6_000,
             hidden_share=1 - 6 / 10,
@@ -87,13 +92,13 @@ def test_rows_by_hand():
         ),
         GroupRow(
             group=7,
-            slots=(1,),
+            slots=((1,),),
             communication_ms=2_000,
             exposed_ms=0,
             hidden_share=1,
             sent_bytes=7,
-            tokens_per_expert=(2, 2, 2, 2),
-            tokens_max_over_mean=1,
+            tokens_per_expert=(2, 2, 2, 2, 1, 1, 1, 1),
+            tokens_max_over_mean=2 * 8 / 12,
             dropped_share=0,
             sent_rate=1,  # without a codec
             largest_cluster=1,
@@ -103,7 +108,7 @@ def test_rows_by_hand():
 
 
 def test_a_group_that_was_not_heard_of_has_an_empty_row():
-    (empty,) = rows_of([], Recording(), {0: Plan((1,))})
+    (empty,) = rows_of([], Recording(), {0: Plan(((1,),))})
     assert (empty.communication_ms, empty.hidden_share, empty.tokens_per_expert) == (0, 1, ())
     assert (empty.tokens_max_over_mean, empty.dropped_share) == (0, 0)
 
@@ -230,7 +235,7 @@ def test_fields_of_the_lines(reported):
             assert [group["group"] for group in line["groups"]] == [0, 1]
             for group in line["groups"]:
                 assert group.keys() == set(GroupRow.__slots__)
-                assert group["slots"] == ([1, 2] if "chunks" in name else [2])
+                assert group["slots"] == ([[1, 2], [1, 1]] if "chunks" in name else [[2]])
                 assert 0 <= group["exposed_ms"] <= group["communication_ms"]
                 share = 1 - group["exposed_ms"] / group["communication_ms"]
                 assert group["hidden_share"] == pytest.approx(share)

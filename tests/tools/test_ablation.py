@@ -38,22 +38,23 @@ KINDS = ("training", "forward")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def span(name, lane, start_s, end_s, chunk=0, backward=False):
-    return {"name": name, "lane": lane, "start_s": start_s, "end_s": end_s, "backward": backward, "chunk": chunk}
+def span(name, lane, start_s, end_s, at=0, call=None, backward=False):
+    where = {"at": at, "call": call}
+    return {"name": name, "lane": lane, "start_s": start_s, "end_s": end_s, "backward": backward} | where
 
 
 def sequential_group(travel_s=1.0):
     """pos2 with overlap off: window behind the tap is MLP, attention, shared expert: 1 + 2 + 1 seconds."""
     forward = [
         span("attention", "compute", 0, 2),
-        span("route", "compute", 2, 3),
-        span("dispatch", "communication", 3, 3 + travel_s),
-        span("experts", "compute", 20, 22),
-        span("combine", "communication", 22, 22 + travel_s),
+        span("route", "compute", 2, 3, call=0),
+        span("dispatch", "communication", 3, 3 + travel_s, call=0),
+        span("experts", "compute", 20, 22, call=0),
+        span("combine", "communication", 22, 22 + travel_s, call=0),
         span("MLP", "compute", 40, 41, 1),
         span("attention", "compute", 41, 43, 2),
         span("shared expert", "compute", 43, 44, 3),
-        span("add", "compute", 44, 45),
+        span("add", "compute", 44, 45, 4),
     ]
     backward = [
         {**one, "start_s": 200 - 2 * one["end_s"], "end_s": 200 - 2 * one["start_s"], "backward": True}
@@ -69,7 +70,7 @@ def arm_result(arm, scale, travel_s):
         "forward": [scale * (1 + index / 3) for index in range(5)],
     }
     stock = arm.mode == "stock"
-    slots = [1] * (2 if "chunks" in arm.mode else 1)
+    slots = [[1] * (2 if "chunks" in arm.mode else 1)] * (2 if arm.model == "dgmoe" else 1)
     plans = {str(group): {"training": slots, "forward": slots, "blocking": arm.mode == "off"} for group in (0, 1)}
     return {
         "arm": asdict(arm),
@@ -316,12 +317,15 @@ def test_figures(written, expected):
 
 
 def test_plans():
-    group = {"training": [3, 3], "forward": [2], "blocking": False}
-    other = {**group, "training": [1, 2]}
+    group = {"training": [[3, 3]], "forward": [[2]], "blocking": False}
+    other = {**group, "training": [[1, 2]]}
+    two_calls = {**group, "training": [[3, 3], [1, 2]]}
     assert words.plan({"plans": {}}, "training") == "-"
     assert words.plan({"plans": {"0": group, "1": group}}, "training") == "3+3"
     assert words.plan({"plans": {"0": group, "1": other}}, "training") == "3+3 | 1+2"
     assert words.plan({"plans": {"0": group, "1": other}}, "forward") == "2"
+    assert words.plan({"plans": {"0": two_calls}}, "training") == "3+3/1+2"
+    assert words.plan({"plans": {"0": two_calls, "1": other}}, "training") == "3+3/1+2 | 1+2"
     assert words.plan({"plans": {"0": {**group, "blocking": True}}}, "forward") == "off"
 
 
@@ -462,11 +466,11 @@ def test_report_draws_timelines(result, page):
 
 def test_bars_lie_below_each_other_only_while_they_overlap():
     spans = [
-        span("dispatch", "communication", 1.0, 3.0, 0),
-        span("dispatch", "communication", 2.0, 5.0, 1),
-        span("current combine", "communication", 3.0, 4.0, 0),
-        span("experts", "compute", 3.0, 4.0, 0),
-        span("experts", "compute", 9.0, 9.5, 0, backward=True),
+        span("dispatch", "communication", 1.0, 3.0, 0, call=0),
+        span("dispatch", "communication", 2.0, 5.0, 1, call=0),
+        span("combine", "communication", 3.0, 4.0, 0, call=1),
+        span("experts", "compute", 3.0, 4.0, 0, call=0),
+        span("experts", "compute", 9.0, 9.5, 0, call=0, backward=True),
     ]
     bars = timelines.bars(spans)
     places = [(bar.op, bar.lane, bar.row, bar.rows, bar.start_ms, bar.end_ms) for bar in bars[False]]
@@ -697,7 +701,7 @@ def test_folder_without_a_result_is_refused(tmp_path, monkeypatch, capsys):
         check_refusal(["--from", str(tmp_path)], "name a folder of this tool's", monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("damage", ["meta", "arm", "span", "deep"])
+@pytest.mark.parametrize("damage", ["meta", "arm", "span", "older span", "older plan", "deep"])
 def test_a_result_that_cannot_be_shown_is_refused_and_nothing_is_written(result, damage, tmp_path, monkeypatch, capsys):
     few = with_arms(result, 0, BASELINE, "pos2 off")
     if damage == "meta":
@@ -706,6 +710,11 @@ def test_a_result_that_cannot_be_shown_is_refused_and_nothing_is_written(result,
         del find(few, 0, "pos2 off")["communication_s"]
     elif damage == "span":  # what the section of a document has no use for, and the page has
         del find(few, 0, "pos2 off")["timeline"]["training"][0]["lane"]
+    elif damage == "older span":
+        for one in find(few, 0, "pos2 off")["timeline"]["training"]:
+            one["chunk"] = one.pop("at")
+    elif damage == "older plan":
+        find(few, 0, "pos2 off")["plans"]["0"] = {"training": [1], "forward": [1], "blocking": False}
     (tmp_path / "result.json").write_text("[" * 100_000 if damage == "deep" else json.dumps(few))
     text = f"{BEGIN} old {END}"
     (tmp_path / "results.md").write_text(text)

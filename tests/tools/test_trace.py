@@ -32,8 +32,16 @@ REQUIRED = {
 TID = {"compute": 1, "communication": 2}
 
 
-def span(name: str, lane: str, start_s: float, end_s: float, *, backward: bool = False, chunk: int | None = 0) -> dict:
-    return {"name": name, "lane": lane, "start_s": start_s, "end_s": end_s, "backward": backward, "chunk": chunk}
+def span(
+    name: str, lane: str, start_s: float, end_s: float, *, backward: bool = False, at: int = 0, call: int | None = None
+) -> dict:
+    where = {"at": at, "call": call}
+    return {"name": name, "lane": lane, "start_s": start_s, "end_s": end_s, "backward": backward} | where
+
+
+def of_call(name: str, lane: str, start_s: float, end_s: float, *, call: int = 0, **where: Any) -> dict:
+    """A span of a routed call, the first one unless another is named."""
+    return span(name, lane, start_s, end_s, call=call, **where)
 
 
 def line(iteration: int, rank: int, *spans: dict, group: int = 0, backward: bool = False) -> dict[str, Any]:
@@ -112,7 +120,9 @@ def test_a_real_report(report):
     steps = {event["args"]["step"] for event in spans_of(trace, 0, "compute")}
     assert steps == {2, 3, 4, 5}  # all but the first: the epilog says so
     dispatch = next(event for event in spans_of(trace, 1, "communication") if event["name"] == "dispatch backward")
-    assert dispatch["args"].keys() == {"step", "group", "backward", "chunk", "sent_bytes_of_pass", "launched_us"}
+    assert dispatch["args"].keys() == {
+        *("step", "group", "backward", "call", "chunk", "sent_bytes_of_pass", "launched_us"),
+    }
     assert dispatch["args"]["launched_us"] <= dispatch["ts"]
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "thread_name"}
     assert names == {(rank, tid): lane for rank in (0, 1) for lane, tid in TID.items()}
@@ -121,7 +131,7 @@ def test_a_real_report(report):
 
 def test_overlaps_would_be_noticed(tmp_path):
     """Negative control: drawn as they were launched, collectives overlap, and nothing else does."""
-    transfers = [span("dispatch", "communication", 0.001 * at, 0.001 * at + 0.003, chunk=at) for at in (0, 2, 5)]
+    transfers = [of_call("dispatch", "communication", 0.001 * at, 0.001 * at + 0.003, at=at) for at in (0, 2, 5)]
     trace = traced(write_report(tmp_path / "r", line(2, 0, *transfers, span("MLP", "compute", 0.0, 0.01))))
     assert overlaps(trace) == []
     for event in spans_of(trace, 0, "communication"):
@@ -157,17 +167,17 @@ def test_times_and_arguments_by_hand(tmp_path):
         line(
             2,
             0,
-            span("route", "compute", 0.001, 0.002),
-            span("encode", "compute", 0.002, 0.003, chunk=1),
-            span("MLP", "compute", 0.003, 0.006, chunk=1),
-            span("dispatch", "communication", 0.003, 0.005),
-            span("dispatch", "communication", 0.004, 0.007, chunk=1),
-            span("current combine", "communication", 0.005, 0.0065, chunk=2),
+            of_call("route", "compute", 0.001, 0.002),
+            of_call("encode", "compute", 0.002, 0.003, at=1),
+            span("MLP", "compute", 0.003, 0.006, at=1),
+            of_call("dispatch", "communication", 0.003, 0.005),
+            of_call("dispatch", "communication", 0.004, 0.007, at=1),
+            of_call("combine", "communication", 0.005, 0.0065, at=2),
             group=3,
         ),
-        line(2, 1, span("add", "compute", 0.0, 0.010, backward=True), backward=True),
+        line(2, 1, span("add", "compute", 0.0, 0.010, at=4, backward=True), backward=True),
         line(3, 0),  # a step without spans
-        line(7, 0, span("MLP", "compute", 0.001, 0.004, chunk=1)),
+        line(7, 0, span("MLP", "compute", 0.001, 0.004, at=1)),
     )
     trace = traced(folder)
     opens(trace)
@@ -182,22 +192,50 @@ def test_times_and_arguments_by_hand(tmp_path):
     # By their ends; each begins where the one before it ended.
     assert times(spans_of(trace, 0, "communication")) == [
         ("dispatch", 3000, 5000),
-        ("current combine", 5000, 6500),
+        ("combine", 5000, 6500),
         ("dispatch", 6500, 7000),
     ]
     common = {"step": 2, "group": 3, "backward": False}
     assert [event["args"] for event in spans_of(trace, 0, "compute")][:3] == [
-        common,
-        common | {"chunk": 1},
+        common | {"call": 0},
+        common | {"call": 0, "chunk": 1},
         common | {"dense_op": 1},
     ]
+    assert [event["args"]["dense_op"] for event in spans_of(trace, 1, "compute")] == [4]
     assert [event["args"] for event in spans_of(trace, 0, "communication")] == [
-        common | {"chunk": 0, "sent_bytes_of_pass": 77, "launched_us": 3000},
-        common | {"chunk": 2, "sent_bytes_of_pass": 77, "launched_us": 5000},
-        common | {"chunk": 1, "sent_bytes_of_pass": 77, "launched_us": 4000},
+        common | {"call": 0, "chunk": 0, "sent_bytes_of_pass": 77, "launched_us": 3000},
+        common | {"call": 0, "chunk": 2, "sent_bytes_of_pass": 77, "launched_us": 5000},
+        common | {"call": 0, "chunk": 1, "sent_bytes_of_pass": 77, "launched_us": 4000},
     ]
     markers = [(event["name"], event["ts"]) for event in trace["traceEvents"] if event["ph"] == "i"]
     assert markers == [("step 2", 0), ("step 7", step_7)]
+
+
+def test_calls_have_their_number_in_their_names_where_there_are_several(tmp_path):
+    first = [of_call("experts", "compute", 0.0, 0.001), of_call("combine", "communication", 0.001, 0.002)]
+    second = [
+        of_call("route", "compute", 0.001, 0.002, call=1),
+        of_call("dispatch", "communication", 0.002, 0.003, call=1, at=3),
+    ]
+    op = span("attention", "compute", 0.002, 0.003, at=2)
+    steps = line(2, 0, *first, *second, op, backward=True), line(3, 0, *first, op)
+    folder = write_report(tmp_path / "r", *steps)
+    compute, communication = (spans_of(traced(folder), 0, lane) for lane in TID)
+    assert [event["name"] for event in compute] == [
+        *("experts call 0 backward", "route call 1 backward", "attention backward"),
+        *("experts", "attention"),  # of a step with one call
+    ]
+    assert [event["name"] for event in communication] == [
+        *("combine call 0 backward", "dispatch call 1 backward"),
+        "combine",
+    ]
+    where = [{name: event["args"].get(name) for name in ("call", "chunk", "dense_op")} for event in compute[:3]]
+    assert where == [
+        {"call": 0, "chunk": 0, "dense_op": None},
+        {"call": 1, "chunk": None, "dense_op": None},
+        {"call": None, "chunk": None, "dense_op": 2},
+    ]
+    assert [event["args"]["call"] for event in communication] == [0, 1, 0]
 
 
 def test_a_step_that_was_written_twice_counts_as_written_last(tmp_path):
@@ -253,6 +291,7 @@ def refused(capsys, *words: object) -> str:
 
 
 GOOD = line(2, 0, span("MLP", "compute", 0.0, 0.001))
+OLDER = {"name": "MLP", "lane": "compute", "start_s": 0.0, "end_s": 0.001, "backward": False, "chunk": 1}
 
 
 def test_bad_requests(tmp_path, capsys):
@@ -299,6 +338,9 @@ def test_an_older_trace_is_kept(tmp_path, capsys):
         (json.dumps(line(2, 0, span("MLP", "compute", 2.0, 1.0))), "MLP lasts from 2.0 to 1.0 s"),
         (json.dumps(line(2, 0, span("MLP", "compute", 0.0, float("inf")))), "MLP lasts from 0.0 to inf s"),
         (json.dumps(line(2, 0, span("MLP", "compute", 0.0, 1.0) | {"start_s": None})), "line 2 is not as"),
+        (json.dumps(line(2, 0, span("MLP", "compute", 0.0, 1.0, call=True))), "True is no whole number"),
+        (json.dumps(line(2, 0, OLDER)), "an older version wrote it; draw it with the tools/trace.py of that version"),
+        (json.dumps(line(2, 0, {name: OLDER[name] for name in OLDER if name != "chunk"})), "'call' is missing"),
     ],
 )
 def test_malformed_lines(tmp_path, capsys, text, words):
