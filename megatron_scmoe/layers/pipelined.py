@@ -76,7 +76,8 @@ class PipelinedMoELayer(MoELayer):
         flights.run_experts(slot=self._call.num_slots)
         routed = flights.finish_combine()
         marker.now(ADD, self._call.landing)
-        output = routed if shared is None else routed + shared
+        # A tensor of its own in any case: what decode made has the mark of decode.
+        output = routed.view_as(routed) if shared is None else routed + shared
         marker.in_backward(BEGIN, output)
         marker.in_backward(ADD, output, self._call.landing)
         marker.now(END)
