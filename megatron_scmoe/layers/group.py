@@ -150,8 +150,8 @@ class GroupBlock(TransformerLayer):
                 outputs = [routed_weight * routed for routed in outputs]
                 late_weight = None if outputs else routed_weight
             outputs.append(shared)  # cg1's gate is inside Core's shared expert
-        if not outputs:
-            return Stream(stream.hidden)
+        if not outputs:  # a tensor of its own all the same: what attention made has the mark of attention
+            return Stream(stream.hidden.view_as(stream.hidden))
         total = _sum(outputs)
         if self.scmoe.shortcut_norms is Norms.UPSTREAM:
             total = self.shortcut_post_norm(total)

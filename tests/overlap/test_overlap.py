@@ -29,6 +29,7 @@ from megatron_scmoe.overlap.plan import (
     START_DISPATCH,
     Step,
     backward_order,
+    even_plan,
     forward_order,
 )
 
@@ -160,6 +161,19 @@ OPS = {
     "dgmoe": [ATTENTION, MLP, ATTENTION, ADD],
 }
 TAP = {"pos1": 2, "pos2": 1, "pos3": 0}
+SPANS = {
+    # two groups of two blocks, pos2: shortcut and landing -> shape
+    ("scmoe", 1): SpanShape(10, (RoutedCall(1, landing=6, late=True), RoutedCall(6, landing=9, group=1))),
+    ("dgmoe", 2): SpanShape(
+        8,
+        (
+            RoutedCall(1, landing=6, late=True),
+            RoutedCall(3, landing=6, late=True),
+            RoutedCall(5, landing=7, group=1),
+            RoutedCall(7, landing=7, group=1),
+        ),
+    ),
+}
 CHUNKED = [
     ("scmoe", "pos1", "1,3"),
     ("scmoe", "pos2", "1,1"),
@@ -218,6 +232,17 @@ def test_recorded_order_of_chunks_is_the_plans(shortcut, position, slots):
         shortcut=shortcut, position=(position,), num_groups=1, expert_slot=(slots,), chunks=slots.count(",") + 1
     )
     of_plan = OPS[shortcut], shape_of(shortcut, position), plan_of(shortcut, *map(int, slots.split(",")))
+    for forward, backward in ranks.run(recorded_order, 2, case, layout=EP[2]):
+        assert forward == forward_order(*of_plan)
+        assert backward == backward_order(*of_plan)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize(("shortcut", "landing"), SPANS)
+def test_recorded_order_of_a_span_is_the_plans(shortcut, landing, chunks):
+    case = Case(shortcut=shortcut, span=2, landing=landing, chunks=chunks)
+    shape = SPANS[shortcut, landing]
+    of_plan = OPS[shortcut] * 2, shape, even_plan(shape, chunks)
     for forward, backward in ranks.run(recorded_order, 2, case, layout=EP[2]):
         assert forward == forward_order(*of_plan)
         assert backward == backward_order(*of_plan)

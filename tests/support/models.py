@@ -33,6 +33,8 @@ class Case:
     moe_every: int = 2
     num_groups: int = 2
     share_groups: int = 1
+    span: int = 1
+    landing: int = 0
     overlap: str = "fixed"
     expert_slot: tuple[int | str, ...] = ()
     chunks: int = 1
@@ -126,6 +128,8 @@ def build(case: Case):
         shortcut_combine=Combine(case.combine),
         moe_every=case.moe_every,
         moe_share_groups=case.share_groups,
+        shortcut_span=case.span,
+        shortcut_landing=case.landing,
         overlap=Overlap(case.overlap),
         expert_slot=tuple(map(str, case.expert_slot)),
         overlap_chunks=case.chunks,
