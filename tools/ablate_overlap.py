@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import atomic
-from ablation.arms import Arm, all_arms, chosen_arms
+from ablation.arms import MODELS, Arm, all_arms, chosen_arms
 from command_line import exit_code, one_line, positive, stoppable, stopped_by
 from progress import in_words
 from studies.request import StudyParser
@@ -124,8 +124,9 @@ def check_request(parser: StudyParser, args: argparse.Namespace) -> list[Arm]:
         parser.error(f"--output {str(args.output)!a} cannot be written: {reason}; choose another folder")
     if args.hidden % 64:
         parser.error(f"--hidden {args.hidden} is no multiple of 64, the width of an attention head")
-    if args.layers % 2:
-        parser.error(f"--layers {args.layers} is odd; groups have two blocks")
+    span = max(2 * MODELS[arm.model].span for arm in arms)
+    if args.layers % span:
+        parser.error(f"--layers {args.layers} is no multiple of {span}: of the arms, some run that many blocks at once")
     ranks = int(os.environ.get("WORLD_SIZE", args.ranks))
     if ranks < 2 and "RANK" not in os.environ:
         parser.error("--ranks 1 has no link; give 2 or more")

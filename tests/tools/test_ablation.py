@@ -245,7 +245,7 @@ REFUSED = {
     "share nan": (["--comm-share", "nan"], "shares between 0 and 1"),
     "share word": (["--comm-share", "half"], "shares between 0 and 1"),
     "arm": (["--arms", "pos2,pos9"], "'pos9', which is no arm"),
-    "layers": (["--layers", "3"], "--layers 3 is odd"),
+    "layers": (["--layers", "3"], "--layers 3 is no multiple of 4"),
     "experts": (["--experts", "3"], "--experts 3 cannot be spread over 2 ranks"),
     "one expert": (["--ranks", "2", "--experts", "1"], "--experts 1 cannot be spread"),
     "one rank": (["--ranks", "1"], "--ranks 1 has no link"),

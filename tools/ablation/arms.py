@@ -25,6 +25,7 @@ class Model:
         moe_every: blocks in a group.
         pipelined: for shortcut none, our layer in the place of Megatron's.
         sent_rate: rows that travel over rows that are routed; below 1 LSH-MoE sends centroids.
+        span: groups that run together; in a span of several, routed outputs land one op into the next group.
     """
 
     shortcut: str = "none"
@@ -34,6 +35,7 @@ class Model:
     moe_every: int = 2
     pipelined: bool = False
     sent_rate: float = 1.0
+    span: int = 1
 
 
 MODELS = {
@@ -49,6 +51,10 @@ MODELS = {
     "pos2 top-2": Model("scmoe", "pos2", 2, True),
     "dgmoe": Model("dgmoe", "pos2", 2, False),
     "every-block pos1": Model("scmoe", "pos1", 1, True, moe_every=1),
+    "pos2 span 2": Model("scmoe", "pos2", 1, True, span=2),
+    "pos2 top-2 span 2": Model("scmoe", "pos2", 2, True, span=2),
+    "dgmoe span 2": Model("dgmoe", "pos2", 2, False, span=2),
+    "every-block pos1 span 2": Model("scmoe", "pos1", 1, True, moe_every=1, span=2),
     "top-2 lsh": Model(topk=2, pipelined=True, sent_rate=0.2),
     "pos2 lsh": Model("scmoe", "pos2", 1, True, sent_rate=0.2),
 }

@@ -110,6 +110,8 @@ def build(model: Model, sizes: Sizes) -> torch.nn.Module:
         shortcut_position=(Position(model.position),),
         shortcut_combine=Combine.ADD if model.shortcut == "scmoe" else Combine.CG1,
         moe_every=model.moe_every,
+        shortcut_span=model.span,
+        shortcut_landing=int(model.span > 1),
         **codec,
     )
     return ScMoEGPTModelBuilder(with_shortcut(ScMoEGPTModelConfig(**settings), scmoe)).build_model(groups)

@@ -62,6 +62,7 @@ ADAPTIVE, PIPELINED, RECORDED = (ONE_CHUNK, CHUNKS), ("top-2 2 chunks", "top-2 4
 PART, SPEEDUP, HIDDEN, RATIO, BYTES = Measure
 AT_60, FITTING = "1.43x and 1.66x (8 GPUs, SwinV2)", "0.70 to 1.0; 0.82 to 0.95"
 NOBODY = "nobody combines them"
+LATE = ("pos2", "pos2 top-2", "dgmoe", "every-block pos1")
 GOALS = (
     Goal("speed-up over top-2, as a part of the limit", PART, ADAPTIVE, 0.95, 0.95, shares=(0.15, 0.45, 0.6, 0.8, 0.9)),
     Goal("speed-up over top-2", SPEEDUP, ADAPTIVE, 1.40, 1.60, shares=(0.6,), published=AT_60),
@@ -106,5 +107,32 @@ GOALS = (
         (LSH, CHUNKS, BOTH),
         0.05,
     ),
+    *(
+        goal
+        for model in LATE
+        for goal in (
+            Goal(
+                f"spans of two groups, the first one landing one op late: speed-up over {model} without them",
+                SPEEDUP,
+                (f"{model} span 2 adaptive chunks",),
+                1.10,
+                1.10,
+                against=f"{model} adaptive chunks",
+                shares=(0.8,),
+            ),
+            *(
+                _faster(
+                    f"the same, speed-up over {model}",
+                    (f"{model} span 2 adaptive chunks",),
+                    share,
+                    against=f"{model} adaptive chunks",
+                )
+                for share in (0.6, 0.9)
+            ),
+            Goal(
+                "the same, part of its own limit", PART, (f"{model} span 2 adaptive chunks",), 0.95, 0.95, shares=(0.8,)
+            ),
+        )
+    ),
 )
-"""Issue 4, "Speed to reach", and of issue 5 what is about time and bytes."""
+"""What the speeds are judged by."""
