@@ -32,6 +32,8 @@ class Case:
     topk: int = 1
     moe_every: int = 2
     num_groups: int = 2
+    span: int = 1
+    landing: int = 0
     share_groups: int = 1
     span: int = 1
     landing: int = 0
@@ -40,6 +42,8 @@ class Case:
     chunks: int = 1
     dtype: torch.dtype = torch.float32
     recompute: str | None = None  # None, "full" or a module of selective recompute
+    recompute_method: str = "uniform"  # of full recompute, in units of that many blocks
+    recompute_blocks: int = 1
     codec: str = "none"
     hashes: int = 1
     width: int = 2
@@ -70,17 +74,25 @@ class Case:
             positions=positions,
             combine="add" if self.shortcut == "dgmoe" else self.combine,
             arch=self.shortcut,
+            span=self.span,
+            landing=self.landing,
+            share_groups=self.share_groups,
             swiglu=True,
             normalization="RMSNorm",
             rotary=True,
             zero_experts=self.zero_experts,
-            router_biases=tuple(map(self.router_bias, range(self.num_groups))) if self.router == "longcat" else (),
+            router_biases=self.router_biases() if self.router == "longcat" else (),
             routed_scaling=ROUTED_SCALING,
         )
 
     def router_bias(self, group: int) -> Tensor:
         """Of LongCat-Flash's router: about as large as the differences between scores."""
         return 0.3 * parameter(f"bias of group {group}", (4 + self.zero_experts,))
+
+    def router_biases(self) -> tuple[Tensor, ...]:
+        """For each group that of the router that serves it."""
+        owners = (group // self.share_groups * self.share_groups for group in range(self.num_groups))
+        return tuple(map(self.router_bias, owners))
 
     def replace(self, **changes: object) -> Case:
         return dataclasses.replace(self, **changes)
@@ -106,15 +118,6 @@ def reference_parameters(config: reference.ReferenceConfig) -> dict[str, Tensor]
     return {name: parameter(name, shape) for name, shape in shapes.items()}
 
 
-def share_parameters(parameters: dict[str, Tensor], config: reference.ReferenceConfig) -> dict[str, Tensor]:
-    """DGMoE-Share: every second group's MoE holds the very tensors of the group before it."""
-    shared = dict(parameters)
-    for group in range(1, config.num_groups, 2):
-        mine, theirs = (f"decoder.layers.{(g + 1) * config.moe_every - 1}.mlp." for g in (group, group - 1))
-        shared |= {name: parameters[name.replace(mine, theirs)] for name in parameters if name.startswith(mine)}
-    return shared
-
-
 def build(case: Case):
     """The model of ``case`` on this rank, with the parameters of ``parameter``."""
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -127,6 +130,8 @@ def build(case: Case):
         shortcut_position=tuple(Position(position) for position in case.position),
         shortcut_combine=Combine(case.combine),
         moe_every=case.moe_every,
+        shortcut_span=case.span,
+        shortcut_landing=case.landing,
         moe_share_groups=case.share_groups,
         shortcut_span=case.span,
         shortcut_landing=case.landing,
@@ -218,8 +223,8 @@ def transformer_config(case: Case):
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         recompute_granularity=None if case.recompute is None else "selective" if selective else "full",
-        recompute_method="uniform" if case.recompute == "full" else None,
-        recompute_num_layers=1 if case.recompute == "full" else None,
+        recompute_method=case.recompute_method if case.recompute == "full" else None,
+        recompute_num_layers=case.recompute_blocks if case.recompute == "full" else None,
         recompute_modules=[case.recompute] if selective else None,
     )
 

@@ -9,10 +9,16 @@ expert, and the wiring is spelled in the paper's tensors (ScMoE, arXiv 2404.0501
     H(l+1)    = H_MH(l+1) + combine(SE(current), sum_i G(source)_i E_i(source))  the MoE block
     current   = pre_mlp_norm_{l+1}(H_MH(l+1)),  source = the normed tensor at the shortcut position
 
+In a span of groups whose outputs land late (`landing` K above 0) the last line is two. A group ends without its routed
+part, which is added behind the K-th attention or MLP of the next group; the span's last group adds its own at its end:
+
+    A(l+1)    = H_MH(l+1) + c0 SE(current)        r = c1 sum_i G(source)_i E_i(source)
+    H_MH(l+2) = A(l+1) + Attn_{l+2}(input_norm_{l+2}(A(l+1))) + r                K = 1: complete from here on
+
 `params` is a flat dict named like the parameters of a single-rank Megatron-Core 0.19.2 GPTModel with the local spec.
 Shapes: s sequence, b batch, h hidden, e experts, v vocabulary, d head. Hidden states are [s, b, h], as in Megatron.
 A sum that Megatron takes in fp32 is taken in the dtype of the parameters if that is wider, so that float64
-parameters give a float64 truth. DGMoE-Share needs nothing of its own: let two groups' `.mlp.` names hold one tensor.
+parameters give a float64 truth. Where groups share an MoE, `.mlp.` parameters are those of the first of them.
 """
 
 import math
@@ -26,7 +32,7 @@ from torch import Tensor
 Params = dict[str, Tensor]
 Function = Callable[[Tensor], Tensor]
 
-POSITIONS = ("none", "pos1", "pos2", "pos3")
+POSITIONS = ("none", "pos1", "pos2", "pos3", "farskip")
 COMBINES = ("add", "cg1", "cg2")
 ROPE_BASE = 10000.0
 LSH_RANK = 8
@@ -34,7 +40,7 @@ LSH_RANK = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """Sizes and choices of one model; the words are those of design.md section 1."""
+    """Sizes and choices of one model; the words are those of docs/architecture.md."""
 
     num_layers: int
     hidden_size: int
@@ -48,6 +54,9 @@ class ReferenceConfig:
     positions: tuple[str, ...]
     combine: str = "add"
     arch: str = "scmoe"
+    span: int = 1
+    landing: int = 0
+    share_groups: int = 1
     pre_softmax: bool = True
     swiglu: bool = False
     normalization: str = "LayerNorm"
@@ -73,6 +82,12 @@ class ReferenceConfig:
             "one position per group": len(self.positions) == self.num_groups,
             f"positions are of {POSITIONS}": set(self.positions) <= set(POSITIONS),
             "pos2 and pos3 need moe_every >= 2": self.moe_every >= 2 or not {"pos2", "pos3"} & set(self.positions),
+            "spans are whole": self.num_groups % self.span == 0,
+            "landing is behind a sub-layer of the next group": 0 <= self.landing < 2 * self.moe_every,
+            "only a span has a next group": self.span > 1 or self.landing == 0,
+            "farskip is scmoe in every block, and lands behind attention": "farskip" not in self.positions
+            or (self.moe_every == 1 and self.arch == "scmoe" and (self.span == 1 or self.landing == 1)),
+            "an MoE serves whole groups": self.num_groups % self.share_groups == 0,
             f"combine is of {COMBINES}": self.combine in COMBINES,
             "cg1 and cg2 weigh a shared expert": self.combine == "add" or self.shared_ffn_hidden_size is not None,
             "1 <= topk <= num_experts": 1 <= self.topk <= self.num_experts + self.zero_experts,
@@ -97,6 +112,14 @@ class ReferenceConfig:
         """Groups of `moe_every` consecutive blocks."""
         return self.num_layers // self.moe_every
 
+    def moe_block(self, group: int) -> str:
+        """Prefix of the parameters of the group's last block."""
+        return f"decoder.layers.{(group + 1) * self.moe_every - 1}."
+
+    def moe(self, group: int) -> str:
+        """Prefix of the parameters of the MoE that serves the group: that of the first group that shares it."""
+        return self.moe_block(group // self.share_groups * self.share_groups) + "mlp."
+
     @property
     def query_groups(self) -> int:
         """Heads of keys and values; grouped-query attention shares each among several query heads."""
@@ -108,7 +131,7 @@ class ReferenceConfig:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
 
-# The wiring: which tensor goes where (ScMoE, arXiv 2404.05019; design.md section 2).
+# The wiring: which tensor goes where (ScMoE, arXiv 2404.05019; FarSkip-Collective, arXiv 2511.11505).
 
 
 @dataclass(frozen=True)
@@ -121,19 +144,48 @@ class Block:
     mlp: Function | None
 
 
-def wire_group(
-    hidden: Tensor, blocks: Sequence[Block], moe: Callable[[Tensor, Tensor], Tensor], position: str
-) -> Tensor:
-    """Run one group; `moe(source, current)` is what its last block, the MoE block, adds to H_MH."""
+@dataclass(frozen=True)
+class Group:
+    """`moe(source, current)` is what the last block, the MoE block, adds to H_MH: shared part and routed part."""
+
+    blocks: Sequence[Block]
+    moe: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    position: str
+
+
+def wire_span(hidden: Tensor, groups: Sequence[Group], landing: int) -> Tensor:
+    """Run neighbouring groups; with a `landing` the routed part of each but the last is added in the next one."""
+    late = None
+    for group in groups:
+        if group.position == "farskip":
+            hidden, routed = wire_farskip(hidden, group, late)
+        else:
+            hidden, routed = wire_group(hidden, group, late, landing)
+        late = routed if landing and group is not groups[-1] else None
+        if late is None:
+            hidden = hidden + routed
+    return hidden
+
+
+def wire_group(hidden: Tensor, group: Group, late: Tensor | None, landing: int) -> tuple[Tensor, Tensor]:
+    """Run one group: its output without its routed part, and that.
+
+    `late`, the routed part of the group before, is added behind the `landing`-th attention or MLP.
+    """
+
+    def landed(hidden: Tensor, sublayer: int) -> Tensor:
+        return hidden if late is None or sublayer != landing else hidden + late
+
     entering = []  # H(i-1), the input of block i
     after_attention = []  # H_MH(i)
-    for block in blocks:
+    for number, block in enumerate(group.blocks):
         entering.append(hidden)
-        hidden = hidden + block.attention(block.input_norm(hidden))
+        hidden = landed(hidden + block.attention(block.input_norm(hidden)), 2 * number + 1)
         after_attention.append(hidden)
         if block.mlp is not None:
-            hidden = hidden + block.mlp(block.pre_mlp_norm(hidden))
+            hidden = landed(hidden + block.mlp(block.pre_mlp_norm(hidden)), 2 * number + 2)
 
+    blocks, position = group.blocks, group.position
     current = blocks[-1].pre_mlp_norm(after_attention[-1])
     if position == "none":  # the stock layer
         source = current
@@ -145,7 +197,20 @@ def wire_group(
         source = blocks[-2].input_norm(entering[-2])
     else:
         raise ValueError(f"position is of {POSITIONS}: {position!r}")
-    return hidden + moe(source, current)
+    shared, routed = group.moe(source, current)
+    return hidden + shared, routed
+
+
+def wire_farskip(without_late: Tensor, group: Group, late: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One block of FarSkip-Collective: attention reads A, the residual without `late`, and the whole MoE reads R.
+
+    R = A + late;  A' = R + Attn(input_norm(A)) + SE(n);  r' = sum_i G(n)_i E_i(n),  n = pre_mlp_norm(R).
+    """
+    (block,) = group.blocks
+    whole = without_late if late is None else without_late + late
+    normed = block.pre_mlp_norm(whole)
+    shared, routed = group.moe(normed, normed)
+    return whole + block.attention(block.input_norm(without_late)) + shared, routed
 
 
 # Gating: which experts a token uses, with which weight. One token at a time, logits [e].
@@ -191,18 +256,18 @@ def route_twice(previous_logits: Tensor, current_logits: Tensor) -> tuple[tuple[
     return previous, current
 
 
-def combine_outputs(shared: Tensor, routed: Tensor, gate_logits: Tensor | None, combine: str) -> Tensor:
-    """Sum of the shared and the routed output; `gate_logits` are those of the input of the shared expert.
+def combine_outputs(shared: Tensor, routed: Tensor, gate_logits: Tensor | None, combine: str) -> tuple[Tensor, Tensor]:
+    """Shared and routed output as they are summed; `gate_logits` are those of the input of the shared expert.
 
     add: SE + routed. cg1: sigmoid(w.x) * SE + routed, one logit. cg2: c0 * SE + c1 * routed, c = softmax(W.x).
     """
     if combine == "add":
-        return shared + routed
+        return shared, routed
     assert gate_logits is not None
     if combine == "cg1":
-        return torch.sigmoid(gate_logits) * shared + routed
+        return torch.sigmoid(gate_logits) * shared, routed
     weights = softmax(gate_logits)
-    return weights[..., 0:1] * shared + weights[..., 1:2] * routed
+    return weights[..., 0:1] * shared, weights[..., 1:2] * routed
 
 
 def _ranking(logits: Tensor) -> list[int]:
@@ -300,16 +365,16 @@ def bucket(token: Tensor, columns: Sequence[Tensor]) -> tuple[tuple[int, bool], 
 
 
 def all_experts_output(
-    params: Params, prefix: str, choices: list[Choices], tokens: list[Tensor], cfg: ReferenceConfig
+    params: Params, group: int, choices: list[Choices], tokens: list[Tensor], cfg: ReferenceConfig
 ) -> list[Tensor]:
     """`experts_output` of every token; under LSH-MoE (arXiv 2411.08446) sum_i G_i (E_i(c) + x - c).
 
     c is the mean of the tokens x that chose the expert and answer all hash functions alike. The tokens are those of one
     rank: clusters never reach over ranks. Compensation none leaves x - c out, lowrank maps it: A_i B_i (x - c).
     """
+    prefix = cfg.moe(group)
     if not cfg.lsh_columns:
         return [experts_output(params, prefix, *routed, cfg) for routed in zip(choices, tokens, strict=True)]
-    group = int(prefix.split(".")[2]) // cfg.moe_every
     columns = cfg.lsh_columns[group]
     homes = {
         (number, expert): (expert, bucket(token, columns))
@@ -331,7 +396,7 @@ def all_experts_output(
             result = feed_forward(params, f"{prefix}experts.local_experts.{expert}.", centroid, cfg)
             residual = token - centroid
             if cfg.lsh_compensation == "lowrank":
-                down, up = (params[prefix.removesuffix("mlp.") + f"residual_map.{part}"] for part in ("down", "up"))
+                down, up = (params[cfg.moe_block(group) + f"residual_map.{part}"] for part in ("down", "up"))
                 residual = residual @ down[expert] @ up[expert]
             output = output + weight * (result if cfg.lsh_compensation == "none" else result + residual)
         outputs.append(output)
@@ -363,39 +428,41 @@ def with_nearest_means(homes: Homes, tokens: list[Tensor]) -> Homes:
     return found
 
 
-def moe_output(params: Params, prefix: str, source: Tensor, current: Tensor, cfg: ReferenceConfig) -> Tensor:
-    """What the MoE block adds to H_MH; no capacity, no auxiliary loss, no dropout.
+def moe_outputs(
+    params: Params, group: int, source: Tensor, current: Tensor, cfg: ReferenceConfig
+) -> tuple[Tensor, Tensor]:
+    """What the MoE block adds to H_MH, shared and routed part; no capacity, no auxiliary loss, no dropout.
 
     ScMoE: combine(SE(current), routed(source)). DGMoE: top-1 of `source` plus top-1 of `current`, one set of experts.
     """
-    router = params[prefix + "router.weight"].to(current.dtype).T  # Megatron keeps it in fp32 whatever the rest is
+    router = params[cfg.moe(group) + "router.weight"].to(current.dtype).T  # Megatron's is in fp32 whatever the rest is
     sources, currents = list(source.flatten(0, 1)), list(current.flatten(0, 1))
     if cfg.arch == "dgmoe":
         pairs = [route_twice(x @ router, y @ router) for x, y in zip(sources, currents, strict=True)]
-        previous = all_experts_output(params, prefix, [[one] for one, _ in pairs], sources, cfg)
-        routed = all_experts_output(params, prefix, [[other] for _, other in pairs], currents, cfg)
+        previous = all_experts_output(params, group, [[one] for one, _ in pairs], sources, cfg)
+        routed = all_experts_output(params, group, [[other] for _, other in pairs], currents, cfg)
         routed = [one + other for one, other in zip(previous, routed, strict=True)]
     else:
         if cfg.router_biases:
-            bias = cfg.router_biases[int(prefix.split(".")[2]) // cfg.moe_every]
+            bias = cfg.router_biases[group]
             choices = [route_longcat(token @ router, bias, cfg.topk, cfg.routed_scaling) for token in sources]
         else:
             choices = [route(token @ router, cfg.topk, pre_softmax=cfg.pre_softmax) for token in sources]
-        routed = all_experts_output(params, prefix, choices, sources, cfg)
+        routed = all_experts_output(params, group, choices, sources, cfg)
     routed_output = torch.stack(routed).view_as(current)
     if cfg.shared_ffn_hidden_size is None:
-        return routed_output
-    shared = feed_forward(params, prefix + "shared_experts.", current, cfg)
-    gate_name = combine_gate_name(prefix, cfg)
+        return torch.zeros_like(routed_output), routed_output
+    shared = feed_forward(params, cfg.moe(group) + "shared_experts.", current, cfg)
+    gate_name = combine_gate_name(group, cfg)
     gate_logits = None if gate_name is None else current @ params[gate_name].T
     return combine_outputs(shared, routed_output, gate_logits, cfg.combine)
 
 
-def combine_gate_name(mlp_prefix: str, cfg: ReferenceConfig) -> str | None:
+def combine_gate_name(group: int, cfg: ReferenceConfig) -> str | None:
     """cg1 is Megatron's own shared-expert gate; cg2's two rows belong to the MoE block itself; `add` has no gate."""
     names = {
-        "cg1": mlp_prefix + "shared_experts.gate_weight",
-        "cg2": mlp_prefix.removesuffix("mlp.") + "combine_gate.weight",
+        "cg1": cfg.moe(group) + "shared_experts.gate_weight",
+        "cg2": cfg.moe_block(group) + "combine_gate.weight",
     }
     return names.get(cfg.combine)
 
@@ -403,28 +470,30 @@ def combine_gate_name(mlp_prefix: str, cfg: ReferenceConfig) -> str | None:
 # The model
 
 
-def group_forward(
-    params: Params, hidden: Tensor, cfg: ReferenceConfig, group_index: int, *, prefix: str = "decoder.layers."
-) -> Tensor:
-    """Blocks [group_index * moe_every, ...) of the model: hidden [s, b, h] -> [s, b, h]."""
-    first_block = group_index * cfg.moe_every
-    moe_block = first_block + cfg.moe_every - 1
+def group_of(params: Params, cfg: ReferenceConfig, group: int) -> Group:
+    """Blocks [group * moe_every, ...) of the model."""
+    last = (group + 1) * cfg.moe_every - 1
 
     def block(index: int) -> Block:
-        name = f"{prefix}{index}."
+        name = f"decoder.layers.{index}."
         return Block(
             input_norm=lambda x: norm(params, name + "input_layernorm.", x, cfg),
             attention=lambda x: attention(params, name + "self_attention.", x, cfg),
             pre_mlp_norm=lambda x: norm(params, name + "pre_mlp_layernorm.", x, cfg),
-            mlp=None if index == moe_block else lambda x: feed_forward(params, name + "mlp.", x, cfg),
+            mlp=None if index == last else lambda x: feed_forward(params, name + "mlp.", x, cfg),
         )
 
-    return wire_group(
-        hidden,
-        [block(index) for index in range(first_block, moe_block + 1)],
-        lambda source, current: moe_output(params, f"{prefix}{moe_block}.mlp.", source, current, cfg),
-        cfg.positions[group_index],
+    return Group(
+        [block(index) for index in range(group * cfg.moe_every, last + 1)],
+        lambda source, current: moe_outputs(params, group, source, current, cfg),
+        cfg.positions[group],
     )
+
+
+def span_forward(params: Params, hidden: Tensor, cfg: ReferenceConfig, first_group: int) -> Tensor:
+    """The span that begins with group `first_group`: hidden [s, b, h] -> [s, b, h]."""
+    groups = [group_of(params, cfg, group) for group in range(first_group, first_group + cfg.span)]
+    return wire_span(hidden, groups, cfg.landing)
 
 
 def model_loss(params: Params, tokens: Tensor, labels: Tensor, cfg: ReferenceConfig) -> tuple[Tensor, Tensor]:
@@ -435,8 +504,8 @@ def model_loss(params: Params, tokens: Tensor, labels: Tensor, cfg: ReferenceCon
     if not cfg.rotary:
         hidden = hidden + params["embedding.position_embeddings.weight"][: tokens.shape[1]]
     hidden = hidden.transpose(0, 1)
-    for group_index in range(cfg.num_groups):
-        hidden = group_forward(params, hidden, cfg, group_index)
+    for first_group in range(0, cfg.num_groups, cfg.span):
+        hidden = span_forward(params, hidden, cfg, first_group)
     hidden = norm(params, "decoder.final_layernorm.", hidden, cfg)
     logits = (hidden @ (params["output_layer.weight"] if cfg.untied_embeddings else embedding).T).transpose(0, 1)
     wide = logits.to(_wide(logits.dtype))
@@ -480,17 +549,19 @@ def _block_shapes(cfg: ReferenceConfig, index: int) -> dict[str, tuple[int, ...]
     shapes[name + "self_attention.linear_proj.weight"] = (h, attention_size)
     shapes[name + "self_attention.linear_qkv.weight"] = (attention_size + 2 * cfg.query_groups * cfg.head_size, h)
     shapes |= _norm_shapes(name + "pre_mlp_layernorm.", cfg)
-    if (index + 1) % cfg.moe_every != 0:
+    group, block_in_group = divmod(index, cfg.moe_every)
+    if block_in_group < cfg.moe_every - 1:
         return shapes | _feed_forward_shapes(mlp, cfg.ffn_hidden_size, cfg)
-    shapes[mlp + "router.weight"] = (cfg.num_experts + cfg.zero_experts, h)
-    for expert in range(cfg.num_experts):
-        shapes |= _feed_forward_shapes(f"{mlp}experts.local_experts.{expert}.", cfg.moe_ffn_hidden_size, cfg)
-    if cfg.shared_ffn_hidden_size is not None:
-        shapes |= _feed_forward_shapes(mlp + "shared_experts.", cfg.shared_ffn_hidden_size, cfg)
+    if mlp == cfg.moe(group):
+        shapes[mlp + "router.weight"] = (cfg.num_experts + cfg.zero_experts, h)
+        for expert in range(cfg.num_experts):
+            shapes |= _feed_forward_shapes(f"{mlp}experts.local_experts.{expert}.", cfg.moe_ffn_hidden_size, cfg)
+        if cfg.shared_ffn_hidden_size is not None:
+            shapes |= _feed_forward_shapes(mlp + "shared_experts.", cfg.shared_ffn_hidden_size, cfg)
     if cfg.lsh_columns and cfg.lsh_compensation == "lowrank":
         shapes[name + "residual_map.down"] = (cfg.num_experts, h, LSH_RANK)
         shapes[name + "residual_map.up"] = (cfg.num_experts, LSH_RANK, h)
-    gate_name = combine_gate_name(mlp, cfg)
+    gate_name = combine_gate_name(group, cfg)
     if gate_name is not None:
         shapes[gate_name] = (1 if cfg.combine == "cg1" else 2, h)
     return shapes

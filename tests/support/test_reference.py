@@ -10,19 +10,20 @@ import torch
 import torch.nn.functional as F
 from reference import (
     Block,
+    Group,
     Params,
     ReferenceConfig,
     combine_outputs,
     feed_forward,
-    group_forward,
     loss_and_gradients,
     model_loss,
-    moe_output,
+    moe_outputs,
     norm,
     parameter_shapes,
     route,
     route_twice,
-    wire_group,
+    span_forward,
+    wire_span,
 )
 from torch import Tensor
 
@@ -189,6 +190,12 @@ def test_other_formulas_are_not_the_stock_model(single_rank: None) -> None:
         assert relative_error(loss, stock_loss) > CHANGED, change
 
 
+def moe_output(params: Params, source: Tensor, current: Tensor, cfg: ReferenceConfig) -> Tensor:
+    """All that the MoE of the first group adds."""
+    shared, routed = moe_outputs(params, 0, source, current, cfg)
+    return shared + routed
+
+
 # Wiring and gating worked by hand
 
 
@@ -229,14 +236,75 @@ def test_wiring_by_hand(num_blocks: int, position: str, source: int, current: in
     """The experts read `source`, the shared expert `current`, and their sum lands on H_MH of the MoE block."""
     read = []
 
-    def feed_forward_7(source: Tensor, current: Tensor) -> Tensor:
+    def feed_forward_7(source: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
         read.append((source.item(), current.item()))
-        return torch.tensor(7)
+        return torch.tensor(0), torch.tensor(7)
 
     blocks = [numbered_block(index, is_moe=index == num_blocks - 1) for index in range(num_blocks)]
-    output = wire_group(torch.tensor(1), blocks, feed_forward_7, position)
+    output = wire_span(torch.tensor(1), [Group(blocks, feed_forward_7, position)], landing=0)
     assert read == [(source, current)]
     assert output.item() == 2 * num_blocks + 7
+
+
+def counting_groups(reads: list[int], positions: list[str], num_blocks: int = 2) -> list[Group]:
+    """Groups whose n-th part adds a one at the n-th digit, and the routed part a 5 at the shared expert's.
+
+    So a number says what it is the sum of; what each part reads is noted in ``reads``, in the order of the sums.
+    """
+    digits = iter(10**n for n in range(100))
+
+    def part(digit: int):
+        def run(hidden: Tensor) -> Tensor:
+            reads.append(hidden.item())
+            return torch.tensor(digit)
+
+        return run
+
+    def moe(digit: int):
+        def run(source: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
+            reads.extend((source.item(), current.item()))
+            return torch.tensor(digit), torch.tensor(5 * digit)
+
+        return run
+
+    def block(*, is_moe: bool) -> Block:
+        same = lambda x: x  # noqa: E731
+        return Block(same, part(next(digits)), same, None if is_moe else part(next(digits)))
+
+    return [
+        Group([block(is_moe=n == num_blocks - 1) for n in range(num_blocks)], moe(next(digits)), position)
+        for position in positions
+    ]
+
+
+SPANS = {
+    # position, landing -> what attention, MLP, attention, routed and shared experts of the second group read
+    ("pos2", 0): (6_111, 16_111, 116_111, 16_111, 1_116_111),
+    ("pos2", 1): (1_111, 16_111, 116_111, 16_111, 1_116_111),
+    ("pos2", 2): (1_111, 11_111, 116_111, 11_111, 1_116_111),
+    ("pos2", 3): (1_111, 11_111, 111_111, 11_111, 1_116_111),
+    ("pos1", 1): (1_111, 16_111, 116_111, 116_111, 1_116_111),
+    ("pos1", 3): (1_111, 11_111, 111_111, 111_111, 1_116_111),
+    ("pos3", 1): (1_111, 16_111, 116_111, 1_111, 1_116_111),
+}
+
+
+@pytest.mark.parametrize(("position", "landing"), SPANS)
+def test_span_by_hand(position: str, landing: int) -> None:
+    """The routed 5 of the first group is missing where the second reads before the landing, and nowhere else."""
+    reads: list[int] = []
+    groups = counting_groups(reads, [position] * 2)
+    assert wire_span(torch.tensor(0), groups, landing).item() == 61_116_111
+    assert tuple(reads[5:]) == SPANS[position, landing]
+
+
+def test_farskip_by_hand() -> None:
+    """Attention reads without the routed 5 of the block before, the MoE with it and without this block's attention."""
+    reads: list[int] = []
+    assert (
+        wire_span(torch.tensor(0), counting_groups(reads, ["farskip"] * 3, num_blocks=1), landing=1).item() == 616_161
+    )
+    assert reads == [0, 0, 0, 61, 61, 11, 6_161, 6_161, 1_161]  # routed and shared experts, attention
 
 
 def shares(*numbers: float) -> Tensor:
@@ -264,10 +332,10 @@ def test_route_twice_by_hand() -> None:
 
 def test_combine_by_hand() -> None:
     """SE = 8, routed = 100; a logit of 0 halves, logits of (ln 3, 0) weigh 3/4 and 1/4."""
-    shared, routed = torch.tensor([8.0]), torch.tensor([100.0])
-    assert combine_outputs(shared, routed, None, "add").item() == 108
-    assert combine_outputs(shared, routed, torch.tensor([0.0]), "cg1").item() == 104
-    assert combine_outputs(shared, routed, torch.tensor([math.log(3.0), 0.0]), "cg2").item() == pytest.approx(31)
+    outputs = torch.tensor([8.0]), torch.tensor([100.0])
+    assert combine_outputs(*outputs, None, "add") == (8, 100)
+    assert combine_outputs(*outputs, torch.tensor([0.0]), "cg1") == (4, 100)
+    assert combine_outputs(*outputs, torch.tensor([math.log(3.0), 0.0]), "cg2") == (pytest.approx(6), pytest.approx(25))
 
 
 def test_one_expert_is_a_dense_layer() -> None:
@@ -275,18 +343,16 @@ def test_one_expert_is_a_dense_layer() -> None:
     cfg = replace(STOCK, num_experts=1, shared_ffn_hidden_size=None, combine="add")
     params = random_params(cfg, torch.float64)
     hidden = torch.randn(3, 2, cfg.hidden_size, dtype=torch.float64)
-    prefix = "decoder.layers.1.mlp."
-    dense = feed_forward(params, prefix + "experts.local_experts.0.", hidden, cfg)
-    torch.testing.assert_close(moe_output(params, prefix, hidden, hidden, cfg), dense, rtol=1e-12, atol=1e-12)
+    dense = feed_forward(params, "decoder.layers.1.mlp.experts.local_experts.0.", hidden, cfg)
+    torch.testing.assert_close(moe_output(params, hidden, hidden, cfg), dense, rtol=1e-12, atol=1e-12)
 
 
 def test_dgmoe_on_twice_the_same_token_is_top2() -> None:
     """If both gates see one tensor they choose its first and second expert: pre-softmax top-2."""
     params = random_params(DGMOE, torch.float64)
     hidden = torch.randn(3, 2, DGMOE.hidden_size, dtype=torch.float64)
-    prefix = "decoder.layers.1.mlp."
-    double = moe_output(params, prefix, hidden, hidden, DGMOE)
-    top2 = moe_output(params, prefix, hidden, hidden, replace(DGMOE, arch="scmoe", topk=2))
+    double = moe_output(params, hidden, hidden, DGMOE)
+    top2 = moe_output(params, hidden, hidden, replace(DGMOE, arch="scmoe", topk=2))
     torch.testing.assert_close(double, top2, rtol=1e-12, atol=1e-12)
 
 
@@ -302,6 +368,20 @@ def test_dgmoe_share_by_holding_one_tensor() -> None:
     torch.testing.assert_close(together[first], together[second])
 
 
+@pytest.mark.parametrize("cfg", [DGMOE, replace(BASE, combine="cg2")], ids=["dgmoe", "scmoe"])
+def test_share_groups_is_holding_one_tensor(cfg: ReferenceConfig) -> None:
+    """Router, experts and shared expert are the first group's; norms and the gate of cg2 stay each group's own."""
+    params = random_params(cfg, torch.float64)
+    alike = {n: params[n.replace("layers.3.", "layers.1.")] if "layers.3.mlp." in n else params[n] for n in params}
+    sharing = replace(cfg, share_groups=2)
+    once = {name: params[name] for name in random_params(sharing)}
+    assert params.keys() - once.keys() == {name for name in params if "layers.3.mlp." in name}
+    loss, gradients = loss_and_gradients(alike, *random_batch(), cfg)
+    shared_loss, shared_gradients = loss_and_gradients(once, *random_batch(), sharing)
+    torch.testing.assert_close(shared_loss, loss, rtol=0, atol=0)
+    torch.testing.assert_close(shared_gradients, {name: gradients[name] for name in once}, rtol=1e-12, atol=1e-12)
+
+
 # Every architecture: dtype, true gradients, and what must make a difference
 
 ARCHITECTURES = {
@@ -309,6 +389,9 @@ ARCHITECTURES = {
     "scmoe2_pos1_then_pos3_cg2": replace(BASE, topk=2, positions=("pos1", "pos3"), combine="cg2"),
     "scmoe_moe_every_1_add": replace(BASE, moe_every=1, positions=("pos1",) * 4, combine="add"),
     "dgmoe_pos2": DGMOE,
+    "span_lands_late_cg2": replace(BASE, span=2, landing=1, combine="cg2"),
+    "dgmoe_span_shares": replace(DGMOE, span=2, landing=2, share_groups=2),
+    "farskip": replace(BASE, topk=2, moe_every=1, positions=("farskip",) * 4, span=4, landing=1),
 }  # fmt: skip
 
 
@@ -361,22 +444,21 @@ def test_each_position_and_gate_matters() -> None:
 def test_dgmoe_collisions_happen_and_matter() -> None:
     """The random model has tokens whose two first choices coincide, so the second-choice rule is exercised."""
     params = random_params(DGMOE, torch.float64)
-    prefix = "decoder.layers.1.mlp."
     torch.manual_seed(5)
     source, current = torch.randn(2, 64, 1, DGMOE.hidden_size, dtype=torch.float64)
-    router = params[prefix + "router.weight"].T
+    router = params["decoder.layers.1.mlp.router.weight"].T
     collides = (source @ router).argmax(-1) == (current @ router).argmax(-1)
     assert 0 < collides.sum() < collides.numel()
     top1 = replace(DGMOE, arch="scmoe")
-    both = moe_output(params, prefix, source, current, DGMOE)
-    naive = moe_output(params, prefix, source, source, top1) + moe_output(params, prefix, current, current, top1)
+    both = moe_output(params, source, current, DGMOE)
+    naive = moe_output(params, source, source, top1) + moe_output(params, current, current, top1)
     moved = (both - naive).abs().amax(dim=-1)
     assert torch.equal(moved > 1e-12, collides)
     assert moved.max() > CHANGED
 
 
 @pytest.mark.parametrize("combine", ["add", "cg1", "cg2"])
-def test_group_forward_is_the_formula_of_pos2(combine: str) -> None:
+def test_span_forward_is_the_formula_of_pos2(combine: str) -> None:
     """Design section 2 once more for one group; with top-k of all experts the routed part is a dense sum.
 
     With a projection of zero attention adds nothing: H_MH(l) is the group's input, and H_MH(l+1) is H(l).
@@ -400,7 +482,7 @@ def test_group_forward_is_the_formula_of_pos2(combine: str) -> None:
         exps = torch.exp(current @ params[moe.removesuffix("mlp.") + "combine_gate.weight"].T)
         shared, routed = (part * exps[..., [i]] / exps.sum(-1, keepdim=True) for i, part in enumerate((shared, routed)))
     expected = after_mlp + shared + routed
-    torch.testing.assert_close(group_forward(params, hidden, cfg, 0), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(span_forward(params, hidden, cfg, 0), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -412,6 +494,11 @@ def test_group_forward_is_the_formula_of_pos2(combine: str) -> None:
         ({"shared_ffn_hidden_size": None}, "cg1 and cg2 weigh a shared expert"),
         ({"pre_softmax": False}, "top-1 needs pre_softmax"),
         ({"arch": "dgmoe"}, "dgmoe has no shared expert"),
+        ({"span": 3}, "spans are whole"),
+        ({"span": 2, "landing": 4}, "landing is behind a sub-layer"),
+        ({"landing": 1}, "only a span has a next group"),
+        ({"positions": ("farskip",) * 2}, "farskip is scmoe in every block"),
+        ({"share_groups": 3}, "an MoE serves whole groups"),
     ],
 )
 def test_config_refuses(change: dict[str, Any], rule: str) -> None:
