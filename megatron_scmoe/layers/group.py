@@ -128,8 +128,8 @@ class GroupBlock(TransformerLayer):
         output = _sum(routed)
         if stream.late_weight is not None:
             output = stream.late_weight * output
-        hidden = blocks.add_mlp_output(self, stream.hidden, (output, None))
-        entry = None if stream.entry is None else blocks.add_mlp_output(self, stream.entry, (output, None))
+        entry = None if stream.entry is None else stream.entry + output
+        hidden = blocks.add_mlp_output(self, stream.hidden, (output, None))  # in evaluation it overwrites the output
         return stream._replace(hidden=hidden, entry=entry, late_weight=None)
 
     @property
@@ -150,7 +150,7 @@ class GroupBlock(TransformerLayer):
                 outputs = [routed_weight * routed for routed in outputs]
                 late_weight = None if outputs else routed_weight
             outputs.append(shared)  # cg1's gate is inside Core's shared expert
-        if not outputs:  # a tensor of its own all the same: what attention made has the mark of attention
+        if not outputs:  # all of it lands late; a tensor of its own, whose gradient marks this op and no other
             return Stream(stream.hidden.view_as(stream.hidden))
         total = _sum(outputs)
         if self.scmoe.shortcut_norms is Norms.UPSTREAM:
