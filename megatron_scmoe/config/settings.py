@@ -28,10 +28,11 @@ class ResumeConfig:
 
     shortcut_resume: Resume = Resume.SAME
     """Checkpoints to continue from. same: refuse one that was trained with other values of --shortcut,
-    --shortcut-position, --shortcut-combine, --moe-every, --moe-share-groups, --router, --zero-experts,
-    --latent-scaling, --a2a-codec, --lsh-compensation or --lsh-rank. changed: load it all the same, optimizer
-    included (with Transformer Engine where --dist-ckpt-optim-fully-reshardable saved it), and say so: this is how a
-    stock shared-expert checkpoint becomes ScMoE, or the other way round."""
+    --shortcut-position, --shortcut-combine, --shortcut-norms, --moe-every, --shortcut-span, --shortcut-landing,
+    --moe-share-groups, --router, --zero-experts, --latent-scaling, --a2a-codec, --lsh-compensation or --lsh-rank.
+    changed: load it all the same, optimizer included (with Transformer Engine where
+    --dist-ckpt-optim-fully-reshardable saved it), and say so: this is how a stock shared-expert checkpoint becomes
+    ScMoE, or the other way round."""
 
 
 SUBJECTS = {

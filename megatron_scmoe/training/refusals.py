@@ -16,6 +16,7 @@ from megatron_scmoe.config import (
     Compensation,
     ConfigError,
     LatentScaling,
+    Position,
     Refinement,
     Router,
     ScMoEConfig,
@@ -112,6 +113,7 @@ def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
             f"{scmoe.shortcut_combine}; use --shortcut-combine cg1 or drop --moe-shared-expert-gate"
         )
     _check_recomputed_blocks(args, scmoe)
+    _check_dropout(args, scmoe)
     _check_router(args)
     if scmoe.router is Router.LONGCAT:
         _check_longcat_router(args)
@@ -128,6 +130,14 @@ def _check_recomputed_blocks(args: Namespace, scmoe: ScMoEConfig) -> None:
             "a group, or span of groups, is recomputed as a whole, with its last block: --recompute-method is block, "
             f"--recompute-num-layers is {blocks}, --moe-every is {scmoe.moe_every} and --shortcut-span is "
             f"{scmoe.shortcut_span}; use --recompute-num-layers {blocks // unit * unit + unit}"
+        )
+
+
+def _check_dropout(args: Namespace, scmoe: ScMoEConfig) -> None:
+    if Position.FARSKIP in scmoe.shortcut_position and scmoe.shortcut_landing and args.hidden_dropout:
+        raise ConfigError(
+            "farskip adds a routed output to two tensors, of which dropout would drop different parts: "
+            f"--shortcut-position has farskip and --hidden-dropout is {args.hidden_dropout}; add --hidden-dropout 0"
         )
 
 

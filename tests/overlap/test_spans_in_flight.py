@@ -6,9 +6,13 @@ import models
 import pytest
 import ranks
 import torch
+import training
 from cases import cases
 from models import Case
 from test_overlap import EP, assert_bit_equal, assert_close, run
+from test_report import read
+from training import SCMOE as FLAGS
+from training import with_flags
 
 from megatron_scmoe.contracts import Plan
 from megatron_scmoe.overlap.plan import OF_A_CALL, Step, backward_order, forward_order
@@ -114,3 +118,35 @@ def test_recorded_order_of_a_span_is_the_plans(name):
         assert backward == backward_order(names, shape, plan)
         another = Plan(tuple((1,) * plan.chunks for _ in plan.slots))
         assert (forward == forward_order(names, shape, another)) == (plan == another)  # negative control
+
+
+# --- found by measuring ------------------------------------------------------------------------------------------
+
+
+def test_adaptive_finds_a_plan_for_a_span_and_reports_it(tmp_path):
+    """The numbers are those of off, bit for bit; the report has a row for each span."""
+    flags = with_flags(FLAGS, "--shortcut-span 2", "--shortcut-landing 1", "--num-layers 8", "--train-iters 16")
+    flags = with_flags(flags, "--expert-model-parallel-size 2")
+    printed = {}
+    for overlap in ("off", "adaptive"):
+        more = (
+            f"--overlap {overlap}",
+            f"--overlap-report {tmp_path}/{overlap}",
+            f"--tensorboard-dir {tmp_path}/log-{overlap}",
+        )
+        printed[overlap] = ranks.run(training.train, 2, with_flags(flags, *more), timeout_s=240)
+        assert "exit code" not in printed[overlap][0], printed[overlap][0][-3000:]
+    off, found = (training.scalars(tmp_path / f"log-{name}", "lm loss", "grad-norm") for name in printed)
+    assert found == off and len(off["lm loss"]) == 16
+
+    (said,) = [line for line in printed["adaptive"][0].splitlines() if line.startswith(" > overlap from iteration 10")]
+    assert "predicted" in said and "group" in said
+    first, second = read(tmp_path / "adaptive")
+    assert [line["groups"][0]["slots"] for line in first] == [line["groups"][0]["slots"] for line in second]
+    for line in first + second:
+        assert [row["group"] for row in line["groups"]] == [0, 2]
+        for row in line["groups"]:
+            (late,), (last,) = row["slots"]
+            assert 1 <= late <= 6 and 1 <= last <= 4
+            assert 0 <= row["exposed_ms"] <= row["communication_ms"] and row["communication_ms"] > 0
+            assert len(row["tokens_per_expert"]) == 2 * 4  # of both groups

@@ -11,7 +11,6 @@ from training import SCMOE, STOCK_SHARED_EXPERT, with_flags
 
 EP2 = "--expert-model-parallel-size 2"
 FULLY_RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
-PARTS = ("experts", "router")
 OPTIMIZERS = {
     "fp32": [],
     "fp32 distributed reshardable": ["--use-distributed-optimizer", FULLY_RESHARDABLE],
@@ -93,23 +92,27 @@ def test_scmoe_trains_on_from_a_stock_checkpoint_as_another_function(tmp_path):
     assert abs(scmoe_loss[5] - scmoe_loss[4]) < 1.0
 
 
-def test_a_shared_moe_is_saved_once_and_resumes_exactly(tmp_path):
-    """DGMoE-Share: the borrowing group has no MoE in the checkpoint, and resume is exact, moments included."""
-    flags = with_flags(
-        training.without_flag(SCMOE, "--moe-shared-expert-intermediate-size"),
-        "--shortcut dgmoe",
-        "--moe-router-topk 2",
-        "--moe-share-groups 2",
-        EP2,
-        *OPTIMIZERS["fp32 distributed reshardable"],
-        f"--save {tmp_path}/save",
-        "--save-interval 3",
-        "--train-iters 6",
-    )
+WITHOUT_SHARED = training.without_flag(SCMOE, "--moe-shared-expert-intermediate-size")
+DGMOE = with_flags(WITHOUT_SHARED, "--shortcut dgmoe", "--moe-router-topk 2")
+LATE = ("--shortcut-span 2", "--shortcut-landing 1")
+SHARING = {
+    # name -> flags, and which blocks carry an MoE in the checkpoint
+    "dgmoe, two": (with_flags(DGMOE, "--moe-share-groups 2"), {1: True, 3: False}),
+    "scmoe, three": (with_flags(SCMOE, "--num-layers 6", "--moe-share-groups 3"), {1: True, 3: False, 5: False}),
+    "scmoe, late": (with_flags(SCMOE, *LATE), {1: True, 3: True}),
+    "dgmoe, late, two": (with_flags(DGMOE, *LATE, "--moe-share-groups 2"), {1: True, 3: False}),
+}
+
+
+@pytest.mark.parametrize("name", cases(SHARING, ["dgmoe, two", "scmoe, three", "scmoe, late"]))
+def test_a_shared_moe_is_saved_once_and_groups_resume_exactly(tmp_path, name):
+    """A borrowing group has no MoE in the checkpoint; resume is exact, moments included, of late landing too."""
+    flags, carries = SHARING[name]
+    optimizer = OPTIMIZERS["fp32 distributed reshardable"]
+    flags = with_flags(flags, EP2, *optimizer, f"--save {tmp_path}/save", "--save-interval 3", "--train-iters 6")
     train(with_flags(flags, f"--tensorboard-dir {tmp_path}/through"))
     (tensors,) = ranks.run(training.checkpoint_tensors, 1, tmp_path / "save", 6)
-    of_groups = [{key for key in tensors if f"layers.{block}.mlp.{part}" in key} for block in (1, 3) for part in PARTS]
-    assert [len(keys) > 0 for keys in of_groups] == [True, True, False, False]
+    assert {block: any(f"layers.{block}.mlp." in key for key in tensors) for block in carries} == carries
     (tmp_path / "save" / "latest_checkpointed_iteration.txt").write_text("3")
     train(with_flags(flags, f"--load {tmp_path}/save", f"--tensorboard-dir {tmp_path}/resumed"))
     through, resumed = (training.scalars(tmp_path / name, "lm loss", "grad-norm") for name in ("through", "resumed"))

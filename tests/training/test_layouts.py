@@ -46,6 +46,7 @@ LAYOUTS: dict[str, tuple[int, str]] = {
     "expert tp2 ep2": (4, f"{TP2} {EP2} --expert-tensor-parallel-size 2"),
     "pp2": (2, PP2),
     "pp2 interleaved": (2, INTERLEAVED),
+    "pp2 interleaved in fours": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 4"),
     "pp2 ep2": (4, f"{PP2} {EP2}"),
     "dp2": (2, ""),
     "dp2 plain optimizer": (2, ""),
@@ -80,11 +81,16 @@ LATENT = "--multi-latent-attention --qk-head-dim 8 --qk-pos-emb-head-dim 8 --v-h
 LONGCAT = f"{LATENT} --q-lora-rank 16 --qk-layernorm --rope-type rope --latent-scaling longcat --shortcut-combine add"
 LONGCAT += " --router longcat --zero-experts 2 --moe-router-topk 3 --moe-router-topk-scaling-factor 6.0"
 LONGCAT += " --moe-router-load-balancing-type none --moe-router-bias-update-rate 0.01"
+LATE = ("--shortcut-span 2", "--shortcut-landing 1")
 MODELS = {
     **ARCHITECTURES,
     "dgmoe-share": with_flags(ARCHITECTURES["dgmoe"], "--moe-share-groups 2"),
     "stock": STOCK,
     "alike": with_flags(STOCK, "--moe-layer-freq 1"),
+    "scmoe-span": with_flags(ARCHITECTURES["scmoe"], *LATE, "--num-layers 16"),  # 4 spans, for interleaved stages
+    "dgmoe-span": with_flags(ARCHITECTURES["dgmoe"], *LATE),
+    "farskip": with_flags(ARCHITECTURES["scmoe"], *LATE, "--moe-every 1", "--shortcut-position farskip"),
+    "scmoe-share": with_flags(ARCHITECTURES["scmoe"], "--moe-share-groups 2"),
     "longcat": with_flags(ARCHITECTURES["scmoe"], *("--" + change for change in LONGCAT[2:].split(" --"))),
 }
 BALANCE_LOSSES = {
@@ -97,6 +103,9 @@ VARIANTS = {
     "bf16": ["--bf16"],
     **{kind: ["--moe-aux-loss-coeff 0.01", f"--moe-router-load-balancing-type {kind}"] for kind in BALANCE_LOSSES},
 }
+
+NOT_THESE = ("one", "pp2 interleaved in fours")
+"""What all are compared with, and a layout for twice the blocks."""
 
 QUICK = {
     "scmoe": {"tp2 ep2", "expert tp2 ep2", "pp2 interleaved", "accumulation of 8", "dp2 plain optimizer"}
@@ -234,7 +243,7 @@ def started(folder: Path, model: str, *variants: str) -> Start:
 
 @pytest.mark.parametrize(
     ("model", "layout"),
-    [case(a, layout, quick=layout in QUICK[a]) for a in ARCHITECTURES for layout in LAYOUTS if layout != "one"],
+    [case(a, layout, quick=layout in QUICK[a]) for a in ARCHITECTURES for layout in LAYOUTS if layout not in NOT_THESE],
 )
 def test_layout_agrees_with_one_rank(start_of, model, layout):
     start = start_of(model)
@@ -363,6 +372,30 @@ QUICK_SHARE = {"ep2", "pp2"}
 )
 def test_shared_moe_agrees_with_one_rank(start_of, model, layout):
     """One MoE for two groups: its gradients come from both, and are reduced once."""
+    start = start_of(model)
+    assert_agree(start.continued(layout).scalars, start.expected)
+
+
+SPAN_LAYOUTS = ("ep2", "tp2 sp", "tp2 ep2", "pp2", "dp2", "dp2 overlapped gather", "recompute full uniform")
+SPANS = {
+    "scmoe-span": (*SPAN_LAYOUTS, "pp2 interleaved in fours", "tp2 pp2 ep2"),
+    "dgmoe-span": SPAN_LAYOUTS,
+    "farskip": SPAN_LAYOUTS,
+    "scmoe-share": SPAN_LAYOUTS,
+}
+QUICK_SPANS = {("dgmoe-span", "pp2"), ("farskip", "tp2 sp"), ("scmoe-share", "ep2")}
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        case(model, layout, quick=(model, layout) in QUICK_SPANS)
+        for model, layouts in SPANS.items()
+        for layout in layouts
+    ],
+)
+def test_span_agrees_with_one_rank(start_of, model, layout):
+    """Outputs that land in the next group, and an MoE that serves two; no stage cuts either."""
     start = start_of(model)
     assert_agree(start.continued(layout).scalars, start.expected)
 
