@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import entry
@@ -83,34 +84,38 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-SAVING = "--save-interval 1"
+SAVING, GOES_ON = "--save-interval 1", "--override-opt-param-scheduler"
 LATE = ["--shortcut-span is 2", "has 1", "--shortcut-resume changed"]
 
 
 def test_resume_with_a_span_is_refused_unless_it_is_asked_for(checkpoint):
-    late = with_flags(SCMOE, f"--load {checkpoint}", *changes(SPAN))
+    late = with_flags(SCMOE, f"--load {checkpoint}", *changes(SPAN), GOES_ON)
     entry.assert_refused([(late, LATE)])
     entry.assert_accepted([with_flags(late, flag) for flag in ("--shortcut-resume changed", "--finetune")])
 
 
-def forget_spans(folder: str) -> list[str]:
-    """Make the checkpoint in ``folder`` one of before there were spans; what it knew of them."""
-    import torch
+def train_before_spans(flags: list[str]) -> list[str]:
+    """Train and save as it was before there were spans; what the arguments now hold of them."""
+    from megatron.training import checkpointing
 
-    (path,) = Path(folder).glob("iter_*/common.pt")
-    state = torch.load(path, weights_only=False)
-    known = [name for name in ("shortcut_span", "shortcut_landing") if hasattr(state["args"], name)]
-    for name in known:
-        delattr(state["args"], name)
-    torch.save(state, path)
-    return known
+    generate, known = checkpointing.generate_state_dict, []
+
+    def forgetful(args: Namespace, *rest, **more):
+        state = generate(args, *rest, **more)
+        names = [name for name in vars(args) if name in ("shortcut_span", "shortcut_landing")]
+        state["args"] = Namespace(**{name: value for name, value in vars(args).items() if name not in names})
+        known[:] = names
+        return state
+
+    checkpointing.generate_state_dict = forgetful
+    assert "exit code" not in training.train(flags)
+    return sorted(known)
 
 
 def test_a_checkpoint_of_before_spans_is_one_without(tmp_path):
-    saving = with_flags(SCMOE, "--train-iters 1", f"--save {tmp_path}", SAVING, "--override-opt-param-scheduler")
-    ranks.run(training.train, 1, saving)
-    assert ranks.run(forget_spans, 1, str(tmp_path)) == [["shortcut_span", "shortcut_landing"]]
-    loading = with_flags(SCMOE, f"--load {tmp_path}", "--train-iters 2", "--override-opt-param-scheduler")
+    saving = with_flags(SCMOE, "--train-iters 1", f"--save {tmp_path}", SAVING)
+    assert ranks.run(train_before_spans, 1, saving) == [["shortcut_landing", "shortcut_span"]]
+    loading = with_flags(SCMOE, f"--load {tmp_path}", "--train-iters 2", GOES_ON)
     entry.assert_refused([(with_flags(loading, *changes(SPAN)), LATE)])
     for flags in (loading, [*loading, "--use-checkpoint-args"]):
         (printed,) = ranks.run(training.train, 1, flags)
