@@ -657,6 +657,9 @@ REFUSED = [
     ("transformer_impl", "inference_optimized", "inference_optimized"),
     ("use_mup", True, "--use-mup"),
     ("rope_scaling_factor", 32.0, "--rope-scaling-factor"),
+    ("shortcut_landing", 1, "--shortcut-landing 1"),
+    ("shortcut_position", ["farskip", "farskip"], "--shortcut-position farskip"),
+    ("moe_share_groups", 2, "--moe-share-groups 2"),
 ]
 
 

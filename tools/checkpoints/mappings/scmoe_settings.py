@@ -54,6 +54,7 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str, str]] = {
     "spec": (_OFF, "", "its blocks are those of Core's own spec"),
     "transformer_impl": (SPECS, "", "names of other specs are not known"),
     "normalization": (("RMSNorm", "LayerNorm"), "", "it has no other norms"),
+    "shortcut_landing": (_OFF, "", "its routed outputs are added at the end of their group"),
 }
 _ROUTING_REFUSED = ("sinkhorn", "quantile_balancing")
 
@@ -129,6 +130,17 @@ def check_computed(args: Namespace) -> None:
                 f"the Hugging Face model would be another one, {rule}: the checkpoint has "
                 f"{flag or '--' + name.replace('_', '-')} {shown}; no way known"
             )
+    if "farskip" in getattr(args, "shortcut_position", ()):
+        raise CheckpointError(
+            "the Hugging Face model would be another one, its shared expert reads what attention gave: the checkpoint "
+            "has --shortcut-position farskip; no way known"
+        )
+    shared = getattr(args, "moe_share_groups", 1)
+    if shared > (2 if getattr(args, "shortcut", "none") == "dgmoe" else 1):
+        raise CheckpointError(
+            "the Hugging Face model would be another one, groups share in pairs, in dgmoe alone: the checkpoint has "
+            f"--shortcut {args.shortcut} and --moe-share-groups {shared}; no way known"
+        )
     balancing = getattr(args, "moe_router_load_balancing_type", "none")
     for kind in [balancing] if isinstance(balancing, str) else balancing:
         if kind in _ROUTING_REFUSED:
