@@ -95,7 +95,9 @@ def _build(args: Namespace, config: GPTModelConfig, groups: ProcessGroupCollecti
 
 def _form(chunk: torch.nn.Module) -> _Form:
     spans = tuple(module.span for module in chunk.modules() if isinstance(module, GroupBlock))
-    return tuple(span and span.shape for span in spans), tuple((name, parameter.shape) for name, parameter in chunk.named_parameters())
+    return tuple(span and span.shape for span in spans), tuple(
+        (name, parameter.shape) for name, parameter in chunk.named_parameters()
+    )
 
 
 def _stage(args: Namespace, config: GPTModelConfig, chunks: list[Any], known: dict[_Form, tuple[int, int]]) -> Stage:

@@ -35,8 +35,7 @@ class Case:
     span: int = 1
     landing: int = 0
     share_groups: int = 1
-    span: int = 1
-    landing: int = 0
+    norms: str = "none"
     overlap: str = "fixed"
     expert_slot: tuple[int | str, ...] = ()
     chunks: int = 1
@@ -77,6 +76,7 @@ class Case:
             span=self.span,
             landing=self.landing,
             share_groups=self.share_groups,
+            upstream_norms=self.norms == "upstream",
             swiglu=True,
             normalization="RMSNorm",
             rotary=True,
@@ -102,7 +102,7 @@ def parameter(name: str, shape: tuple[int, ...]) -> Tensor:
     """The value of a parameter, from its global name."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     scale = 1.0 if "embedding" in name else 0.25
-    offset = 1.0 if "layernorm" in name else 0.0
+    offset = 1.0 if "norm" in name else 0.0
     return torch.randn(shape, generator=generator) * scale + offset
 
 
@@ -122,7 +122,7 @@ def build(case: Case):
     """The model of ``case`` on this rank, with the parameters of ``parameter``."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_scmoe.config import Codec, Combine, Overlap, Position, Router, ScMoEConfig, Shortcut
+    from megatron_scmoe.config import Codec, Combine, Norms, Overlap, Position, Router, ScMoEConfig, Shortcut
     from megatron_scmoe.models.gpt import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_shortcut
 
     scmoe = ScMoEConfig(
@@ -133,8 +133,7 @@ def build(case: Case):
         shortcut_span=case.span,
         shortcut_landing=case.landing,
         moe_share_groups=case.share_groups,
-        shortcut_span=case.span,
-        shortcut_landing=case.landing,
+        shortcut_norms=Norms(case.norms),
         overlap=Overlap(case.overlap),
         expert_slot=tuple(map(str, case.expert_slot)),
         overlap_chunks=case.chunks,

@@ -36,6 +36,7 @@ POSITIONS = ("none", "pos1", "pos2", "pos3", "farskip")
 COMBINES = ("add", "cg1", "cg2")
 ROPE_BASE = 10000.0
 LSH_RANK = 8
+UPSTREAM_NORMS = ("shortcut_pre_mlp_layernorm.", "shortcut_post_norm.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,8 @@ class ReferenceConfig:
     arch: str = "scmoe"
     span: int = 1
     landing: int = 0
+    upstream_norms: bool = False
+    """Those of Megatron's ShortcutMoE: one of what routed experts read, one of the sum of shared and routed output."""
     share_groups: int = 1
     pre_softmax: bool = True
     swiglu: bool = False
@@ -85,6 +88,7 @@ class ReferenceConfig:
             "spans are whole": self.num_groups % self.span == 0,
             "landing is behind a sub-layer of the next group": 0 <= self.landing < 2 * self.moe_every,
             "only a span has a next group": self.span > 1 or self.landing == 0,
+            "a norm of the sum needs the sum": not self.upstream_norms or self.landing == 0,
             "farskip is scmoe in every block, and lands behind attention": "farskip" not in self.positions
             or (self.moe_every == 1 and self.arch == "scmoe" and (self.span == 1 or self.landing == 1)),
             "an MoE serves whole groups": self.num_groups % self.share_groups == 0,
@@ -151,6 +155,7 @@ class Group:
     blocks: Sequence[Block]
     moe: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     position: str
+    upstream_norms: tuple[Function, Function] | None = None
 
 
 def wire_span(hidden: Tensor, groups: Sequence[Group], landing: int) -> Tensor:
@@ -188,17 +193,21 @@ def wire_group(hidden: Tensor, group: Group, late: Tensor | None, landing: int) 
     blocks, position = group.blocks, group.position
     current = blocks[-1].pre_mlp_norm(after_attention[-1])
     if position == "none":  # the stock layer
-        source = current
+        its_norm, source = blocks[-1].pre_mlp_norm, after_attention[-1]
     elif position == "pos1":  # output of the preceding block
-        source = blocks[-1].input_norm(entering[-1])
+        its_norm, source = blocks[-1].input_norm, entering[-1]
     elif position == "pos2":  # between attention and MLP of the preceding block
-        source = blocks[-2].pre_mlp_norm(after_attention[-2])
+        its_norm, source = blocks[-2].pre_mlp_norm, after_attention[-2]
     elif position == "pos3":  # input of the preceding block
-        source = blocks[-2].input_norm(entering[-2])
+        its_norm, source = blocks[-2].input_norm, entering[-2]
     else:
         raise ValueError(f"position is of {POSITIONS}: {position!r}")
-    shared, routed = group.moe(source, current)
-    return hidden + shared, routed
+    if group.upstream_norms is None:
+        shared, routed = group.moe(its_norm(source), current)
+        return hidden + shared, routed
+    pre, post = group.upstream_norms
+    shared, routed = group.moe(pre(source), current)
+    return hidden, post(shared + routed)
 
 
 def wire_farskip(without_late: Tensor, group: Group, late: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -208,9 +217,13 @@ def wire_farskip(without_late: Tensor, group: Group, late: Tensor | None) -> tup
     """
     (block,) = group.blocks
     whole = without_late if late is None else without_late + late
-    normed = block.pre_mlp_norm(whole)
-    shared, routed = group.moe(normed, normed)
-    return whole + block.attention(block.input_norm(without_late)) + shared, routed
+    normed, with_attention = block.pre_mlp_norm(whole), whole + block.attention(block.input_norm(without_late))
+    if group.upstream_norms is None:
+        shared, routed = group.moe(normed, normed)
+        return with_attention + shared, routed
+    pre, post = group.upstream_norms
+    shared, routed = group.moe(pre(whole), normed)
+    return with_attention, post(shared + routed)
 
 
 # Gating: which experts a token uses, with which weight. One token at a time, logits [e].
@@ -487,7 +500,14 @@ def group_of(params: Params, cfg: ReferenceConfig, group: int) -> Group:
         [block(index) for index in range(group * cfg.moe_every, last + 1)],
         lambda source, current: moe_outputs(params, group, source, current, cfg),
         cfg.positions[group],
+        upstream_norms(params, cfg, group) if cfg.upstream_norms else None,
     )
+
+
+def upstream_norms(params: Params, cfg: ReferenceConfig, group: int) -> tuple[Function, Function]:
+    """Of what the group's routed experts read, and of the sum of its MoE's outputs."""
+    pre, post = (cfg.moe_block(group) + name for name in UPSTREAM_NORMS)
+    return lambda x: norm(params, pre, x, cfg), lambda x: norm(params, post, x, cfg)
 
 
 def span_forward(params: Params, hidden: Tensor, cfg: ReferenceConfig, first_group: int) -> Tensor:
@@ -561,6 +581,9 @@ def _block_shapes(cfg: ReferenceConfig, index: int) -> dict[str, tuple[int, ...]
     if cfg.lsh_columns and cfg.lsh_compensation == "lowrank":
         shapes[name + "residual_map.down"] = (cfg.num_experts, h, LSH_RANK)
         shapes[name + "residual_map.up"] = (cfg.num_experts, LSH_RANK, h)
+    if cfg.upstream_norms:
+        for norm_name in UPSTREAM_NORMS:
+            shapes |= _norm_shapes(name + norm_name, cfg)
     gate_name = combine_gate_name(group, cfg)
     if gate_name is not None:
         shapes[gate_name] = (1 if cfg.combine == "cg1" else 2, h)
