@@ -141,7 +141,7 @@ def wrong_order(how: str) -> str:
 @pytest.mark.parametrize("how", ["finish first", "start twice", "finish twice", "backward twice"])
 def test_wrong_order_is_an_error(how):
     for message in ranks.run(wrong_order, 2, how):
-        assert message.startswith("dispatch (")
+        assert message.startswith("dispatch of call 0 (")
         assert "start and finish belong in this order, once each" in message
 
 
