@@ -60,7 +60,9 @@ class DenseOp:
 
 
 class Cargo(Protocol):
-    """What the flights of one routing carry, a chunk each, of n tokens of width h. It is asked in this order::
+    """What the flights of one routing carry, a chunk each, of n tokens of width h, of which experts read w.
+
+    w is h, but with --moe-latent-size that of the latents. A cargo is asked in this order::
 
         (counts of all ranks are exchanged)  pack ~~ dispatch ~~> unpack -> experts ~~ combine ~~> deliver ... join
 
@@ -74,10 +76,10 @@ class Cargo(Protocol):
         """What travels to the experts, [rows, ...] each, in the order of the experts."""
 
     def unpack(self, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Rows for the experts, [rows, h], and the weight of each row's output, [rows], from what arrived."""
+        """Rows for the experts, [rows, w], and the weight of each row's output, [rows], from what arrived."""
 
     def deliver(self, chunk: int, outputs: Tensor) -> Tensor:
-        """What can be done at home with the outputs of one chunk, [rows, h], before the others are there."""
+        """What can be done at home with the outputs of one chunk, [rows, w], before the others are there."""
 
     def join(self, delivered: list[Tensor]) -> Tensor:
         """Each token's sum over its experts, in the shape of the tokens, from what all chunks delivered."""

@@ -7,7 +7,8 @@ alone travels, in backward as well. The residual x - c and the gate weight p sta
 
 --lsh-compensation says what stands in the place of x - c: nothing by default, or a learned map of it
 (``compensation.py``). With --lsh-refinement lloyd, tokens join the nearest mean before they are packed, which the paper
-does not do. In evaluation tokens travel as they are, unless --lsh-evaluation centroids asks for what training does.
+does not do. With --moe-latent-size x are the latents that experts read, and y is projected up. In evaluation tokens
+travel as they are, unless --lsh-evaluation centroids asks for what training does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megatron_scmoe.codec.lsh import Hasher, cluster, means, owners, restore
 from megatron_scmoe.codec.rate import RateControl
 from megatron_scmoe.config import Compensation, Refinement
 from megatron_scmoe.dispatch.exchange import Tag
-from megatron_scmoe.mcore import token_dispatcher
+from megatron_scmoe.mcore import blocks, token_dispatcher
 from megatron_scmoe.overlap.plan import DECODE, ENCODE
 
 
@@ -59,14 +60,14 @@ class Centroids:
         tag: Tag,
     ) -> None:
         tag.marker.now(ENCODE, call=tag.call)
-        self._tag = tag
+        self._moe, self._tag = moe, tag
         self._compensation, self._residual_map = compensation, residual_map
         self._hasher, self._refinement = hasher, refinement
         self._home = token_dispatcher.dispatcher_for_one_flight(moe, keeps_capacity=False)
         if moe.config.moe_pad_expert_input_to_capacity:  # what fills an expert up is no choice of a token's
             routing_map = routing_map & (probs > 0)
         rows, self._weights = token_dispatcher.rows_by_expert(
-            self._home, hidden_states, routing_map, probs, travels_topk=travels_topk
+            self._home, blocks.to_experts(moe, hidden_states), routing_map, probs, travels_topk=travels_topk
         )
         self._rows: Tensor | None = rows
         self._rows_per_expert = routing_map.sum(dim=0)
@@ -139,6 +140,6 @@ class Centroids:
             residuals = tokens - centroids[self._clusters.ids]
             mapped = self._residual_map(residuals, self._rows_per_expert)
             rows = rows + (mapped * self._weights.unsqueeze(-1)).to(mapped.dtype)
-        output = self._home.combine_postprocess(rows)
+        output = blocks.from_experts(self._moe, self._home.combine_postprocess(rows))
         marker.in_backward(DECODE, output, last, call=call)
         return output

@@ -14,6 +14,7 @@ from megatron_scmoe.config import Codec, Compensation, Evaluation, HashKind, ScM
 from megatron_scmoe.contracts import Cargo
 from megatron_scmoe.dispatch.exchange import Tag
 from megatron_scmoe.dispatch.tokens import Tokens
+from megatron_scmoe.mcore import blocks
 
 
 class CargoMaker:
@@ -21,7 +22,7 @@ class CargoMaker:
 
     Args:
         scmoe: the codec and its settings.
-        hidden_size: width of a token.
+        config: Core's; gives the width of what the experts read.
         group: whose flights they are; each group has rotations of its own.
         residual_map: the group's own, where compensation is lowrank.
 
@@ -30,7 +31,7 @@ class CargoMaker:
     """
 
     def __init__(
-        self, scmoe: ScMoEConfig, hidden_size: int, group: int, residual_map: ResidualMap | None = None
+        self, scmoe: ScMoEConfig, config: TransformerConfig, group: int, residual_map: ResidualMap | None = None
     ) -> None:
         self._compensation, self._residual_map = scmoe.lsh_compensation, residual_map
         self._refinement = scmoe.lsh_refinement
@@ -42,7 +43,7 @@ class CargoMaker:
         if scmoe.lsh_target_rate:
             self.rate_control = RateControl(scmoe.lsh_target_rate, hashes, width)
         if scmoe.a2a_codec is Codec.LSH:
-            self._hasher = Hasher(hidden_size, hashes=hashes, width=width, seed=_seed(scmoe, group))
+            self._hasher = Hasher(blocks.width_of_experts(config), hashes=hashes, width=width, seed=_seed(scmoe, group))
 
     def cargo(
         self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, routing_map: Tensor, *, chunks: int, tag: Tag

@@ -84,6 +84,12 @@ def returning_self(_original: Any) -> Any:
     return lambda self, *_args, **_kwargs: self
 
 
+def duplicated_linear(_original: Any) -> Any:
+    from megatron_scmoe.cpu.duplicated_linear import DuplicatedLinear  # noqa: PLC0415 - torch first, then Megatron
+
+    return DuplicatedLinear
+
+
 def eager_compile(_original: Any) -> Any:
     def compile_nothing(model: Any = None, **_kwargs: Any) -> Any:
         return model if model is not None else lambda function: function

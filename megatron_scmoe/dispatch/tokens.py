@@ -6,15 +6,19 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
-from megatron_scmoe.mcore import token_dispatcher
+from megatron_scmoe.mcore import blocks, token_dispatcher
 
 
 class Tokens:
-    """Tokens as they are, with their gate weights (``--a2a-codec none``).
+    """Tokens as the experts read them, with their gate weights (``--a2a-codec none``).
+
+    With --moe-latent-size they are projected chunk by chunk, just before a chunk leaves and behind its arrival, so that
+    the projections of one chunk run while others travel. A chunk has all experts of its tokens, so that a token's sum
+    is there before it is projected up, as in Core.
 
     Args:
         moe: the layer whose experts run.
-        hidden_states: what the experts read, [..., h], n tokens.
+        hidden_states: what the experts read, or their latents are made of, [..., h], n tokens.
         probs: gate weights, [n, experts].
         routing_map: which expert gets which token, bool, [n, experts].
         chunks: that the tokens travel in.
@@ -31,7 +35,7 @@ class Tokens:
         chunks: int,
         travels_topk: bool = True,
     ) -> None:
-        self._shape = hidden_states.shape
+        self._moe, self._shape = moe, hidden_states.shape
         self._parts = [(hidden_states, routing_map, probs)]
         if chunks > 1:
             rows = hidden_states.view(-1, hidden_states.shape[-1])
@@ -45,7 +49,8 @@ class Tokens:
 
     def pack(self, chunk: int) -> tuple[Tensor, ...]:
         """See ``contracts.Cargo``."""
-        return self.dispatchers[chunk].dispatch_preprocess(*self._parts[chunk])
+        tokens, routing_map, probs = self._parts[chunk]
+        return self.dispatchers[chunk].dispatch_preprocess(blocks.to_experts(self._moe, tokens), routing_map, probs)
 
     def unpack(self, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """See ``contracts.Cargo``."""
@@ -54,7 +59,7 @@ class Tokens:
 
     def deliver(self, chunk: int, outputs: Tensor) -> Tensor:
         """See ``contracts.Cargo``."""
-        return self.dispatchers[chunk].combine_postprocess(outputs)
+        return blocks.from_experts(self._moe, self.dispatchers[chunk].combine_postprocess(outputs))
 
     def join(self, delivered: list[Tensor]) -> Tensor:
         """See ``contracts.Cargo``."""

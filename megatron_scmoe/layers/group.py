@@ -51,7 +51,7 @@ class GroupBlock(TransformerLayer):
         self.scmoe = scmoe
         self.group_index = (self.layer_number - 1) // scmoe.moe_every
         self.residual_map = residual_map_of(scmoe, config, self.group_index)
-        self.cargo_maker = CargoMaker(scmoe, config.hidden_size, self.group_index, self.residual_map)
+        self.cargo_maker = CargoMaker(scmoe, config, self.group_index, self.residual_map)
         if scmoe.shortcut_combine is Combine.CG2:
             self.combine_gate = CoefficientGate(config)
         if scmoe.shortcut_norms is Norms.UPSTREAM:

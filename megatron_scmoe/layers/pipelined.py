@@ -45,7 +45,7 @@ class PipelinedMoELayer(MoELayer):
         """Core calls it once, behind the constructor."""
         super().set_layer_number(layer_number)
         self.residual_map = residual_map_of(self.scmoe, self.config, self.group_index)
-        self.cargo_maker = CargoMaker(self.scmoe, self.config.hidden_size, self.group_index, self.residual_map)
+        self.cargo_maker = CargoMaker(self.scmoe, self.config, self.group_index, self.residual_map)
 
     @property
     def group_index(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -70,6 +71,21 @@ def shared_expert(moe: MoELayer, normed: Tensor) -> Tensor:
     return moe.shared_experts_compute(normed)
 
 
+def width_of_experts(config: TransformerConfig) -> int:
+    """Width of what routed experts read and give: latent with --moe-latent-size, else hidden size."""
+    return config.moe_latent_size or config.hidden_size
+
+
+def to_experts(moe: MoELayer, tokens: Tensor) -> Tensor:
+    """What the routed experts of ``moe`` read of ``tokens`` [..., h]: their latents, [..., w], or themselves."""
+    return moe.fc1_latent_proj(tokens)[0] if moe.config.moe_latent_size else tokens
+
+
+def from_experts(moe: MoELayer, outputs: Tensor) -> Tensor:
+    """Each token's sum over the routed experts of ``moe``, [..., w], as it is added to the stream, [..., h]."""
+    return moe.fc2_latent_proj(outputs)[0] if moe.config.moe_latent_size else outputs
+
+
 def add_mlp_output(
     layer: TransformerLayer, hidden_states: Tensor, output_with_bias: tuple[Tensor, Tensor | None]
 ) -> Tensor:
@@ -101,14 +117,15 @@ class AttentionInputs:
 
 
 def let_experts_run_repeatedly(moe: MoELayer) -> None:
-    """Let the experts of ``moe`` run several times for one micro-batch, as those of chunks and of two gates do.
+    """Let experts and latent projections of ``moe`` run several times for one micro-batch, as for chunks and two gates.
 
     Core tells Transformer Engine which forward is the first of a step (in bf16, of a run), and the backward of that one
     writes weight gradients where all others add to them: of several flights it runs last, so that theirs would be
     lost. Told nothing, it adds (gradients are zeroed at the begin of a step). In fp8 every forward then casts the
     experts' weights anew.
     """
-    for module in moe.experts.modules():
+    projections = (moe.fc1_latent_proj, moe.fc2_latent_proj) if moe.config.moe_latent_size else ()
+    for module in (*moe.experts.modules(), *projections):
         if hasattr(module, "disable_parameter_transpose_cache"):
             module.disable_parameter_transpose_cache = True
 

@@ -34,11 +34,11 @@ class CallCosts:
 
     Attributes:
         route: choosing the experts, once for all chunks.
-        encode: sorting one chunk's tokens by expert and packing them.
+        encode: projecting one chunk's tokens to latents, where experts read these, sorting them by expert and packing.
         dispatch: carrying one chunk to its experts.
         experts: the experts on one chunk.
         combine: carrying one chunk's results back.
-        decode: unpacking and weighing one chunk's results, and adding them where they land late.
+        decode: unpacking and weighing one chunk's results, projecting them back, and adding them where they land late.
     """
 
     route: float

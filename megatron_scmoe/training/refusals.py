@@ -48,15 +48,19 @@ def check_pipelined(args: Namespace, scmoe: ScMoEConfig) -> None:
 def _check_codec(args: Namespace, scmoe: ScMoEConfig) -> None:
     if not scmoe.compresses:
         return
-    if scmoe.lsh_width > args.hidden_size:
+    # What experts read is what is hashed and mapped.
+    width, flag = args.hidden_size, "--hidden-size"
+    if args.moe_latent_size:
+        width, flag = args.moe_latent_size, "--moe-latent-size"
+    if scmoe.lsh_width > width:
         raise ConfigError(
-            f"a hash function keeps some of a token's coordinates: --lsh-width is {scmoe.lsh_width} and --hidden-size "
-            f"is {args.hidden_size}; use --lsh-width 2"
+            f"a hash function keeps some of a token's coordinates: --lsh-width is {scmoe.lsh_width} and {flag} "
+            f"is {width}; use --lsh-width {min(width, 2)}"
         )
-    if scmoe.lsh_compensation is Compensation.LOWRANK and args.hidden_size % 8:
+    if scmoe.lsh_compensation is Compensation.LOWRANK and width % 8:
         raise ConfigError(
-            "grouped matrix products want multiples of 8: --lsh-compensation is lowrank and --hidden-size is "
-            f"{args.hidden_size}; use --lsh-compensation none"
+            f"grouped matrix products want multiples of 8: --lsh-compensation is lowrank and {flag} is "
+            f"{width}; use --lsh-compensation none"
         )
     multiplies_in_groups = {
         "--lsh-compensation is lowrank": scmoe.lsh_compensation is Compensation.LOWRANK,

@@ -49,6 +49,7 @@ def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace]
         return None
     trained = read_config(saved)
     _check_architecture(args, scmoe, trained)
+    _check_latents(args, saved)
     if _loads_moments(args, saved):
         if args.use_distributed_optimizer and _is_position_wise(saved):
             _check_places(args, scmoe, trained)
@@ -203,6 +204,17 @@ def _check_architecture(args: Namespace, scmoe: ScMoEConfig, trained: ScMoEConfi
             f"a checkpoint continues with the shortcut it was trained with: {flag} is {_words(now)} and the checkpoint "
             f"in {args.load} has {_words(then)}; use {flag} {_words(then)}, or --finetune (weights only), or "
             "--shortcut-resume changed (optimizer too)"
+        )
+
+
+def _check_latents(args: Namespace, saved: Namespace) -> None:
+    """Core leaves out projections that the model does not have, without a word where the experts fit all the same."""
+    now, then = args.moe_latent_size or None, getattr(saved, "moe_latent_size", None) or None
+    if now != then:
+        fix = "drop --moe-latent-size" if then is None else f"use --moe-latent-size {then}"
+        raise ConfigError(
+            f"experts of one width do not fit another: --moe-latent-size is {now} and the checkpoint in {args.load} "
+            f"has {then}; {fix}"
         )
 
 

@@ -11,6 +11,8 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
+import torch
+
 from megatron_scmoe.config import ConfigError, ScMoEConfig
 from megatron_scmoe.training import refused_flags
 
@@ -52,6 +54,22 @@ def check_hooks(args: Namespace, *, needs_transformer_engine: bool = True) -> No
         raise ConfigError(
             "it is Transformer Engine's: --tp-comm-overlap is set and Transformer Engine is not installed; install it, "
             "or drop --tp-comm-overlap"
+        )
+    if args.moe_latent_size:
+        _check_latents(args, missing=missing and torch.cuda.is_available())
+
+
+def _check_latents(args: Namespace, *, missing: bool) -> None:
+    """Refuse what Core's latent projections cannot do; ``missing``: Transformer Engine, and no CPU stands in for it."""
+    if missing:
+        raise ConfigError(
+            "Core makes latent projections of Transformer Engine's linears, whatever the spec: --moe-latent-size is "
+            f"{args.moe_latent_size} and Transformer Engine is not installed; install it, or drop --moe-latent-size"
+        )
+    if args.moe_shared_expert_overlap:
+        raise ConfigError(
+            "Core overlaps no shared expert with latent projections while it trains: --moe-latent-size is "
+            f"{args.moe_latent_size} and --moe-shared-expert-overlap is set; drop --moe-shared-expert-overlap"
         )
 
 

@@ -45,6 +45,9 @@ CASES = {
     "low rank": LSH.replace(compensation="lowrank"),
     "low rank, dgmoe": LSH.replace(compensation="lowrank", shortcut="dgmoe"),
     "three functions": LSH.replace(hashes=3, width=1),
+    "latents, low rank, top-2": LSH.replace(latent=8, compensation="lowrank", topk=2),
+    "latents, paper, dgmoe": LSH.replace(latent=12, shortcut="dgmoe"),
+    "latents, lloyd, chunks": LLOYD.replace(latent=8, chunks=2),
     "lloyd": LLOYD,
     "lloyd, low rank": LLOYD.replace(compensation="lowrank"),
     "lloyd, dgmoe": LSH.replace(refinement="lloyd", shortcut="dgmoe"),
@@ -55,7 +58,7 @@ def hashers_of_groups(case: Case) -> list:
     from megatron_scmoe.codec.lsh import Hasher
 
     seeds = (1234 * 100_003 + group for group in range(case.num_groups))
-    return [Hasher(16, hashes=case.hashes, width=case.width, seed=seed) for seed in seeds]
+    return [Hasher(case.latent or 16, hashes=case.hashes, width=case.width, seed=seed) for seed in seeds]
 
 
 def reference_of_ranks(case: Case, num_ranks: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -79,7 +79,10 @@ REFUSED = {
     "--transformer-impl inference_optimized": ["inference_optimized", "use --transformer-impl local"],
     "--spec local x": ["--spec is ['local', 'x']", "drop it"],
     "--mtp-num-layers 1": ["--mtp-num-layers is 1", "drop it"],
-    "--moe-latent-size 8": ["--moe-latent-size is 8", "drop it"],
+    "--moe-latent-size 8 --moe-shared-expert-overlap": ["--moe-latent-size is 8", "drop --moe-shared-expert-overlap"],
+    "--moe-latent-size -8": ["a whole number from 1", "--moe-latent-size is -8"],
+    "--moe-latent-size 4 --a2a-codec lsh --lsh-width 8": ["is 8 and --moe-latent-size is 4", "--lsh-width 2"],
+    "--moe-latent-size 12 --a2a-codec lsh --lsh-compensation lowrank": ["multiples of 8", "--moe-latent-size is 12"],
     "--mlp-chunks-for-training 2": ["--mlp-chunks-for-training is 2", "use 1"],
     "--use-rope-scaling --rope-scaling-factor 32": ["stretches rotary positions by 8", "is 32.0", "use 8"],
     "--recompute-granularity selective --recompute-modules moe": ["--recompute-modules has moe", "drop moe"],
@@ -159,7 +162,7 @@ STOCK_REFUSED = {
     "--overlap-chunks 2 --use-megatron-fsdp": ["--use-megatron-fsdp is True", "overwrite the gradients"],
     "--a2a-codec lsh --expert-tensor-parallel-num-weight-shards 2": ["once in a micro-batch", "drop it"],
     "--mtp-num-layers 1": ["--mtp-num-layers is 1", "drop it"],
-    "--overlap-chunks 2 --moe-latent-size 16": ["latent projections", "--moe-latent-size is 16"],
+    "--moe-latent-size 16 --moe-shared-expert-overlap": ["overlaps no shared expert", "--moe-latent-size is 16"],
     "--overlap-chunks 2 --tensor-model-parallel-size 2": ["only under sequence", "add --sequence-parallel"],
     "--a2a-codec lsh --tensor-model-parallel-size 2": ["only under sequence", "add --sequence-parallel"],
     "--overlap-chunks 0": ["one at least", "--overlap-chunks is 0"],
@@ -235,6 +238,8 @@ ACCEPTED = [
     with_flags(SCMOE, "--shortcut-position pos1 pos3", "--expert-slot 3 5"),
     with_flags(SCMOE, "--moe-every 1", "--shortcut-position pos1"),
     with_flags(SCMOE, "--moe-router-topk 2", "--overlap off"),
+    with_flags(SCMOE, "--moe-latent-size 16", "--a2a-codec lsh", "--overlap-chunks 2"),
+    with_flags(STOCK, "--moe-latent-size 16", "--overlap-chunks 2"),
     with_flags(SCMOE, "--a2a-codec lsh", "--lsh-kind spherical", "--lsh-hashes 12", "--lsh-target-rate 0.2"),
     with_flags(SCMOE, "--recompute-granularity selective", "--recompute-modules core_attn mlp shared_experts"),
 ]
@@ -356,7 +361,7 @@ def test_moments_by_place_need_the_norms_that_were_fused(monkeypatch, implementa
     from megatron_scmoe.training import resume
 
     flags = dict.fromkeys((*resume._LAYOUT_FLAGS, "use_distributed_optimizer", "dist_ckpt_optim_fully_reshardable"), 1)
-    flags |= {"finetune": False, "no_load_optim": False, "load": "run", "num_experts": None}
+    flags |= {"finetune": False, "no_load_optim": False, "load": "run", "num_experts": None, "moe_latent_size": None}
     now, then = (
         config.ScMoEConfig(
             shortcut=config.Shortcut.SCMOE,
@@ -372,6 +377,31 @@ def test_moments_by_place_need_the_norms_that_were_fused(monkeypatch, implementa
     expected = pytest.raises(config.ConfigError, match="--shortcut-position is pos1 and the checkpoint in run has pos2")
     with expected if refused else contextlib.nullcontext():
         assert resume.check(args, now, lambda _saved: then) is kept
+
+
+@pytest.mark.parametrize(("now", "then"), [(8, None), (None, 8), (16, 8), (8, 8), (None, None)])
+def test_experts_of_another_width_are_refused(monkeypatch, now, then):
+    """Also weights alone: Core leaves out what the model has no place for, and experts of the same width fit."""
+    from megatron_scmoe import config
+    from megatron_scmoe.training import resume
+
+    kept = argparse.Namespace(moe_latent_size=then) if then else argparse.Namespace()
+    monkeypatch.setattr(resume.checkpoints, "saved_args", lambda _args: kept)
+    args = argparse.Namespace(use_distributed_optimizer=False, finetune=True, load="run", moe_latent_size=now)
+    said = f"--moe-latent-size is {now} and the checkpoint in run has {then}; " + ("use" if then else "drop")
+    expected = contextlib.nullcontext() if now == then else pytest.raises(config.ConfigError, match=said)
+    with expected:
+        assert resume.check(args, config.ScMoEConfig(), lambda _saved: config.ScMoEConfig()) is kept
+
+
+def with_a_gpu() -> None:
+    torch.cuda.is_available = lambda: True
+
+
+def test_latent_projections_need_transformer_engine_on_a_gpu():
+    words = ["Transformer Engine's linears", "--moe-latent-size is 8 and Transformer Engine is not installed"]
+    flags = [with_flags(base, "--moe-latent-size 8") for base in (SCMOE, STOCK)]
+    entry.assert_refused([(one, words) for one in flags], before=with_a_gpu)
 
 
 def restored(flags: list[str]) -> tuple[list[str], str, object]:

@@ -51,6 +51,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "recompute attention": (2, (EP2, "--recompute-granularity selective", "--recompute-modules core_attn")),
     "padded capacity": (2, (EP2, "--moe-expert-capacity-factor 2.0", "--moe-pad-expert-input-to-capacity")),
     "chunks": (2, (EP2, "--overlap-chunks 2")),
+    "latents": (2, (EP2, "--moe-latent-size 16")),
     "fused activations": (2, (EP2, "--cross-entropy-loss-fusion", "--moe-router-dtype fp32")),
 }
 QUICK = {"ep2 bf16 distributed optimizer", "pp2 interleaved", "recompute full uniform"}

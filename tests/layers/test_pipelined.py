@@ -36,6 +36,13 @@ KINDS = {
         "moe_expert_capacity_factor": 0.6,
         "moe_pad_expert_input_to_capacity": True,
     },
+    "latents": {"moe_router_topk": 2, "moe_latent_size": 8, "moe_shared_expert_intermediate_size": 20},
+    "latents, padded": {
+        "moe_router_topk": 2,
+        "moe_latent_size": 8,
+        "moe_expert_capacity_factor": 0.6,
+        "moe_pad_expert_input_to_capacity": True,
+    },
     "balance loss": {
         "moe_router_topk": 2,
         "moe_router_load_balancing_type": "aux_loss",
@@ -122,7 +129,7 @@ def keys(kind: str, chunks: int) -> tuple[list[str], list[str]]:
     return [name for name, _ in model.named_parameters()], shapes
 
 
-@pytest.mark.parametrize("kind", ["top-2", "shared expert, gated"])
+@pytest.mark.parametrize("kind", ["top-2", "shared expert, gated", "latents"])
 def test_names_and_keys_are_those_of_stock(kind):
     stock, ours = (ranks.run(keys, 2, kind, chunks, layout=EP[2]) for chunks in (0, 2))
     assert stock == ours
@@ -193,7 +200,8 @@ def experts_that_add(case: Case, kind: str | None) -> set[bool]:
 
     def like_transformer_engine(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        for module in self.experts.modules():
+        projections = (self.fc1_latent_proj, self.fc2_latent_proj) if self.config.moe_latent_size else ()
+        for module in (*self.experts.modules(), *projections):
             module.disable_parameter_transpose_cache = False
 
     MoELayer.__init__ = like_transformer_engine
@@ -210,10 +218,12 @@ def experts_that_add(case: Case, kind: str | None) -> set[bool]:
     [
         (Case(chunks=2), None, True),
         (Case(shortcut="dgmoe"), None, True),
+        (Case(latent=8), None, True),
         (Case(chunks=2), "top-2", True),
+        (Case(chunks=2), "latents", True),
         (Case(chunks=0), "top-2", False),  # negative control: Core's own layer runs its experts once
     ],
-    ids=["chunks", "two gates", "stock in chunks", "stock"],
+    ids=["chunks", "two gates", "latents", "stock in chunks", "stock in chunks, latents", "stock"],
 )
 def test_flights_add_to_the_gradients_of_experts(case, kind, adds):
     """Its backward of a first forward overwrites weight gradients, and of several flights it runs last."""

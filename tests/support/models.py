@@ -53,6 +53,7 @@ class Case:
     zero_experts: int = 0
     capacity: float | None = None
     padded: bool = False
+    latent: int | None = None
 
     @property
     def num_layers(self) -> int:
@@ -83,6 +84,7 @@ class Case:
             zero_experts=self.zero_experts,
             router_biases=self.router_biases() if self.router == "longcat" else (),
             routed_scaling=ROUTED_SCALING,
+            latent_size=self.latent,
         )
 
     def router_bias(self, group: int) -> Tensor:
@@ -199,6 +201,7 @@ def transformer_config(case: Case):
         moe_token_dispatcher_type="alltoall",
         moe_expert_capacity_factor=case.capacity,
         moe_pad_expert_input_to_capacity=case.padded,
+        moe_latent_size=case.latent,
         moe_layer_freq=([0] * (case.moe_every - 1) + [1]) * case.num_groups,
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         expert_tensor_parallel_size=1,

@@ -72,6 +72,8 @@ class ReferenceConfig:
     router_biases: tuple[Tensor, ...] = ()
     """LongCat-Flash's router: for each group, the bias of a choice, [experts + zero experts]; none: Megatron's."""
     routed_scaling: float = 1.0
+    latent_size: int | None = None
+    """Width of the projections that routed experts read and write (--moe-latent-size); None: the hidden state."""
     lsh_columns: tuple[tuple[Tensor, ...], ...] = ()
     """LSH-MoE: for each group, the columns [h, width] that each of its hash functions keeps; none: no compression."""
     lsh_compensation: str = "paper"
@@ -367,6 +369,19 @@ def experts_output(params: Params, prefix: str, choices: Choices, token: Tensor,
     return output
 
 
+def latent_experts_output(
+    params: Params, group: int, choices: list[Choices], tokens: list[Tensor], cfg: ReferenceConfig
+) -> list[Tensor]:
+    """`all_experts_output` of latents: U sum_i G_i E_i(D x), and what zero experts return of x itself."""
+    if cfg.latent_size is None:
+        return all_experts_output(params, group, choices, tokens, cfg)
+    down, up = (params[f"{cfg.moe(group)}fc{number}_latent_proj.weight"] for number in (1, 2))
+    real = [[(expert, weight) for expert, weight in one if expert < cfg.num_experts] for one in choices]
+    outputs = all_experts_output(params, group, real, [down @ token for token in tokens], cfg)
+    zero = [sum(weight for expert, weight in one if expert >= cfg.num_experts) for one in choices]
+    return [up @ output + weight * token for output, weight, token in zip(outputs, zero, tokens, strict=True)]
+
+
 def bucket(token: Tensor, columns: Sequence[Tensor]) -> tuple[tuple[int, bool], ...]:
     """What each hash function answers for one token [h]: the axis of the largest coordinate, and its sign (LSH-MoE)."""
     answers = []
@@ -452,8 +467,8 @@ def moe_outputs(
     sources, currents = list(source.flatten(0, 1)), list(current.flatten(0, 1))
     if cfg.arch == "dgmoe":
         pairs = [route_twice(x @ router, y @ router) for x, y in zip(sources, currents, strict=True)]
-        previous = all_experts_output(params, group, [[one] for one, _ in pairs], sources, cfg)
-        routed = all_experts_output(params, group, [[other] for _, other in pairs], currents, cfg)
+        previous = latent_experts_output(params, group, [[one] for one, _ in pairs], sources, cfg)
+        routed = latent_experts_output(params, group, [[other] for _, other in pairs], currents, cfg)
         routed = [one + other for one, other in zip(previous, routed, strict=True)]
     else:
         if cfg.router_biases:
@@ -461,7 +476,7 @@ def moe_outputs(
             choices = [route_longcat(token @ router, bias, cfg.topk, cfg.routed_scaling) for token in sources]
         else:
             choices = [route(token @ router, cfg.topk, pre_softmax=cfg.pre_softmax) for token in sources]
-        routed = all_experts_output(params, group, choices, sources, cfg)
+        routed = latent_experts_output(params, group, choices, sources, cfg)
     routed_output = torch.stack(routed).view_as(current)
     if cfg.shared_ffn_hidden_size is None:
         return torch.zeros_like(routed_output), routed_output
@@ -571,16 +586,20 @@ def _block_shapes(cfg: ReferenceConfig, index: int) -> dict[str, tuple[int, ...]
     shapes |= _norm_shapes(name + "pre_mlp_layernorm.", cfg)
     group, block_in_group = divmod(index, cfg.moe_every)
     if block_in_group < cfg.moe_every - 1:
-        return shapes | _feed_forward_shapes(mlp, cfg.ffn_hidden_size, cfg)
+        return shapes | _feed_forward_shapes(mlp, cfg.ffn_hidden_size, h, cfg)
+    read = cfg.latent_size or h
     if mlp == cfg.moe(group):
+        if cfg.latent_size is not None:
+            shapes[mlp + "fc1_latent_proj.weight"] = (read, h)
+            shapes[mlp + "fc2_latent_proj.weight"] = (h, read)
         shapes[mlp + "router.weight"] = (cfg.num_experts + cfg.zero_experts, h)
         for expert in range(cfg.num_experts):
-            shapes |= _feed_forward_shapes(f"{mlp}experts.local_experts.{expert}.", cfg.moe_ffn_hidden_size, cfg)
+            shapes |= _feed_forward_shapes(f"{mlp}experts.local_experts.{expert}.", cfg.moe_ffn_hidden_size, read, cfg)
         if cfg.shared_ffn_hidden_size is not None:
-            shapes |= _feed_forward_shapes(mlp + "shared_experts.", cfg.shared_ffn_hidden_size, cfg)
+            shapes |= _feed_forward_shapes(mlp + "shared_experts.", cfg.shared_ffn_hidden_size, h, cfg)
     if cfg.lsh_columns and cfg.lsh_compensation == "lowrank":
-        shapes[name + "residual_map.down"] = (cfg.num_experts, h, LSH_RANK)
-        shapes[name + "residual_map.up"] = (cfg.num_experts, LSH_RANK, h)
+        shapes[name + "residual_map.down"] = (cfg.num_experts, read, LSH_RANK)
+        shapes[name + "residual_map.up"] = (cfg.num_experts, LSH_RANK, read)
     if cfg.upstream_norms:
         for norm_name in UPSTREAM_NORMS:
             shapes |= _norm_shapes(name + norm_name, cfg)
@@ -595,10 +614,9 @@ def _norm_shapes(prefix: str, cfg: ReferenceConfig) -> dict[str, tuple[int, ...]
     return {prefix + part: (cfg.hidden_size,) for part in parts}
 
 
-def _feed_forward_shapes(prefix: str, size: int, cfg: ReferenceConfig) -> dict[str, tuple[int, ...]]:
+def _feed_forward_shapes(prefix: str, size: int, width: int, cfg: ReferenceConfig) -> dict[str, tuple[int, ...]]:
     rows = 2 * size if cfg.swiglu else size
-    h = cfg.hidden_size
-    return {prefix + "linear_fc1.weight": (rows, h), prefix + "linear_fc2.weight": (h, size)}
+    return {prefix + "linear_fc1.weight": (rows, width), prefix + "linear_fc2.weight": (width, size)}
 
 
 def check_names(params: Params, cfg: ReferenceConfig) -> None:

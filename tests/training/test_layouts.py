@@ -91,6 +91,10 @@ MODELS = {
     "dgmoe-span": with_flags(ARCHITECTURES["dgmoe"], *LATE),
     "farskip": with_flags(ARCHITECTURES["scmoe"], *LATE, "--moe-every 1", "--shortcut-position farskip"),
     "scmoe-share": with_flags(ARCHITECTURES["scmoe"], "--moe-share-groups 2"),
+    # Of the usual weights, gradients of projections would be too small to be seen in the norm of all.
+    "latent-experts": with_flags(
+        ARCHITECTURES["scmoe"], "--moe-latent-size 16", "--moe-router-topk 2", "--init-method-std 0.4"
+    ),
     "longcat": with_flags(ARCHITECTURES["scmoe"], *("--" + change for change in LONGCAT[2:].split(" --"))),
 }
 BALANCE_LOSSES = {
@@ -398,6 +402,52 @@ def test_span_agrees_with_one_rank(start_of, model, layout):
     """Outputs that land in the next group, and an MoE that serves two; no stage cuts either."""
     start = start_of(model)
     assert_agree(start.continued(layout).scalars, start.expected)
+
+
+LATENT_EXPERTS_LAYOUTS = ("ep2", "tp2 sp", "tp2 ep2", "expert tp2 ep2", "pp2", "dp2 overlapped gather")
+LATENT_EXPERTS_LAYOUTS += ("recompute full uniform", "tp2 pp2 ep2")
+
+
+@pytest.mark.parametrize("layout", cases(LATENT_EXPERTS_LAYOUTS, {"tp2 ep2"}))
+def test_latent_projections_agree_with_one_rank(start_of, layout):
+    """Every tensor-parallel rank has them whole, and a part of the tokens, over which their gradients are summed."""
+    start = start_of("latent-experts")
+    assert_agree(start.continued(layout).scalars, start.expected)
+
+
+def train_with_unmarked_projections(flags: list[str]) -> Result:
+    """``train`` where Core is not told that each tensor-parallel rank saw other tokens."""
+    from megatron_scmoe.cpu.duplicated_linear import DuplicatedLinear
+
+    original = DuplicatedLinear.__init__
+
+    def unmarked(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.weight.sequence_parallel = False
+
+    DuplicatedLinear.__init__ = unmarked
+    return train(flags)
+
+
+@pytest.mark.full
+def test_unmarked_projections_lose_gradients(start_of):
+    """Negative control: the first loss is the same, its gradients are not."""
+    start = start_of("latent-experts")
+    log = start.folder / "unmarked"
+    flags = flags_of("latent-experts", "tp2 sp", *start.more, "--train-iters 2", f"--tensorboard-dir {log}")
+    ranks.run(train_with_unmarked_projections, 2, flags, timeout_s=180)
+    found = training.scalars(log, *NAMES)
+    assert found["lm loss"][2] == pytest.approx(start.expected["lm loss"][2], rel=TOLERANCE)
+    assert found["grad-norm"][2] != pytest.approx(start.expected["grad-norm"][2], rel=3 * TOLERANCE)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("move", [("tp2 ep2", "ep2"), ("ep2", "tp2 sp")])
+def test_latent_projections_move_between_layouts(tmp_path, move):
+    """Weights and moments bit for bit: one of the tensor-parallel ranks writes them."""
+    source, target = move
+    (tmp_path / "from").mkdir()
+    assert_loads(save(tmp_path / "from", "latent-experts", source), tmp_path / "to", "latent-experts", target)
 
 
 AUX_LAYOUTS = ("ep2", "tp2 sp", "tp2 ep2", "dp2", "pp2", "pp2 ep2 interleaved", "recompute full uniform")

@@ -23,6 +23,7 @@ _KINDS = (
     ("router", r"\.router\.|\.(mlp|moe)\.gate\."),
     ("shared experts", r"\.shared_experts?\."),
     (ROUTED, r"\.experts\."),
+    ("latent projections", r"\.fc[12]_latent_proj\."),
     ("attention", r"attention\.|attn\."),
     ("dense MLP", r"\.mlps?\."),
 )
@@ -38,7 +39,7 @@ _ARCHITECTURE = (
     ("multi_latent_attention", "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim latent_scaling"),
     ("", "ffn_hidden_size swiglu normalization layernorm_epsilon"),
     ("num_experts", "num_experts zero_experts moe_router_topk moe_ffn_hidden_size moe_shared_expert_intermediate_size"),
-    ("num_experts", "moe_layer_freq router moe_router_score_function moe_router_enable_expert_bias"),
+    ("num_experts", "moe_latent_size moe_layer_freq router moe_router_score_function moe_router_enable_expert_bias"),
     ("a2a_codec", "a2a_codec lsh_compensation"),
     ("", "position_embedding_type rotary_base max_position_embeddings seq_length vocab_size padded_vocab_size"),
     ("", "untie_embeddings_and_output_weights transformer_impl tokenizer_type tokenizer_model"),

@@ -217,6 +217,9 @@ def _moe(args: Namespace, ours: str, theirs: str) -> Iterator[Link]:
     yield _same(f"{ours}mlp.router.weight", f"{theirs}moe.router.weight", (choices, hidden))
     if args.moe_router_enable_expert_bias or args.router == "longcat":
         yield _same(f"{ours}mlp.router.expert_bias", f"{theirs}moe.router.expert_bias", (choices,))
+    if latent := args.moe_latent_size:  # refused on the way to Hugging Face
+        yield _same(f"{ours}mlp.fc1_latent_proj.weight", f"{theirs}moe.fc1_latent_proj.weight", (latent, hidden))
+        yield _same(f"{ours}mlp.fc2_latent_proj.weight", f"{theirs}moe.fc2_latent_proj.weight", (hidden, latent))
     for index in range(args.num_experts):
         yield from _expert(args, f"{ours}mlp.experts.experts.", f"{theirs}moe.experts.{index}.", index)
     if args.moe_shared_expert_intermediate_size:
@@ -230,9 +233,9 @@ def _moe(args: Namespace, ours: str, theirs: str) -> Iterator[Link]:
 
 def _expert(args: Namespace, ours: str, theirs: str, index: int) -> Iterator[Link]:
     """One of the rows of tensors that count experts along their first dimension."""
-    hidden, size = args.hidden_size, args.moe_ffn_hidden_size or args.ffn_hidden_size
+    width, size = args.moe_latent_size or args.hidden_size, args.moe_ffn_hidden_size or args.ffn_hidden_size
     names = ("gate_proj", "up_proj") if args.swiglu else ("up_proj",)
-    for linear, parts, shape in (("linear_fc1", names, (size, hidden)), ("linear_fc2", ("down_proj",), (hidden, size))):
+    for linear, parts, shape in (("linear_fc1", names, (size, width)), ("linear_fc2", ("down_proj",), (width, size))):
         yield Link(
             ours=f"{ours}{linear}.weight",
             shape=(args.num_experts, len(parts) * shape[0], shape[1]),

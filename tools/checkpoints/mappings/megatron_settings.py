@@ -30,6 +30,7 @@ _READ: tuple[tuple[Rule, Any, str], ...] = (
     (FLAG, False, "use_rope_scaling untie_embeddings_and_output_weights"),
     (FLAG, False, "moe_shared_expert_gate moe_router_pre_softmax moe_router_enable_expert_bias"),
     (optional(SIZE), None, "kv_channels q_lora_rank moe_ffn_hidden_size moe_router_num_groups moe_router_group_topk"),
+    (optional(SIZE), None, "moe_latent_size"),
     (optional(SIZE), 1, "num_query_groups"),
     (optional(COUNT), None, "num_experts moe_shared_expert_intermediate_size"),
     (optional(POSITIVE), None, "moe_router_topk_scaling_factor"),
