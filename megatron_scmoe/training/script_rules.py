@@ -23,6 +23,9 @@ _FOLDERS_OF_ONE = ("tensorboard_dir", "wandb_save_dir")
 """Where one machine writes: on others the place may not be there."""
 _FILES = ("data_args_path", "per_split_data_args_path", "per_dataset_sequences_path", "te_precision_config_file")
 
+_RESTARTS = ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT")
+"""How often torchrun would start the ranks again, and how often Slurm has."""
+
 
 def check_hooks(args: Namespace, *, needs_transformer_engine: bool = True) -> None:
     """Raise ConfigError for the first flag in ``args`` that the entry script's hooks do not do.
@@ -74,6 +77,25 @@ def _check_document_flags(args: Namespace) -> None:
         raise ConfigError(
             "nothing reads position ids where positions are no table: --reset-position-ids is set and "
             f"--position-embedding-type is {args.position_embedding_type}; drop --reset-position-ids"
+        )
+
+
+def check_restarts(args: Namespace) -> None:
+    """Raise ConfigError where a restarted job would not go on from what it saved, but begin anew and write over it."""
+    restarts = {name: os.environ.get(name, "0") for name in _RESTARTS}
+    if not args.save or all(number == "0" for number in restarts.values()):
+        return
+    begins_anew = {
+        f"--load is {args.load} and --save is {args.save}": args.load != args.save,
+        "--finetune is set": args.finetune,
+        f"--ckpt-step is {args.ckpt_step}": args.ckpt_step is not None,
+    }
+    if found := [words for words, is_so in begins_anew.items() if is_so]:
+        name, number = next((name, number) for name, number in restarts.items() if number != "0")
+        raise ConfigError(
+            f"a restarted job goes on from the newest checkpoint that it saved: {name} is {number} and {found[0]}; use "
+            f"--load {args.save}, without --finetune and --ckpt-step, and --pretrained-checkpoint for the weights to "
+            "begin with"
         )
 
 
