@@ -73,7 +73,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from megatron_scmoe.config import ConfigError
 from megatron_scmoe.dry_run import run as dry_run
 from megatron_scmoe.job.start import joined
-from megatron_scmoe.mcore import fault_hooks
+from megatron_scmoe.mcore import checkpoints, fault_hooks
 from megatron_scmoe.mcore.datasets import HashedDataset, HashedDatasetConfig, dataset_prefixes, index_hashes
 from megatron_scmoe.models.gpt import model_config_from_args
 from megatron_scmoe.training import resume
@@ -249,6 +249,8 @@ def main() -> None:
         dry_run.run()
         return
     args, scmoe, meeting = parse_and_validate_args()
+    if not args.async_save:
+        checkpoints.report_writes_in_process()
     # Each rank of a pipeline builds its own datasets, so Megatron must not build them on one rank alone.
     train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
     model_config = model_config_from_args(args, scmoe)

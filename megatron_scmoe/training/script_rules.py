@@ -50,6 +50,11 @@ def check_hooks(args: Namespace, *, needs_transformer_engine: bool = True) -> No
             f"--save-tokens-per-expert-interval is {args.save_tokens_per_expert_interval}, --transformer-impl is "
             f"{args.transformer_impl} and --moe-grouped-gemm is {'on' if args.moe_grouped_gemm else 'off'}; drop it"
         )
+    if args.async_save and args.exit_signal_handler:
+        raise ConfigError(
+            "a signal ends the processes that save asynchronously, which launchers send it as well: --async-save and "
+            "--exit-signal-handler are set; drop one of them"
+        )
     missing = needs_transformer_engine and importlib.util.find_spec("transformer_engine") is None
     if args.tp_comm_overlap and missing:
         raise ConfigError(

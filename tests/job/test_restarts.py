@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import nodes
@@ -51,10 +52,17 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(num_nodes, tmp_path,
     flags = [flags_of(tmp_path)] * num_nodes
     with nodes.job(tmp_path, flags, ranks=2 // num_nodes, torchrun=["--max-restarts", "2"]) as started:
         started.wait_for_step(19)
-        os.kill(started.ranks(num_nodes - 1)[-1], signal.SIGKILL)
+        killed = started.ranks(num_nodes - 1)[-1]
+        os.kill(killed, signal.SIGKILL)
         assert started.exit_codes(within_s=400) == [0] * num_nodes
         assert loaded(started.printed()) == ["16"]
     assert logged(tmp_path) == undisturbed
+    assert session(killed).count("\n") <= 1  # the headings
+
+
+def session(rank: int) -> str:
+    """What runs in the session that torchrun has given a rank."""
+    return subprocess.run(["ps", "-s", str(rank), "-o", "pid,args"], capture_output=True, text=True).stdout
 
 
 def test_sigterm_saves_the_step_and_the_next_call_goes_on_from_it(tmp_path, undisturbed):
@@ -62,7 +70,7 @@ def test_sigterm_saves_the_step_and_the_next_call_goes_on_from_it(tmp_path, undi
         started.wait_for_step(11)
         started.nodes[0].terminate()
         assert started.exit_codes(within_s=60) == [1]
-        assert "exiting program after receiving SIGTERM" in started.printed()
+        assert "exiting program after receiving SIGTERM" in started.printed(), started.printed()[-3000:]
     step = (tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text()
     assert int(step) > 11 and int(step) % 8
     with nodes.job(tmp_path / "second", [flags_of(tmp_path)], ranks=2) as started:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import socket
 import subprocess
@@ -13,6 +14,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from training import ROOT
+
+
+def free_port() -> int:
+    """Below those that Linux gives to connections: it is used seconds later."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with contextlib.suppress(OSError), socket.create_server(("localhost", port)):
+            return port
 
 
 class Job:
@@ -26,8 +35,7 @@ class Job:
     """
 
     def __init__(self, folder: Path, flags: Sequence[list[str]], ranks: int = 1, torchrun: Sequence[str] = ()) -> None:
-        with socket.create_server(("localhost", 0)) as server:
-            port = server.getsockname()[1]
+        port = free_port()
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"{node}.log" for node in range(len(flags))]
         self.nodes = []

@@ -212,6 +212,13 @@ def test_files_in_the_place_of_folders_are_refused(tmp_path):
     assert file.read_text() == "mine"
 
 
+def test_a_signal_and_asynchronous_saves_do_not_go_together(tmp_path):
+    flags = with_flags(SCMOE, f"--save {tmp_path}", "--save-interval 1", "--async-save")
+    words = ["--async-save and --exit-signal-handler are set; drop one"]
+    entry.assert_refused([(with_flags(flags, "--exit-signal-handler"), words)])
+    entry.assert_accepted([flags])
+
+
 @pytest.mark.parametrize("restarts", ["TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT"])
 def test_a_restart_that_would_begin_anew_is_refused(tmp_path, restarts):
     flags = with_flags(SCMOE, f"--save {tmp_path}", "--save-interval 1")
