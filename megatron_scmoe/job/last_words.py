@@ -50,11 +50,13 @@ class LastWords:
         rank: which.
         words: in one line.
         is_refusal: whether it would end so again.
+        comes_back: whether its torchrun starts it again.
     """
 
     rank: int
     words: str
     is_refusal: bool = False
+    comes_back: bool = False
 
     def in_words(self) -> str:
         """Who, and why."""
@@ -87,13 +89,19 @@ def leave(words: str, *, is_refusal: bool = False) -> None:
     if not _OWN.is_expected or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     all_is_said()
-    said = LastWords(int(os.environ["RANK"]), (words.splitlines() or ["without words"])[0], is_refusal)
+    line = (words.splitlines() or ["without words"])[0]
+    said = LastWords(int(os.environ["RANK"]), line, is_refusal, not is_refusal and _has_restarts())
     with contextlib.suppress(dist.DistError, ValueError):
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, timeout=_SAY_WITHIN, wait_for_workers=False)
         store.set(f"{_LEFT}/{said.rank}", json.dumps(asdict(said)))
         if _OWN.attempt is not None:
             end(dist.PrefixStore(_OWN.attempt, store), said)
+
+
+def _has_restarts() -> bool:
+    done, allowed = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return done < allowed
 
 
 def _at_exit() -> None:
@@ -112,6 +120,7 @@ def stop(line: str) -> NoReturn:
         print(f"pretrain_gpt_scmoe.py: ended: {line}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)  # torchrun ends all processes as soon as one has: let the one that prints be the first
+    leave(line)
     sys.exit(EXIT_ENDED)
 
 
@@ -126,7 +135,7 @@ def heard(attempt: dist.Store) -> LastWords | None:
 
 
 def of_rank(store: dist.Store, rank: int) -> LastWords | None:
-    """What a rank's last process said that ended; None where it has come back, or said nothing."""
+    """What the process of a rank said that ended last; None where it has come back, or said nothing."""
     return _read(store, f"{_LEFT}/{rank}")
 
 

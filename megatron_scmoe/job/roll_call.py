@@ -19,8 +19,6 @@ from megatron_scmoe.job import last_words
 from megatron_scmoe.job.last_words import LastWords
 
 SAY_EVERY_S = 30.0
-COMES_BACK_WITHIN_S = 30.0
-"""How long a rank is waited for that has said why it ends, and that its launcher may start again."""
 _NUMBER = f"{last_words.PLACE}/attempt"
 _OPEN = "open"
 
@@ -120,32 +118,19 @@ def _declare_over(attempt: dist.Store, rank: int) -> None:
         last_words.end(attempt, LastWords(rank, "it was started again"))
 
 
-class _Patience:
-    """With ranks that have said why they end: a launcher may start them again, unless they refuse."""
-
-    def __init__(self, store: dist.Store) -> None:
-        self._store = store
-        self._seen_s: dict[int, float] = {}
-
-    def ends(self, ranks: Iterable[int]) -> LastWords | None:
-        """What one of ``ranks`` said that does not come back; None where there is none."""
-        now_s = time.monotonic()
-        for rank in ranks:
-            said = last_words.of_rank(self._store, rank)
-            if said is None:
-                self._seen_s.pop(rank, None)
-            elif said.is_refusal or now_s - self._seen_s.setdefault(rank, now_s) > COMES_BACK_WITHIN_S:
-                return said
-        return None
+def _is_lost(store: dist.Store, ranks: Iterable[int]) -> LastWords | None:
+    """What one of ``ranks`` said that has ended and that nobody starts again; None where there is none."""
+    said = (last_words.of_rank(store, rank) for rank in ranks)
+    return next((words for words in said if words is not None and not words.comes_back), None)
 
 
 def _call(store: dist.Store, world_size: int, limit_s: float) -> str:
     number = store.add(_NUMBER, 1)
     _declare_over(_attempt(store, number - 1), 0)
-    attempt, patience = _attempt(store, number), _Patience(store)
+    attempt = _attempt(store, number)
 
     def look(missing: list[int]) -> None:
-        if said := patience.ends(missing):
+        if said := _is_lost(store, missing):
             last_words.end(attempt, said)
             heed(said)
 
@@ -160,7 +145,7 @@ def _call(store: dist.Store, world_size: int, limit_s: float) -> str:
 
 
 def _answer(store: dist.Store, rank: int, limit_s: float) -> str:
-    mine, patience = 0, _Patience(store)
+    mine = 0
     for _ in looks(limit_s):
         number = store.add(_NUMBER, 0)
         attempt = _attempt(store, number)
@@ -173,7 +158,7 @@ def _answer(store: dist.Store, rank: int, limit_s: float) -> str:
             attempt.set(_here(rank), "")
             mine = number
             heed(last_words.heard(attempt))
-        heed(patience.ends([0]))
+        heed(_is_lost(store, [0]))
     raise ConfigError(
         "a job starts when all ranks are there: rank 0 did not call them within --distributed-timeout-minutes; see "
         "what it printed, and the address of the first node"

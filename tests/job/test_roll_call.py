@@ -22,8 +22,7 @@ from megatron_scmoe.job.meeting import Meeting
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(roll_call, "COMES_BACK_WITHIN_S", 0.5)
+def first_of_its_machine(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
 
 
@@ -64,9 +63,9 @@ def came(ranks: list[Starting]) -> set[str]:
     return {rank.came for rank in ranks}
 
 
-def left(store: dist.Store, rank: int, words: str, is_refusal: bool = False) -> None:
+def left(store: dist.Store, said: LastWords) -> None:
     """What ``last_words.leave`` writes."""
-    store.set(f"megatron_scmoe/left/{rank}", json.dumps(asdict(LastWords(rank, words, is_refusal))))
+    store.set(f"megatron_scmoe/left/{said.rank}", json.dumps(asdict(said)))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
@@ -109,23 +108,24 @@ def test_who_died_before_all_were_there_may_come_again(store):
 
 
 def test_all_refuse_where_one_does(store):
-    left(store, 1, "--lr is 0", is_refusal=True)
+    left(store, LastWords(1, "--lr is 0", is_refusal=True))
     assert came(started(store, 0, 2)) == {"refused: rank 1 refuses: --lr is 0"}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_has_ended_is_not_waited_for(store, rank, capsys):
-    left(store, rank, "ImportError: no such module")
+    left(store, LastWords(rank, "ImportError: no such module"))
     assert came(started(store, *{0, 1, 2} - {rank})) == {"exit code 3"}
     line = f"pretrain_gpt_scmoe.py: ended: rank {rank} has ended: ImportError: no such module\n"
     assert set(capsys.readouterr().err.splitlines(keepends=True)) == {line}
 
 
-def test_a_rank_that_comes_back_in_time_is_waited_for(store):
-    left(store, 1, "ImportError: no such module")
-    two = started(store, 0, 2)
-    assert all(rank.is_waiting(0.1) for rank in two)
-    assert came([*two, *started(store, 1)]) == {"megatron_scmoe/1"}
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_its_torchrun_starts_again_is_waited_for(store, rank):
+    left(store, LastWords(rank, "ImportError: no such module", comes_back=True))
+    two = started(store, *{0, 1, 2} - {rank})
+    assert all(one.is_waiting() for one in two)
+    assert came([*two, *started(store, rank)]) == {"megatron_scmoe/1"}
 
 
 def test_ranks_that_do_not_come_are_named(store, monkeypatch, capsys):
@@ -182,10 +182,11 @@ ENDS = {
 }
 
 
-def rank_that_ends(code: str, port: int, agent: str = "True") -> int:
-    """Exit code of a rank that runs ``code``, under a torchrun."""
-    environment = {"RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    environment |= {"TORCHELASTIC_USE_AGENT_STORE": agent, "PYTHONPATH": str(ROOT)}
+def rank_that_ends(code: str, port: int, restarts: int = 0) -> int:
+    """Exit code of a rank that runs ``code``, under a torchrun that has started it again twice."""
+    environment = {"RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"}
+    environment |= {"TORCHELASTIC_MAX_RESTARTS": str(2 + restarts)}
     program = f"from megatron_scmoe.job import last_words; last_words.begin(); {code}"
     return subprocess.run(
         [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, timeout=120
@@ -200,6 +201,13 @@ def test_a_rank_says_why_it_ends(code):
     assert rank_that_ends(code, server.port) == exit_code
     said = last_words.of_rank(server, 1)
     assert said == (None if words is None else LastWords(1, words, is_refusal="is_refusal" in code))
+
+
+@pytest.mark.parametrize("is_refusal", [False, True])
+def test_a_rank_says_whether_it_comes_back(is_refusal):
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    rank_that_ends(f"last_words.leave('', is_refusal={is_refusal})", server.port, restarts=1)
+    assert last_words.of_rank(server, 1) == LastWords(1, "without words", is_refusal, comes_back=not is_refusal)
 
 
 def test_where_no_store_is_a_rank_ends_all_the_same():
