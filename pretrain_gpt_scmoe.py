@@ -34,8 +34,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from megatron_scmoe.job import last_words
+
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
+
+if __name__ == "__main__":
+    last_words.begin()
 
 DRY_RUN = os.environ.get("DRY_RUN", "0") not in ("", "0")
 if DRY_RUN:
@@ -68,6 +73,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from megatron_scmoe.config import ConfigError
 from megatron_scmoe.dry_run import run as dry_run
 from megatron_scmoe.job.start import joined
+from megatron_scmoe.mcore import checkpoints, fault_hooks
 from megatron_scmoe.mcore.datasets import HashedDataset, HashedDatasetConfig, dataset_prefixes, index_hashes
 from megatron_scmoe.models.gpt import model_config_from_args
 from megatron_scmoe.training import resume
@@ -224,12 +230,13 @@ def train_valid_test_datasets_provider(
         index_hashes=index_hashes(dataset_prefixes(args)),
     )
     print_rank_0("> building train, validation, and test datasets for GPT ...")
-    return BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else HashedDataset,
-        num_samples,
-        partial(_builds_datasets, vp_stage=vp_stage),
-        config,
-    ).build()
+    with fault_hooks.section("data"):
+        return BlendedMegatronDatasetBuilder(
+            MockGPTDataset if args.mock_data else HashedDataset,
+            num_samples,
+            partial(_builds_datasets, vp_stage=vp_stage),
+            config,
+        ).build()
 
 
 def _builds_datasets(vp_stage: int | None) -> bool:
@@ -242,6 +249,8 @@ def main() -> None:
         dry_run.run()
         return
     args, scmoe, meeting = parse_and_validate_args()
+    if not args.async_save:
+        checkpoints.report_writes_in_process()
     # Each rank of a pipeline builds its own datasets, so Megatron must not build them on one rank alone.
     train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
     model_config = model_config_from_args(args, scmoe)

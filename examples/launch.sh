@@ -14,6 +14,8 @@
 #   GPUS_PER_NODE   default: Slurm's, else 8
 #   NODE_RANK       which node this is, from 0; default: Slurm's
 #   MASTER_ADDR     host of node 0, and MASTER_PORT (29500), a free port there
+#   RESTARTS        how often all ranks are started again where one has failed, to go on from SAVE; default 0
+#   STOP_WITHIN     seconds that ranks have from SIGTERM on to finish their step and save; default 240
 #   DRY_RUN=1       tells parameters and memory of each pipeline stage's ranks, and trains nothing
 #
 # Nothing of it has run on GPUs yet: see the README. docs/cluster.md goes from nothing to a running job.
@@ -108,10 +110,12 @@ else
 fi
 checkpoints=()
 if [[ ${SAVE:-} ]]; then
-  checkpoints=(--save "$SAVE" --load "$SAVE" --save-interval 1000 --tensorboard-dir "$SAVE/tensorboard")
-  if [[ ${LOAD:-} && ! -f $SAVE/latest_checkpointed_iteration.txt ]]; then
-    checkpoints+=(--load "$LOAD" --finetune)
-  fi
+  checkpoints=(
+    --save "$SAVE" --load "$SAVE" --save-interval 1000 --tensorboard-dir "$SAVE/tensorboard"
+    --exit-signal-handler # at SIGTERM the step is finished and saved
+  )
+  # Each start asks anew whether there is something in SAVE: those of a restart find it.
+  [[ ! ${LOAD:-} ]] || checkpoints+=(--pretrained-checkpoint "$LOAD")
 fi
 
 # --- Environment ----------------------------------------------------------------------------------------------------
@@ -137,4 +141,5 @@ if [[ $dry_run != 0 ]]; then
   exec env DRY_RUN=1 WORLD_SIZE=$((nodes * gpus)) RANK=0 LOCAL_RANK=0 python "${words[@]}"
 fi
 exec torchrun --nnodes "$nodes" --node-rank "$node_rank" --nproc-per-node "$gpus" \
-  --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-29500}" "${words[@]}"
+  --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-29500}" \
+  --max-restarts "${RESTARTS:-0}" --shutdown-timeout "${STOP_WITHIN:-240}" "${words[@]}"

@@ -13,7 +13,7 @@ class JobConfig:
     hang_limit: float = -1.0
     """Seconds that a training step may take before the job ends with the stacks of all ranks and the name of the rank
     that hangs. -1: 10 times the slowest of the last 20 steps, at least 30. The first step of a run and saves have no
-    such limit; a rank that is stopped is found in a save too. inf: no step is too long. 0: nothing is watched."""
+    such limit; a rank that is stopped is found in them too. inf: no step is too long. 0: nothing is watched."""
 
     def validate_job(self) -> None:
         """Raise ConfigError where the limit is none."""

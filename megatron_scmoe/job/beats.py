@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 BEAT_S = 3.0
-SILENT_S = {"step": 25.0, "checkpointing": 120.0, "between": 120.0}
+SILENT_S = {"step": 25.0, "setup": 120.0, "checkpointing": 120.0, "between": 120.0}
 """How long a rank may say nothing, by the section that it was in last. A thread of its own speaks, so silence means a
-stopped or dead process, an unreachable node, or a call that keeps Python's lock; in start-up, where data are indexed,
-such calls take minutes."""
+stopped or dead process, an unreachable node, or a call that keeps Python's lock. Where data are indexed such calls take
+minutes: the section ``data`` has no limit."""
 PATIENCE = 10.0
 _BEAT = "beat/"
 
@@ -31,7 +31,8 @@ class Beat:
     Attributes:
         number: of this sign.
         step: training step under way, from 1; the last one outside of steps.
-        section: ``setup``, ``step``, ``checkpointing``, ``between`` or ``ended``.
+        section: ``setup`` until the first step has ended, but for ``data``; ``step``, ``checkpointing``, ``between``
+            or ``ended``.
         still_s: seconds since the main thread was last seen at another place of its code.
         host: where it runs.
         pid: its process.

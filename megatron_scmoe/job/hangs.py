@@ -2,7 +2,8 @@
 
 Each rank says in the job's store every few seconds that it lives and where it is (``beats.py``), and listens to the
 next rank. Where that one falls silent, or this rank's own step takes too long and all ranks stand still, every rank
-writes its stacks and the job ends. Ranks that compute, such as in a compilation, stand still nowhere.
+writes its stacks and the job ends. Ranks that compute, such as in a compilation, stand still nowhere. Where a rank has
+ended and said why (``last_words.py``), the others end as well.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_scmoe.job import last_words
 from megatron_scmoe.job.beats import BEAT_S, SILENT_S, Beat, Ear, Finding, Pulse, diagnosis, heard
-from megatron_scmoe.job.sameness import in_words
+from megatron_scmoe.job.roll_call import in_words
 
-EXIT_HUNG = 3
+ENDS_WITHIN_S = 10.0
+"""How long a main thread may take to notice by itself that another rank has ended."""
 FLOOR_S = 30.0
 TIMES_THE_SLOWEST = 10.0
 REMEMBERED_STEPS = 20
@@ -107,7 +110,7 @@ class HangWatch:
         """Called by Megatron."""
         if name == "step":
             self._limit.add(self._step, time.monotonic() - self._began_s)
-        self._section = "between"
+        self._section = "setup" if name == "data" else "between"
 
     def shutdown_workload_monitoring(self) -> None:
         """Called by Megatron."""
@@ -117,6 +120,10 @@ class HangWatch:
     def _step(self) -> int:
         return getattr(self._args, "curr_iteration", 0) + 1
 
+    @property
+    def _where(self) -> str:
+        return f"in step {self._step}" if self._section == "step" else f"in section '{self._section}'"
+
     def _watch(self) -> None:
         """The thread."""
         try:
@@ -125,15 +132,31 @@ class HangWatch:
             while not self._stopped.wait(BEAT_S):
                 pulse.say(self._step, self._section)
                 self._obey()
+                self._heed()
                 if found := ear.silence():
                     self._end(found)
                 self._judge()
             pulse.say(self._step, "ended")
         except dist.DistError as error:
-            # With the first node the store is gone. At the end of a job, or where it is refused, nobody is in a step.
-            if not self._stopped.wait(SILENT_S["step"]) and self._section == "step":
-                print(f"{_SCRIPT}: hang: the job's store is gone, in step {self._step}: {error}", file=sys.stderr)
-                os._exit(EXIT_HUNG)
+            # With the first node the store is gone, and with it whoever this rank waits for.
+            why = f"the job's store is gone, with the first node: {str(error).splitlines()[0]}"
+            self._leave_with(why, within_s=SILENT_S["step"])  # at the end of a job it goes while others tidy up
+
+    def _heed(self) -> None:
+        """Where a rank has ended, so does this one: some collectives wait for ever for one that is gone."""
+        if (said := last_words.heard(self._store)) is not None:
+            self._leave_with(said.in_words(), within_s=ENDS_WITHIN_S)
+
+    def _leave_with(self, why: str, within_s: float) -> None:
+        """End this process, unless its main thread notices and ends by itself, with more to say."""
+        if self._stopped.wait(within_s):
+            return
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            line = f"{why}; this is rank {self._args.rank}, {self._where}"
+            print(f"{_SCRIPT}: ended: {line}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(BEAT_S)  # torchrun ends all processes as soon as one has: let the one that prints be the first
+        os._exit(last_words.EXIT_ENDED)
 
     def _judge(self) -> None:
         """Where this rank's step takes too long, ask all ranks twice: is one of them to blame, or does one compute?"""
@@ -158,7 +181,7 @@ class HangWatch:
         silent = found.ranks if found.are_silent else []
         verdict = json.dumps({"silent": silent, "folder": str(folder.absolute()), "by": self._args.rank})
         if self._store.compare_set(_VERDICT, "", verdict).decode() == verdict:
-            line = f"{in_words(found.ranks)}: {found.words}; this is rank {self._args.rank}, in step {self._step}; "
+            line = f"{in_words(found.ranks)}: {found.words}; this is rank {self._args.rank}, {self._where}; "
             line += f"stacks of the ranks that can write are in {folder}"
             print(f"{_SCRIPT}: hang: {line}", file=sys.stderr, flush=True)
         self._obey()
@@ -173,7 +196,7 @@ class HangWatch:
         time.sleep(2 * BEAT_S)  # the launcher ends all ranks as soon as one has, before they could write
         for rank in verdict["silent"]:
             self._kill(rank)
-        os._exit(EXIT_HUNG)
+        os._exit(last_words.EXIT_ENDED)
 
     def _kill(self, rank: int) -> None:
         """A stopped process ends by SIGKILL alone, for which launchers wait half a minute."""

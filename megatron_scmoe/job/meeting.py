@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import itertools
 import json
 from argparse import Namespace
-from collections.abc import Callable
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_scmoe.config import ConfigError
+from megatron_scmoe.job import last_words, roll_call
 from megatron_scmoe.mcore.job_store import job_store
-
-_numbers = itertools.count()  # of the meetings of a process, alike on all ranks
 
 
 class Meeting:
@@ -31,17 +29,22 @@ class Meeting:
         self.world_size: int = 1 if alone else args.world_size
         self.limit_s = 60.0 * args.distributed_timeout_minutes
         self._args = args
-        self._prefix = f"megatron_scmoe/{next(_numbers)}"
 
-    @functools.cached_property
+    @property
     def job_store(self) -> dist.Store:
-        """What Megatron makes its process groups with; whoever asks first waits for rank 0."""
-        return job_store(self._args)
+        """What Megatron makes its process groups with, in this attempt."""
+        return dist.PrefixStore("groups", self.store)
 
     @functools.cached_property
     def store(self) -> dist.Store:
-        """Ours alone."""
-        return dist.PrefixStore(self._prefix, self.job_store)
+        """Of this attempt alone; who asks first waits for all ranks.
+
+        Raises:
+            ConfigError: where the others cannot be reached, do not come, or refuse to start.
+        """
+        store = job_store(self._args)
+        with store_lives():
+            return dist.PrefixStore(roll_call.answered(store, self.rank, self.world_size, self.limit_s), store)
 
     def told(self, name: str, decide: Callable[[], Any]) -> Any:
         """What ``decide`` returns on rank 0, on every rank; all call this, and a ConfigError is raised on all.
@@ -50,20 +53,47 @@ class Meeting:
             name: of the decision, once in a meeting.
             decide: returns what JSON can say; other ranks do not call it.
         """
-        if self.rank == 0:
-            decision = _decided(decide)
-            if self.world_size > 1:
+        if self.world_size == 1:
+            return decide()
+        with store_lives():
+            if self.rank == 0:
+                decision = self._decided(decide)
                 self.store.set(name, json.dumps(decision))
-        else:
-            self.store.wait([name], timedelta(seconds=self.limit_s))
-            decision = json.loads(self.store.get(name))
+            else:
+                decision = self._awaited(name)
         if "refused" in decision:
             raise ConfigError(decision["refused"])
         return decision["value"]
 
+    def missing(self, key: Callable[[int], str], ranks: Iterable[int]) -> list[int]:
+        """Those of ``ranks`` that have not written their key until the others would give up; for rank 0."""
+        return roll_call.wait(self.store, key, ranks, 0.9 * self.limit_s, lambda _missing: self._heed())
 
-def _decided(decide: Callable[[], Any]) -> dict[str, Any]:
+    def _heed(self) -> None:
+        roll_call.heed(last_words.heard(self.store))
+
+    def _decided(self, decide: Callable[[], Any]) -> dict[str, Any]:
+        self.store  # noqa: B018 - nothing is decided before all are there
+        try:
+            return {"value": decide()}
+        except ConfigError as error:
+            return {"refused": str(error)}
+
+    def _awaited(self, name: str) -> dict[str, Any]:
+        for _ in roll_call.looks(self.limit_s):
+            if self.store.check([name]):
+                return json.loads(self.store.get(name))
+            self._heed()
+        raise ConfigError(
+            f"rank 0 decides for all: it has not said within --distributed-timeout-minutes what follows for '{name}'; "
+            "see what it printed"
+        )
+
+
+@contextlib.contextmanager
+def store_lives() -> Iterator[None]:
+    """End in a line where it does not."""
     try:
-        return {"value": decide()}
-    except ConfigError as error:
-        return {"refused": str(error)}
+        yield
+    except dist.DistError as error:
+        last_words.stop(f"the job's store is gone, with the first node: {str(error).splitlines()[0]}")

@@ -1,4 +1,7 @@
-"""Ranks end with their launcher. Standard library only: called before the slow imports, during which it may die too."""
+"""Ranks end with their launcher, and it with them where a restart is no use.
+
+Standard library only: called before the slow imports, during which it may die too.
+"""
 
 from __future__ import annotations
 
@@ -30,3 +33,9 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died in between
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_launcher() -> None:
+    """Under a torchrun that would start its ranks again: end it, as Slurm or a user would, and this process with it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        os.kill(os.getppid(), signal.SIGTERM)

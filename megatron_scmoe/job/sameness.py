@@ -12,17 +12,16 @@ import importlib.metadata
 import json
 import os
 import platform
-import time
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import megatron_scmoe
 from megatron_scmoe.config import ConfigError
-from megatron_scmoe.job.meeting import Meeting
+from megatron_scmoe.job.meeting import Meeting, store_lives
+from megatron_scmoe.job.roll_call import in_words
 from megatron_scmoe.mcore.datasets import dataset_prefixes
 
 OF_ONE_RANK = ("rank", "local_rank")
@@ -32,9 +31,6 @@ ENVIRONMENT = ("CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_ALGO", "NCCL_PROTO", "TORCH_
 """What decides how collectives run. Names of interfaces and adapters may differ from node to node."""
 TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 SHOWN = 3  # differing fields that the refusal names
-SAY_EVERY_S = 30.0
-
-_MEANS = "means/"
 
 
 def meant(args: Namespace) -> dict[str, str]:
@@ -92,18 +88,6 @@ def difference(all_meant: Sequence[Mapping[str, str]]) -> str:
     return "; ".join(parts[:SHOWN]) + more
 
 
-def in_words(ranks: Sequence[int]) -> str:
-    """Such as ``rank 3`` or ``ranks 0-7, 9``; ``ranks`` ascend."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    words = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return f"rank{'s' if len(ranks) > 1 else ''} {words}"
-
-
 def check(args: Namespace, meeting: Meeting) -> None:
     """Raise ConfigError, on every rank, where ranks mean different things or some never come; all ranks call this.
 
@@ -113,21 +97,21 @@ def check(args: Namespace, meeting: Meeting) -> None:
     """
     if meeting.world_size == 1:
         return
-    meeting.store.set(f"{_MEANS}{meeting.rank}", json.dumps(meant(args)))
+    with store_lives():
+        meeting.store.set(_key_of(meeting.rank), json.dumps(meant(args)))
     meeting.told("same", lambda: _compare(meeting))
 
 
 def _compare(meeting: Meeting) -> None:
     store, world_size = meeting.store, meeting.world_size
-    # Before the others give up waiting for what this one finds.
-    if missing := _wait(store, range(world_size), 0.9 * meeting.limit_s):
+    if missing := meeting.missing(_key_of, range(world_size)):
         raise ConfigError(
-            f"a job starts when all ranks are there: {in_words(missing)} of {world_size} did not come within "
-            "--distributed-timeout-minutes; see what they printed, and the address of the first node"
+            f"all ranks must mean the same: {in_words(missing)} of {world_size} did not say what they mean within "
+            "--distributed-timeout-minutes; see what they printed"
         )
-    texts = [store.get(f"{_MEANS}{rank}") for rank in range(world_size)]
+    texts = [store.get(_key_of(rank)) for rank in range(world_size)]
     for rank in range(world_size):
-        store.delete_key(f"{_MEANS}{rank}")
+        store.delete_key(_key_of(rank))
     if len(set(texts)) > 1:
         found = difference([json.loads(text) for text in texts])
         raise ConfigError(
@@ -135,16 +119,5 @@ def _compare(meeting: Meeting) -> None:
         )
 
 
-def _wait(store: dist.Store, ranks: Iterable[int], limit_s: float) -> list[int]:
-    """Wait until all have written; says now and then who has not, and returns who has not at the end."""
-    began_s = said_s = time.monotonic()
-    missing = list(ranks)
-    while missing := [rank for rank in missing if not store.check([f"{_MEANS}{rank}"])]:
-        now_s = time.monotonic()
-        if now_s - began_s > limit_s:
-            return missing
-        if now_s - said_s > SAY_EVERY_S:
-            said_s = now_s
-            print(f" > waiting for {in_words(missing)} for {now_s - began_s:.0f} s", flush=True)
-        time.sleep(0.1)
-    return []
+def _key_of(rank: int) -> str:
+    return f"means/{rank}"

@@ -7,7 +7,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_scmoe.job import sameness, writer
+from megatron_scmoe.config import ConfigError
+from megatron_scmoe.job import last_words, sameness, writer
 from megatron_scmoe.job.hangs import HangWatch, StepLimit
 from megatron_scmoe.job.meeting import Meeting
 from megatron_scmoe.mcore import fault_hooks
@@ -35,4 +36,21 @@ def joined(args: Namespace, meeting: Meeting, hang_limit_s: float) -> Iterator[N
             fault_hooks.follow_sections(watch)
             watch.start()
             stack.callback(watch.stop)
+        with _speaking():
+            yield
+
+
+@contextlib.contextmanager
+def _speaking() -> Iterator[None]:
+    """Let the others know where this rank ends before its job does."""
+    try:
         yield
+    except SystemExit as ended:
+        if ended.code:
+            last_words.leave(f"exit code {ended.code}")
+        raise
+    except BaseException as error:
+        last_words.leave(last_words.describe(error), is_refusal=isinstance(error, ConfigError))
+        raise
+    finally:
+        last_words.all_is_said()

@@ -7,6 +7,7 @@ indices, so the hash of the ``.idx`` file, which holds them, goes into the name.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 from argparse import Namespace
@@ -55,7 +56,7 @@ def index_hashes(prefixes: Iterable[str]) -> dict[str, str]:
     found: list[dict[str, str]] = [{}]
     if dist.get_rank() == 0:
         paths = {prefix: Path(prefix + ".idx") for prefix in prefixes}
-        found = [{prefix: _sha256(path) for prefix, path in paths.items() if path.is_file()}]
+        found = [{prefix: _sha256(path, path.stat().st_mtime_ns) for prefix, path in paths.items() if path.is_file()}]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 
@@ -74,6 +75,8 @@ def sequences_and_bytes(prefix: str) -> tuple[int, int]:
     return len(index), sum(int(begin) + int(length) * index.dtype_size for begin, length in last)
 
 
-def _sha256(path: Path) -> str:
+@functools.cache
+def _sha256(path: Path, _modified_ns: int) -> str:
+    """Read once, though every virtual pipeline stage asks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
 """The command line: Megatron's own flags, and a group generated from each subject of ``config``.
 
 What cannot work is refused here, before any process group starts: one line with the rule, the two values and the fix,
-and exit code 2 (which torchrun turns into 1).
+and exit code 2 (which torchrun, that starts nothing again then, turns into 1).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from megatron_scmoe.config import (
     ScMoEConfig,
     Shortcut,
 )
+from megatron_scmoe.job import last_words, orphans
 from megatron_scmoe.job.meeting import Meeting
 from megatron_scmoe.mcore import checkpoints, version
 from megatron_scmoe.report.figures import ONE_QUEUE
@@ -141,6 +142,7 @@ def parse_and_validate_args(
         unread[0].check(args)
         sizes.check_sizes(args)
         script_rules.check_hooks(args, needs_transformer_engine=go_without is None)
+        script_rules.check_restarts(args)
         scmoe, saved = _validate(args, meeting, go_without)
         script_rules.check_paths(args)
         corpus.check_datasets(args)
@@ -204,6 +206,8 @@ def refuse(message: str) -> NoReturn:
     else:
         # torchrun ends all processes as soon as one has failed: let the one that prints be the first.
         time.sleep(3)
+    last_words.leave(message, is_refusal=True)
+    orphans.end_launcher()  # it would start all ranks again, to be refused again
     sys.exit(EXIT_REFUSED)
 
 

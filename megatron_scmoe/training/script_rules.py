@@ -25,6 +25,9 @@ _FOLDERS_OF_ONE = ("tensorboard_dir", "wandb_save_dir")
 """Where one machine writes: on others the place may not be there."""
 _FILES = ("data_args_path", "per_split_data_args_path", "per_dataset_sequences_path", "te_precision_config_file")
 
+_RESTARTS = ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT")
+"""How often torchrun would start the ranks again, and how often Slurm has."""
+
 
 def check_hooks(args: Namespace, *, needs_transformer_engine: bool = True) -> None:
     """Raise ConfigError for the first flag in ``args`` that the entry script's hooks do not do.
@@ -48,6 +51,11 @@ def check_hooks(args: Namespace, *, needs_transformer_engine: bool = True) -> No
             "Core counts the tokens of experts in Transformer Engine's grouped products alone: "
             f"--save-tokens-per-expert-interval is {args.save_tokens_per_expert_interval}, --transformer-impl is "
             f"{args.transformer_impl} and --moe-grouped-gemm is {'on' if args.moe_grouped_gemm else 'off'}; drop it"
+        )
+    if args.async_save and args.exit_signal_handler:
+        raise ConfigError(
+            "a signal ends the processes that save asynchronously, which launchers send it as well: --async-save and "
+            "--exit-signal-handler are set; drop one of them"
         )
     missing = needs_transformer_engine and importlib.util.find_spec("transformer_engine") is None
     if args.tp_comm_overlap and missing:
@@ -92,6 +100,25 @@ def _check_document_flags(args: Namespace) -> None:
         raise ConfigError(
             "nothing reads position ids where positions are no table: --reset-position-ids is set and "
             f"--position-embedding-type is {args.position_embedding_type}; drop --reset-position-ids"
+        )
+
+
+def check_restarts(args: Namespace) -> None:
+    """Raise ConfigError where a restarted job would not go on from what it saved, but begin anew and write over it."""
+    restarts = {name: os.environ.get(name, "0") for name in _RESTARTS}
+    if not args.save or all(number == "0" for number in restarts.values()):
+        return
+    begins_anew = {
+        f"--load is {args.load} and --save is {args.save}": args.load != args.save,
+        "--finetune is set": args.finetune,
+        f"--ckpt-step is {args.ckpt_step}": args.ckpt_step is not None,
+    }
+    if found := [words for words, is_so in begins_anew.items() if is_so]:
+        name, number = next((name, number) for name, number in restarts.items() if number != "0")
+        raise ConfigError(
+            f"a restarted job goes on from the newest checkpoint that it saved: {name} is {number} and {found[0]}; use "
+            f"--load {args.save}, without --finetune and --ckpt-step, and --pretrained-checkpoint for the weights to "
+            "begin with"
         )
 
 

@@ -18,7 +18,7 @@ import ranks
 import torch.distributed as dist
 
 from megatron_scmoe.config import ConfigError, ScMoEConfig
-from megatron_scmoe.job import beats, hangs
+from megatron_scmoe.job import beats, hangs, last_words
 from megatron_scmoe.job.beats import Beat, Ear, Pulse, diagnosis
 
 # --- what follows from signs of life ---------------------------------------------------------------------------------
@@ -82,18 +82,31 @@ def test_a_main_thread_that_moves_is_told_from_one_that_stands_still():
     assert moved is not None and moved.still_s < 0.05
 
 
-def test_silence_counts_in_steps_and_never_in_start_up(monkeypatch):
-    monkeypatch.setitem(beats.SILENT_S, "step", 0.05)
+def test_silence_counts_but_where_data_are_indexed(monkeypatch):
+    for section in ("setup", "step"):
+        monkeypatch.setitem(beats.SILENT_S, section, 0.05)
     store = dist.HashStore()
     ear = Ear(store, 0)
-    for section, is_silent in (("setup", False), ("step", True), ("ended", False)):
+    for section, words in (("setup", "setup, step 3"), ("data", ""), ("step", "in step 3"), ("ended", "")):
         Pulse(store, 0).say(3, section)
         assert ear.silence() is None
         time.sleep(0.1)
         found = ear.silence()
-        assert (found is not None) is is_silent
+        assert (found is not None) is bool(words)
         if found is not None:
-            assert found.ranks == [0] and "last heard of in step 3" in found.words
+            assert found.ranks == [0] and f"last heard of {words}" in found.words
+
+
+def test_data_are_indexed_in_a_section_of_their_own(tmp_path):
+    """Start-up, data, start-up again, the first step, and between steps."""
+    watch = hangs.HangWatch(Namespace(rank=0, world_size=1), dist.HashStore(), hangs.StepLimit(-1.0))
+    seen = [watch._section]
+    for name in ("data", "step"):
+        watch.start_section(name)
+        seen.append(watch._section)
+        watch.end_section(name)
+        seen.append(watch._section)
+    assert seen == ["setup", "data", "setup", "step", "between"]
 
 
 @pytest.mark.parametrize("value", [-2.0, float("nan")])
@@ -143,12 +156,17 @@ def _rank(rank: int, what_rank_1_does: str, folder: Path) -> None:
     sys.stderr = os.fdopen(2, "w")
     hangs.BEAT_S = 0.2
     beats.SILENT_S["step"] = 2.0
+    hangs.ENDS_WITHIN_S = 0.5
     args = Namespace(rank=rank, world_size=2, save=str(folder), curr_iteration=6)
-    watch = hangs.HangWatch(args, dist.FileStore(str(folder / "store"), 2), hangs.StepLimit(1.0))
+    store = dist.FileStore(str(folder / "store"), 2)
+    watch = hangs.HangWatch(args, store, hangs.StepLimit(1.0))
     watch.start()
     watch.start_section("checkpointing" if what_rank_1_does == "saves" and rank == 1 else "step")
     time.sleep(0.3)
     (folder / str(rank)).touch()
+    if rank == 1 and what_rank_1_does == "ends":
+        last_words.end(store, last_words.LastWords(1, "MemoryError"))
+        os._exit(1)
     if rank == 1 and what_rank_1_does == "computes":
         while True:  # as a compilation does, in many functions
             copy.deepcopy([{number: [str(number)]} for number in range(1000)])
@@ -161,11 +179,20 @@ def _rank(rank: int, what_rank_1_does: str, folder: Path) -> None:
 )
 def test_a_hang_ends_the_job_and_names_the_rank(what_rank_1_does, words, tmp_path):
     (found,) = ranks.run(both, 1, what_rank_1_does, tmp_path)
-    assert found.exit_codes == [hangs.EXIT_HUNG, -signal.SIGKILL if what_rank_1_does == "stopped" else hangs.EXIT_HUNG]
+    assert found.exit_codes == [
+        last_words.EXIT_ENDED,
+        -signal.SIGKILL if what_rank_1_does == "stopped" else last_words.EXIT_ENDED,
+    ]
     assert found.printed.count("hang:") == 1 and all(word in found.printed for word in words)
     assert found.stacks == ["rank00000.txt", "rank00001.txt"][: 1 if what_rank_1_does == "stopped" else 2]
     (stack,) = tmp_path.glob("hangs/*/rank00000.txt")
     assert "in _rank" in stack.read_text()
+
+
+def test_a_rank_that_has_ended_is_not_waited_for(tmp_path):
+    (found,) = ranks.run(both, 1, "ends", tmp_path)
+    line = "pretrain_gpt_scmoe.py: ended: rank 1 has ended: MemoryError; this is rank 0, in step 7\n"
+    assert found == Ended([last_words.EXIT_ENDED, 1], line, [])
 
 
 @pytest.mark.parametrize("what_rank_1_does", SLOW)

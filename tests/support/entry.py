@@ -20,7 +20,7 @@ import ranks
 import torch.distributed as dist
 from training import ROOT
 
-from megatron_scmoe.job import sameness
+from megatron_scmoe.job import roll_call, sameness
 
 SCRIPT = "pretrain_gpt_scmoe.py"
 STARTED = "other ranks were asked"
@@ -127,6 +127,7 @@ def _script(command: Command, output: Path) -> None:
     os.chdir(ROOT)
     store = dist.FileStore(str(output.parent / "store"), -1)  # in which rank 0 says what it has decided
     dist.rendezvous = lambda *_args, **_kwargs: iter([(store, 0, 0)])
+    roll_call.answered = lambda *_args: "attempt"
     sameness.check = _forbidden
     if command.before is not None:
         command.before()

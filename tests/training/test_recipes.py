@@ -311,16 +311,23 @@ def test_launcher_teaches(tmp_path):
 
 
 def test_what_the_user_gives_wins(tmp_path):
-    """And goes on from the last checkpoint, not from where the first call began."""
-    save, load = tmp_path / "save", tmp_path / "load"
-    given = {"DATA": "d", "SAVE": str(save), "LOAD": str(load), "NNODES": "1", "GPUS_PER_NODE": "4"}
-    first = launch(tmp_path, "scmoe-8b", "--lr", "1", **given).stdout.split()
-    assert first[-2:] == ["--lr", "1"] and first[first.index("--nproc-per-node") + 1] == "4"
-    assert first[-5:-2] == ["--load", str(load), "--finetune"]
-    save.mkdir()
-    (save / "latest_checkpointed_iteration.txt").write_text("1000")
-    second = launch(tmp_path, "scmoe-8b", "--lr", "1", **given).stdout.split()
-    assert "--finetune" not in second and str(load) not in second
+    given = {"DATA": "d", "SAVE": str(tmp_path), "LOAD": "weights", "NNODES": "1", "GPUS_PER_NODE": "4"}
+    words = launch(tmp_path, "scmoe-8b", "--lr", "1", **given).stdout.split()
+    assert words[-2:] == ["--lr", "1"] and words[words.index("--nproc-per-node") + 1] == "4"
+
+
+def test_a_start_goes_on_from_what_was_saved(tmp_path):
+    """Also one that torchrun makes with the flags of the first, from when there was nothing."""
+    given = {"DATA": "d", "SAVE": "save", "LOAD": "weights", "NNODES": "1", "RESTARTS": "3", "STOP_WITHIN": "60"}
+    words = launch(tmp_path, "scmoe-8b", **given).stdout.split()
+    for pair in ("--save save", "--load save", "--pretrained-checkpoint weights"):
+        name, value = pair.split()
+        assert words[words.index(name) + 1] == value and words.count(name) == 1
+    assert "--finetune" not in words and "--exit-signal-handler" in words
+    before = words[: words.index(str(ROOT / "pretrain_gpt_scmoe.py"))]
+    assert before[-4:] == ["--max-restarts", "3", "--shutdown-timeout", "60"]
+    default = launch(tmp_path, "scmoe-8b", **given | {"RESTARTS": "", "STOP_WITHIN": ""}).stdout.split()
+    assert default[default.index("--max-restarts") + 1] == "0"
 
 
 @pytest.mark.parametrize(
@@ -348,16 +355,34 @@ for node in 0 1; do SLURM_NODEID=$node SLURM_NTASKS_PER_NODE=1 "$@" || exit; don
 """
 
 
+TORCHRUN = """#!/bin/bash
+printf "torchrun %s\\n" "$*"
+[[ ${TRAINS:-} && $SLURM_NODEID == 1 ]] || exit 0
+trap 'echo "saved at SIGTERM"; exit $ENDS' TERM
+echo $$ > "$TRAINS"
+kill -USR1 "$(ps -o ppid= -p $PPID)"
+while sleep 0.1; do :; done
+"""
+SCANCEL = """#!/bin/sh
+[ "$*" = "--signal=TERM 4711" ] && kill -TERM "$(cat "$TRAINS")"
+"""
+SCONTROL = """#!/bin/sh
+case "$*" in
+  "show hostnames gpu[07-08]") printf "gpu07\\ngpu08\\n" ;;
+  *) echo "scontrol $*" ;;
+esac
+"""
+
+
 def submit(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """slurm.sbatch as Slurm runs it: a copy of it, on the first node of two."""
+    """slurm.sbatch as Slurm runs it: a copy of it, on the first node of two.
+
+    With ``TRAINS``, a path for a process's number, the time limit comes near while the second node trains; it ends with
+    the exit code ``ENDS``.
+    """
     script = folder / "slurm_script"
     script.write_text((ROOT / "examples" / "slurm.sbatch").read_text())
-    path = programs(
-        folder / "bin",
-        scontrol='#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n',
-        srun=SRUN,
-        torchrun='#!/bin/sh\nprintf "torchrun %s\\n" "$*"\n',
-    )
+    path = programs(folder / "bin", scontrol=SCONTROL, srun=SRUN, torchrun=TORCHRUN, scancel=SCANCEL)
     slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "4711"}
     slurm |= {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
     return subprocess.run(
@@ -375,6 +400,21 @@ def test_a_slurm_job(tmp_path):
         assert f"--nnodes 2 --node-rank {rank} --nproc-per-node 4 --master-addr gpu07 --master-port 24711" in line
         assert line.endswith("--lr 1") and "--moe-router-topk 2" in line
     assert "--container" not in done.stdout
+
+
+@pytest.mark.parametrize("ends", [0, 1])
+def test_a_slurm_job_that_is_out_of_time(tmp_path, ends):
+    """Its ranks get SIGTERM and save; it goes into the queue again, unless they had finished."""
+    given = {"DATA": "/data", "SAVE": "/save", "TRAINS": str(tmp_path / "trains"), "ENDS": str(ends)}
+    done = submit(tmp_path, "gpt2-moe-small", **given)
+    assert done.stdout.count("saved at SIGTERM\n") == 1
+    assert done.returncode == ends and ("scontrol requeue 4711" in done.stdout) is bool(ends), done.stderr
+
+
+def test_a_slurm_job_that_fails_before_its_time_is_up(tmp_path):
+    """Negative control: it would fail again."""
+    done = submit(tmp_path, "gpt2-moe-small", SAVE="/save")
+    assert done.returncode == 2 and "requeue" not in done.stdout
 
 
 def test_a_slurm_job_in_a_container(tmp_path):

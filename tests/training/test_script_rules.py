@@ -212,6 +212,28 @@ def test_files_in_the_place_of_folders_are_refused(tmp_path):
     assert file.read_text() == "mine"
 
 
+def test_a_signal_and_asynchronous_saves_do_not_go_together(tmp_path):
+    flags = with_flags(SCMOE, f"--save {tmp_path}", "--save-interval 1", "--async-save")
+    words = ["--async-save and --exit-signal-handler are set; drop one"]
+    entry.assert_refused([(with_flags(flags, "--exit-signal-handler"), words)])
+    entry.assert_accepted([flags])
+
+
+@pytest.mark.parametrize("restarts", ["TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT"])
+def test_a_restart_that_would_begin_anew_is_refused(tmp_path, restarts):
+    flags = with_flags(SCMOE, f"--save {tmp_path}", "--save-interval 1")
+    goes_on = with_flags(flags, f"--load {tmp_path}")
+    refused = [
+        (flags, [f"{restarts} is 2 and --load is None and --save is {tmp_path}; use --load {tmp_path}"]),
+        (with_flags(flags, "--load elsewhere"), ["--load is elsewhere and --save is"]),
+        (with_flags(goes_on, "--finetune"), [f"{restarts} is 2 and --finetune is set"]),
+        (with_flags(goes_on, "--ckpt-step 5"), ["--ckpt-step is 5", "--pretrained-checkpoint"]),
+    ]
+    entry.assert_refused(refused, {restarts: "2"})
+    entry.assert_accepted([goes_on, SCMOE], {restarts: "2"})
+    entry.assert_accepted([flags], {restarts: "0"})
+
+
 @pytest.mark.parametrize("damage", ["tracker", "common.pt", ".metadata"])
 def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
     flags = with_flags(SCMOE, "--train-iters 1", f"--save {tmp_path}", "--save-interval 1", "--ckpt-format torch_dist")

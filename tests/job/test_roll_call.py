@@ -1,0 +1,216 @@
+"""Ranks meet in attempts that no rank of an earlier one takes part in, and none waits for one that has ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+from dataclasses import asdict
+
+import pytest
+import torch.distributed as dist
+from training import ROOT
+
+from megatron_scmoe.config import ConfigError
+from megatron_scmoe.job import last_words, meeting, roll_call
+from megatron_scmoe.job.last_words import LastWords
+from megatron_scmoe.job.meeting import Meeting
+
+
+@pytest.fixture(autouse=True)
+def first_of_its_machine(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+
+
+@pytest.fixture
+def store() -> dist.Store:
+    return dist.HashStore()
+
+
+class Starting(threading.Thread):
+    """A rank of three on its way to the others; ``came`` is where it met them, or how it ended."""
+
+    def __init__(self, store: dist.Store, rank: int, limit_s: float = 20.0) -> None:
+        super().__init__(daemon=True)
+        self._start = (store, rank, 3, limit_s)
+        self.came = ""
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.came = roll_call.answered(*self._start)
+        except ConfigError as refused:
+            self.came = f"refused: {refused}"
+        except SystemExit as ended:
+            self.came = f"exit code {ended.code}"
+
+    def is_waiting(self, seconds: float = 0.3) -> bool:
+        self.join(seconds)
+        return self.is_alive()
+
+
+def started(store: dist.Store, *ranks: int) -> list[Starting]:
+    return [Starting(store, rank) for rank in ranks]
+
+
+def came(ranks: list[Starting]) -> set[str]:
+    for rank in ranks:
+        rank.join(20)
+    return {rank.came for rank in ranks}
+
+
+def left(store: dist.Store, said: LastWords) -> None:
+    """What ``last_words.leave`` writes."""
+    store.set(f"megatron_scmoe/left/{said.rank}", json.dumps(asdict(said)))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_each_start_of_all_is_an_attempt_of_its_own(store, order):
+    assert came(started(store, *order)) == {"megatron_scmoe/1"}
+    assert came(started(store, *order)) == {"megatron_scmoe/2"}
+
+
+def test_nobody_meets_before_all_are_there(store):
+    two = started(store, 0, 2)
+    assert all(rank.is_waiting() for rank in two)
+    assert came([*two, *started(store, 1)]) == {"megatron_scmoe/1"}
+
+
+def test_a_rank_that_is_started_again_ends_the_attempt_under_way_and_waits_for_the_next(store):
+    came(started(store, 0, 1, 2))
+    (second,) = started(store, 2)
+    assert second.is_waiting()
+    over = last_words.heard(dist.PrefixStore("megatron_scmoe/1", store))
+    assert over is not None and over.in_words() == "rank 2 has ended: it was started again"
+    assert came([second, *started(store, 0, 1)]) == {"megatron_scmoe/2"}
+    assert last_words.heard(dist.PrefixStore("megatron_scmoe/2", store)) is None
+
+
+def test_rank_0_started_again_ends_the_attempt_under_way(store):
+    came(started(store, 0, 1, 2))
+    (first,) = started(store, 0)
+    assert first.is_waiting()
+    assert last_words.heard(dist.PrefixStore("megatron_scmoe/1", store)) == LastWords(0, "it was started again")
+    assert came([first, *started(store, 2, 1)]) == {"megatron_scmoe/2"}
+
+
+def test_who_died_before_all_were_there_may_come_again(store):
+    """Rank 0 and rank 1, whose earlier processes had called and answered; rank 2 has answered the first call."""
+    store.set("megatron_scmoe/1/here/1", "")
+    store.add("megatron_scmoe/attempt", 1)
+    (waits,) = started(store, 2)
+    assert waits.is_waiting()
+    assert came([waits, *started(store, 0, 1)]) == {"megatron_scmoe/2"}
+
+
+def test_all_refuse_where_one_does(store):
+    left(store, LastWords(1, "--lr is 0", is_refusal=True))
+    assert came(started(store, 0, 2)) == {"refused: rank 1 refuses: --lr is 0"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_has_ended_is_not_waited_for(store, rank, capsys):
+    left(store, LastWords(rank, "ImportError: no such module"))
+    assert came(started(store, *{0, 1, 2} - {rank})) == {"exit code 3"}
+    line = f"pretrain_gpt_scmoe.py: ended: rank {rank} has ended: ImportError: no such module\n"
+    assert set(capsys.readouterr().err.splitlines(keepends=True)) == {line}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_its_torchrun_starts_again_is_waited_for(store, rank):
+    left(store, LastWords(rank, "ImportError: no such module", comes_back=True))
+    two = started(store, *{0, 1, 2} - {rank})
+    assert all(one.is_waiting() for one in two)
+    assert came([*two, *started(store, rank)]) == {"megatron_scmoe/1"}
+
+
+def test_ranks_that_do_not_come_are_named(store, monkeypatch, capsys):
+    monkeypatch.setattr(roll_call, "SAY_EVERY_S", 0.1)
+    with pytest.raises(ConfigError, match=r"ranks 1-2 of 3 did not come within --distributed-timeout-minutes"):
+        roll_call.answered(store, 0, 3, 0.5)
+    assert " > waiting for ranks 1-2 for 0 s" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="rank 0 did not call them within --distributed-timeout-minutes"):
+        roll_call.answered(store, 1, 3, 0.5)
+
+
+# --- meetings --------------------------------------------------------------------------------------------------------
+
+
+def meetings(store: dist.Store, monkeypatch: pytest.MonkeyPatch, minutes: float = 1.0) -> list[Meeting]:
+    """Of two ranks that have met."""
+    monkeypatch.setattr(meeting, "job_store", lambda _args: store)
+    args = [Namespace(rank=rank, world_size=2, distributed_timeout_minutes=minutes) for rank in (0, 1)]
+    both = [Meeting(one) for one in args]
+    other = threading.Thread(target=lambda: both[1].store)
+    other.start()
+    assert both[0].store is not None
+    other.join()
+    return both
+
+
+def test_who_waits_for_a_decision_ends_where_rank_0_has(store, monkeypatch, capsys):
+    both = meetings(store, monkeypatch)
+    last_words.end(both[0].store, LastWords(0, "MemoryError"))
+    with pytest.raises(SystemExit, match="3"):
+        both[1].told("step", lambda: 1)
+    assert capsys.readouterr().err == "pretrain_gpt_scmoe.py: ended: rank 0 has ended: MemoryError\n"
+
+
+def test_a_decision_that_does_not_come_is_missed_in_a_line(store, monkeypatch):
+    both = meetings(store, monkeypatch, minutes=0.01)
+    with pytest.raises(ConfigError, match="rank 0 decides for all: it has not said within --distributed-timeout"):
+        both[1].told("step", lambda: 1)
+
+
+def test_decisions_of_an_earlier_attempt_are_not_those_of_a_later_one(store, monkeypatch):
+    for step in (100, 200):
+        both = meetings(store, monkeypatch)
+        assert both[0].told("step", lambda step=step: step) == both[1].told("step", lambda: -1) == step
+
+
+# --- last words ------------------------------------------------------------------------------------------------------
+
+ENDS = {
+    "import time, no_such_module": (1, "ModuleNotFoundError: No module named 'no_such_module'"),
+    "import sys; sys.exit(2)": (2, "see what it printed"),
+    "last_words.leave('--lr is 0', is_refusal=True)": (0, "--lr is 0"),
+    "last_words.all_is_said()": (0, None),
+}
+
+
+def rank_that_ends(code: str, port: int, restarts: int = 0) -> int:
+    """Exit code of a rank that runs ``code``, under a torchrun that has started it again twice."""
+    environment = {"RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"}
+    environment |= {"TORCHELASTIC_MAX_RESTARTS": str(2 + restarts)}
+    program = f"from megatron_scmoe.job import last_words; last_words.begin(); {code}"
+    return subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, timeout=120
+    ).returncode
+
+
+@pytest.mark.parametrize("code", ENDS)
+def test_a_rank_says_why_it_ends(code):
+    """Also where it ends in an import."""
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    exit_code, words = ENDS[code]
+    assert rank_that_ends(code, server.port) == exit_code
+    said = last_words.of_rank(server, 1)
+    assert said == (None if words is None else LastWords(1, words, is_refusal="is_refusal" in code))
+
+
+@pytest.mark.parametrize("is_refusal", [False, True])
+def test_a_rank_says_whether_it_comes_back(is_refusal):
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    rank_that_ends(f"last_words.leave('', is_refusal={is_refusal})", server.port, restarts=1)
+    assert last_words.of_rank(server, 1) == LastWords(1, "without words", is_refusal, comes_back=not is_refusal)
+
+
+def test_where_no_store_is_a_rank_ends_all_the_same():
+    began_s = time.monotonic()
+    assert rank_that_ends("import sys; sys.exit(4)", port=1) == 4
+    assert time.monotonic() - began_s < 60
