@@ -21,17 +21,8 @@ from torch import nn
 
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, ConfigError, Resume, ScMoEConfig
 from megatron_scmoe.job.meeting import Meeting
-from megatron_scmoe.mcore import checkpoints, version, whole
-from megatron_scmoe.training import schedule
-
-_NUMBERS = {False: "one", True: "two"}
-_LAYOUT_FLAGS = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "world_size",
-)
+from megatron_scmoe.mcore import checkpoints, whole
+from megatron_scmoe.training import moments, schedule
 
 
 def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace], ScMoEConfig]) -> Namespace | None:
@@ -42,19 +33,15 @@ def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace]
         scmoe: the settings of this run.
         read_config: reads our settings from the namespace saved in a checkpoint.
     """
-    if args.use_distributed_optimizer and not args.dist_ckpt_optim_fully_reshardable:
-        _check_position_wise_optimizer(args)
+    moments.check_format(args)
     saved = checkpoints.saved_args(args) if args.load else None
     if saved is None:
         return None
     trained = read_config(saved)
     _check_architecture(args, scmoe, trained)
     _check_latents(args, saved)
-    if _loads_moments(args, saved):
-        if args.use_distributed_optimizer and _is_position_wise(saved):
-            _check_places(args, scmoe, trained)
-            _check_layout(args, saved)
-        _check_expert_optimizer(args, saved)
+    if moments.are_loaded(args, saved):
+        moments.check(args, saved, scmoe, trained)
         schedule.check(args, saved)
     return saved
 
@@ -186,7 +173,7 @@ def _bucket_fix(args: Namespace, buckets: list[checkpoints.PaddedBucket]) -> str
         changes.append("add --untie-embeddings-and-output-weights")
     fixes = [" and ".join(changes)]
     # Where a tied embedding ends a bucket, the other format cannot even be saved: "has out of bounds chunk".
-    if len(sizes) == len(buckets) and not _loses_position_wise_moments(args):
+    if len(sizes) == len(buckets) and not moments.loses_position_wise(args):
         fixes.append("drop --dist-ckpt-optim-fully-reshardable (to continue in the same layout alone)")
     return ", or ".join([*fixes, "add --no-save-optim"])
 
@@ -216,95 +203,6 @@ def _check_latents(args: Namespace, saved: Namespace) -> None:
             f"experts of one width do not fit another: --moe-latent-size is {now} and the checkpoint in {args.load} "
             f"has {then}; {fix}"
         )
-
-
-def _loads_moments(args: Namespace, saved: Namespace) -> bool:
-    return not (args.finetune or args.no_load_optim or getattr(saved, "no_save_optim", False))
-
-
-def _is_position_wise(saved: Namespace) -> bool:
-    """How the checkpoint keeps moments; Core loads by that, whatever this run saves in."""
-    if not getattr(saved, "use_distributed_optimizer", False):
-        return False
-    by_parameter = getattr(saved, "ckpt_fully_parallel_save", False)  # of before there was a flag for it
-    return not getattr(saved, "dist_ckpt_optim_fully_reshardable", by_parameter)
-
-
-def _check_position_wise_optimizer(args: Namespace) -> None:
-    if _loses_position_wise_moments(args) and (args.save or args.load):
-        raise ConfigError(
-            "fp32 moments are not restored from the position-wise format without Transformer Engine or Apex: "
-            "--use-distributed-optimizer is set and --dist-ckpt-optim-fully-reshardable is off; "
-            "add --dist-ckpt-optim-fully-reshardable"
-        )
-
-
-def _loses_position_wise_moments(args: Namespace) -> bool:
-    return not (args.bf16 or args.fp16) and version.uses_torch_optimizers()
-
-
-def _check_places(args: Namespace, scmoe: ScMoEConfig, trained: ScMoEConfig) -> None:
-    """Which norms Transformer Engine fuses with the products behind them, and with it the order of the parameters,
-    follows from what the experts read.
-    """
-    if args.transformer_impl != "transformer_engine":
-        return
-    for name in ("shortcut", "shortcut_position", "shortcut_norms", "moe_every", "latent_scaling"):
-        now, then = getattr(scmoe, name), getattr(trained, name)
-        if now != then:
-            raise ConfigError(
-                "the position-wise format of the distributed optimizer loads moments into the wrong parameters where "
-                f"Transformer Engine fuses other norms: --{name.replace('_', '-')} is {_words(now)} and the checkpoint "
-                f"in {args.load} has {_words(then)}; save it with --dist-ckpt-optim-fully-reshardable before, or add "
-                "--no-load-optim"
-            )
-
-
-def _check_layout(args: Namespace, saved: Namespace) -> None:
-    for name in _LAYOUT_FLAGS:
-        now, then = getattr(args, name), getattr(saved, name, None)
-        if then is not None and now != then:
-            raise ConfigError(
-                "the position-wise format of the distributed optimizer loads moments into the wrong parameters in "
-                f"another layout: {name} is {now} and the checkpoint in {args.load} has {then}; "
-                "save it with --dist-ckpt-optim-fully-reshardable in the old layout before, or add --no-load-optim"
-            )
-
-
-def _check_expert_optimizer(args: Namespace, saved: Namespace) -> None:
-    """Core gives experts that are split unlike the dense layers an optimizer of their own, chained to the other one; it
-    can load the moments of both, or of one for all, but not the one into the other. So does the stock model.
-    """
-    if not args.num_experts or args.use_megatron_fsdp:
-        return
-    now, then = _has_expert_optimizer(args), getattr(saved, "expert_optimizer", None)
-    if then is None:
-        then = _has_expert_optimizer(saved)
-    if now == then:
-        return
-    if then:
-        fix = "keep --expert-model-parallel-size above 1"
-    elif args.expert_model_parallel_size > 1:
-        fix = "keep --expert-model-parallel-size 1"
-    else:
-        fix = f"use --expert-tensor-parallel-size {args.tensor_model_parallel_size}"
-    step = f"/iter_{args.ckpt_step:07d}" if args.ckpt_step else ""
-    raise ConfigError(
-        "Core has one optimizer for all where experts are split like the dense layers, else two, and cannot load the "
-        f"moments of one into the other: this run has {_NUMBERS[now]} ({_expert_layout(args)}) and the checkpoint in "
-        f"{args.load} has {_NUMBERS[then]}; load what tools/convert_checkpoint.py --from megatron --to megatron "
-        f"--with-optimizer --load {args.load}{step} --save NEW makes of it, or {fix}, or add --no-load-optim, or "
-        "--finetune (weights only)"
-    )
-
-
-def _has_expert_optimizer(args: Namespace) -> bool:
-    return args.expert_model_parallel_size > 1 or args.expert_tensor_parallel_size != args.tensor_model_parallel_size
-
-
-def _expert_layout(args: Namespace) -> str:
-    names = ("expert_model_parallel_size", "expert_tensor_parallel_size", "tensor_model_parallel_size")
-    return ", ".join(f"{name} {getattr(args, name)}" for name in names)
 
 
 def _words(value: object) -> str:

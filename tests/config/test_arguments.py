@@ -358,9 +358,9 @@ PLACES = {
 @pytest.mark.parametrize(("implementation", "more", "position", "saved", "refused"), PLACES.values(), ids=PLACES)
 def test_moments_by_place_need_the_norms_that_were_fused(monkeypatch, implementation, more, position, saved, refused):
     from megatron_scmoe import config
-    from megatron_scmoe.training import resume
+    from megatron_scmoe.training import moments, resume
 
-    flags = dict.fromkeys((*resume._LAYOUT_FLAGS, "use_distributed_optimizer", "dist_ckpt_optim_fully_reshardable"), 1)
+    flags = dict.fromkeys((*moments._LAYOUT_FLAGS, "use_distributed_optimizer", "dist_ckpt_optim_fully_reshardable"), 1)
     flags |= {"finetune": False, "no_load_optim": False, "load": "run", "num_experts": None, "moe_latent_size": None}
     now, then = (
         config.ScMoEConfig(
