@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from span_cases import CHUNK_OPS, both, call_costs, cut_span, group, pass_costs, shapes, some_costs, span_costs
 
 from megatron_scmoe.config.architecture import ArchitectureConfig, Position, Shortcut
-from megatron_scmoe.contracts import Plan, SpanShape
+from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
 from megatron_scmoe.overlap import solver
 from megatron_scmoe.overlap.limit import limit_s
 from megatron_scmoe.overlap.solver import TIE, CallCosts, PassCosts, SpanCosts, predicted_s, solve
@@ -68,6 +68,19 @@ def test_solution_is_the_first_of_the_fastest_plans(data):
     solution = solve(shape, costs, forward_only=forward_only)
     assert solution.plan == first_of_the_fastest(shape, costs, forward_only=forward_only)
     assert solution.exact
+
+
+def test_a_state_is_superfluous_only_where_all_its_times_are_later():
+    """A span in which the most promising states do not lead to the fastest plan, 139 s."""
+    shape = SpanShape(5, (RoutedCall(1, 2), RoutedCall(2, 4, late=True), RoutedCall(4, 4)))
+    calls = (
+        CallCosts(route=9, encode=6, dispatch=2, experts=5, combine=4, decode=1),
+        CallCosts(route=0, encode=5, dispatch=7, experts=8, combine=1, decode=7),
+        CallCosts(route=8, encode=6, dispatch=0, experts=7, combine=6, decode=4),
+    )
+    costs = {2: both(PassCosts(ops=(4, 2, 5, 3, 8), calls=calls))}
+    solution = solve(shape, costs, forward_only=True)
+    assert (solution.plan, solution.predicted_s) == (Plan(((1, 1), (2, 2), (1, 1))), 139)
 
 
 @pytest.mark.parametrize("forward_only", [False, True])
