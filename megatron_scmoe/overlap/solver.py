@@ -1,10 +1,10 @@
 """From measured costs to the plan with the smallest predicted time. Pure, standard library only.
 
-The model: a compute lane that does a group's work in the order the plan gives, and a communication lane that carries
+The model: a compute lane that does a span's work in the order the plan gives, and a communication lane that carries
 collectives in the order of their launch. For two chunks at slots 1 and 2 behind tap 0::
 
-    compute        route encode encode | experts | dense 0 | experts | dense 1 ... | decode decode tail
-    communication               dispatch dispatch   combine             combine
+    compute        route encode encode | experts | op 0 | experts | op 1 ... | decode decode | end
+    communication               dispatch dispatch   combine          combine
 
 ScMoE's own rule (arXiv 2404.05019, section 3.3) is the case of one chunk and forward only: it takes the slot with the
 smallest ``|before - dispatch| + |after - combine|``, where ``before`` and ``after`` are the dense times between the tap
@@ -18,14 +18,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import combinations_with_replacement, product
 
 from megatron_scmoe.contracts import Plan, SpanShape
 from megatron_scmoe.overlap.plan import Step, backward_order, forward_order
+from megatron_scmoe.overlap.search import Search
 from megatron_scmoe.overlap.spans import Lane, Span, communication_s, exposed_s, hidden_share
 
 TIE = 1e-9
 """Plans whose predicted times differ by less than this part count as equal: far above rounding, far below measuring."""
+
+MAX_STEPS = 14_000
+"""How much is searched for a solution, in all chunk counts together: about a second's worth, but counted, so that the
+plan does not depend on the machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,40 +109,43 @@ class Solution:
         plan: the plan.
         predicted_s: time of the span's passes.
         hidden_share: part of the communication that runs beside computation.
+        exact: whether it is proven that no plan is faster.
     """
 
     plan: Plan
     predicted_s: float
     hidden_share: float
-
-
-def candidate_plans(shape: SpanShape, chunk_counts: Iterable[int]) -> Iterator[Plan]:
-    """Every plan with these chunk counts, in the order given: of each count the earlier slots first."""
-    for num_chunks in chunk_counts:
-        windows = [combinations_with_replacement(range(1, c.num_slots + 1), num_chunks) for c in shape.calls]
-        for slots in product(*windows):
-            yield Plan(slots)
+    exact: bool
 
 
 def solve(shape: SpanShape, costs: Mapping[int, SpanCosts], *, forward_only: bool = False) -> Solution:
-    """The plan with the smallest predicted time, by trying all.
+    """The plan with the smallest predicted time (``search.py`` says how it is found).
 
     Of plans whose times differ by less than ``TIE`` it takes the one with the fewest chunks and, among those, the
-    earliest slots, compared chunk by chunk: rounding does not decide.
+    earliest slots, compared call by call and chunk by chunk: rounding does not decide.
 
     Args:
         shape: the span.
         costs: what the span costs at each chunk count that may be chosen.
         forward_only: choose for evaluation, where no backward follows.
     """
-    predicted = {
-        plan: predicted_s(shape, costs[plan.chunks], plan, forward_only=forward_only)
-        for plan in candidate_plans(shape, sorted(costs))
-    }
-    fastest_s = min(predicted.values())
-    plan = next(plan for plan, seconds in predicted.items() if seconds <= fastest_s * (1 + TIE))
-    share = predicted_hidden_share(shape, costs[plan.chunks], plan, forward_only=forward_only)
-    return Solution(plan, predicted[plan], share)
+    searches = [Search(shape, costs[chunks], chunks, forward_only=forward_only) for chunks in sorted(costs)]
+    chosen, limit_s, steps = searches[0], math.inf, MAX_STEPS
+    for number, search in enumerate(searches):
+        if search.least_s < limit_s:
+            in_question = sum(other.least_s < limit_s for other in searches[number:])
+            search.find(limit_s, TIE, steps // in_question)
+            steps -= search.steps
+            if search.fastest_s < limit_s:
+                chosen, limit_s = search, search.fastest_s / (1 + TIE)
+    plan = chosen.earliest(chosen.fastest_s * (1 + TIE))
+    its_costs = costs[plan.chunks]
+    return Solution(
+        plan,
+        predicted_s(shape, its_costs, plan, forward_only=forward_only),
+        predicted_hidden_share(shape, its_costs, plan, forward_only=forward_only),
+        all(search.exact for search in searches),
+    )
 
 
 def predicted_s(shape: SpanShape, costs: SpanCosts, plan: Plan, *, forward_only: bool = False) -> float:
