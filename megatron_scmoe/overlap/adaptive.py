@@ -192,7 +192,7 @@ class Tuner:
 
     def _solve(self, evidence: Sequence[Mapping[int, Mapping[int, SpanCosts | None]]]) -> Decision:
         plans: dict[int, Plans] = {}
-        predicted_s, share, share_before = 0.0, 1.0, 1.0
+        predicted_s, share, share_before, exact = 0.0, 1.0, 1.0, True
         for group, shape in self._shapes.items():
             costs = {}
             for chunks in self._counts:
@@ -204,10 +204,13 @@ class Tuner:
             training, forward = solve(shape, costs), solve(shape, costs, forward_only=True)
             plans[group] = Plans(training.plan, forward.plan)
             predicted_s += training.predicted_s
+            exact = exact and training.exact
             share = min(share, training.hidden_share)
             before = self._incumbent[group].training
             share_before = min(share_before, predicted_hidden_share(shape, costs[before.chunks], before))
         text = f"{described(plans)}, predicted {predicted_s * 1e3:.1f} ms"
+        if not exact:
+            text += " (the search was cut short: there may be a better plan)"
         return Decision(plans, predicted_s, share, text, share_before)
 
     def _unmeasured(self, group: int) -> Decision:

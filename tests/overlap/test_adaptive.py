@@ -9,6 +9,7 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import combinations_with_replacement
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +45,6 @@ from megatron_scmoe.overlap.solver import (
     CallCosts,
     PassCosts,
     SpanCosts,
-    candidate_plans,
     predicted_hidden_share,
     predicted_s,
 )
@@ -125,12 +125,13 @@ def run_until_settled(one: Tuner, worlds, **kwargs) -> list[str]:
     raise AssertionError(f"not settled after 100 steps: {texts}")
 
 
+def every_plan(chunks: int) -> list[Plan]:
+    (call,) = SHAPE.calls
+    return [Plan((slots,)) for slots in combinations_with_replacement(range(1, call.num_slots + 1), chunks)]
+
+
 def best_s(one_world: World, counts) -> float:
-    return min(
-        predicted_s(SHAPE, one_world[plan.chunks], plan)
-        for chunks in counts
-        for plan in candidate_plans(SHAPE, [chunks])
-    )
+    return min(predicted_s(SHAPE, one_world[plan.chunks], plan) for chunks in counts for plan in every_plan(chunks))
 
 
 @pytest.mark.parametrize("counts", [(1,), (1, 2, 4)])
@@ -262,7 +263,7 @@ def test_evaluation_has_a_plan_of_its_own():
     one = tuner()
     run_until_settled(one, {0: mixed})
     plans = one.plans[0]
-    for plan in candidate_plans(SHAPE, [1]):
+    for plan in every_plan(1):
         assert predicted_s(SHAPE, mixed[1], plans.training) <= predicted_s(SHAPE, mixed[1], plan)
         forward_s = predicted_s(SHAPE, mixed[1], plans.forward, forward_only=True)
         assert forward_s <= predicted_s(SHAPE, mixed[1], plan, forward_only=True)
@@ -524,7 +525,9 @@ def train_and_look(flags: list[str], found: tuple[int, ...] = (), other_on_rank:
     from megatron_scmoe.training import session
 
     if found:
-        adaptive.solve = lambda *_, forward_only=False: Solution(Plan(((1,) if forward_only else found,)), 1.0, 0.5)
+        adaptive.solve = lambda *_, forward_only=False: Solution(
+            Plan(((1,) if forward_only else found,)), 1.0, 0.5, exact=True
+        )
     if other_on_rank is not None:
         adopt = Tuner.adopt
 
