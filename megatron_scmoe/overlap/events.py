@@ -57,9 +57,9 @@ def events_of(shape: SpanShape) -> list[Event]:
             events += [_gap(shape, call, place), Event(Kind.LAND, call)]
         for call in shape.tapped_at(place):
             events += [Event(Kind.OP, shape.num_ops + call), Event(Kind.SET_OFF, call)]
-        for number, call in enumerate(shape.calls):
-            if number not in late and call.tap <= place <= call.landing:
-                events.append(_gap(shape, number, place))
+        for call, routed in enumerate(shape.calls):
+            if call not in late and routed.tap <= place <= routed.landing:
+                events.append(_gap(shape, call, place))
         events += [Event(Kind.LAND, call) for call in shape.landing_in(place)]
         events.append(Event(Kind.OP, place))
     return list(_with_calls_under_way(events))

@@ -90,13 +90,14 @@ class Search:
         least = _Least(self)
         least.read(self.start)
         for max_states in (0, max_steps):  # with one state at a point, to know a limit
-            self._endings = _Endings(self, least.kept, min(limit_s, self.fastest_s * (1 + tie)), max_states)
-            self._endings.read(self.start)
-            self.fastest_s = min([self.fastest_s, *map(self.seconds, self._endings.last())])
+            endings = _Endings(self, least.kept, min(limit_s, self.fastest_s * (1 + tie)), max_states)
+            endings.read(self.start)
+            self.fastest_s = min([self.fastest_s, *map(self.seconds, endings.last())])
+        self._endings = endings
         if self.block == 1:
             self.least_s = max(self.least_s, *map(self.seconds, least.last()))
-        self.exact = (self.block == 1 and not self._endings.dropped) or self.fastest_s <= self.least_s * (1 + ROUNDING)
-        self.steps = points[self.block] + self._endings.num_states
+        self.exact = (self.block == 1 and not endings.dropped) or self.fastest_s <= self.least_s * (1 + ROUNDING)
+        self.steps = points[self.block] + endings.num_states
 
     def earliest(self, limit_s: float) -> Plan:
         """The plan with the earliest slots, compared call by call, of those found that take ``limit_s`` at most."""
