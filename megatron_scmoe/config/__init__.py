@@ -10,6 +10,7 @@ from megatron_scmoe.config.architecture import (
     Shortcut,
 )
 from megatron_scmoe.config.codec import Codec, CodecConfig, Compensation, Evaluation, HashKind, Refinement
+from megatron_scmoe.config.groups import Group, stages_of_pattern
 from megatron_scmoe.config.overlap import Overlap
 from megatron_scmoe.config.rules import ConfigError
 from megatron_scmoe.config.settings import ARCHITECTURE_FIELDS, CODEC_FIELDS, SUBJECTS, Resume, ScMoEConfig
@@ -25,6 +26,7 @@ __all__ = [
     "Compensation",
     "ConfigError",
     "Evaluation",
+    "Group",
     "HashKind",
     "LatentScaling",
     "Norms",
@@ -35,4 +37,5 @@ __all__ = [
     "Router",
     "ScMoEConfig",
     "Shortcut",
+    "stages_of_pattern",
 ]

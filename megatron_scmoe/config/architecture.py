@@ -3,9 +3,11 @@
 Positions, taps, slots and groups are the words of the ScMoE paper (arXiv 2404.05019), as docs/architecture.md has them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from megatron_scmoe.config.groups import Group, groups_of_blocks, groups_of_pattern
 from megatron_scmoe.config.rules import ConfigError, check_length, one_or_each
 from megatron_scmoe.contracts import RoutedCall, SpanShape
 
@@ -131,34 +133,50 @@ class ArchitectureConfig:
         """Whether group ``group_index`` uses the MoE of the group before it."""
         return group_index % self.moe_share_groups > 0
 
-    @property
-    def num_dense_ops(self) -> int:
-        """Ops of a group before its end. dgmoe has no shared expert, which is the last one of scmoe."""
-        return 2 * self.moe_every - (self.shortcut is Shortcut.DGMOE)
+    def tap(self, group_index: int, num_ops: int) -> int:
+        """Index among the ops of group ``group_index``, of ``num_ops`` before its MoE, at which its experts read."""
+        return num_ops + 1 - WINDOW_OPS[self.position(group_index)]
 
-    def tap(self, group_index: int) -> int:
-        """Index among the ops of group ``group_index`` at which its routed experts read."""
-        return 2 * self.moe_every - WINDOW_OPS[self.position(group_index)]
+    def span_shape(self, first_group: int, sizes: Sequence[int]) -> SpanShape:
+        """The span that begins with group ``first_group``.
 
-    def span_shape(self, first_group: int) -> SpanShape:
-        """The span of ``shortcut_span`` groups that begins with group ``first_group``."""
-        group_ops = self.num_dense_ops + 1  # and its end
-        calls = []
-        for part in range(self.shortcut_span):
-            first, end = part * group_ops, (part + 1) * group_ops - 1
-            late = self.shortcut_landing > 0 and part < self.shortcut_span - 1
+        Args:
+            first_group: over the whole model.
+            sizes: residual ops before the MoE of each of its groups.
+        """
+        has_shared_expert = self.shortcut is Shortcut.SCMOE
+        calls: list[RoutedCall] = []
+        first = 0
+        for part, num_ops in enumerate(sizes):
+            end = first + num_ops + has_shared_expert
+            late = self.shortcut_landing > 0 and part < len(sizes) - 1
             landing = end + 1 + self.shortcut_landing if late else end
-            calls.append(RoutedCall(first + self.tap(first_group + part), landing, late, part))
-            if self.shortcut is Shortcut.DGMOE:  # its second gate reads what a shared expert would
+            calls.append(RoutedCall(first + self.tap(first_group + part, num_ops), landing, late, part))
+            if not has_shared_expert:  # dgmoe's second gate reads what a shared expert would
                 calls.append(RoutedCall(end, landing, late, part))
-        return SpanShape(self.shortcut_span * group_ops, tuple(calls))
+            first = end + 1
+        return SpanShape(first, tuple(calls))
 
     def position(self, group_index: int) -> Position:
         """Position of group ``group_index`` (counted from 0 over the whole model)."""
         return one_or_each(self.shortcut_position, group_index)
 
-    def validate_architecture(self, num_layers: int) -> None:
-        """Raise ConfigError where no model of ``num_layers`` blocks has these groups."""
+    def groups(self, num_layers: int, pattern: str = "") -> tuple[Group, ...]:
+        """The groups of a model of ``num_layers`` blocks; those of ``--hybrid-layer-pattern`` where that is set.
+
+        Raises:
+            ConfigError: where they cannot be cut.
+        """
+        if pattern:
+            if self.moe_every != ArchitectureConfig.moe_every:
+                raise ConfigError(
+                    f"--hybrid-layer-pattern says where an MoE is: it is {pattern} and --moe-every is "
+                    f"{self.moe_every}; drop --moe-every"
+                )
+            groups = groups_of_pattern(pattern)
+            if not groups:
+                raise ConfigError(f"a shortcut needs an MoE: --hybrid-layer-pattern is {pattern}; put an E into it")
+            return groups
         if self.moe_every not in MOE_EVERY_CHOICES:
             raise ConfigError(
                 f"a group has 1 to 4 blocks: --moe-every is {self.moe_every}; set it to one of {MOE_EVERY_CHOICES}"
@@ -168,6 +186,10 @@ class ArchitectureConfig:
                 f"groups must be whole: --num-layers {num_layers} is not a multiple of --moe-every {self.moe_every}; "
                 f"use {num_layers // self.moe_every * self.moe_every or self.moe_every} layers or another --moe-every"
             )
+        return groups_of_blocks(num_layers, self.moe_every)
+
+    def validate_architecture(self, groups: Sequence[Group]) -> None:
+        """Raise ConfigError where ``groups`` cannot be like this."""
         if self.shortcut is Shortcut.DGMOE and self.shortcut_combine is not Combine.CG1:
             raise ConfigError(
                 f"dgmoe has no shared expert to weigh: --shortcut is dgmoe and --shortcut-combine is "
@@ -175,19 +197,23 @@ class ArchitectureConfig:
             )
         self._validate_router()
         self._validate_norms()
-        num_groups = num_layers // self.moe_every
-        self._validate_sharing(num_groups)
-        self._validate_span(num_groups)
-        check_length("--shortcut-position", self.shortcut_position, num_groups)
-        for group_index in range(num_groups):
-            position = self.position(group_index)
-            if self.moe_every == 1 and position in (Position.POS2, Position.POS3):
-                raise ConfigError(
-                    f"{position} reads a preceding block of the same group: --moe-every is 1 and --shortcut-position "
-                    f"of group {group_index} is {position}; use --shortcut-position pos1 or --moe-every 2"
-                )
-            if position is Position.FARSKIP:
-                self._validate_farskip(group_index)
+        self._validate_sharing(len(groups))
+        check_length("--shortcut-position", self.shortcut_position, len(groups))
+        self._validate_span(groups)
+        for index, group in enumerate(groups):
+            self._validate_position(index, group)
+
+    def _validate_position(self, index: int, group: Group) -> None:
+        position = self.position(index)
+        if position is Position.FARSKIP:
+            self._validate_farskip(index, group)
+        elif self.tap(index, group.num_ops) < 0:
+            raise ConfigError(
+                f"{position} reads what the group's op {WINDOW_OPS[position] - 1} before its MoE reads: "
+                f"--shortcut-position of group {index} is {position} and the group has {_counted(group.num_ops, 'op')} "
+                f"before its MoE; use {_positions_of(group.num_ops) or 'a group with an op'}, or a longer group "
+                "(--moe-every)"
+            )
 
     def _validate_norms(self) -> None:
         if self.shortcut_norms is Norms.NONE:
@@ -225,33 +251,44 @@ class ArchitectureConfig:
                 f"and there are {num_groups} groups; use a divisor of {num_groups}"
             )
 
-    def _validate_span(self, num_groups: int) -> None:
-        if self.shortcut_span < 1 or num_groups % self.shortcut_span:
+    def _validate_span(self, groups: Sequence[Group]) -> None:
+        span, landing = self.shortcut_span, self.shortcut_landing
+        if span < 1 or len(groups) % span:
             raise ConfigError(
-                f"spans are whole: --shortcut-span is {self.shortcut_span} and there are {num_groups} groups; "
-                f"use a divisor of {num_groups}"
+                f"spans are whole: --shortcut-span is {span} and there are {len(groups)} groups; "
+                f"use a divisor of {len(groups)}"
             )
-        last = 2 * self.moe_every - 1
-        if not 0 <= self.shortcut_landing <= last:
+        if landing and span == 1:
             raise ConfigError(
-                f"a routed output lands behind one of the next group's {last} residual ops, or with 0 at its own "
-                f"group's end: --shortcut-landing is {self.shortcut_landing}; use 0 to {last}"
-            )
-        if self.shortcut_landing and self.shortcut_span == 1:
-            raise ConfigError(
-                f"a routed output lands late within a span: --shortcut-landing is {self.shortcut_landing} and "
+                f"a routed output lands late within a span: --shortcut-landing is {landing} and "
                 "--shortcut-span is 1; use --shortcut-span 2, or 0 to land at the end of the group"
             )
-
-    def _validate_farskip(self, group_index: int) -> None:
-        if self.shortcut is Shortcut.DGMOE or self.moe_every > 1:
+        last = min(group.num_ops for index, group in enumerate(groups) if index % span or span == 1)
+        if not 0 <= landing <= last:
             raise ConfigError(
-                f"farskip is an MoE with a shared expert in every block: --shortcut-position of group {group_index} is "
-                f"farskip, --shortcut is {self.shortcut} and --moe-every is {self.moe_every}; use --shortcut scmoe "
-                "--moe-every 1, or another position"
+                f"a routed output lands behind one of the next group's {last} residual ops, or with 0 at its own "
+                f"group's end: --shortcut-landing is {landing}; use 0 to {last}"
+            )
+
+    def _validate_farskip(self, index: int, group: Group) -> None:
+        if self.shortcut is Shortcut.DGMOE or group.num_ops > 1:
+            raise ConfigError(
+                f"farskip is an MoE with a shared expert behind every attention: --shortcut-position of group {index} "
+                f"is farskip, --shortcut is {self.shortcut} and the group has {_counted(group.num_ops, 'op')} before "
+                "its MoE; use --shortcut scmoe and --moe-every 1, or another position"
             )
         if self.shortcut_span > 1 and self.shortcut_landing != 1:
             raise ConfigError(
-                f"farskip's routed outputs land behind the next attention: --shortcut-position of group {group_index} "
+                f"farskip's routed outputs land behind the next attention: --shortcut-position of group {index} "
                 f"is farskip and --shortcut-landing is {self.shortcut_landing}; use --shortcut-landing 1"
             )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _positions_of(num_ops: int) -> str:
+    """Positions that a group of so many ops before its MoE has."""
+    fit = [p for p, window in WINDOW_OPS.items() if window - 1 <= num_ops and p is not Position.FARSKIP]
+    return " or ".join(f"--shortcut-position {position}" for position in fit)

@@ -3,6 +3,7 @@
 The docstring below a field is the help text of its flag. Standard library only, so that refusals cost nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
@@ -61,18 +62,18 @@ _NEEDS_SHORTCUT = (*(field.name for field in fields(ArchitectureConfig) if field
 class ScMoEConfig(JobConfig, ResumeConfig, CodecConfig, OverlapConfig, ArchitectureConfig):
     """Shortcut-connected mixture of experts: which architecture, and how its communication is hidden."""
 
-    def plan(self, first_group: int) -> Plan:
-        """The plan that the span which begins with group ``first_group`` starts with.
+    def plan(self, first_group: int, sizes: Sequence[int]) -> Plan:
+        """The plan that a span starts with; the arguments are those of ``span_shape``.
 
         Slots that are set, each for the first call of its group; else chunks are spread evenly over a call's window.
         """
-        shape = self.span_shape(first_group)
+        shape = self.span_shape(first_group, sizes)
         if self.overlap is Overlap.OFF:
             return sequential_plan(shape)
         if self.overlap is Overlap.ADAPTIVE:
             return even_plan(shape, chunks=1)
         slots = list(even_plan(shape, self.overlap_chunks).slots)
-        for part in range(self.shortcut_span):
+        for part in range(len(sizes)):
             if own := self.slots(first_group + part):
                 slots[shape.first_call_of(part)] = own * self.overlap_chunks if len(own) == 1 else own
         return Plan(tuple(slots))
@@ -87,19 +88,26 @@ class ScMoEConfig(JobConfig, ResumeConfig, CodecConfig, OverlapConfig, Architect
         """Whether anything has to be done between two steps."""
         return self.overlap is Overlap.ADAPTIVE or bool(self.overlap_report) or self.compresses
 
-    def validate(self, num_layers: int) -> None:
-        """Raise ConfigError where these settings cannot describe a model of ``num_layers`` blocks."""
+    def validate(self, num_layers: int, pattern: str = "") -> None:
+        """Raise ConfigError where these settings cannot describe a model.
+
+        Args:
+            num_layers: its blocks.
+            pattern: what stands in the place of blocks in a hybrid model.
+        """
         self.validate_codec()
         self.validate_overlap()
         self.validate_job()
         if not self.enabled:
             self._validate_stock()
             return
-        self.validate_architecture(num_layers)
-        num_groups = num_layers // self.moe_every
-        check_length("--expert-slot", self.expert_slot, num_groups)
-        for group_index in range(num_groups):
-            self._validate_slots(group_index)
+        groups = self.groups(num_layers, pattern)
+        self.validate_architecture(groups)
+        check_length("--expert-slot", self.expert_slot, len(groups))
+        for first in range(0, len(groups), self.shortcut_span):
+            sizes = [group.num_ops for group in groups[first : first + self.shortcut_span]]
+            for part in range(len(sizes)):
+                self._validate_slots(first, sizes, part)
 
     def _validate_stock(self) -> None:
         """Without a shortcut the other flags of this group have no meaning: refuse rather than ignore them."""
@@ -117,9 +125,8 @@ class ScMoEConfig(JobConfig, ResumeConfig, CodecConfig, OverlapConfig, Architect
                     f"add --shortcut scmoe or drop {flag}"
                 )
 
-    def _validate_slots(self, group_index: int) -> None:
-        first_group, part = group_index // self.shortcut_span * self.shortcut_span, group_index % self.shortcut_span
-        shape = self.span_shape(first_group)
+    def _validate_slots(self, first_group: int, sizes: Sequence[int], part: int) -> None:
+        group_index, shape = first_group + part, self.span_shape(first_group, sizes)
         slots, num_slots = self.slots(group_index), shape.calls[shape.first_call_of(part)].num_slots
         value = ",".join(map(str, slots))
         if any(not 1 <= slot <= num_slots for slot in slots):

@@ -1,55 +1,90 @@
 """One group in Core's module tree, and the ops and routed calls that it gives to its span.
 
-A group is ``moe_every`` consecutive blocks, the last of which carries the MoE. In the module tree the blocks stay
-Core's own numbered layers, with the parameter names and checkpoint keys of the stock model. Only who runs them changes:
-the last block of a span runs all of it (``span.py``), the others pass their input through.
+A group is a run of Core's layers, the last of which carries the MoE: blocks of a GPT model, or layers of a hybrid one,
+which are an op each. In the module tree they stay Core's own numbered layers, with the parameter names and checkpoint
+keys of the stock model. Only who runs them changes: the last layer of a span runs all of it (``span.py``), the others
+pass their input through.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_scmoe.codec.maker import CargoMaker, residual_map_of
-from megatron_scmoe.config import Combine, Norms, Position, ScMoEConfig, Shortcut
+from megatron_scmoe.config import Combine, Group, Norms, Position, ScMoEConfig, Shortcut
 from megatron_scmoe.contracts import DenseOp, Stream
 from megatron_scmoe.layers.gating import CoefficientGate
 from megatron_scmoe.layers.span import GroupSpan
 from megatron_scmoe.mcore import blocks
-from megatron_scmoe.overlap.plan import ADD, ATTENTION, MLP, SHARED_EXPERT
+from megatron_scmoe.overlap.plan import ADD, ATTENTION, MAMBA, SHARED_EXPERT
+from megatron_scmoe.overlap.plan import MLP as MLP_OP
 
 _PACKED = "packed sequences do not reach the routers of a group: call the model without packed_seq_params"
 
 
 class LeadingBlock(TransformerLayer):
-    """A block of a group before its last one: owns its parameters, and leaves running them to the last one."""
+    """A layer of a group before its last one: owns its parameters, and leaves running them to the last one.
 
-    def forward(self, hidden_states: Tensor, context: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor | None]:
+    Attributes:
+        in_group: whether it is in a group; behind the last MoE of a hybrid model's stage it runs by itself.
+    """
+
+    in_group = False
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, context: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the input as it is."""
-        return hidden_states, context
+        if self.in_group:
+            return hidden_states, context
+        return super().forward(hidden_states, *args, context=context, **kwargs)
+
+
+class LeadingMamba(MambaLayer):
+    """A Mamba layer of a hybrid model; see ``LeadingBlock``."""
+
+    in_group = False
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the input as it is."""
+        return hidden_states if self.in_group else super().forward(hidden_states, *args, **kwargs)
+
+
+type Leading = LeadingBlock | LeadingMamba
 
 
 class GroupBlock(TransformerLayer):
-    """The last block of a group: carries the MoE. That of the last group in a span runs the span.
+    """The last layer of a group: carries the MoE. That of the last group in a span runs the span.
 
     Args:
-        scmoe: the architecture and the overlap. The other arguments are those of Core's layer.
+        scmoe: the architecture and the overlap.
+        groups: of the whole model. The other arguments are those of Core's layer.
 
     Attributes:
+        group_index: of this group, over the whole model.
+        group: its layers.
         span: the span that this block runs; None where a later block runs it.
         ops: of the group, in order; ``link`` makes them.
     """
 
-    def __init__(self, config: TransformerConfig, *args: Any, scmoe: ScMoEConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, *args: Any, scmoe: ScMoEConfig, groups: Sequence[Group], **kwargs: Any
+    ) -> None:
         super().__init__(config, *args, **kwargs)
         self.scmoe = scmoe
-        self.group_index = (self.layer_number - 1) // scmoe.moe_every
+        self.group_index = [group.layers[-1] for group in groups].index(self.layer_number - 1)
+        self.group = groups[self.group_index]
         self.residual_map = residual_map_of(scmoe, config, self.group_index)
         self.cargo_maker = CargoMaker(scmoe, config, self.group_index, self.residual_map)
         if scmoe.shortcut_combine is Combine.CG2:
@@ -68,23 +103,28 @@ class GroupBlock(TransformerLayer):
         """The MoE that serves this group: its own, or that of the group it shares one with."""
         return self._moe_holder[0]
 
-    def link(self, leading: Sequence[LeadingBlock], preceding: GroupBlock | None) -> None:
-        """Take the ``moe_every - 1`` blocks before this one into the group; the model builder calls it once.
+    def link(self, leading: Sequence[Leading], preceding: GroupBlock | None) -> None:
+        """Take the layers before this one into the group; the model builder calls it once.
 
         Args:
-            leading: those blocks. They are held in a tuple of functions, which ``torch.nn.Module`` does not search for
-                parameters: each block owns its own.
+            leading: those layers. They are held in a tuple of functions, which ``torch.nn.Module`` does not search for
+                parameters: each layer owns its own.
             preceding: the group before this one, whose MoE it uses where groups share one.
         """
-        assert len(leading) == self.scmoe.moe_every - 1
+        assert len(leading) == len(self.group.layers) - 1
+        for layer in leading:
+            layer.in_group = True
         if self.scmoe.borrows_moe(self.group_index):
             assert preceding is not None
             self._moe_holder = preceding._moe_holder
-        ops = [op for block in leading for op in (_attention_op(block), _mlp_op(block))]
+        ops = [op for layer in (*leading, self) for op in _residual_ops(layer)]
+        assert len(ops) == self.group.num_ops
+        if self._reads_entry:
+            (op,) = ops  # farskip's groups have no other
+            ops = [dataclasses.replace(op, run=partial(_run_and_keep_entry, op))]
         # In the MoE's own block the shared expert stands where the dense MLP would. dgmoe has none: there the second
         # gate reads what a shared expert would, at the end of the group.
         read = partial(_norm_of_entry if self._reads_entry else _norm, blocks.mlp_norm, self)
-        ops.append(_attention_op(self, keeps_entry=self._reads_entry))
         if self.scmoe.shortcut is Shortcut.SCMOE:
             ops.append(DenseOp(SHARED_EXPERT, read, self._run_shared_expert))
         self.ops = (*ops, DenseOp(ADD, read if self.scmoe.shortcut is Shortcut.DGMOE else None, self._add))
@@ -165,34 +205,52 @@ def _sum(outputs: Sequence[Tensor]) -> Tensor:
     return total
 
 
-type _Normed = Callable[[TransformerLayer, Tensor], Tensor]
+type _Normed = Callable[[Any, Tensor], Tensor]
 
 
-def _norm(norm: _Normed, block: TransformerLayer, stream: Stream) -> Tensor:
-    return norm(block, stream.hidden)
+def _norm(norm: _Normed, layer: Any, stream: Stream) -> Tensor:
+    return norm(layer, stream.hidden)
 
 
-def _norm_of_entry(norm: _Normed, block: TransformerLayer, stream: Stream) -> Tensor:
+def _norm_of_entry(norm: _Normed, layer: Any, stream: Stream) -> Tensor:
     assert stream.entry is not None
-    return norm(block, stream.entry)
+    return norm(layer, stream.entry)
 
 
-def _attention_op(block: TransformerLayer, *, keeps_entry: bool = False) -> DenseOp:
-    run = _attend_and_keep_entry if keeps_entry else _attend
-    return DenseOp(ATTENTION, partial(_norm, blocks.attention_norm, block), partial(run, block))
+def _residual_ops(layer: TransformerLayer | MambaLayer) -> list[DenseOp]:
+    """The ops of one of Core's layers: attention and MLP of a block, or the one of a hybrid model's layer."""
+    if isinstance(layer, MambaLayer):
+        return [DenseOp(MAMBA, partial(_norm, blocks.mamba_norm, layer), partial(_run, blocks.mamba_residual, layer))]
+    ops = []
+    if not isinstance(layer.self_attention, IdentityOp):
+        run = partial(_run, blocks.attention_residual, layer)
+        ops.append(DenseOp(ATTENTION, partial(_norm, blocks.attention_norm, layer), run))
+    if isinstance(layer.mlp, MLP):
+        run = partial(_run, blocks.mlp_residual, layer)
+        ops.append(DenseOp(MLP_OP, partial(_norm, blocks.mlp_norm, layer), run))
+    return ops
 
 
-def _mlp_op(block: TransformerLayer) -> DenseOp:
-    return DenseOp(MLP, partial(_norm, blocks.mlp_norm, block), partial(_feed_forward, block))
+def _run(residual: Callable[..., Tensor], layer: Any, stream: Stream, normed: Tensor, inputs: Any) -> Stream:
+    return stream._replace(hidden=residual(layer, stream.hidden, normed, inputs))
 
 
-def _attend(block: TransformerLayer, stream: Stream, normed: Tensor, inputs: Any) -> Stream:
-    return stream._replace(hidden=blocks.attention_residual(block, stream.hidden, normed, inputs))
+def _run_and_keep_entry(op: DenseOp, stream: Stream, normed: Tensor, inputs: Any) -> Stream:
+    return op.run(stream, normed, inputs)._replace(entry=stream.hidden)
 
 
-def _attend_and_keep_entry(block: TransformerLayer, stream: Stream, normed: Tensor, inputs: Any) -> Stream:
-    return _attend(block, stream, normed, inputs)._replace(entry=stream.hidden)
+def link(layers: Sequence[Any], scmoe: ScMoEConfig) -> None:
+    """Give the layers of one (virtual) pipeline stage to their groups, and these to their spans.
 
-
-def _feed_forward(block: TransformerLayer, stream: Stream, normed: Tensor, inputs: Any) -> Stream:
-    return stream._replace(hidden=blocks.mlp_residual(block, stream.hidden, normed, inputs))
+    Args:
+        layers: of the stage, in order.
+        scmoe: the groups' settings.
+    """
+    groups: list[GroupBlock] = []
+    for index, layer in enumerate(layers):
+        if isinstance(layer, GroupBlock):
+            layer.link(layers[index - len(layer.group.layers) + 1 : index], groups[-1] if groups else None)
+            groups.append(layer)
+    for first in range(0, len(groups), scmoe.shortcut_span):
+        span = groups[first : first + scmoe.shortcut_span]
+        span[-1].run(span)

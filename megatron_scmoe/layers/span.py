@@ -22,7 +22,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_scmoe.codec.maker import CargoMaker
-from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.config import Group, ScMoEConfig
 from megatron_scmoe.contracts import DenseOp, Flying, Plan, Stream
 from megatron_scmoe.dispatch.exchange import Tag
 from megatron_scmoe.dispatch.flights import Flights
@@ -31,15 +31,17 @@ from megatron_scmoe.overlap.observe import BEGIN, END, Marker
 from megatron_scmoe.overlap.plan import ROUTE
 
 
-class Group(Protocol):
+class Member(Protocol):
     """What a span asks of a group (``layers/group.py``).
 
     Attributes:
+        group: its layers.
         group_index: over the whole model.
         ops: in order, the group's end last.
         cargo_maker: of what its calls carry.
     """
 
+    group: Group
     group_index: int
     ops: tuple[DenseOp, ...]
     cargo_maker: CargoMaker
@@ -69,13 +71,14 @@ class GroupSpan:
         forward_plan: by which an evaluation runs.
     """
 
-    def __init__(self, groups: Sequence[Group], scmoe: ScMoEConfig) -> None:
+    def __init__(self, groups: Sequence[Member], scmoe: ScMoEConfig) -> None:
         self._groups = tuple(groups)
         self._ops = tuple(op for group in groups for op in group.ops)
         self.group_index = groups[0].group_index
-        self.shape = scmoe.span_shape(self.group_index)
+        sizes = [group.group.num_ops for group in groups]
+        self.shape = scmoe.span_shape(self.group_index, sizes)
         assert self.shape.num_ops == len(self._ops)
-        self.plan = self.forward_plan = scmoe.plan(self.group_index)
+        self.plan = self.forward_plan = scmoe.plan(self.group_index, sizes)
         self._marker = Marker(self.group_index)
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -58,6 +59,19 @@ def mlp_residual(layer: TransformerLayer, hidden_states: Tensor, normed: Tensor,
     return add_mlp_output(layer, hidden_states, output_with_bias)
 
 
+def mamba_norm(layer: MambaLayer, hidden_states: Tensor) -> Tensor:
+    """The normed tensor that the mixer of ``layer`` reads, [s, b, h]."""
+    return layer.norm(hidden_states.to(dtype=layer.config.params_dtype))
+
+
+def mamba_residual(layer: MambaLayer, hidden_states: Tensor, normed: Tensor, inputs: AttentionInputs) -> Tensor:
+    """``hidden_states`` plus the mixer of ``layer`` on ``normed``; what Core's Mamba layer does with it."""
+    output_with_bias = layer.mixer(normed, inference_context=inputs.inference_context, packed_seq_params=None)
+    with layer.bias_dropout_add_exec_handler():
+        bias_dropout_add = layer.mamba_bda(training=layer.training, fused=layer.config.bias_dropout_fusion)
+        return bias_dropout_add(output_with_bias, _residual(layer, hidden_states), layer.hidden_dropout)
+
+
 def another_mlp_norm(layer: TransformerLayer) -> torch.nn.Module:
     """A norm with parameters of its own, built as that before the MLP, or MoE, of ``layer``."""
     config = layer.config
@@ -98,7 +112,7 @@ def sequence_first(padding_mask: Tensor | None) -> Tensor | None:
     return None if padding_mask is None else padding_mask.transpose(0, 1).bool()
 
 
-def _residual(layer: TransformerLayer, hidden_states: Tensor) -> Tensor:
+def _residual(layer: TransformerLayer | MambaLayer, hidden_states: Tensor) -> Tensor:
     return hidden_states.float() if layer.config.fp32_residual_connection else hidden_states
 
 

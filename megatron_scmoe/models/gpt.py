@@ -13,7 +13,7 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_scmoe.config import Router, ScMoEConfig
-from megatron_scmoe.layers.group import GroupBlock
+from megatron_scmoe.layers.group import link
 from megatron_scmoe.mcore import blocks
 from megatron_scmoe.models.specs import pipelined_block_spec, shortcut_block_spec
 
@@ -44,7 +44,7 @@ class ScMoEGPTModelBuilder(GPTModelBuilder):
         """Build one (virtual) pipeline stage; the arguments are those of Core's builder."""
         model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
         scmoe = self._model_config.scmoe
-        _link_groups(model, scmoe)
+        link(list(model.decoder.layers), scmoe)
         if scmoe.router is Router.LONGCAT:
             blocks.let_expert_biases_move(model)
         return model
@@ -70,15 +70,3 @@ def with_shortcut(config: ScMoEGPTModelConfig, scmoe: ScMoEConfig) -> ScMoEGPTMo
     config.scmoe = scmoe
     config.transformer_layer_spec = partial(shortcut_block_spec, scmoe=scmoe)
     return config
-
-
-def _link_groups(model: GPTModel, scmoe: ScMoEConfig) -> None:
-    layers = list(model.decoder.layers)
-    groups: list[GroupBlock] = []
-    for index, layer in enumerate(layers):
-        if isinstance(layer, GroupBlock):
-            layer.link(layers[index - scmoe.moe_every + 1 : index], groups[-1] if groups else None)
-            groups.append(layer)
-    for first in range(0, len(groups), scmoe.shortcut_span):
-        span = groups[first : first + scmoe.shortcut_span]
-        span[-1].run(span)

@@ -13,6 +13,7 @@ from megatron_scmoe.contracts import Plan, SpanShape
 
 ATTENTION = "attention"
 MLP = "MLP"
+MAMBA = "Mamba"
 SHARED_EXPERT = "shared expert"
 ADD = "add"
 ROUTE = "route"

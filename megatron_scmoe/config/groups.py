@@ -1,0 +1,71 @@
+"""Which layers of a model form the groups, in both of Megatron's containers.
+
+A layer of a GPT model is a block; a layer of a hybrid model is one symbol of ``--hybrid-layer-pattern``, a residual op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_scmoe.config.rules import ConfigError
+
+MOE, CUT, BEHIND = "E", "|", "/"
+"""Symbols of a pattern that say where groups end: an MoE, a cut between pipeline stages, what follows all stages."""
+
+RESIDUAL_OPS = "M*+-"
+"""Symbols whose layers can be ops of a group: Mamba, attention, latent attention and MLP."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One group.
+
+    Attributes:
+        layers: that it consists of, counted from 0 over the whole model; the last one carries the MoE.
+        num_ops: residual ops before its MoE.
+    """
+
+    layers: range
+    num_ops: int
+
+
+def groups_of_blocks(num_layers: int, moe_every: int) -> tuple[Group, ...]:
+    """The groups of a GPT model: ``moe_every`` blocks each, of attention and MLP, the last MLP an MoE."""
+    return tuple(Group(range(first, first + moe_every), 2 * moe_every - 1) for first in range(0, num_layers, moe_every))
+
+
+def groups_of_pattern(pattern: str) -> tuple[Group, ...]:
+    """The groups of a hybrid model: each run of layers of one pipeline stage that ends with an MoE.
+
+    Args:
+        pattern: as ``--hybrid-layer-pattern`` has it. Layers behind a stage's last MoE belong to no group.
+
+    Raises:
+        ConfigError: for a symbol that no group can run.
+    """
+    groups: list[Group] = []
+    first = 0  # of the layers that no group has yet
+    for stage in pattern.split(BEHIND, maxsplit=1)[0].split(CUT):
+        begin = first
+        for layer, symbol in enumerate(stage, start=begin):
+            if symbol == MOE:
+                groups.append(Group(range(first, layer + 1), layer - first))
+                first = layer + 1
+            elif symbol not in RESIDUAL_OPS:
+                raise ConfigError(
+                    f"a group runs the layers {RESIDUAL_OPS}: layer {layer} of --hybrid-layer-pattern {pattern} is "
+                    f"{symbol}; use another layer, or --shortcut none"
+                )
+        first = begin + len(stage)
+    return tuple(groups)
+
+
+def stages_of_pattern(pattern: str) -> Sequence[range]:
+    """The layers of each (virtual) pipeline stage that the cuts of ``pattern`` make, in order."""
+    stages: list[range] = []
+    first = 0
+    for stage in pattern.split(BEHIND, maxsplit=1)[0].split(CUT):
+        stages.append(range(first, first + len(stage)))
+        first += len(stage)
+    return stages

@@ -1,0 +1,240 @@
+"""Core's hybrid model with our groups in it: one subclass step from its stack, its configuration and its builder.
+
+A layer of a hybrid model is one residual op; a group is a run of them that ends with an MoE, whose layer runs the span.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import LayerNormBuilder
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.training.argument_utils import hybrid_config_from_args
+from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
+
+from megatron_scmoe.config import Group, Norms, Router, ScMoEConfig
+from megatron_scmoe.layers.group import GroupBlock, LeadingBlock, link
+from megatron_scmoe.mcore import blocks
+from megatron_scmoe.models import submodules as parts
+
+
+class GroupedHybridStack(HybridStack):
+    """Core's stack of layers, those of each group run by the group's last one.
+
+    Args:
+        submodules: the stock layers.
+        scmoe: the groups' settings.
+        groups: of the whole model.
+        The other arguments are those of Core's stack.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: HybridStackSubmodules,
+        *,
+        scmoe: ScMoEConfig,
+        groups: Sequence[Group],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, _with_groups(submodules, scmoe, groups), **kwargs)
+        link(list(self.layers), scmoe)
+
+
+@dataclass(kw_only=True)
+class ScMoEHybridModelConfig(HybridModelConfig):
+    """Core's hybrid configuration and the settings of the groups.
+
+    Attributes:
+        scmoe: the groups' settings.
+    """
+
+    builder: ClassVar[str] = "megatron_scmoe.models.hybrid.ScMoEHybridModelBuilder"
+    scmoe: ScMoEConfig = field(default_factory=ScMoEConfig)
+
+
+class ScMoEHybridModelBuilder(HybridModelBuilder):
+    """Builds Core's hybrid model on our stack; without Transformer Engine from the local layers, which Core lacks."""
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> HybridModel:
+        """Build one (virtual) pipeline stage; the arguments are those of Core's builder."""
+        config, scmoe = self._model_config, self._model_config.scmoe
+        config.hybrid_stack_spec = stack_spec(config, scmoe)
+        model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
+        if scmoe.router is Router.LONGCAT:
+            blocks.let_expert_biases_move(model)
+        return model
+
+
+def model_config_from_args(args: Namespace, scmoe: ScMoEConfig) -> HybridModelConfig:
+    """The hybrid model that ``args`` describe."""
+    config = hybrid_config_from_args(args, model_config_cls=ScMoEHybridModelConfig)
+    config.scmoe = scmoe
+    return config
+
+
+def stack_spec(config: HybridModelConfig, scmoe: ScMoEConfig) -> ModuleSpec:
+    """The stack of ``config``: stock layers, or with a shortcut, chunks or a codec ours among them."""
+    transformer = config.transformer
+    fused = transformer.transformer_impl == "transformer_engine"
+    stock = hybrid_stack_spec.submodules if fused else local_submodules(transformer)
+    if transformer.multi_latent_attention:
+        latent = partial(parts.with_latent_attention, scmoe=scmoe, fused=fused)
+        stock = dataclasses.replace(stock, mla_layer=_changed(stock.mla_layer, latent))
+    if scmoe.replaces_stock_moe:
+        pipelined = partial(parts.with_pipelined_moe, scmoe=scmoe)
+        stock = dataclasses.replace(stock, moe_layer=_changed(stock.moe_layer, pipelined))
+    if not scmoe.enabled:
+        return ModuleSpec(module=HybridStack, submodules=stock)
+    groups = scmoe.groups(transformer.num_layers, config.hybrid_layer_pattern or "")
+    return ModuleSpec(module=GroupedHybridStack, params={"scmoe": scmoe, "groups": groups}, submodules=stock)
+
+
+def local_submodules(config: TransformerConfig) -> HybridStackSubmodules:
+    """Core's layers without Transformer Engine, under the parameter and checkpoint names that it has in blocks."""
+    backend = LocalSpecProvider()
+    norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
+    qk_norm = norm if config.qk_layernorm else IdentityOp
+    column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
+    attention = SelfAttentionSubmodules(
+        linear_qkv=column,
+        core_attention=backend.core_attention(),
+        linear_proj=row,
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
+    )
+    latent_attention = MLASelfAttentionSubmodules(
+        linear_q_proj=column,
+        linear_q_down_proj=column,
+        linear_q_up_proj=column,
+        linear_kv_down_proj=column,
+        linear_kv_up_proj=column,
+        core_attention=backend.core_attention(),
+        linear_proj=row,
+        q_layernorm=qk_norm,
+        kv_layernorm=qk_norm,
+    )
+    causal = {"attn_mask_type": AttnMaskType.causal}
+    layers = {
+        "attention_layer": _attention_layer(norm, ModuleSpec(SelfAttention, causal, attention)),
+        "mla_layer": _attention_layer(norm, ModuleSpec(MLASelfAttention, causal, latent_attention)),
+        "mlp_layer": TransformerLayerSubmodules(
+            pre_mlp_layernorm=norm,
+            mlp=partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+        ),
+        "moe_layer": TransformerLayerSubmodules(
+            pre_mlp_layernorm=norm,
+            mlp=get_moe_module_spec_for_backend(backend, config.num_moe_experts)
+            if config.num_moe_experts
+            else IdentityOp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    }
+    if config.sequence_parallel:
+        layers = {name: parts.with_sequence_parallel_norms(submodules) for name, submodules in layers.items()}
+    return HybridStackSubmodules(
+        **{name: ModuleSpec(module=TransformerLayer, submodules=submodules) for name, submodules in layers.items()}
+    )
+
+
+def _attention_layer(norm: LayerNormBuilder, attention: ModuleSpec) -> TransformerLayerSubmodules:
+    latent = attention.module is MLASelfAttention
+    return TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=attention,
+        self_attn_bda=get_bias_dropout_add,
+        # Transformer Engine fuses this norm into the linear behind it, but for a latent attention.
+        sharded_state_dict_keys_map={} if latent else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+    )
+
+
+def _changed(spec: ModuleSpec, change: Callable[[Any], Any]) -> ModuleSpec:
+    return dataclasses.replace(spec, submodules=change(spec.submodules))
+
+
+def _with_groups(stock: HybridStackSubmodules, scmoe: ScMoEConfig, groups: Sequence[Group]) -> HybridStackSubmodules:
+    """The stock layers as layers of groups."""
+    leading = {
+        name: ModuleSpec(
+            module=_LeadingLayer,
+            params={"tapped": _tapped(scmoe, groups)},
+            submodules=getattr(stock, name).submodules,
+        )
+        for name in ("attention_layer", "mla_layer", "mlp_layer")
+        if isinstance(getattr(stock, name), ModuleSpec)
+    }
+    group = {"scmoe": scmoe, "groups": groups}
+    return dataclasses.replace(
+        stock, **leading, moe_layer=ModuleSpec(module=_GroupLayer, params=group, submodules=stock.moe_layer.submodules)
+    )
+
+
+def _tapped(scmoe: ScMoEConfig, groups: Sequence[Group]) -> frozenset[int]:
+    """Layers, from 0 over the whole model, whose normed input routed experts read."""
+    if scmoe.shortcut_norms is Norms.UPSTREAM:
+        return frozenset()  # they have a norm of their own
+    taps = ((group, scmoe.tap(index, group.num_ops)) for index, group in enumerate(groups))
+    return frozenset(group.layers[tap] for group, tap in taps if tap < group.num_ops)
+
+
+class _LeadingLayer(LeadingBlock):
+    """A layer before a group's last one; at a tap its norm stands alone."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        layer_number: int,
+        *,
+        tapped: frozenset[int],
+        **kwargs: Any,
+    ) -> None:
+        if layer_number - 1 in tapped and config.transformer_impl == "transformer_engine":
+            is_mlp = submodules.self_attention is IdentityOp
+            submodules = (parts.unfuse_mlp if is_mlp else parts.unfuse_attention)(submodules)
+        super().__init__(config, submodules, layer_number, **kwargs)
+
+
+class _GroupLayer(GroupBlock):
+    """A group's last layer; without an MoE of its own where it borrows one."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        layer_number: int,
+        *,
+        scmoe: ScMoEConfig,
+        groups: Sequence[Group],
+        **kwargs: Any,
+    ) -> None:
+        index = [group.layers[-1] for group in groups].index(layer_number - 1)
+        submodules = parts.with_moe_of_group(submodules, scmoe, index)
+        super().__init__(config, submodules, layer_number, scmoe=scmoe, groups=groups, **kwargs)
