@@ -75,7 +75,7 @@ from megatron_scmoe.dry_run import run as dry_run
 from megatron_scmoe.job.start import joined
 from megatron_scmoe.mcore import checkpoints, fault_hooks
 from megatron_scmoe.mcore.datasets import HashedDataset, HashedDatasetConfig, dataset_prefixes, index_hashes
-from megatron_scmoe.models.gpt import model_config_from_args
+from megatron_scmoe.models.container import model_config_from_args
 from megatron_scmoe.training import resume
 from megatron_scmoe.training.arguments import parse_and_validate_args, refuse
 from megatron_scmoe.training.session import OverlapSession

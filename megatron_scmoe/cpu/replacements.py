@@ -31,6 +31,7 @@ from megatron_scmoe.cpu.stand_ins import (
     without_cuda_check,
     without_cuda_in_type_names,
 )
+from megatron_scmoe.mcore.norm import SequenceParallelNorm
 from megatron_scmoe.mcore.wheel import GroupStepAdam, use_shipped_helper
 
 
@@ -125,6 +126,9 @@ REPLACEMENTS: tuple[Replacement, ...] = (
     Replacement(_OPTIMIZER, "distrib_optimizer.HAVE_APEX_OR_TE distrib_optimizer.USING_APEX_OPTIMIZER", constant(True),
                 "checkpoint code then reads the step from the parameter group, where GroupStepAdam keeps it",
                 "nothing: it is read there on a GPU as well"),
+    Replacement("megatron.core.models.hybrid.hybrid_block", "TENorm", constant(SequenceParallelNorm),
+                "the final norm of a hybrid model is Transformer Engine's whatever the other layers are",
+                "faults and rounding of Transformer Engine's norm"),
     Replacement("megatron.core.datasets.utils", "compile_helpers", use_shipped_helper,
                 "it runs make, and the wheel ships the built helper but no Makefile", "nothing: so on a GPU as well"),
     Replacement("megatron.training.training", "initialize_megatron", without_cuda_check,

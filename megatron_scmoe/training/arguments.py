@@ -37,7 +37,7 @@ from megatron_scmoe.job import last_words, orphans
 from megatron_scmoe.job.meeting import Meeting
 from megatron_scmoe.mcore import checkpoints, version
 from megatron_scmoe.report.figures import ONE_QUEUE
-from megatron_scmoe.training import corpus, refusals, resume, script_rules, sizes
+from megatron_scmoe.training import corpus, refusals, resume, script_rules, sizes, stage_rules
 from megatron_scmoe.training.unread_flags import UnreadFlags
 
 EXIT_REFUSED = 2
@@ -167,7 +167,7 @@ def _validate(
         _restore_args(args)
     scmoe = scmoe_config_from_args(args)
     if scmoe.enabled:
-        scmoe.validate(_num_layers(args))
+        scmoe.validate(_num_layers(args), args.hybrid_layer_pattern or "")
         refusals.check_megatron_args(args, scmoe)
         _set_megatron_args(args, scmoe)
     else:
@@ -179,7 +179,8 @@ def _validate(
         go_without(args)
     script_rules.check_chunks(args, scmoe)
     if scmoe.enabled:
-        refusals.check_pipeline(scmoe, _by_megatrons_rules(core_transformer_config_from_args, args))
+        config = _by_megatrons_rules(core_transformer_config_from_args, args)
+        stage_rules.check_pipeline(scmoe, config, args.hybrid_layer_pattern or "")
     saved = resume.check(args, scmoe, scmoe_config_from_args)
     if scmoe.overlap is Overlap.ADAPTIVE:
         args.overlap_plans = getattr(saved, "overlap_plans", {})
@@ -229,6 +230,8 @@ def _restore_args(args: Namespace) -> None:
 
 
 def _num_layers(args: Namespace) -> int:
+    if args.hybrid_layer_pattern:
+        return 0  # Megatron counts them in the pattern
     if args.num_layers is None:
         raise ConfigError("groups are cut from --num-layers blocks: --num-layers is None; add --num-layers N")
     return args.num_layers
@@ -236,7 +239,9 @@ def _num_layers(args: Namespace) -> int:
 
 def _set_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
     """Set the Megatron flags that follow from ours."""
-    pattern = 1 if scmoe.moe_every == 1 else ([0] * (scmoe.moe_every - 1) + [1]) * (args.num_layers // scmoe.moe_every)
+    pattern: int | list[int] = 1
+    if scmoe.moe_every > 1 and not args.hybrid_layer_pattern:
+        pattern = ([0] * (scmoe.moe_every - 1) + [1]) * (args.num_layers // scmoe.moe_every)
     if args.moe_layer_freq not in (1, pattern):
         raise ConfigError(
             f"--moe-every sets the MoE pattern: --moe-layer-freq is {args.moe_layer_freq} and --moe-every is "

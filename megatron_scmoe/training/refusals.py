@@ -6,10 +6,8 @@ Every rule here ends a run before any process group starts, in one line: the rul
 from __future__ import annotations
 
 from argparse import Namespace
-from math import lcm
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.config import (
     Combine,
@@ -22,7 +20,6 @@ from megatron_scmoe.config import (
     ScMoEConfig,
     Shortcut,
 )
-from megatron_scmoe.mcore import stages
 from megatron_scmoe.training import refused_flags
 from megatron_scmoe.training.refused_flags import RECOMPUTE_REFUSED
 
@@ -246,23 +243,3 @@ def _check_sequence_parallel(args: Namespace) -> None:
             f"--tensor-model-parallel-size is {args.tensor_model_parallel_size} and --sequence-parallel is off; "
             "add --sequence-parallel"
         )
-
-
-def check_pipeline(scmoe: ScMoEConfig, config: TransformerConfig) -> None:
-    """Raise ConfigError where a (virtual) pipeline stage would cut a group, a span, or groups that share an MoE."""
-    unit = scmoe.moe_every * lcm(scmoe.shortcut_span, scmoe.moe_share_groups)
-    num_virtual = config.virtual_pipeline_model_parallel_size
-    for pp_rank in range(config.pipeline_model_parallel_size):
-        for vp_stage in range(num_virtual) if num_virtual else (None,):
-            blocks = stages.blocks_of_stage(config, vp_stage, pp_rank)
-            if len(blocks) != unit * len({block // unit for block in blocks}):
-                virtual = "" if vp_stage is None else f", virtual stage {vp_stage},"
-                together = "".join(
-                    f", --{name.replace('_', '-')} {getattr(scmoe, name)}"
-                    for name in ("shortcut_span", "moe_share_groups")
-                    if getattr(scmoe, name) > 1
-                )
-                raise ConfigError(
-                    f"a pipeline stage holds whole groups: stage {pp_rank}{virtual} would hold the blocks {blocks} and "
-                    f"--moe-every is {scmoe.moe_every}{together}; give every stage whole units of {unit} blocks"
-                )

@@ -135,9 +135,9 @@ HOOK_REFUSALS = (
     Refusal("--dataloader-inter-document-masking", "the batch hook does not pack sequences"),
     Refusal("--hybrid-context-parallel", "the batch hook does not pack sequences"),
     Refusal("--perform-rl-step", "the forward hook computes a language-model loss"),
-    Refusal("--hybrid-layer-pattern", "this script builds GPT models"),
-    Refusal("--hybrid-override-pattern", "this script builds GPT models"),
-    Refusal("--is-hybrid-model", "this script builds GPT models"),
+    Refusal("--hybrid-override-pattern", "Core calls it deprecated", "use --hybrid-layer-pattern"),
+    Refusal("--mtp-hybrid-override-pattern", "Core calls it deprecated", "use --hybrid-layer-pattern"),
+    Refusal("--is-hybrid-model", "a pattern says so", "use --hybrid-layer-pattern"),
     Refusal(
         "--position-embedding-type",
         "Core's GPT has no relative positions, and would train without any",

@@ -55,7 +55,6 @@ LEFTOVERS = {
     "moe_pad_experts_for_cuda_graph_inference": _SERVING,
     "ep_overlap_early_attn_memory_release": "the forward hook has no schedule of two micro-batches",
     "high_priority_a2a_comm_stream": "the forward hook has no schedule of two micro-batches",
-    "disable_mamba_mem_eff_path": "this script builds GPT models",
     "max_seqlen_per_dp_cp_rank": "the batch hook does not pack sequences",
 }
 """Flags outside those groups that no line of the wheel reads, or none that this script runs."""
@@ -65,7 +64,6 @@ OF_REFUSED = {
     "inprocess_": ("--inprocess-restart", "this script is not wrapped for in-process restart"),
     "fim_": ("--fim-data", "the dataset hook builds plain GPT datasets"),
     "mtp_": ("--mtp-num-layers", "the batch hook has no tokens for prediction layers"),
-    "mamba_": ("--hybrid-layer-pattern", "this script builds GPT models"),
 }
 """How the names of flags begin that belong to one which is always refused: that flag, and why."""
 

@@ -1,0 +1,63 @@
+"""What the pipeline stages of a model must not cut, in blocks as in a hybrid model's pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import lcm
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_scmoe.config import ConfigError, ScMoEConfig, stages_of_pattern
+from megatron_scmoe.mcore import stages
+
+
+def check_pipeline(scmoe: ScMoEConfig, config: TransformerConfig, pattern: str) -> None:
+    """Raise ConfigError where a (virtual) pipeline stage would cut a group, a span, or groups that share an MoE.
+
+    Args:
+        scmoe: the groups' settings.
+        config: Core's.
+        pattern: of a hybrid model, whose cuts make the stages; empty for blocks.
+    """
+    groups = scmoe.groups(config.num_layers, pattern)
+    together = lcm(scmoe.shortcut_span, scmoe.moe_share_groups)
+    units = [
+        {layer for group in groups[first : first + together] for layer in group.layers}
+        for first in range(0, len(groups), together)
+    ]
+    for name, layers in _stages(config, pattern):
+        if any(unit & layers not in (set(), unit) for unit in units):
+            said = "".join(
+                f", --{name.replace('_', '-')} is {getattr(scmoe, name)}"
+                for name in ("shortcut_span", "moe_share_groups")
+                if getattr(scmoe, name) > 1
+            )
+            of_blocks = "" if pattern else f", --moe-every is {scmoe.moe_every}"
+            fix = (
+                "move the cuts of --hybrid-layer-pattern"
+                if pattern
+                else f"give every stage whole units of {scmoe.moe_every * together} blocks"
+            )
+            raise ConfigError(
+                f"a pipeline stage holds whole groups, spans and shared MoEs: {name} would hold the layers "
+                f"{sorted(layers)}{of_blocks}{said}; {fix}"
+            )
+
+
+def _stages(config: TransformerConfig, pattern: str) -> Iterator[tuple[str, set[int]]]:
+    """Names of all (virtual) pipeline stages and the layers that they hold, from 0 over the whole model."""
+    size, num_virtual = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+    if pattern:
+        cut = stages_of_pattern(pattern)
+        if len(cut) < size:
+            raise ConfigError(
+                f"groups need to know where a hybrid model is cut: --pipeline-model-parallel-size is {size} and "
+                f"--hybrid-layer-pattern {pattern} has {len(cut) - 1} cuts; put a | between stages"
+            )
+        for number, layers in enumerate(cut):
+            yield f"stage {number}", set(layers)
+        return
+    for pp_rank in range(size):
+        for vp_stage in range(num_virtual) if num_virtual else (None,):
+            name = f"stage {pp_rank}" + ("" if vp_stage is None else f", virtual stage {vp_stage},")
+            yield name, set(stages.blocks_of_stage(config, vp_stage, pp_rank))
