@@ -120,14 +120,11 @@ def reference_parameters(config: reference.ReferenceConfig) -> dict[str, Tensor]
     return {name: parameter(name, shape) for name, shape in shapes.items()}
 
 
-def build(case: Case):
-    """The model of ``case`` on this rank, with the parameters of ``parameter``."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
+def settings(case: Case):
+    """Our settings of ``case``."""
     from megatron_scmoe.config import Codec, Combine, Norms, Overlap, Position, Router, ScMoEConfig, Shortcut
-    from megatron_scmoe.models.gpt import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_shortcut
 
-    scmoe = ScMoEConfig(
+    return ScMoEConfig(
         shortcut=Shortcut(case.shortcut),
         shortcut_position=tuple(Position(position) for position in case.position),
         shortcut_combine=Combine(case.combine),
@@ -144,6 +141,15 @@ def build(case: Case):
         zero_experts=case.zero_experts,
         **lsh_settings(case),
     )
+
+
+def build(case: Case):
+    """The model of ``case`` on this rank, with the parameters of ``parameter``."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_scmoe.models.gpt import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_shortcut
+
+    scmoe = settings(case)
     scmoe.validate(case.num_layers)
     config = ScMoEGPTModelConfig(
         transformer=transformer_config(case),
