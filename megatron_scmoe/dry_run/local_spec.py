@@ -9,7 +9,9 @@ from typing import Any
 
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.training.models.base import ModelConfig
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+from megatron.training.models.hybrid import HybridModelConfig
 
 from megatron_scmoe.dry_run.meta import FlashAttention
 
@@ -41,12 +43,23 @@ def go_without(args: Namespace) -> list[str]:
     return [flag for flag in flags if flag]
 
 
-def with_flash_attention(config: GPTModelConfig) -> GPTModelConfig:
+def with_flash_attention(config: ModelConfig) -> ModelConfig:
     """Let the attention of ``config`` keep what a flash attention keeps; returns it."""
-    config.transformer_layer_spec = functools.partial(
-        _flash_spec, build=config.transformer_layer_spec or default_layer_spec
-    )
+    if isinstance(config, HybridModelConfig):
+        config.stack_spec = functools.partial(_flash_stack, build=config.stack_spec)
+    else:
+        config.transformer_layer_spec = functools.partial(
+            _flash_spec, build=config.transformer_layer_spec or default_layer_spec
+        )
     return config
+
+
+def _flash_stack(config: HybridModelConfig, *, build: Any) -> ModuleSpec:
+    """The stack of a hybrid model."""
+    spec = build(config)
+    layers = {name: getattr(spec.submodules, name) for name in ("attention_layer", "mla_layer")}
+    flash = {name: _with_flash(layer) for name, layer in layers.items()}
+    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **flash))
 
 
 def _flash_spec(config: GPTModelConfig, vp_stage: int | None, *, build: Any) -> TransformerBlockSubmodules | ModuleSpec:

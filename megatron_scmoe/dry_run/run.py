@@ -20,7 +20,7 @@ from megatron_scmoe.config import ConfigError, ScMoEConfig
 from megatron_scmoe.dry_run import local_spec, memory, report
 from megatron_scmoe.dry_run.meta import replaced
 from megatron_scmoe.dry_run.stages import Stage, find_stages
-from megatron_scmoe.models.gpt import model_config_from_args
+from megatron_scmoe.models.container import model_config_from_args
 from megatron_scmoe.training.arguments import parse_and_validate_args, refuse
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,13 +14,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.models.base import ModelConfig
 
-from megatron_scmoe.config import Shortcut
 from megatron_scmoe.dry_run.memory import Parameters, Standing, standing_bytes
 from megatron_scmoe.dry_run.meta import META, SavedForBackward, balance, shapes_only
-from megatron_scmoe.layers.group import GroupBlock
-from megatron_scmoe.mcore import checkpoints, stages
+from megatron_scmoe.layers.group import GroupBlock, passes_through
+from megatron_scmoe.mcore import checkpoints
 from megatron_scmoe.mcore.fake_world import fake_world, first_ranks_of_stages
 from megatron_scmoe.training import resume
 
@@ -62,7 +62,7 @@ class Stage:
         return self.standing.total + self.activations
 
 
-def find_stages(args: Namespace, config: GPTModelConfig) -> list[Stage]:
+def find_stages(args: Namespace, config: ModelConfig) -> list[Stage]:
     """Every pipeline stage of the world of ``args``, which are validated and the global ones.
 
     Raises:
@@ -76,12 +76,12 @@ def find_stages(args: Namespace, config: GPTModelConfig) -> list[Stage]:
         with fake_world(args, rank) as groups, shapes_only():
             chunks = _build(args, config, groups)
             buckets[rank] = [bucket for chunk in chunks for bucket in checkpoints.padded_buckets(chunk)]
-            found.append(_stage(args, config, chunks, known))
+            found.append(_stage(args, chunks, known))
     resume.refuse_padded_buckets(args, buckets)
     return found
 
 
-def _build(args: Namespace, config: GPTModelConfig, groups: ProcessGroupCollection) -> list[Any]:
+def _build(args: Namespace, config: ModelConfig, groups: ProcessGroupCollection) -> list[Any]:
     """This rank's part of the model as Megatron's trainer builds it, with buffers for gradients."""
     chunks = config.get_builder_cls()(config).build_distributed_models(
         groups, ddp_config=pretrain_cfg_container_from_args(args, config).ddp
@@ -100,7 +100,7 @@ def _form(chunk: torch.nn.Module) -> _Form:
     )
 
 
-def _stage(args: Namespace, config: GPTModelConfig, chunks: list[Any], known: dict[_Form, tuple[int, int]]) -> Stage:
+def _stage(args: Namespace, chunks: list[Any], known: dict[_Form, tuple[int, int]]) -> Stage:
     for chunk in chunks:
         if (form := _form(chunk.module)) not in known:  # most stages of a long pipeline are alike
             known[form] = _saved_bytes(args, chunk.module)
@@ -108,10 +108,8 @@ def _stage(args: Namespace, config: GPTModelConfig, chunks: list[Any], known: di
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     copy_of_tied = parallel_state.get_pipeline_model_parallel_rank() > 0
     own = [one for one in parameters if not (copy_of_tied and getattr(one, "shared_embedding", False))]
-    virtual = range(len(chunks)) if len(chunks) > 1 else [None]
-    transformer = config.transformer
     return Stage(
-        blocks=[block for vp_stage in virtual for block in stages.blocks_of_stage(transformer, vp_stage)],
+        blocks=[layer.layer_number - 1 for chunk in chunks for layer in _core_model(chunk).decoder.layers],
         moe_layers=sum(isinstance(module, MoELayer) for chunk in chunks for module in chunk.modules()),
         held=Parameters.on_this_rank(parameters),
         in_the_model=Parameters.in_the_model(own),
@@ -157,16 +155,14 @@ def _saved_bytes(args: Namespace, chunk: torch.nn.Module) -> tuple[int, int]:
     model_config.recompute_granularity = None
     whole, _ = _saved_by_block(args, chunk)
     model_config.recompute_granularity = "full"
-    num_blocks = len(_core_model(chunk).decoder.layers)
-    unit, recomputed = args.recompute_num_layers, num_blocks
+    layers = _core_model(chunk).decoder.layers
+    unit, recomputed = args.recompute_num_layers, len(layers)
     if args.recompute_method == "block":
-        unit, recomputed = 1, min(args.recompute_num_layers, num_blocks)
-    # The last block of a span runs all of it, and a unit ends with a span.
-    if args.shortcut != Shortcut.NONE:
-        span = args.moe_every * args.shortcut_span
-        unit = -(-unit // span) * span
-    starts = range(0, recomputed, unit)
-    peaks = [kept[first] + whole[min(first + unit, num_blocks)] - whole[first] for first in starts]
+        unit, recomputed = 1, min(args.recompute_num_layers, len(layers))
+    ends = [min(first + unit, len(layers)) for first in range(0, recomputed, unit)]
+    # The last layer of a span runs all of it: what is recomputed before it passes its input through.
+    ends = [end for end in ends if not passes_through(layers[end - 1])]
+    peaks = [kept[first] + whole[end] - whole[first] for first, end in pairwise([0, *ends])]
     return in_all, max([0, *(peak - in_all for peak in peaks)])
 
 

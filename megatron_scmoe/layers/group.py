@@ -239,6 +239,13 @@ def _run_and_keep_entry(op: DenseOp, stream: Stream, normed: Tensor, inputs: Any
     return op.run(stream, normed, inputs)._replace(entry=stream.hidden)
 
 
+def passes_through(layer: Any) -> bool:
+    """Whether ``layer`` leaves its ops to a later layer."""
+    if isinstance(layer, GroupBlock):
+        return layer.span is None
+    return isinstance(layer, LeadingBlock | LeadingMamba) and layer.in_group
+
+
 def link(layers: Sequence[Any], scmoe: ScMoEConfig) -> None:
     """Give the layers of one (virtual) pipeline stage to their groups, and these to their spans.
 

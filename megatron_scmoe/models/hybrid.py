@@ -66,10 +66,12 @@ class ScMoEHybridModelConfig(HybridModelConfig):
 
     Attributes:
         scmoe: the groups' settings.
+        stack_spec: makes the spec of the stack, whose layers are Core's own or those of groups.
     """
 
     builder: ClassVar[str] = "megatron_scmoe.models.hybrid.ScMoEHybridModelBuilder"
     scmoe: ScMoEConfig = field(default_factory=ScMoEConfig)
+    stack_spec: Callable[[ScMoEHybridModelConfig], ModuleSpec] = field(default_factory=lambda: stack_spec)
 
 
 class ScMoEHybridModelBuilder(HybridModelBuilder):
@@ -83,10 +85,10 @@ class ScMoEHybridModelBuilder(HybridModelBuilder):
         vp_stage: int | None = None,
     ) -> HybridModel:
         """Build one (virtual) pipeline stage; the arguments are those of Core's builder."""
-        config, scmoe = self._model_config, self._model_config.scmoe
-        config.hybrid_stack_spec = stack_spec(config, scmoe)
+        config = self._model_config
+        config.hybrid_stack_spec = config.stack_spec(config)
         model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
-        if scmoe.router is Router.LONGCAT:
+        if config.scmoe.router is Router.LONGCAT:
             blocks.let_expert_biases_move(model)
         return model
 
@@ -98,9 +100,9 @@ def model_config_from_args(args: Namespace, scmoe: ScMoEConfig) -> HybridModelCo
     return config
 
 
-def stack_spec(config: HybridModelConfig, scmoe: ScMoEConfig) -> ModuleSpec:
+def stack_spec(config: ScMoEHybridModelConfig) -> ModuleSpec:
     """The stack of ``config``: stock layers, or with a shortcut, chunks or a codec ours among them."""
-    transformer = config.transformer
+    transformer, scmoe = config.transformer, config.scmoe
     fused = transformer.transformer_impl == "transformer_engine"
     stock = hybrid_stack_spec.submodules if fused else local_submodules(transformer)
     if transformer.multi_latent_attention:

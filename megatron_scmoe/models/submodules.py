@@ -121,7 +121,7 @@ def unfuse_mlp(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmod
     )
 
 
-def _with_latent_norms(attention: ModuleSpec | type, change: Callable[[LayerNormBuilder], LayerNormBuilder]) -> Any:
+def _with_latent_norms(attention: Any, change: Callable[[LayerNormBuilder], LayerNormBuilder]) -> Any:
     """``attention`` with the norms of its latents changed; itself where it has none."""
     parts = getattr(attention, "submodules", None)
     if not hasattr(parts, "kv_layernorm"):

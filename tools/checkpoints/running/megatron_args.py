@@ -21,7 +21,7 @@ from checkpoints.disk.torch_dist import MegatronCheckpoint
 from checkpoints.running.scores import USUAL_LENGTH
 from checkpoints.tensors import CheckpointError
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, ConfigError, ScMoEConfig
-from megatron_scmoe.training import refusals
+from megatron_scmoe.training import refusals, stage_rules
 from megatron_scmoe.training.arguments import CORE_FORGETS, add_scmoe_arguments, scmoe_config_from_args
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -83,7 +83,7 @@ def arguments(
         with contextlib.redirect_stdout(io.StringIO()):  # it prints every argument
             validate_args(args)
         if scmoe.enabled:
-            refusals.check_pipeline(scmoe, core_transformer_config_from_args(args))
+            stage_rules.check_pipeline(scmoe, core_transformer_config_from_args(args), pattern="")
     except (ConfigError, ValueError, AssertionError, RuntimeError) as error:
         raise CheckpointError(f"{source.folder} cannot run in this layout: {' '.join(str(error).split())}") from error
     if args.padded_vocab_size % tensor:
