@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_scmoe.cpu import state_space
 from megatron_scmoe.cpu.stand_ins import (
     InertEvent,
     InertStream,
@@ -58,6 +59,9 @@ _GENERATOR = "the CUDA generator whose states Megatron's tracker forks is here t
 _TRACKER = "a mix-up of CPU and CUDA generator: there is one"
 _OPTIMIZER = "megatron.core.optimizer"
 _MOE = "megatron.core.transformer.moe"
+_MAMBA = "megatron.core.ssm.mamba_mixer"
+_KERNELS = "mamba_ssm's are Triton kernels; these are in plain torch"
+_ROUNDING = "faults, rounding and time of mamba_ssm's kernels; that they keep what came before the gate for backward"
 _TYPE_READERS = (
     "optimizer.clip_grad_by_total_norm_fp32 optimizer.Float16OptimizerWithFloat16Params.__init__ "
     "distrib_optimizer.DistributedOptimizer.__init__ "
@@ -131,6 +135,14 @@ REPLACEMENTS: tuple[Replacement, ...] = (
                 "faults and rounding of Transformer Engine's norm"),
     Replacement("megatron.core.datasets.utils", "compile_helpers", use_shipped_helper,
                 "it runs make, and the wheel ships the built helper but no Makefile", "nothing: so on a GPU as well"),
+    Replacement(_MAMBA, "HAVE_MAMBA_SSM MAMBA_HAS_STATE_DTYPE", constant(True),
+                "without the package, which needs CUDA, it builds no Mamba layer", "that mamba_ssm is missing or old"),
+    Replacement(_MAMBA, "mamba_split_conv1d_scan_combined", constant(state_space.split_conv1d_scan_combined),
+                _KERNELS, _ROUNDING),
+    Replacement(_MAMBA, "mamba_chunk_scan_combined", constant(state_space.chunk_scan_combined), _KERNELS, _ROUNDING),
+    Replacement(_MAMBA, "ExtendedRMSNorm", constant(state_space.GatedRMSNorm), _KERNELS, _ROUNDING),
+    Replacement(_MAMBA, "_check_mamba_sequence_packing_support", returning((False, state_space.NO_PACKING)),
+                "it asks for the versions of packages that are not there", "packed sequences in Mamba layers"),
     Replacement("megatron.training.training", "initialize_megatron", without_cuda_check,
                 "it asserts that CUDA is available unless told otherwise", "nothing"),
 )

@@ -123,7 +123,7 @@ def unfuse_mlp(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmod
 
 def _with_latent_norms(attention: Any, change: Callable[[LayerNormBuilder], LayerNormBuilder]) -> Any:
     """``attention`` with the norms of its latents changed; itself where it has none."""
-    parts = getattr(attention, "submodules", None)
+    parts: Any = getattr(attention, "submodules", None)
     if not hasattr(parts, "kv_layernorm"):
         return attention
     changed = dataclasses.replace(parts, q_layernorm=change(parts.q_layernorm), kv_layernorm=change(parts.kv_layernorm))

@@ -26,7 +26,8 @@ SCMOE, DGMOE = Shortcut.SCMOE, Shortcut.DGMOE
 
 def span(shortcut: Shortcut, position: str, **settings: int) -> SpanShape:
     """The first span of a model."""
-    return ArchitectureConfig(shortcut=shortcut, shortcut_position=(Position(position),), **settings).span_shape(0)
+    config = ArchitectureConfig(shortcut=shortcut, shortcut_position=(Position(position),), **settings)
+    return config.span_shape(0, [2 * config.moe_every - 1] * config.shortcut_span)
 
 
 # ---- against all plans

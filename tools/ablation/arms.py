@@ -94,7 +94,7 @@ def num_slots(model: Model) -> int:
     scmoe = ScMoEConfig(
         shortcut=Shortcut(model.shortcut), shortcut_position=(Position(model.position),), moe_every=model.moe_every
     )
-    (call,) = scmoe.span_shape(0).calls
+    (call,) = scmoe.span_shape(0, [2 * model.moe_every - 1]).calls
     return call.num_slots
 
 
