@@ -12,29 +12,23 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.training.argument_utils import hybrid_config_from_args
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 
 from megatron_scmoe.config import Group, Norms, Router, ScMoEConfig
-from megatron_scmoe.layers.group import GroupBlock, LeadingBlock, link
+from megatron_scmoe.layers.group import GroupBlock, LeadingBlock, LeadingMamba, link
 from megatron_scmoe.mcore import blocks
 from megatron_scmoe.models import submodules as parts
+from megatron_scmoe.models.hybrid_parts import local_submodules
 
 
 class GroupedHybridStack(HybridStack):
@@ -117,66 +111,6 @@ def stack_spec(config: ScMoEHybridModelConfig) -> ModuleSpec:
     return ModuleSpec(module=GroupedHybridStack, params={"scmoe": scmoe, "groups": groups}, submodules=stock)
 
 
-def local_submodules(config: TransformerConfig) -> HybridStackSubmodules:
-    """Core's layers without Transformer Engine, under the parameter and checkpoint names that it has in blocks."""
-    backend = LocalSpecProvider()
-    norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
-    qk_norm = norm if config.qk_layernorm else IdentityOp
-    column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
-    attention = SelfAttentionSubmodules(
-        linear_qkv=column,
-        core_attention=backend.core_attention(),
-        linear_proj=row,
-        q_layernorm=qk_norm,
-        k_layernorm=qk_norm,
-    )
-    latent_attention = MLASelfAttentionSubmodules(
-        linear_q_proj=column,
-        linear_q_down_proj=column,
-        linear_q_up_proj=column,
-        linear_kv_down_proj=column,
-        linear_kv_up_proj=column,
-        core_attention=backend.core_attention(),
-        linear_proj=row,
-        q_layernorm=qk_norm,
-        kv_layernorm=qk_norm,
-    )
-    causal = {"attn_mask_type": AttnMaskType.causal}
-    layers = {
-        "attention_layer": _attention_layer(norm, ModuleSpec(SelfAttention, causal, attention)),
-        "mla_layer": _attention_layer(norm, ModuleSpec(MLASelfAttention, causal, latent_attention)),
-        "mlp_layer": TransformerLayerSubmodules(
-            pre_mlp_layernorm=norm,
-            mlp=partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
-            mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
-        ),
-        "moe_layer": TransformerLayerSubmodules(
-            pre_mlp_layernorm=norm,
-            mlp=get_moe_module_spec_for_backend(backend, config.num_moe_experts)
-            if config.num_moe_experts
-            else IdentityOp,
-            mlp_bda=get_bias_dropout_add,
-        ),
-    }
-    if config.sequence_parallel:
-        layers = {name: parts.with_sequence_parallel_norms(submodules) for name, submodules in layers.items()}
-    return HybridStackSubmodules(
-        **{name: ModuleSpec(module=TransformerLayer, submodules=submodules) for name, submodules in layers.items()}
-    )
-
-
-def _attention_layer(norm: LayerNormBuilder, attention: ModuleSpec) -> TransformerLayerSubmodules:
-    latent = attention.module is MLASelfAttention
-    return TransformerLayerSubmodules(
-        input_layernorm=norm,
-        self_attention=attention,
-        self_attn_bda=get_bias_dropout_add,
-        # Transformer Engine fuses this norm into the linear behind it, but for a latent attention.
-        sharded_state_dict_keys_map={} if latent else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
-    )
-
-
 def _changed(spec: ModuleSpec, change: Callable[[Any], Any]) -> ModuleSpec:
     return dataclasses.replace(spec, submodules=change(spec.submodules))
 
@@ -192,6 +126,11 @@ def _with_groups(stock: HybridStackSubmodules, scmoe: ScMoEConfig, groups: Seque
         for name in ("attention_layer", "mla_layer", "mlp_layer")
         if isinstance(getattr(stock, name), ModuleSpec)
     }
+    leading["mamba_layer"] = ModuleSpec(
+        module=_LeadingMambaLayer,
+        params={"tapped": _tapped(scmoe, groups)},
+        submodules=stock.mamba_layer.submodules,
+    )
     group = {"scmoe": scmoe, "groups": groups}
     return dataclasses.replace(
         stock, **leading, moe_layer=ModuleSpec(module=_GroupLayer, params=group, submodules=stock.moe_layer.submodules)
@@ -221,6 +160,23 @@ class _LeadingLayer(LeadingBlock):
         if layer_number - 1 in tapped and config.transformer_impl == "transformer_engine":
             is_mlp = submodules.self_attention is IdentityOp
             submodules = (parts.unfuse_mlp if is_mlp else parts.unfuse_attention)(submodules)
+        super().__init__(config, submodules, layer_number, **kwargs)
+
+
+class _LeadingMambaLayer(LeadingMamba):
+    """As ``_LeadingLayer``."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MambaLayerSubmodules,
+        layer_number: int,
+        *,
+        tapped: frozenset[int],
+        **kwargs: Any,
+    ) -> None:
+        if layer_number - 1 in tapped and config.transformer_impl == "transformer_engine":
+            submodules = parts.unfuse_mamba(submodules)
         super().__init__(config, submodules, layer_number, **kwargs)
 
 

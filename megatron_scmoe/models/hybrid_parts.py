@@ -6,17 +6,93 @@ norms of the local spec; on the CPU backend they train.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import LayerNormBuilder
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_scmoe.config import ConfigError
-from megatron_scmoe.layers.norm import SequenceParallelNorm
+from megatron_scmoe.mcore.norm import SequenceParallelNorm
+from megatron_scmoe.models import submodules as parts
+
+
+def local_submodules(config: TransformerConfig) -> HybridStackSubmodules:
+    """Core's layers without Transformer Engine, under the parameter and checkpoint names that it has in blocks."""
+    backend = LocalSpecProvider()
+    norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
+    qk_norm = norm if config.qk_layernorm else IdentityOp
+    column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
+    attention = SelfAttentionSubmodules(
+        linear_qkv=column,
+        core_attention=backend.core_attention(),
+        linear_proj=row,
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
+    )
+    latent_attention = MLASelfAttentionSubmodules(
+        linear_q_proj=column,
+        linear_q_down_proj=column,
+        linear_q_up_proj=column,
+        linear_kv_down_proj=column,
+        linear_kv_up_proj=column,
+        core_attention=backend.core_attention(),
+        linear_proj=row,
+        q_layernorm=qk_norm,
+        kv_layernorm=qk_norm,
+    )
+    causal = {"attn_mask_type": AttnMaskType.causal}
+    layers = {
+        "attention_layer": _attention_layer(norm, ModuleSpec(SelfAttention, causal, attention)),
+        "mla_layer": _attention_layer(norm, ModuleSpec(MLASelfAttention, causal, latent_attention)),
+        "mlp_layer": TransformerLayerSubmodules(
+            pre_mlp_layernorm=norm,
+            mlp=partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+        ),
+        "moe_layer": TransformerLayerSubmodules(
+            pre_mlp_layernorm=norm,
+            mlp=get_moe_module_spec_for_backend(backend, config.num_moe_experts)
+            if config.num_moe_experts
+            else IdentityOp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    }
+    if config.sequence_parallel:
+        layers = {name: parts.with_sequence_parallel_norms(submodules) for name, submodules in layers.items()}
+    return HybridStackSubmodules(
+        mamba_layer=local_mamba_layer_spec(),
+        gdn_layer=missing_layer_spec("G"),
+        dsa_layer=missing_layer_spec("D"),
+        **{name: ModuleSpec(module=TransformerLayer, submodules=submodules) for name, submodules in layers.items()},
+    )
+
+
+def _attention_layer(norm: LayerNormBuilder, attention: ModuleSpec) -> TransformerLayerSubmodules:
+    latent = attention.module is MLASelfAttention
+    return TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=attention,
+        self_attn_bda=get_bias_dropout_add,
+        # Transformer Engine fuses this norm into the linear behind it, but for a latent attention.
+        sharded_state_dict_keys_map={} if latent else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+    )
 
 
 def local_mamba_layer_spec() -> ModuleSpec:

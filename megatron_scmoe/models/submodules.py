@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 from megatron.core.post_training.modelopt.layers import Norm
+from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -118,6 +119,18 @@ def unfuse_mlp(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmod
             **submodules.sharded_state_dict_keys_map,
             "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
         },
+    )
+
+
+def unfuse_mamba(submodules: MambaLayerSubmodules) -> MambaLayerSubmodules:
+    """The layer with the norm before its mixer taken apart from the linear that holds it in Transformer Engine."""
+    mixer = submodules.mixer
+    linears = dataclasses.replace(mixer.submodules, in_proj=TEColumnParallelLinear)
+    return dataclasses.replace(
+        submodules,
+        norm=Norm,
+        mixer=dataclasses.replace(mixer, submodules=linears),
+        sharded_state_dict_keys_map={**submodules.sharded_state_dict_keys_map, "norm.": "mixer.in_proj.layer_norm_"},
     )
 
 

@@ -373,7 +373,7 @@ def hybrid_model(pattern: str) -> Any:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-    from megatron_scmoe.layers.norm import SequenceParallelNorm
+    from megatron_scmoe.mcore.norm import SequenceParallelNorm
     from megatron_scmoe.models.hybrid_parts import local_mamba_layer_spec, missing_layer_spec
 
     hybrid_block.TENorm = SequenceParallelNorm  # the final norm; this process ends with the job
