@@ -28,11 +28,11 @@ from megatron_scmoe.cpu.stand_ins import (
     one_lane,
     returning,
     returning_self,
+    sequence_parallel_norm,
     set_rng_state,
     without_cuda_check,
     without_cuda_in_type_names,
 )
-from megatron_scmoe.mcore.norm import SequenceParallelNorm
 from megatron_scmoe.mcore.wheel import GroupStepAdam, use_shipped_helper
 
 
@@ -130,7 +130,7 @@ REPLACEMENTS: tuple[Replacement, ...] = (
     Replacement(_OPTIMIZER, "distrib_optimizer.HAVE_APEX_OR_TE distrib_optimizer.USING_APEX_OPTIMIZER", constant(True),
                 "checkpoint code then reads the step from the parameter group, where GroupStepAdam keeps it",
                 "nothing: it is read there on a GPU as well"),
-    Replacement("megatron.core.models.hybrid.hybrid_block", "TENorm", constant(SequenceParallelNorm),
+    Replacement("megatron.core.models.hybrid.hybrid_block", "TENorm", sequence_parallel_norm,
                 "the final norm of a hybrid model is Transformer Engine's whatever the other layers are",
                 "faults and rounding of Transformer Engine's norm"),
     Replacement("megatron.core.datasets.utils", "compile_helpers", use_shipped_helper,

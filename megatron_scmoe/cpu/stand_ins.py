@@ -84,6 +84,12 @@ def returning_self(_original: Any) -> Any:
     return lambda self, *_args, **_kwargs: self
 
 
+def sequence_parallel_norm(_original: Any) -> Any:
+    from megatron_scmoe.mcore.norm import SequenceParallelNorm  # noqa: PLC0415 - torch first, then Megatron
+
+    return SequenceParallelNorm
+
+
 def duplicated_linear(_original: Any) -> Any:
     from megatron_scmoe.cpu.duplicated_linear import DuplicatedLinear  # noqa: PLC0415 - torch first, then Megatron
 

@@ -24,7 +24,7 @@ REFUSED = {
     # flags -> words that the line must hold: the rule, both values, the fix
     "--num-layers 5": ["groups must be whole", "--num-layers 5", "--moe-every 2", "use 4 layers"],
     "--moe-every 5": ["1 to 4 blocks", "--moe-every is 5"],
-    "--moe-every 1": ["--moe-every is 1", "pos2", "use --shortcut-position pos1"],
+    "--moe-every 1": ["the group has 1 op before its MoE", "is pos2", "use --shortcut-position pos1"],
     "--shortcut-position pos1 pos2 pos3": ["one value or one for each group", "3 values and 2 groups", "give 1 or 2"],
     "--expert-slot 5": ["slots 1 to 4", "--expert-slot of group 0 is 5", "use a value from 1 to 4"],
     "--expert-slot 0": ["slots 1 to 4", "is 0"],
@@ -105,7 +105,7 @@ REFUSED = {
         "--recompute-num-layers is 2, --moe-every is 2 and --shortcut-span is 2",
         "use --recompute-num-layers 4",
     ],
-    "--shortcut-position farskip": ["an MoE with a shared expert in every block", "of group 0 is farskip", "is 2; use"],
+    "--shortcut-position farskip": ["behind every attention", "of group 0 is farskip", "the group has 3 ops"],
     "--sft": ["--sft is True; drop it"],
     "--fim-data": ["--fim-data is True", "drop it"],
     "--hybrid-layer-pattern M*": ["--hybrid-layer-pattern is M*", "drop it"],
@@ -219,13 +219,13 @@ PIPELINES = {
 def test_refused_where_a_pipeline_stage_would_hold_part_of_a_group(pipeline):
     num_ranks = PIPELINES[pipeline]
     flags = with_flags(SCMOE, f"--pipeline-model-parallel-size {num_ranks}", pipeline)
-    words = ["a pipeline stage holds whole groups: stage 0 would hold the blocks [0]", "--moe-every is 2"]
+    words = ["a pipeline stage holds whole groups", "stage 0 would hold the layers [0], --moe-every is 2"]
     entry.assert_all_ranks_refuse(flags, words, num_ranks)
 
 
 def test_refused_where_a_pipeline_stage_would_split_two_groups_that_share():
     flags = with_flags(DGMOE, "--moe-share-groups 2", "--pipeline-model-parallel-size 2")
-    words = ["stage 0 would hold the blocks [0, 1] and --moe-every is 2, --moe-share-groups 2"]
+    words = ["stage 0 would hold the layers [0, 1], --moe-every is 2, --moe-share-groups is 2"]
     entry.assert_all_ranks_refuse(flags, words, 2)
 
 

@@ -28,7 +28,11 @@ REFUSED = {
     f"{SPAN} {BLOCKS} 2": ["--recompute-num-layers is 2", "--shortcut-span is 2", "use --recompute-num-layers 4"],
     "--moe-share-groups 3": ["--moe-share-groups is 3 and there are 2 groups", "use a divisor of 2"],
     "--moe-share-groups 0": ["--moe-share-groups is 0"],
-    "--shortcut-position farskip": ["group 0 is farskip", "--moe-every is 2", "use --shortcut scmoe --moe-every 1"],
+    "--shortcut-position farskip": [
+        "group 0 is farskip",
+        "the group has 3 ops",
+        "use --shortcut scmoe and --moe-every 1",
+    ],
     f"{FARSKIP} --shortcut-span 2": ["behind the next attention", "--shortcut-landing is 0", "--shortcut-landing 1"],
     f"{FARSKIP} --shortcut-span 2 --shortcut-landing 2": ["--shortcut-landing is 2", "use 0 to 1"],
     f"{FARSKIP} {SPAN}": ["two tensors", "--hidden-dropout is 0.1", "add --hidden-dropout 0"],
@@ -66,7 +70,7 @@ def test_accepted():
 
 def test_a_pipeline_stage_that_would_cut_a_span_is_refused():
     flags = with_flags(SCMOE, *changes(SPAN), "--pipeline-model-parallel-size 2")
-    words = ["stage 0 would hold the blocks [0, 1] and --moe-every is 2, --shortcut-span 2", "whole units of 4 blocks"]
+    words = ["stage 0 would hold the layers [0, 1], --moe-every is 2, --shortcut-span is 2", "whole units of 4 blocks"]
     entry.assert_all_ranks_refuse(flags, words, 2)
     accepted = with_flags(flags, "--num-layers 8")
     entry.assert_accepted([accepted], entry.world(2))
