@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import sys
+import threading
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_RANK = "SCMOE_RANK_PID"
+"""Environment variable that tells processes which a rank has started whose they are."""
 
 
 def die_with_launcher() -> None:
@@ -17,6 +21,7 @@ def die_with_launcher() -> None:
     restarted job uses. Under Slurm alone, slurmstepd ends its tasks itself; a shell's child may outlive its shell, as
     nohup wants.
     """
+    os.environ[_RANK] = str(os.getpid())
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
 
@@ -30,3 +35,22 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died in between
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with_rank() -> None:
+    """In a process that a rank has started, be it by a fork server: end it as soon as the rank has ended. Linux only.
+
+    Such a process, which waits for work of a rank that was killed with -9, waits for ever otherwise, or writes on.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        rank = os.pidfd_open(int(os.environ[_RANK]))
+    except ProcessLookupError:
+        os._exit(1)
+
+    def wait() -> None:
+        select.select([rank], [], [])
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end with rank", daemon=True).start()
