@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from chaos_judge import NOTHING, Run, faults, summary
+from chaos_judge import NOTHING, Run, faults, summary, written
 from obstacles import DISK, KILLS, KINDS, LAUNCHER, RANK, SAVE, STEP, STOP, Disk, obstacles
 from training import ROOT
 
@@ -62,6 +62,12 @@ def test_each_fault_is_noticed(run, words):
     assert fault.startswith(words)
 
 
+def test_what_a_job_has_written():
+    assert written({2, 4}, None, 4) == written({2, 4}, 12, 4) == {2, 4}
+    assert written({2}, None, 4) == written({2}, 2, 4) == {2, 4}
+    assert written(set(), 12, 12) == written(set(), 12, None) == set()
+
+
 def test_figures():
     runs = [STRUCK, replace(STRUCK, seconds=0.5, repeated=2, damage="is damaged: x"), STOPPED, COMPLETE]
     figures = summary(runs, ["job 3: a checkpoint was lost: 6 was whole", "job 3: the loss of step 5 is"], 90.0)
@@ -90,7 +96,7 @@ open(sys.argv[1], "wb").write(bytes(1_000_000))
 """
 
 
-def written(path: Path, disk: Disk) -> str:
+def said_by_a_writer(path: Path, disk: Disk) -> str:
     """What a process says that writes a megabyte to a disk that is full meanwhile."""
     command = [sys.executable, "-c", WRITER, str(path)]
     pipe = subprocess.PIPE
@@ -108,7 +114,7 @@ def test_a_full_disk_is_full(tmp_path, is_mounted):
         if is_mounted and not disk.is_mounted:
             pytest.skip("a tmpfs can be mounted by root alone")
         disk.is_mounted = is_mounted
-        assert ("No space left" if is_mounted else "File too large") in written(disk.folder / "file", disk)
+        assert ("No space left" if is_mounted else "File too large") in said_by_a_writer(disk.folder / "file", disk)
         (disk.folder / "file").write_bytes(bytes(1_000_000))
     finally:
         disk.release()

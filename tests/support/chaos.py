@@ -39,7 +39,7 @@ from random import Random
 
 import ranks
 import victim
-from chaos_judge import NOTHING, Run, faults, in_markdown, summary
+from chaos_judge import NOTHING, Run, faults, in_markdown, summary, written
 from obstacles import ALL, DAMAGE, SAVE, STEP, STOP, Disk, Obstacle, damage, obstacles, strike
 from victim import INTERVAL, STEPS, Job
 
@@ -173,9 +173,8 @@ class Campaign:
         run.damage, run.hang = (_first_line(words, printed) for words in ("the newest whole one", "hang: "))
         run.repeated = max(0, self._last_step - (run.began_from or 0))
         self._last_step = run.losses[-1][0] if run.losses else self._last_step
-        self._whole |= victim.steps_saved(printed)
-        if (named := victim.tracker(self._save)) != self._named and named is not None:
-            self._whole.add(named)  # it was killed before it could say so
+        named = victim.tracker(self._save)
+        self._whole |= written(victim.steps_saved(printed), self._named, named)
         self._named = named
         if run.kind != DAMAGE:
             return

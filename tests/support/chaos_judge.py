@@ -54,6 +54,15 @@ class Run:
     log: str = ""
 
 
+def written(said: set[int], before: int | None, after: int | None) -> set[int]:
+    """Steps whose checkpoints a job has written: those that it ``said``, and what Megatron's tracker names behind it.
+
+    A job may be killed between the two. A tracker that names the same as ``before`` may do so since another job, whose
+    checkpoint has been damaged.
+    """
+    return said | ({after} if after is not None and after != before else set())
+
+
 def faults(run: Run, truth: Mapping[int, str]) -> list[str]:
     """What is wrong with a run.
 
