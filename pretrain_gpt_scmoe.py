@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import signal
 
-from megatron_scmoe.job.orphans import die_with_launcher
+from megatron_scmoe.job.orphans import die_with_launcher, end_with_rank
 
 if __name__ == "__main__":  # before the slow imports
     die_with_launcher()
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that ^C ends
+elif __name__ == "__mp_main__":  # a process that Core starts beside a rank imports this, too
+    end_with_rank()
 
 import json
 import os
@@ -73,7 +75,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from megatron_scmoe.config import ConfigError
 from megatron_scmoe.dry_run import run as dry_run
 from megatron_scmoe.job.start import joined
-from megatron_scmoe.mcore import checkpoints, fault_hooks
+from megatron_scmoe.mcore import fault_hooks, save_helpers
 from megatron_scmoe.mcore.datasets import HashedDataset, HashedDatasetConfig, dataset_prefixes, index_hashes
 from megatron_scmoe.models.container import model_config_from_args
 from megatron_scmoe.training import resume
@@ -249,8 +251,7 @@ def main() -> None:
         dry_run.run()
         return
     args, scmoe, meeting = parse_and_validate_args()
-    if not args.async_save:
-        checkpoints.report_writes_in_process()
+    save_helpers.use_few(args.async_save, end_with_rank)
     # Each rank of a pipeline builds its own datasets, so Megatron must not build them on one rank alone.
     train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
     model_config = model_config_from_args(args, scmoe)

@@ -129,6 +129,7 @@ class HangWatch:
         try:
             pulse = Pulse(self._store, self._args.rank)
             ear = Ear(self._store, (self._args.rank + 1) % self._args.world_size)
+            pulse.say(self._step, self._section)  # at once: who was never heard is not missed
             while not self._stopped.wait(BEAT_S):
                 pulse.say(self._step, self._section)
                 self._obey()

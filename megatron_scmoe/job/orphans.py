@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import sys
+import threading
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_RANK = "SCMOE_RANK_PID"
+"""Environment variable that tells processes which a rank has started whose they are."""
 
 
 def die_with_launcher() -> None:
@@ -20,6 +24,7 @@ def die_with_launcher() -> None:
     restarted job uses. Under Slurm alone, slurmstepd ends its tasks itself; a shell's child may outlive its shell, as
     nohup wants.
     """
+    os.environ[_RANK] = str(os.getpid())
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
 
@@ -39,3 +44,22 @@ def end_launcher() -> None:
     """Under a torchrun that would start its ranks again: end it, as Slurm or a user would, and this process with it."""
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         os.kill(os.getppid(), signal.SIGTERM)
+
+
+def end_with_rank() -> None:
+    """In a process that a rank has started, be it by a fork server: end it as soon as the rank has ended. Linux only.
+
+    Such a process, which waits for work of a rank that was killed with -9, waits for ever otherwise, or writes on.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        rank = os.pidfd_open(int(os.environ[_RANK]))
+    except ProcessLookupError:
+        os._exit(1)
+
+    def wait() -> None:
+        select.select([rank], [], [])
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end with rank", daemon=True).start()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import queue
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
@@ -13,22 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.training.checkpointing import _load_base_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_scmoe.config import ConfigError
-
-
-def report_writes_in_process() -> None:
-    """Let a save that is not asynchronous say in this process what it has written.
-
-    Core 0.19.2 has a process with a queue for it, started by the first save. torchrun sends SIGTERM to all processes of
-    a rank, and Slurm too, so that a save behind --exit-signal-handler ended with "Broken pipe"; and that process, with
-    torch in it, outlived a rank that was killed.
-    """
-    filesystem_async._results_queue = queue.Queue()
 
 
 def saved_args(args: Namespace) -> Namespace | None:

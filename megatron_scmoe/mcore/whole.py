@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import zipfile
 from collections import defaultdict
@@ -27,11 +28,24 @@ def newest_iteration(load: Path) -> int | None:
         return None
 
 
-def older_iterations(load: Path, iteration: int) -> Iterator[int]:
-    """Of folders in ``load``, the newest first."""
+def tracker_says(load: Path) -> str | None:
+    """The text of Core's tracker; None where there is none."""
+    path = load / TRACKER
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
+
+
+def write_tracker(load: Path, iteration: int) -> None:
+    """Let Core's tracker say that iteration, whole at any moment."""
+    new = load / f"{TRACKER}.new"
+    new.write_text(str(iteration), encoding="utf-8")
+    new.replace(load / TRACKER)
+
+
+def whole_iterations(load: Path, before: int | None = None) -> Iterator[int]:
+    """Those in ``load`` whose checkpoints are whole, the newest first, all or ``before`` one."""
     found = (_ITERATION.fullmatch(path.name) for path in load.iterdir() if path.is_dir())
     numbers = sorted((int(match[1]) for match in found if match), reverse=True)
-    return (number for number in numbers if number < iteration)
+    return (n for n in numbers if (before is None or n < before) and not flaw(folder_of(load, n)))
 
 
 def flaw(folder: Path) -> str:
@@ -43,6 +57,10 @@ def flaw(folder: Path) -> str:
     missing = [name for name in ("metadata.json", ".metadata") if not (folder / name).is_file()]
     if missing:
         return f"{missing[0]} is missing"
+    try:
+        json.loads((folder / "metadata.json").read_bytes())
+    except ValueError:
+        return "metadata.json is cut"
     common = folder / "common.pt"  # of older versions of Core
     if common.is_file() and not zipfile.is_zipfile(common):
         return "common.pt is cut"

@@ -37,7 +37,7 @@ from megatron_scmoe.job import last_words, orphans
 from megatron_scmoe.job.meeting import Meeting
 from megatron_scmoe.mcore import checkpoints, version
 from megatron_scmoe.report.figures import ONE_QUEUE
-from megatron_scmoe.training import corpus, refusals, resume, script_rules, sizes, stage_rules
+from megatron_scmoe.training import corpus, refusals, resume, script_rules, sizes, stage_rules, whole_step
 from megatron_scmoe.training.unread_flags import UnreadFlags
 
 EXIT_REFUSED = 2
@@ -162,7 +162,7 @@ def _validate(
 ) -> tuple[ScMoEConfig, Namespace | None]:
     """Complete and validate ``args``; returns our settings, and the arguments of the checkpoint to load."""
     resume.use_pretrained(args)
-    resume.choose_step(args, meeting)
+    whole_step.choose_step(args, meeting)
     if args.use_checkpoint_args:
         _restore_args(args)
     scmoe = scmoe_config_from_args(args)

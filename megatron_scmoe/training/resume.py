@@ -8,10 +8,8 @@ buckets, so it is decided when the model is there, before anything is loaded or 
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch.distributed as dist
 from megatron.training.checkpointing import checkpoint_exists
@@ -20,8 +18,7 @@ from megatron.training.utils import print_rank_0
 from torch import nn
 
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, ConfigError, Resume, ScMoEConfig
-from megatron_scmoe.job.meeting import Meeting
-from megatron_scmoe.mcore import checkpoints, whole
+from megatron_scmoe.mcore import checkpoints
 from megatron_scmoe.training import moments, schedule
 
 
@@ -60,35 +57,6 @@ def use_pretrained(args: Namespace) -> None:
             f"{args.pretrained_checkpoint}; give the folder that --save wrote"
         )
     args.load, args.finetune = args.pretrained_checkpoint, True
-
-
-def choose_step(args: Namespace, meeting: Meeting) -> None:
-    """Set --ckpt-step to the newest whole checkpoint in --load, where the newest of all is damaged, and say so.
-
-    Raises:
-        ConfigError: where none is whole, or the one that --ckpt-step names is not.
-    """
-    if args.load is None or args.ckpt_format != "torch_dist" or not os.path.isdir(args.load):  # noqa: PTH112 (never raises)
-        return
-    step, line = meeting.told("checkpoint", lambda: _whole_step(Path(args.load), args.ckpt_step))
-    if line:
-        args.ckpt_step = step
-        if args.rank == 0:
-            print(f" > {line}", flush=True)
-
-
-def _whole_step(load: Path, asked: int | None) -> tuple[int | None, str]:
-    """The step to load where it is not what Core would take, and a line that says why."""
-    newest = asked or whole.newest_iteration(load)
-    if newest is None or not (flaw := whole.flaw(whole.folder_of(load, newest))):
-        return None, ""
-    damaged = f"the checkpoint of step {newest} in {load} is damaged: {flaw}"
-    if asked:
-        raise ConfigError(f"{damaged}; give another --ckpt-step, or none for the newest")
-    for step in whole.older_iterations(load, newest):
-        if not whole.flaw(whole.folder_of(load, step)):
-            return step, f"{damaged}; continuing from step {step}, the newest whole one"
-    raise ConfigError(f"{damaged}, and no older one is whole; give another --load")
 
 
 def keep_vocabulary(args: Namespace, saved: Namespace | None) -> None:

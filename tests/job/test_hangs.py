@@ -109,6 +109,20 @@ def test_data_are_indexed_in_a_section_of_their_own(tmp_path):
     assert seen == ["setup", "data", "setup", "step", "between"]
 
 
+def test_a_rank_is_heard_from_its_first_moment(monkeypatch, tmp_path):
+    """One that stops before it was ever heard would not be missed."""
+    monkeypatch.setattr(hangs, "BEAT_S", 60.0)
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    args = Namespace(rank=0, world_size=1, save=str(tmp_path), curr_iteration=0)
+    watch = hangs.HangWatch(args, store, hangs.StepLimit(1.0))
+    watch.start()
+    deadline_s = time.monotonic() + 10
+    while (beat := beats.heard(store, 0)) is None and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    watch.stop()
+    assert beat is not None and (beat.number, beat.section) == (1, "setup")
+
+
 @pytest.mark.parametrize("value", [-2.0, float("nan")])
 def test_limits_that_are_none_are_refused(value):
     with pytest.raises(ConfigError, match="--hang-limit is"):

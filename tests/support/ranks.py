@@ -126,7 +126,7 @@ def _load(data: bytes) -> Any:
 _cuda_devices = 0
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """Do once what every job would do anew and takes seconds: imports, parsing, and what a save starts."""
     if _cuda_devices == 0:
         # Must precede the first import of Megatron, which expects a CUDA device.
@@ -153,7 +153,7 @@ def _serve(control_fd: int, directory: str) -> None:
     torch.set_num_threads(1)
     _cuda_devices = torch.cuda.device_count()  # asks NVML, which leaves CUDA uninitialised
     if _cuda_devices == 0:  # with CUDA each worker imports Megatron itself: CUDA must not be forked
-        _prepare()
+        prepare()
     threads = len(os.listdir("/proc/self/task"))
     if threads != 1:
         raise RuntimeError(f"cannot fork workers from a process with {threads} threads")
@@ -191,7 +191,7 @@ def _work(connection: Connection, stack_path: str) -> None:
     stack_fd = os.open(stack_path, os.O_WRONLY)
     faulthandler.register(signal.SIGUSR1, file=stack_fd, all_threads=True)
     try:
-        _reply(connection, _prepare if _cuda_devices else lambda: None)
+        _reply(connection, prepare if _cuda_devices else lambda: None)
         job = pickle.loads(connection.recv_bytes())
         _redirect_output(Path(job.directory, f"output-{job.rank}"))
         _reply(connection, _run_job, job)
