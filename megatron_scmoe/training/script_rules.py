@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_scmoe.config import ConfigError, ScMoEConfig
+from megatron_scmoe.config import ConfigError, ScMoEConfig, stages_of_pattern
+from megatron_scmoe.config.groups import BEHIND
 from megatron_scmoe.training import refused_flags
 
 _FOLDERS = (
@@ -23,6 +24,11 @@ _FOLDERS = (
 """Where every machine writes, which Megatron tries behind the process groups, or behind the first steps."""
 _FOLDERS_OF_ONE = ("tensorboard_dir", "wandb_save_dir")
 """Where one machine writes: on others the place may not be there."""
+_LAYERS_OF_GPUS = {
+    "G": "kernels of flash-linear-attention (a gated delta net)",
+    "D": "Transformer Engine's linears (a sparse attention)",
+}
+"""Symbols of --hybrid-layer-pattern without a local layer, and why."""
 _FILES = ("data_args_path", "per_split_data_args_path", "per_dataset_sequences_path", "te_precision_config_file")
 
 _RESTARTS = ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT")
@@ -39,6 +45,7 @@ def check_hooks(args: Namespace, *, needs_transformer_engine: bool = True) -> No
     for refusal in refused_flags.HOOK_REFUSALS:
         refusal.check(args)
     _check_document_flags(args)
+    _check_pattern(args)
     if args.full_validation and not args.multiple_validation_sets:
         raise ConfigError(
             "Core 0.19.2 ends at its first full validation of a single set: --full-validation is set and "
@@ -79,6 +86,28 @@ def _check_latents(args: Namespace, *, missing: bool) -> None:
             "Core overlaps no shared expert with latent projections while it trains: --moe-latent-size is "
             f"{args.moe_latent_size} and --moe-shared-expert-overlap is set; drop --moe-shared-expert-overlap"
         )
+
+
+def _check_pattern(args: Namespace) -> None:
+    """What of a hybrid model's pattern the hooks, or the local spec, do not have."""
+    pattern = args.hybrid_layer_pattern or ""
+    if BEHIND in pattern:
+        raise ConfigError(
+            "the batch hook has no tokens for prediction layers: --hybrid-layer-pattern is "
+            f"{pattern}; leave out what begins with its {BEHIND}"
+        )
+    counted = sum(len(stage) for stage in stages_of_pattern(pattern))
+    if pattern and args.num_layers not in (None, counted):
+        raise ConfigError(
+            f"the layers of a hybrid model stand in its pattern: --num-layers is {args.num_layers} and "
+            f"--hybrid-layer-pattern {pattern} has {counted}; drop --num-layers"
+        )
+    for symbol, needed in _LAYERS_OF_GPUS.items():
+        if symbol in pattern and args.transformer_impl == "local":
+            raise ConfigError(
+                f"layer {symbol} needs {needed}: --hybrid-layer-pattern is {pattern} and --transformer-impl is local; "
+                "leave it out, or use --transformer-impl transformer_engine on GPUs"
+            )
 
 
 def _check_document_flags(args: Namespace) -> None:

@@ -108,7 +108,12 @@ REFUSED = {
     "--shortcut-position farskip": ["behind every attention", "of group 0 is farskip", "the group has 3 ops"],
     "--sft": ["--sft is True; drop it"],
     "--fim-data": ["--fim-data is True", "drop it"],
-    "--hybrid-layer-pattern M*": ["--hybrid-layer-pattern is M*", "drop it"],
+    "--hybrid-layer-pattern M*M*": ["a shortcut needs an MoE", "--hybrid-layer-pattern is M*M*", "put an E into it"],
+    "--hybrid-layer-pattern *-*E*-*E": ["--num-layers is 4 and", "has 8; drop --num-layers"],
+    "--hybrid-layer-pattern *E*E": ["of group 0 is pos2", "the group has 1 op", "use --shortcut-position pos1"],
+    "--hybrid-layer-pattern *-*E/*E": ["has no tokens for prediction layers", "what begins with its /"],
+    "--hybrid-layer-pattern G-*E": ["layer G needs kernels", "--transformer-impl is local"],
+    "--hybrid-layer-pattern *-*E --moe-every 1": ["says where an MoE is", "drop --moe-every"],
     "--use-distributed-optimizer --save /nowhere --save-interval 1": [
         "fp32 moments",
         "--use-distributed-optimizer is set",
@@ -229,8 +234,22 @@ def test_refused_where_a_pipeline_stage_would_split_two_groups_that_share():
     entry.assert_all_ranks_refuse(flags, words, 2)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "flag", "words"),
+    [
+        ("*-*E*-*E", "--overlap fixed", ["put a | between stages"]),
+        ("*-*E|*-*E", "--shortcut-span 2", ["stage 0 would hold the layers [0, 1, 2, 3]", "move the cuts of"]),
+    ],
+)
+def test_refused_where_a_hybrid_model_is_cut_in_the_wrong_place(pattern, flag, words):
+    layers = f"--hybrid-layer-pattern {pattern}"
+    flags = with_flags(SCMOE, layers, "--num-layers 8", flag, "--pipeline-model-parallel-size 2")
+    entry.assert_all_ranks_refuse(flags, words, 2)
+
+
 ACCEPTED = [
     SCMOE,
+    with_flags(SCMOE, "--hybrid-layer-pattern M*-E*-*E", "--num-layers 8"),
     with_flags(DGMOE, "--moe-share-groups 2"),
     STOCK,
     STOCK_SHARED_EXPERT,

@@ -34,7 +34,7 @@ IGNORED = {
     "--hysteresis 3": ["no effect here", "--hysteresis is 3", "add --fp16"],
     "--sgd-momentum 0.5": ["no effect here", "add --optimizer sgd"],
     "--no-data-sharding": ["no effect here", "add --dataloader-type cyclic"],
-    "--hybrid-override-pattern M*": ["GPT models", "--hybrid-override-pattern is M*"],
+    "--hybrid-override-pattern M*": ["Core calls it deprecated", "use --hybrid-layer-pattern"],
     "--save /tmp --save-tokens-per-expert-interval 1": ["grouped products alone", "--transformer-impl is local"],
 }
 TOO_LATE = {
