@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import hybrids
 import models
 import pytest
@@ -9,6 +11,7 @@ import ranks
 import torch
 from models import Case
 
+MAMBA_PATTERN = "M*-EME-"
 EP = {size: {"expert_model_parallel_size": size, "expert_tensor_parallel_size": 1} for size in (1, 2)}
 
 CASES = [
@@ -35,6 +38,99 @@ def test_hybrid_model_equals_blocks(case):
         assert hybrid[1].keys() == blocks[1].keys()
         for name, gradient in blocks[1].items():
             assert torch.equal(hybrid[1][name], gradient), name
+
+
+def mamba_model(position: str):
+    """A group of Mamba, attention and MLP, one of Mamba alone, and layers behind the last MoE that no group runs."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_scmoe.models.hybrid import ScMoEHybridModelBuilder, ScMoEHybridModelConfig
+
+    case = Case(position=(position, "pos1"), combine="add")
+    scmoe = dataclasses.replace(models.settings(case), moe_every=2)
+    scmoe.validate(0, MAMBA_PATTERN)
+    transformer = models.transformer_config(case)
+    transformer.num_layers = len(MAMBA_PATTERN)
+    transformer.mamba_num_heads, transformer.mamba_head_dim = 4, 8
+    transformer.mamba_state_dim, transformer.mamba_num_groups = 8, 2
+    config = ScMoEHybridModelConfig(
+        transformer=transformer,
+        vocab_size=models.VOCAB_SIZE,
+        seq_length=models.SEQ_LENGTH,
+        position_embedding_type="rope",
+        hybrid_layer_pattern=MAMBA_PATTERN,
+        scmoe=scmoe,
+    )
+    torch.manual_seed(3)
+    return ScMoEHybridModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+
+
+def moe_by_hand(layer, source, current):
+    """The shared expert on ``current`` plus the chosen expert on ``source``, token by token."""
+    probs, routing_map = layer.mlp.router(source)
+    tokens = source.reshape(-1, source.shape[-1])
+    routed = []
+    for number, token in enumerate(tokens):
+        (expert,) = routing_map[number].nonzero().flatten().tolist()
+        output, _ = layer.mlp.experts.local_experts[expert](token.view(1, 1, -1))
+        routed.append(probs[number, expert] * output.view(-1))
+    return layer.mlp.shared_experts(current) + torch.stack(routed).view_as(source)
+
+
+def by_hand(model, tokens, positions, source_of_first: str):
+    """The output of the model's last layer, from its modules and the formula, with no group code."""
+    mamba, attention, mlp, moe, second_mamba, second_moe, last = model.decoder.layers
+    rotary = model.rotary_pos_emb(models.SEQ_LENGTH)
+    entering = model.embedding(tokens, positions)
+    behind_mamba = entering + mamba.mixer(mamba.norm(entering))[0]
+    attended = attention.self_attention(attention.input_layernorm(behind_mamba), None, rotary_pos_emb=rotary)[0]
+    behind_attention = behind_mamba + attended
+    behind_mlp = behind_attention + mlp.mlp(mlp.pre_mlp_layernorm(behind_attention))[0]
+    sources = {
+        "pos1": mlp.pre_mlp_layernorm(behind_attention),
+        "pos2": attention.input_layernorm(behind_mamba),
+        "pos3": mamba.norm(entering),
+    }
+    first = behind_mlp + moe_by_hand(moe, sources[source_of_first], moe.pre_mlp_layernorm(behind_mlp))
+    read = second_mamba.norm(first)
+    second = first + second_mamba.mixer(read)[0]
+    second = second + moe_by_hand(second_moe, read, second_moe.pre_mlp_layernorm(second))
+    return second + last.mlp(last.pre_mlp_layernorm(second))[0]
+
+
+def differences(position: str, source: str) -> float:
+    """Largest difference of the last hidden state and of all gradients, relative to the largest value of each."""
+    model = mamba_model(position)
+    tokens, _ = models.batch()
+    positions = torch.arange(models.SEQ_LENGTH).expand_as(tokens)
+    rotary = model.rotary_pos_emb(models.SEQ_LENGTH)
+    layers = model.decoder.layers
+    results = []
+    for hand in (False, True):
+        model.zero_grad()
+        if hand:
+            output = by_hand(model, tokens, positions, source)
+        else:
+            output = model.embedding(tokens, positions)
+            for layer in layers:
+                output = layer(output, rotary_pos_emb=rotary)
+                output = output[0] if isinstance(output, tuple) else output
+        output.square().sum().backward()
+        gradients = [torch.zeros_like(x) if x.grad is None else x.grad.clone() for x in model.parameters()]
+        results.append([output.detach(), *gradients])
+    return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-3)).item() for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("position", ["pos1", "pos2", "pos3"])
+def test_groups_with_mamba_layers_equal_the_formula(position):
+    (difference,) = ranks.run(differences, 1, position, position, layout=EP[1])
+    assert difference < 1e-5
+
+
+def test_a_mamba_group_that_reads_elsewhere_is_noticed():
+    """Negative control."""
+    (difference,) = ranks.run(differences, 1, "pos2", "pos3", layout=EP[1])
+    assert difference > 1e-3
 
 
 def test_another_position_is_noticed():
