@@ -219,13 +219,11 @@ def wire_farskip(without_late: Tensor, group: Group, late: Tensor | None) -> tup
     """
     (block,) = group.blocks
     whole = without_late if late is None else without_late + late
-    normed, with_attention = block.pre_mlp_norm(whole), whole + block.attention(block.input_norm(without_late))
-    if group.upstream_norms is None:
-        shared, routed = group.moe(normed, normed)
-        return with_attention + shared, routed
-    pre, post = group.upstream_norms
-    shared, routed = group.moe(pre(whole), normed)
-    return with_attention, post(shared + routed)
+    normed = block.pre_mlp_norm(whole)
+    pre, post = group.upstream_norms or (None, None)
+    shared, routed = group.moe(pre(whole) if pre else normed, normed)
+    with_attention = whole + block.attention(block.input_norm(without_late))
+    return (with_attention, post(shared + routed)) if post else (with_attention + shared, routed)
 
 
 # Gating: which experts a token uses, with which weight. One token at a time, logits [e].

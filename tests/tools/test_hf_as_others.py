@@ -190,7 +190,7 @@ def test_activation_checkpointing_changes_nothing(exported, case):  # noqa: F811
     assert len(runs) == 2 * len(model.model.layers)  # each block ran once more in backward
     assert torch.equal(loss, again) and found.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture

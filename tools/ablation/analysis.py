@@ -63,6 +63,11 @@ def read(folder: Path) -> dict[str, Any]:
     result = kept.read(folder / RESULT)
     if not result.get("points"):
         raise ValueError(f"{RESULT} has no link whose share was measured")
+    for arm in (arm for point in result["points"] for arm in point["arms"]):
+        slots = [group[kind] for group in arm["plans"].values() for kind in KINDS]
+        spans = [span for of_kind in arm["timeline"].values() for span in of_kind]
+        if not all(isinstance(call, list) for calls in slots for call in calls) or any("at" not in s for s in spans):
+            raise ValueError(f"{RESULT} is of an older version, whose plans had one routed call: measure anew")
     return result
 
 
