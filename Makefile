@@ -60,10 +60,8 @@ test-full: test ## the test suite, and every other case
 	$(PYTEST) -m full
 	sha256sum $(TESTED) > $(PASSED).new && mv $(PASSED).new $(PASSED)
 
-test-ci: $(INSTALLED) ## what CI runs: test, or test-full where files have changed that tests depend on
-	@if sha256sum $(TESTED) | cmp -s - $(PASSED); \
-	  then echo "every test has passed with these sources ($(PASSED)): make test"; $(MAKE) test; \
-	  else echo "other sources than $(PASSED) has: make test-full"; $(MAKE) test-full; fi
+test-ci: test ## what CI runs: test; and it says whether test-full has passed with the same sources
+	@sha256sum $(TESTED) | cmp -s - $(PASSED) || echo "NOTE: make test-full has not passed with these sources ($(PASSED))"
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
