@@ -161,7 +161,7 @@ ABSURD: dict[str, dict[tuple[str, ...], tuple[object, ...]]] = {
         ("moe_router_topk_scaling_factor",): (0, -1.0, NAN, "1", True),
         ("swiglu", "group_query_attention", "multi_latent_attention", "qk_layernorm"): (*FLAG, None),
         ("moe_layer_freq",): (0, -1, 2.5, "1", True, None, [2], [True]),
-        ("moe_share_groups",): (0, 3, True),
+        ("moe_share_groups",): (0, True),
         ("shortcut_position",): ("pos2", [5], ["pos4"], None),
         (
             *("transformer_impl", "shortcut", "shortcut_combine", "router", "latent_scaling", "normalization"),
@@ -181,7 +181,7 @@ def test_absurd_values_are_named(folders, tmp_path, capsys, name, key):
         folder = changed(folders, name, tmp_path / str(number), {key: value})
         err = refusal(capsys, tmp_path, name, folder)
         origin = f"saved arguments of {folder}" if name == "megatron" else "config.json"
-        assert key in err.replace("-", "_") and (ascii(value)[:50] in err or value in err) and origin in err, err
+        assert key in err and (ascii(value)[:50] in err or value in err) and origin in err, err
 
 
 def test_every_rule_for_saved_arguments_is_asked(folders, tmp_path, capsys):
