@@ -44,28 +44,36 @@ def groups_of_pattern(pattern: str) -> tuple[Group, ...]:
     Raises:
         ConfigError: for a symbol that no group can run.
     """
+    symbols = _of_all_stages(pattern).replace(CUT, "")
     groups: list[Group] = []
-    first = 0  # of the layers that no group has yet
-    for stage in pattern.split(BEHIND, maxsplit=1)[0].split(CUT):
-        begin = first
-        for layer, symbol in enumerate(stage, start=begin):
-            if symbol == MOE:
+    for stage in stages_of_pattern(pattern):
+        first = stage.start  # of the layers that no group has yet
+        for layer in stage:
+            if symbols[layer] == MOE:
                 groups.append(Group(range(first, layer + 1), layer - first))
                 first = layer + 1
-            elif symbol not in RESIDUAL_OPS:
+            elif symbols[layer] not in RESIDUAL_OPS:
                 raise ConfigError(
                     f"a group runs the layers {RESIDUAL_OPS}: layer {layer} of --hybrid-layer-pattern {pattern} is "
-                    f"{symbol}; use another layer, or --shortcut none"
+                    f"{symbols[layer]}; use another layer, or --shortcut none"
                 )
-        first = begin + len(stage)
     return tuple(groups)
+
+
+def group_that_ends_with(groups: Sequence[Group], layer: int) -> int:
+    """Index of the group whose last layer this is, counted from 0 over the whole model."""
+    return [group.layers[-1] for group in groups].index(layer)
 
 
 def stages_of_pattern(pattern: str) -> Sequence[range]:
     """The layers of each (virtual) pipeline stage that the cuts of ``pattern`` make, in order."""
     stages: list[range] = []
     first = 0
-    for stage in pattern.split(BEHIND, maxsplit=1)[0].split(CUT):
+    for stage in _of_all_stages(pattern).split(CUT):
         stages.append(range(first, first + len(stage)))
         first += len(stage)
     return stages
+
+
+def _of_all_stages(pattern: str) -> str:
+    return pattern.split(BEHIND, maxsplit=1)[0]

@@ -152,11 +152,7 @@ class HangWatch:
         """End this process, unless its main thread notices and ends by itself, with more to say."""
         if self._stopped.wait(within_s):
             return
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            line = f"{why}; this is rank {self._args.rank}, {self._where}"
-            print(f"{_SCRIPT}: ended: {line}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(BEAT_S)  # torchrun ends all processes as soon as one has: let the one that prints be the first
+        last_words.say_once(f"ended: {why}; this is rank {self._args.rank}, {self._where}")
         os._exit(last_words.EXIT_ENDED)
 
     def _judge(self) -> None:

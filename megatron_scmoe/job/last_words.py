@@ -114,12 +114,17 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".replace("\n", " ").removesuffix(": ")
 
 
-def stop(line: str) -> NoReturn:
-    """End this process because others have ended; one rank of each machine says why."""
+def say_once(line: str) -> None:
+    """Let one rank of each machine print why it ends, before any of them does."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"pretrain_gpt_scmoe.py: ended: {line}", file=sys.stderr, flush=True)
+        print(f"pretrain_gpt_scmoe.py: {line}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)  # torchrun ends all processes as soon as one has: let the one that prints be the first
+
+
+def stop(line: str) -> NoReturn:
+    """End this process because others have ended; one rank of each machine says why."""
+    say_once(f"ended: {line}")
     leave(line)
     sys.exit(EXIT_ENDED)
 

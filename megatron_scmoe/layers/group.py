@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_scmoe.codec.maker import CargoMaker, residual_map_of
 from megatron_scmoe.config import Combine, Group, Norms, Position, ScMoEConfig, Shortcut
+from megatron_scmoe.config.groups import group_that_ends_with
 from megatron_scmoe.contracts import DenseOp, Stream
 from megatron_scmoe.layers.gating import CoefficientGate
 from megatron_scmoe.layers.span import GroupSpan
@@ -83,7 +84,7 @@ class GroupBlock(TransformerLayer):
     ) -> None:
         super().__init__(config, *args, **kwargs)
         self.scmoe = scmoe
-        self.group_index = [group.layers[-1] for group in groups].index(self.layer_number - 1)
+        self.group_index = group_that_ends_with(groups, self.layer_number - 1)
         self.group = groups[self.group_index]
         self.residual_map = residual_map_of(scmoe, config, self.group_index)
         self.cargo_maker = CargoMaker(scmoe, config, self.group_index, self.residual_map)
@@ -131,7 +132,7 @@ class GroupBlock(TransformerLayer):
 
     def run(self, groups: Sequence[GroupBlock]) -> None:
         """Let this block run the span of ``groups``, of which it is the last one."""
-        self.span = GroupSpan(tuple(groups), self.scmoe)
+        self.span = GroupSpan(groups, self.scmoe)
 
     def forward(
         self,

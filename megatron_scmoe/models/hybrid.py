@@ -25,6 +25,7 @@ from megatron.training.argument_utils import hybrid_config_from_args
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 
 from megatron_scmoe.config import Group, Norms, Router, ScMoEConfig
+from megatron_scmoe.config.groups import group_that_ends_with
 from megatron_scmoe.layers.group import GroupBlock, LeadingBlock, LeadingMamba, link
 from megatron_scmoe.mcore import blocks
 from megatron_scmoe.models import submodules as parts
@@ -50,7 +51,8 @@ class GroupedHybridStack(HybridStack):
         groups: Sequence[Group],
         **kwargs: Any,
     ) -> None:
-        super().__init__(config, _with_groups(submodules, scmoe, groups), **kwargs)
+        fused = config.transformer_impl == "transformer_engine"
+        super().__init__(config, _with_groups(submodules, scmoe, groups, unfuse_taps=fused), **kwargs)
         link(list(self.layers), scmoe)
 
 
@@ -115,26 +117,24 @@ def _changed(spec: ModuleSpec, change: Callable[[Any], Any]) -> ModuleSpec:
     return dataclasses.replace(spec, submodules=change(spec.submodules))
 
 
-def _with_groups(stock: HybridStackSubmodules, scmoe: ScMoEConfig, groups: Sequence[Group]) -> HybridStackSubmodules:
+def _with_groups(
+    stock: HybridStackSubmodules, scmoe: ScMoEConfig, groups: Sequence[Group], *, unfuse_taps: bool
+) -> HybridStackSubmodules:
     """The stock layers as layers of groups."""
     leading = {
-        name: ModuleSpec(
-            module=_LeadingLayer,
-            params={"tapped": _tapped(scmoe, groups)},
-            submodules=getattr(stock, name).submodules,
-        )
-        for name in ("attention_layer", "mla_layer", "mlp_layer")
-        if isinstance(getattr(stock, name), ModuleSpec)
+        "attention_layer": _LeadingLayer,
+        "mla_layer": _LeadingLayer,
+        "mlp_layer": _LeadingLayer,
+        "mamba_layer": _LeadingMambaLayer,
     }
-    leading["mamba_layer"] = ModuleSpec(
-        module=_LeadingMambaLayer,
-        params={"tapped": _tapped(scmoe, groups)},
-        submodules=stock.mamba_layer.submodules,
-    )
+    unfused = {"unfused": _tapped(scmoe, groups) if unfuse_taps else frozenset()}
+    layers = {
+        name: ModuleSpec(module=kind, params=unfused, submodules=getattr(stock, name).submodules)
+        for name, kind in leading.items()
+    }
     group = {"scmoe": scmoe, "groups": groups}
-    return dataclasses.replace(
-        stock, **leading, moe_layer=ModuleSpec(module=_GroupLayer, params=group, submodules=stock.moe_layer.submodules)
-    )
+    layers["moe_layer"] = ModuleSpec(module=_GroupLayer, params=group, submodules=stock.moe_layer.submodules)
+    return dataclasses.replace(stock, **layers)
 
 
 def _tapped(scmoe: ScMoEConfig, groups: Sequence[Group]) -> frozenset[int]:
@@ -146,7 +146,7 @@ def _tapped(scmoe: ScMoEConfig, groups: Sequence[Group]) -> frozenset[int]:
 
 
 class _LeadingLayer(LeadingBlock):
-    """A layer before a group's last one; at a tap its norm stands alone."""
+    """A layer before a group's last one; where it is among ``unfused`` layers, its norm stands alone."""
 
     def __init__(
         self,
@@ -154,10 +154,10 @@ class _LeadingLayer(LeadingBlock):
         submodules: TransformerLayerSubmodules,
         layer_number: int,
         *,
-        tapped: frozenset[int],
+        unfused: frozenset[int],
         **kwargs: Any,
     ) -> None:
-        if layer_number - 1 in tapped and config.transformer_impl == "transformer_engine":
+        if layer_number - 1 in unfused:
             is_mlp = submodules.self_attention is IdentityOp
             submodules = (parts.unfuse_mlp if is_mlp else parts.unfuse_attention)(submodules)
         super().__init__(config, submodules, layer_number, **kwargs)
@@ -172,10 +172,10 @@ class _LeadingMambaLayer(LeadingMamba):
         submodules: MambaLayerSubmodules,
         layer_number: int,
         *,
-        tapped: frozenset[int],
+        unfused: frozenset[int],
         **kwargs: Any,
     ) -> None:
-        if layer_number - 1 in tapped and config.transformer_impl == "transformer_engine":
+        if layer_number - 1 in unfused:
             submodules = parts.unfuse_mamba(submodules)
         super().__init__(config, submodules, layer_number, **kwargs)
 
@@ -193,6 +193,5 @@ class _GroupLayer(GroupBlock):
         groups: Sequence[Group],
         **kwargs: Any,
     ) -> None:
-        index = [group.layers[-1] for group in groups].index(layer_number - 1)
-        submodules = parts.with_moe_of_group(submodules, scmoe, index)
+        submodules = parts.with_moe_of_group(submodules, scmoe, group_that_ends_with(groups, layer_number - 1))
         super().__init__(config, submodules, layer_number, scmoe=scmoe, groups=groups, **kwargs)

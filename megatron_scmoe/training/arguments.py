@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 import os
 import sys
-import time
 import traceback
 import typing
 from argparse import ArgumentParser, Namespace
@@ -202,11 +201,7 @@ def one_queue_warning(scmoe: ScMoEConfig, connections: str | None) -> str | None
 
 def refuse(message: str) -> NoReturn:
     """Print ``message`` once for each machine and end this process with exit code 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"pretrain_gpt_scmoe.py: refused: {message}", file=sys.stderr, flush=True)
-    else:
-        # torchrun ends all processes as soon as one has failed: let the one that prints be the first.
-        time.sleep(3)
+    last_words.say_once(f"refused: {message}")
     last_words.leave(message, is_refusal=True)
     orphans.end_launcher()  # it would start all ranks again, to be refused again
     sys.exit(EXIT_REFUSED)

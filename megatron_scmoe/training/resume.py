@@ -18,6 +18,7 @@ from megatron.training.utils import print_rank_0
 from torch import nn
 
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, ConfigError, Resume, ScMoEConfig
+from megatron_scmoe.config.rules import shown
 from megatron_scmoe.mcore import checkpoints
 from megatron_scmoe.training import moments, schedule
 
@@ -153,11 +154,11 @@ def _check_architecture(args: Namespace, scmoe: ScMoEConfig, trained: ScMoEConfi
             continue
         flag = "--" + name.replace("_", "-")
         if args.finetune or scmoe.shortcut_resume is Resume.CHANGED:
-            print_rank_0(f"shortcut: the checkpoint in {args.load} has {flag} {_words(then)}, now {_words(now)}")
+            print_rank_0(f"shortcut: the checkpoint in {args.load} has {flag} {shown(then)}, now {shown(now)}")
             continue
         raise ConfigError(
-            f"a checkpoint continues with the shortcut it was trained with: {flag} is {_words(now)} and the checkpoint "
-            f"in {args.load} has {_words(then)}; use {flag} {_words(then)}, or --finetune (weights only), or "
+            f"a checkpoint continues with the shortcut it was trained with: {flag} is {shown(now)} and the checkpoint "
+            f"in {args.load} has {shown(then)}; use {flag} {shown(then)}, or --finetune (weights only), or "
             "--shortcut-resume changed (optimizer too)"
         )
 
@@ -171,7 +172,3 @@ def _check_latents(args: Namespace, saved: Namespace) -> None:
             f"experts of one width do not fit another: --moe-latent-size is {now} and the checkpoint in {args.load} "
             f"has {then}; {fix}"
         )
-
-
-def _words(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

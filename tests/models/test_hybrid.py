@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import hybrids
 import models
 import pytest
@@ -42,27 +40,9 @@ def test_hybrid_model_equals_blocks(case):
 
 def mamba_model(position: str):
     """A group of Mamba, attention and MLP, one of Mamba alone, and layers behind the last MoE that no group runs."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    from megatron_scmoe.models.hybrid import ScMoEHybridModelBuilder, ScMoEHybridModelConfig
-
-    case = Case(position=(position, "pos1"), combine="add")
-    scmoe = dataclasses.replace(models.settings(case), moe_every=2)
-    scmoe.validate(0, MAMBA_PATTERN)
-    transformer = models.transformer_config(case)
-    transformer.num_layers = len(MAMBA_PATTERN)
-    transformer.mamba_num_heads, transformer.mamba_head_dim = 4, 8
-    transformer.mamba_state_dim, transformer.mamba_num_groups = 8, 2
-    config = ScMoEHybridModelConfig(
-        transformer=transformer,
-        vocab_size=models.VOCAB_SIZE,
-        seq_length=models.SEQ_LENGTH,
-        position_embedding_type="rope",
-        hybrid_layer_pattern=MAMBA_PATTERN,
-        scmoe=scmoe,
-    )
     torch.manual_seed(3)
-    return ScMoEHybridModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    sizes = {"mamba_num_heads": 4, "mamba_head_dim": 8, "mamba_state_dim": 8, "mamba_num_groups": 2}
+    return hybrids.new(Case(position=(position, "pos1"), combine="add"), MAMBA_PATTERN, **sizes)
 
 
 def moe_by_hand(layer, source, current):

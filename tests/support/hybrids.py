@@ -23,27 +23,33 @@ def name_in_blocks(name: str) -> str:
     return re.sub(r"decoder\.layers\.(\d+)\.", lambda match: f"decoder.layers.{int(match[1]) // 2}.", name)
 
 
-def build(case: Case):
-    """The hybrid model of ``case`` on this rank, with the parameters that ``models.build`` gives the one of blocks."""
+def new(case: Case, layers: str, **sizes: int):
+    """A hybrid model of these ``layers``, with the settings of ``case`` and more ``sizes``, on this rank."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_scmoe.models.hybrid import ScMoEHybridModelBuilder, ScMoEHybridModelConfig
 
     scmoe = dataclasses.replace(models.settings(case), moe_every=2)  # its default: a pattern says where an MoE is
-    scmoe.validate(0, pattern(case))
+    scmoe.validate(0, layers)
     transformer = models.transformer_config(case)
-    transformer.num_layers = len(pattern(case))
+    transformer.num_layers = len(layers)
+    for name, size in sizes.items():
+        setattr(transformer, name, size)
     config = ScMoEHybridModelConfig(
         transformer=transformer,
         vocab_size=models.VOCAB_SIZE,
         seq_length=models.SEQ_LENGTH,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
-        hybrid_layer_pattern=pattern(case),
+        hybrid_layer_pattern=layers,
         scmoe=scmoe,
     )
-    model = ScMoEHybridModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
-    model = model.to(case.dtype)
+    return ScMoEHybridModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+
+
+def build(case: Case):
+    """The hybrid model of ``case`` on this rank, with the parameters that ``models.build`` gives the one of blocks."""
+    model = new(case, pattern(case)).to(case.dtype)
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(models.parameter(models.global_name(name_in_blocks(name)), tuple(value.shape)))
