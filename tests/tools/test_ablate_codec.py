@@ -905,8 +905,11 @@ def ablation_of(folder, share=0.42):
         "step_share": share,
         "rate": "128072kbit",
         "arms": [
-            {"arm": {"name": "top-2"}, "sent_rate": 1.0, "seconds": {"training": [1.0, 2.0, 4.0]}},
-            {"arm": {"name": "top-2 lsh off"}, "sent_rate": 0.2, "seconds": {"training": [0.6, 1.4, 2.4]}},
+            {"arm": {"name": name}, "plans": {}, "timeline": {}, "sent_rate": rate, "seconds": {"training": seconds}}
+            for name, rate, seconds in (
+                ("top-2", 1.0, [1.0, 2.0, 4.0]),
+                ("top-2 lsh off", 0.2, [0.6, 1.4, 2.4]),
+            )
         ],
     }
     folder.mkdir()
