@@ -59,11 +59,13 @@ def check_hooks(args: Namespace, *, needs_transformer_engine: bool = True) -> No
             f"--save-tokens-per-expert-interval is {args.save_tokens_per_expert_interval}, --transformer-impl is "
             f"{args.transformer_impl} and --moe-grouped-gemm is {'on' if args.moe_grouped_gemm else 'off'}; drop it"
         )
-    if args.async_save and args.exit_signal_handler:
+    if args.eval_interval is None and not (args.skip_train or args.full_validation):
         raise ConfigError(
-            "a signal ends the processes that save asynchronously, which launchers send it as well: --async-save and "
-            "--exit-signal-handler are set; drop one of them"
+            "Megatron divides by it, be anything evaluated or not: --eval-interval is not set and --eval-iters is "
+            f"{args.eval_iters}; set --eval-interval, and --eval-iters 0 to evaluate nothing"
         )
+    if args.async_save:
+        _check_async_saves(args)
     missing = needs_transformer_engine and importlib.util.find_spec("transformer_engine") is None
     if args.tp_comm_overlap and missing:
         raise ConfigError(
@@ -72,6 +74,20 @@ def check_hooks(args: Namespace, *, needs_transformer_engine: bool = True) -> No
         )
     if args.moe_latent_size:
         _check_latents(args, missing=missing and torch.cuda.is_available())
+
+
+def _check_async_saves(args: Namespace) -> None:
+    """Refuse what Megatron would turn off with a warning, and what would end a save halfway."""
+    if args.exit_signal_handler:
+        raise ConfigError(
+            "a signal ends the processes that save asynchronously, which launchers send it as well: --async-save and "
+            "--exit-signal-handler are set; drop one of them"
+        )
+    if not args.use_persistent_ckpt_worker:
+        raise ConfigError(
+            "Megatron saves asynchronously by a process that stays, and not at all without: --async-save is set and "
+            "--use-persistent-ckpt-worker is not; add --use-persistent-ckpt-worker, or drop --async-save"
+        )
 
 
 def _check_latents(args: Namespace, *, missing: bool) -> None:

@@ -216,7 +216,16 @@ def test_a_signal_and_asynchronous_saves_do_not_go_together(tmp_path):
     flags = with_flags(SCMOE, f"--save {tmp_path}", "--save-interval 1", "--async-save")
     words = ["--async-save and --exit-signal-handler are set; drop one"]
     entry.assert_refused([(with_flags(flags, "--exit-signal-handler"), words)])
-    entry.assert_accepted([flags])
+    entry.assert_accepted([with_flags(flags, "--use-persistent-ckpt-worker")])
+
+
+def test_what_megatron_would_turn_off_or_end_at_is_refused(tmp_path):
+    flags = with_flags(SCMOE, f"--save {tmp_path}", "--save-interval 1", "--async-save")
+    lacks_process = ["--async-save is set and --use-persistent-ckpt-worker is not", "add --use-persistent-ckpt-worker"]
+    lacks_interval = ["--eval-interval is not set and --eval-iters is 1", "set --eval-interval"]
+    at = SCMOE.index("--eval-interval")
+    without = SCMOE[:at] + SCMOE[at + 2 :]
+    entry.assert_refused([(flags, lacks_process), (without, lacks_interval)])
 
 
 @pytest.mark.parametrize("restarts", ["TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT"])
