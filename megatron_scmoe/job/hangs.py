@@ -27,6 +27,7 @@ import torch.distributed as dist
 from megatron_scmoe.job import last_words
 from megatron_scmoe.job.beats import BEAT_S, SILENT_S, Beat, Ear, Finding, Pulse, diagnosis, heard
 from megatron_scmoe.job.roll_call import in_words
+from megatron_scmoe.mcore import save_helpers
 
 ENDS_WITHIN_S = 10.0
 """How long a main thread may take to notice by itself that another rank has ended."""
@@ -87,6 +88,7 @@ class HangWatch:
         self._limit = limit
         self._section = "setup"
         self._asked: _Asked | None = None
+        self._misses_writer = False
         self._began_s = time.monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
@@ -134,6 +136,7 @@ class HangWatch:
                 pulse.say(self._step, self._section)
                 self._obey()
                 self._heed()
+                self._mind_writer()
                 if found := ear.silence():
                     self._end(found)
                 self._judge()
@@ -147,6 +150,15 @@ class HangWatch:
         """Where a rank has ended, so does this one: some collectives wait for ever for one that is gone."""
         if (said := last_words.heard(self._store)) is not None:
             self._leave_with(said.in_words(), within_s=ENDS_WITHIN_S)
+
+    def _mind_writer(self) -> None:
+        """Where the process that writes this rank's saves has died, this rank would wait for it for ever."""
+        misses_writer = save_helpers.has_lost_writer()
+        if misses_writer and self._misses_writer:  # at two looks: at its end a training ends it
+            why = "the process that writes for --async-save has died: see what it printed, and whether the disk is full"
+            last_words.leave(why)
+            self._leave_with(why, within_s=ENDS_WITHIN_S)
+        self._misses_writer = misses_writer
 
     def _leave_with(self, why: str, within_s: float) -> None:
         """End this process, unless its main thread notices and ends by itself, with more to say."""

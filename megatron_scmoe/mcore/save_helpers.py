@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import queue
 from collections.abc import Callable
+from multiprocessing import connection
 from multiprocessing.managers import SyncManager
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
 
 def use_few(is_async: bool, end_with_rank: Callable[[], None]) -> None:
@@ -26,3 +28,12 @@ def use_few(is_async: bool, end_with_rank: Callable[[], None]) -> None:
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))  # as Core does then
     manager.start(end_with_rank)
     filesystem_async._results_queue = manager.Queue()
+
+
+def has_lost_writer() -> bool:
+    """Whether the process that writes for --async-save has died, as it does of a full disk.
+
+    Core waits for it for ever, in the next save. True for a moment too while Core ends it at the end of a training.
+    """
+    writer = PersistentAsyncCaller._persistent_process
+    return writer is not None and bool(connection.wait([writer.sentinel], timeout=0))

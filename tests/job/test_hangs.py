@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 import ranks
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
 from megatron_scmoe.config import ConfigError, ScMoEConfig
 from megatron_scmoe.job import beats, hangs, last_words
@@ -132,7 +133,7 @@ def test_limits_that_are_none_are_refused(value):
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-SLOW = ("computes", "saves")
+SLOW = ("computes", "saves", "computes beside its writer")
 """What rank 1 does that is no hang."""
 
 
@@ -181,7 +182,13 @@ def _rank(rank: int, what_rank_1_does: str, folder: Path) -> None:
     if rank == 1 and what_rank_1_does == "ends":
         last_words.end(store, last_words.LastWords(1, "MemoryError"))
         os._exit(1)
-    if rank == 1 and what_rank_1_does == "computes":
+    if rank == 1 and "writer" in what_rank_1_does:
+        lives_s = 0 if what_rank_1_does == "lost its writer" else 60
+        PersistentAsyncCaller._persistent_process = multiprocessing.get_context("fork").Process(
+            target=time.sleep, args=(lives_s,), daemon=True
+        )
+        PersistentAsyncCaller._persistent_process.start()
+    if rank == 1 and what_rank_1_does.startswith("computes"):
         while True:  # as a compilation does, in many functions
             copy.deepcopy([{number: [str(number)]} for number in range(1000)])
     time.sleep(60)
@@ -207,6 +214,13 @@ def test_a_rank_that_has_ended_is_not_waited_for(tmp_path):
     (found,) = ranks.run(both, 1, "ends", tmp_path)
     line = "pretrain_gpt_scmoe.py: ended: rank 1 has ended: MemoryError; this is rank 0, in step 7\n"
     assert found == Ended([last_words.EXIT_ENDED, 1], line, [])
+
+
+def test_a_rank_ends_that_would_wait_for_a_writer_that_died(tmp_path):
+    (found,) = ranks.run(both, 1, "lost its writer", tmp_path)
+    assert found.exit_codes[1] == last_words.EXIT_ENDED
+    assert "ended: the process that writes for --async-save has died" in found.printed
+    assert "this is rank 1, in step 7" in found.printed
 
 
 @pytest.mark.parametrize("what_rank_1_does", SLOW)
