@@ -27,9 +27,9 @@ from megatron_scmoe.overlap.spans import Lane, Span, communication_s, exposed_s,
 TIE = 1e-9
 """Plans whose predicted times differ by less than this part count as equal: far above rounding, far below measuring."""
 
-MAX_STEPS = 14_000
-"""How much is searched for a solution, in all chunk counts together: about a second's worth, but counted, so that the
-plan does not depend on the machine."""
+MAX_STEPS = 9_000
+"""How much is searched for a solution, in all chunk counts together: less than a second's worth, but counted, so that
+the plan does not depend on the machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
