@@ -38,9 +38,11 @@ shift
 [[ -f $here/recipes/$recipe.sh ]] || refuse "$recipe is no recipe; use one of: $recipes"
 
 dry_run=${DRY_RUN:-0}
-# What a recipe may leave as it is.
+# What a recipe may leave as it is. A hybrid model has no num_layers and no moe_every: its pattern says where an MoE is.
 tokenizer=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "${DATA:-}/tokenizer.model")
-form=()
+form=() num_layers= moe_every= combine=cg1 topk=1
+# Top-1 takes the softmax over all experts: over the one that was chosen it would be 1, and the router learn nothing.
+scores=(--moe-router-pre-softmax)
 source "$here/recipes/$recipe.sh"
 
 # --- Who takes part -------------------------------------------------------------------------------------------------
@@ -58,25 +60,30 @@ fi
 
 # --- The form of the MoE --------------------------------------------------------------------------------------------
 arch=${ARCH:-scmoe}
-pattern="([0]*$((moe_every - 1))+[1])*$((num_layers / moe_every))" # MoE in the last block of each group
+groups=() stock=()
+if [[ $moe_every ]]; then # MoE in the last block of each group
+  groups=(--moe-every "$moe_every") stock=(--moe-layer-freq "([0]*$((moe_every - 1))+[1])*$((num_layers / moe_every))")
+fi
 shared=(--moe-shared-expert-intermediate-size "$shared_width")
-# Top-1 takes the softmax over all experts: over the one that was chosen it would be 1, and the router learn nothing.
-one=(--moe-router-topk 1 --moe-router-pre-softmax)
+routed=(--moe-router-topk "$topk" "${scores[@]}")
 if ((${#form[@]})); then
   [[ $arch == scmoe ]] || refuse "$recipe has one form: ARCH is $arch; drop it"
 else
   case $arch in
     scmoe) form=(
-      --shortcut scmoe --shortcut-position "$position" --shortcut-combine cg1 --moe-every "$moe_every" --overlap fixed
-      "${one[@]}" "${shared[@]}"
+      --shortcut scmoe --shortcut-position "$position" --shortcut-combine "$combine" "${groups[@]}" --overlap fixed
+      "${routed[@]}" "${shared[@]}"
     ) ;;
     dgmoe) form=(
-      --shortcut dgmoe --shortcut-position "$position" --moe-every "$moe_every" --overlap fixed
-      --moe-router-topk 2 --moe-router-pre-softmax
+      --shortcut dgmoe --shortcut-position "$position" "${groups[@]}" --overlap fixed
+      --moe-router-topk 2 "${scores[@]}"
     ) ;;
-    shared-expert) form=(--moe-layer-freq "$pattern" "${one[@]}" "${shared[@]}" --moe-shared-expert-gate) ;;
-    top-2) form=(--moe-layer-freq "$pattern" --moe-router-topk 2) ;;
-    top-1) form=(--moe-layer-freq "$pattern" "${one[@]}") ;;
+    shared-expert)
+      form=("${stock[@]}" "${routed[@]}" "${shared[@]}")
+      [[ $combine != cg1 ]] || form+=(--moe-shared-expert-gate)
+      ;;
+    top-2) form=("${stock[@]}" --moe-router-topk 2) ;;
+    top-1) form=("${stock[@]}" --moe-router-topk 1 "${scores[@]}") ;;
     *) refuse "$arch is no form: ARCH is scmoe, dgmoe, shared-expert, top-2 or top-1" ;;
   esac
 fi

@@ -91,6 +91,10 @@ SHAPES = {
 # GPT-2 and GPT-3 meets two of three totals within 1%; 16 experts of it make the third one 1.87B.
 TOLERANCES = {"gpt2-moe-medium": 0.1}
 LONGCAT_TOTAL = 560e9
+NEMOTRON_TOTAL, NEMOTRON_ACTIVE = 31.6e9, 3.2e9  # arXiv 2512.20848; active without the input embeddings
+NEMOTRON = "nemotron-3-nano"
+WORLDS = {name: shape.world for name, shape in SHAPES.items()} | {"longcat-flash": 448, NEMOTRON: 128}
+WITH_FORMS = (*SHAPES, NEMOTRON)
 
 
 def parameters(shape: Shape, form: str) -> int:
@@ -125,10 +129,26 @@ def longcat_parameters() -> int:
     return 28 * layer + 2 * 131072 * hidden + hidden
 
 
+def nemotron_parameters(form: str, experts: int = 128) -> int:
+    """Counted by hand: 23 Mamba layers, 6 attentions with 2 key heads, 23 MoEs, and what is around them."""
+    hidden, inner, states = 2688, 64 * 64, 8 * 128
+    mamba = hidden * (2 * inner + 2 * states + 64) + (inner + 2 * states) * (4 + 1) + 3 * 64 + inner + inner * hidden
+    attention = 2 * hidden * 32 * 128 + 2 * hidden * 2 * 128
+    moe = hidden * 128 + experts * 2 * hidden * 1856
+    if form in ("scmoe", "shared-expert"):
+        moe += 2 * hidden * 3712
+    return 23 * mamba + 6 * attention + 23 * moe + (23 + 6 + 23 + 1) * hidden + 2 * 131072 * hidden
+
+
+def by_hand(recipe: str, form: str) -> int:
+    if recipe == "longcat-flash":
+        return longcat_parameters()
+    return nemotron_parameters(form) if recipe == NEMOTRON else parameters(SHAPES[recipe], form)
+
+
 def dry_run(folder: Path, recipe: str, form: str) -> str:
     """What the dry run of a recipe prints, as the launcher calls it."""
-    world = 448 if recipe == "longcat-flash" else SHAPES[recipe].world
-    environment = {"DRY_RUN": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}
+    environment = {"DRY_RUN": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(WORLDS[recipe])}
     done = commands.run(ROOT / "pretrain_gpt_scmoe.py", *flags_of(folder, recipe, form), env=environment)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return done.stdout
@@ -146,8 +166,7 @@ def total_of(printed: str) -> int:
 def test_dry_run(tmp_path, recipe, form):
     """It fits, and has the parameters that one counts by hand."""
     printed = dry_run(tmp_path, recipe, form)
-    expected = longcat_parameters() if recipe == "longcat-flash" else parameters(SHAPES[recipe], form)
-    assert total_of(printed) == expected
+    assert total_of(printed) == by_hand(recipe, form)
     sums = [float(line.split()[-1]) for line in printed.splitlines() if re.match(r" +\d+ +\d+ ", line)]
     assert sums and max(sums) < 0.8 * 80, printed  # GiB
 
@@ -164,6 +183,21 @@ def test_totals_are_the_papers(recipe):
 
 def test_longcats_total_is_the_papers():
     assert longcat_parameters() == pytest.approx(LONGCAT_TOTAL, rel=0.01)
+
+
+def test_nemotrons_totals_are_the_papers():
+    """Of the published model to its last digit; of forms without its shared expert within 2%."""
+    assert nemotron_parameters("scmoe") == pytest.approx(NEMOTRON_TOTAL, abs=0.05e9)
+    assert all(nemotron_parameters(form) == pytest.approx(NEMOTRON_TOTAL, rel=0.02) for form in FORMS)
+    active = nemotron_parameters("scmoe", experts=6) - 131072 * 2688
+    assert active == pytest.approx(NEMOTRON_ACTIVE, abs=0.05e9)
+
+
+def test_a_position_that_some_groups_lack_is_refused(tmp_path):
+    flags = with_flags(flags_of(tmp_path, NEMOTRON), "--shortcut-position pos2")
+    done = commands.run(ROOT / "pretrain_gpt_scmoe.py", *flags, env={"DRY_RUN": "1", "RANK": "0", "WORLD_SIZE": "128"})
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "group 0 is pos2 and the group has 1 op" in done.stderr and "use --shortcut-position pos1" in done.stderr
 
 
 def test_dry_run_as_a_user_calls_it():
@@ -222,7 +256,7 @@ def without_form(flags: list[str]) -> list[str]:
     return flags
 
 
-@pytest.mark.parametrize("recipe", SHAPES)
+@pytest.mark.parametrize("recipe", WITH_FORMS)
 def test_a_form_changes_nothing_else(tmp_path, recipe):
     found = [flags_of(tmp_path, recipe, form) for form in FORMS]
     assert all(without_form(flags) == without_form(found[0]) for flags in found)
@@ -262,6 +296,8 @@ def tenth(flags: list[str]) -> list[str]:
         changes += ["--qk-pos-emb-head-dim 6", "--v-head-dim 12"]
         # 512 experts in each of 28 layers would be 6 billion parameters still.
         changes += ["--num-layers 4", "--num-experts 16", "--zero-experts 8", "--pipeline-model-parallel-size 2"]
+    if "--hybrid-layer-pattern" in flags:
+        changes += ["--kv-channels 12", "--mamba-head-dim 6", "--mamba-state-dim 12", "--num-experts 32"]
     for name in NEEDS_A_GPU:
         flags = without_flag(flags, name)
     if "--lr-decay-iters" in flags:
