@@ -9,6 +9,11 @@ RUN ?= run
 CORPUS ?= stdlib
 # Training iterations in all; a larger number continues a finished run.
 ITERS ?= 300
+# Which of Megatron's models holds the layers; said before anything is installed.
+CONTAINER ?= gpt
+ifeq ($(filter pretrain,$(MAKECMDGOALS))$(filter gpt hybrid,$(CONTAINER)),pretrain)
+$(error CONTAINER is '$(CONTAINER)', which is no model of Megatron's: use gpt or hybrid)
+endif
 
 # Each corpus has a folder of its own.
 FOLDER = $(RUN)/$(notdir $(CORPUS:/=))
@@ -34,6 +39,7 @@ help: ## this text
 	@echo; echo "variables of pretrain:"
 	@echo "  CORPUS=stdlib  a file or folder of text or JSONL to train on; stdlib: the Python standard library's source"
 	@echo "  ITERS=300      training iterations in all; a larger number continues a finished run"
+	@echo "  CONTAINER=gpt  Megatron's model that holds the layers: gpt, or hybrid, with Mamba layers"
 	@echo "  RUN=run        folder for data, checkpoints and logs"
 	@echo "  ARGS=...       more flags for pretrain_gpt_scmoe.py, e.g. ARGS='--shortcut-position pos1 --overlap off'"
 	@echo "  PYTHON=...     the Python 3.12 (or newer) that makes .venv"
@@ -51,7 +57,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 
 pretrain: $(INSTALLED) ## pretrain on CORPUS; a second call continues from the last checkpoint
 	@$(BIN)/python tools/preprocess_data.py --input "$(CORPUS)" --document-kib 4 --output "$(FOLDER)/data"
-	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/pretrain_small.sh "$(FOLDER)" $(ITERS) $(ARGS)
+	@CONTAINER="$(CONTAINER)" PATH="$(CURDIR)/$(BIN):$$PATH" examples/pretrain_small.sh "$(FOLDER)" $(ITERS) $(ARGS)
 
 test: $(INSTALLED) ## the test suite: every module, every refusal, one case of each kind
 	$(PYTEST)

@@ -109,13 +109,15 @@ def test_text_in_kill_during_save_and_resume(tmp_path, data):
     assert re.search(r"> \d+ of \d+ iterations done, about 0:\d\d:\d\d left", printed)
 
 
-def losses_of_the_small_example(home: Path, data: Path, iterations: int, *more: str) -> tuple[float, float]:
+def losses_of_the_small_example(
+    home: Path, data: Path, iterations: int, *more: str, container: str = "gpt"
+) -> tuple[float, float]:
     """Of the example script: the first loss that it logs, and that of the validation at its end."""
     home.mkdir()
     (home / "data").symlink_to(data)
     done = subprocess.run(
         [ROOT / "examples/pretrain_small.sh", home, str(iterations), "--log-interval", "1", *more],
-        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CONTAINER": container},
         capture_output=True,
         text=True,
         check=True,
@@ -130,9 +132,33 @@ def losses_of_the_small_example(home: Path, data: Path, iterations: int, *more: 
 
 
 @pytest.mark.full
-def test_the_small_example_learns(tmp_path, data):
-    first, last = losses_of_the_small_example(tmp_path / "learns", data, 60)
+@pytest.mark.parametrize("container", ["gpt", "hybrid"])
+def test_the_small_example_learns(tmp_path, data, container):
+    first, last = losses_of_the_small_example(tmp_path / "learns", data, 60, container=container)
     assert last < 0.75 * first
+    runs = tmp_path / "learns" / ("hybrid" if container == "hybrid" else "")
+    assert (runs / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "60"
+    saved = training.checkpoint_tensors(runs / "checkpoints", 60)
+    assert any("mixer.in_proj" in name for name in saved) is (container == "hybrid")
+
+
+@pytest.mark.parametrize("called", ["make", "script"])
+def test_an_unknown_container_is_refused_before_anything_else(tmp_path, called):
+    """Negative control: the known ones are not."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").touch()
+    words = ["make", "-n", "pretrain"] if called == "make" else [ROOT / "examples/pretrain_small.sh", tmp_path]
+    programs = {"PATH": "/usr/bin:/bin"}  # without torchrun: what is not refused ends there
+    ends = {
+        name: subprocess.run(
+            words, env=programs | {"CONTAINER": name}, cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        for name in ("mamba", "gpt", "hybrid")
+    }
+    refused = ends.pop("mamba")
+    assert refused.returncode == 2 and refused.stdout == "" and refused.stderr.count("\n") == 1
+    assert "CONTAINER is 'mamba', which is no model of Megatron's: use gpt or hybrid" in refused.stderr
+    assert not any("CONTAINER is" in done.stderr for done in ends.values())
 
 
 @pytest.mark.full
