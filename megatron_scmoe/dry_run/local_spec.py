@@ -5,21 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 from argparse import Namespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.models.base import ModelConfig
-from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from megatron.training.models.hybrid import HybridModelConfig
 
 from megatron_scmoe.dry_run.meta import FlashAttention
+
+if TYPE_CHECKING:
+    from megatron.training.models.gpt import GPTModelConfig
 
 TRANSFORMER_ENGINE = "--transformer-impl transformer_engine"
 _NEED_A_GPU: dict[str, tuple[str, Any]] = {
     "transformer_impl": (TRANSFORMER_ENGINE, "local"),
     "moe_grouped_gemm": ("--moe-grouped-gemm", False),
     "moe_permute_fusion": ("--moe-permute-fusion", False),
+    "use_grouped_gemm_for_shared_expert": ("--use-grouped-gemm-for-shared-expert", False),
     "moe_router_fusion": ("--moe-router-fusion", False),
     "tp_comm_overlap": ("--tp-comm-overlap", False),
     "apply_rope_fusion": ("", False),
@@ -48,6 +51,9 @@ def with_flash_attention(config: ModelConfig) -> ModelConfig:
     if isinstance(config, HybridModelConfig):
         config.stack_spec = functools.partial(_flash_stack, build=config.stack_spec)
     else:
+        # Here alone: where Megatron has no GPT model, there are hybrid ones still.
+        from megatron.training.models.gpt import default_layer_spec  # noqa: PLC0415
+
         config.transformer_layer_spec = functools.partial(
             _flash_spec, build=config.transformer_layer_spec or default_layer_spec
         )

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
@@ -21,6 +20,8 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder
@@ -68,9 +69,7 @@ def local_submodules(config: TransformerConfig) -> HybridStackSubmodules:
         ),
         "moe_layer": TransformerLayerSubmodules(
             pre_mlp_layernorm=norm,
-            mlp=get_moe_module_spec_for_backend(backend, config.num_moe_experts)
-            if config.num_moe_experts
-            else IdentityOp,
+            mlp=_moe(backend) if config.num_moe_experts else IdentityOp,
             mlp_bda=get_bias_dropout_add,
         ),
     }
@@ -82,6 +81,14 @@ def local_submodules(config: TransformerConfig) -> HybridStackSubmodules:
         dsa_layer=missing_layer_spec("D"),
         **{name: ModuleSpec(module=TransformerLayer, submodules=submodules) for name, submodules in layers.items()},
     )
+
+
+def _moe(backend: LocalSpecProvider) -> partial[MoELayer]:
+    """What ``megatron.core.models.gpt`` has a function for: a hybrid model does without that package."""
+    linears = MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear())
+    shared_experts = partial(SharedExpertMLP, submodules=linears)
+    experts = backend.grouped_mlp_modules(False)
+    return partial(MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared_experts))
 
 
 def _attention_layer(norm: LayerNormBuilder, attention: ModuleSpec) -> TransformerLayerSubmodules:
