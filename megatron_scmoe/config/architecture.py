@@ -212,7 +212,7 @@ class ArchitectureConfig:
                 f"{position} reads what the group's op {WINDOW_OPS[position] - 1} before its MoE reads: "
                 f"--shortcut-position of group {index} is {position} and the group has {_counted(group.num_ops, 'op')} "
                 f"before its MoE; use {_positions_of(group.num_ops) or 'a group with an op'}, or a longer group "
-                "(--moe-every)"
+                "(--moe-every, or the pattern of a hybrid model)"
             )
 
     def _validate_norms(self) -> None:

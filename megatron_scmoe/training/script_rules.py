@@ -15,7 +15,7 @@ import torch
 
 from megatron_scmoe.config import ConfigError, ScMoEConfig, stages_of_pattern
 from megatron_scmoe.config.groups import BEHIND
-from megatron_scmoe.training import refused_flags
+from megatron_scmoe.training import hybrid_rules, refused_flags
 
 _FOLDERS = (
     *("overlap_report", "save", "data_cache_path", "moe_routing_trace_path", "logits_save_dir", "ckpt_convert_save"),
@@ -24,11 +24,6 @@ _FOLDERS = (
 """Where every machine writes, which Megatron tries behind the process groups, or behind the first steps."""
 _FOLDERS_OF_ONE = ("tensorboard_dir", "wandb_save_dir")
 """Where one machine writes: on others the place may not be there."""
-_LAYERS_OF_GPUS = {
-    "G": "kernels of flash-linear-attention (a gated delta net)",
-    "D": "Transformer Engine's linears (a sparse attention)",
-}
-"""Symbols of --hybrid-layer-pattern without a local layer, and why."""
 _FILES = ("data_args_path", "per_split_data_args_path", "per_dataset_sequences_path", "te_precision_config_file")
 
 _RESTARTS = ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT")
@@ -58,6 +53,11 @@ def check_hooks(args: Namespace, *, needs_transformer_engine: bool = True) -> No
             "Core counts the tokens of experts in Transformer Engine's grouped products alone: "
             f"--save-tokens-per-expert-interval is {args.save_tokens_per_expert_interval}, --transformer-impl is "
             f"{args.transformer_impl} and --moe-grouped-gemm is {'on' if args.moe_grouped_gemm else 'off'}; drop it"
+        )
+    if args.use_grouped_gemm_for_shared_expert and args.transformer_impl == "local":
+        raise ConfigError(
+            "Core has a grouped product for a shared expert in Transformer Engine alone: "
+            "--use-grouped-gemm-for-shared-expert is set and --transformer-impl is local; drop it"
         )
     if args.eval_interval is None and not (args.skip_train or args.full_validation):
         raise ConfigError(
@@ -105,7 +105,7 @@ def _check_latents(args: Namespace, *, missing: bool) -> None:
 
 
 def _check_pattern(args: Namespace) -> None:
-    """What of a hybrid model's pattern the hooks, or the local spec, do not have."""
+    """What of a hybrid model's pattern the hooks, or this machine, do not have."""
     pattern = args.hybrid_layer_pattern or ""
     if BEHIND in pattern:
         raise ConfigError(
@@ -118,12 +118,9 @@ def _check_pattern(args: Namespace) -> None:
             f"the layers of a hybrid model stand in its pattern: --num-layers is {args.num_layers} and "
             f"--hybrid-layer-pattern {pattern} has {counted}; drop --num-layers"
         )
-    for symbol, needed in _LAYERS_OF_GPUS.items():
-        if symbol in pattern and args.transformer_impl == "local":
-            raise ConfigError(
-                f"layer {symbol} needs {needed}: --hybrid-layer-pattern is {pattern} and --transformer-impl is local; "
-                "leave it out, or use --transformer-impl transformer_engine on GPUs"
-            )
+    if pattern:
+        hybrid_rules.check_layers(args)
+        hybrid_rules.check_cuts(args)
 
 
 def _check_document_flags(args: Namespace) -> None:

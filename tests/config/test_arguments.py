@@ -249,7 +249,7 @@ def test_refused_where_a_hybrid_model_is_cut_in_the_wrong_place(pattern, flag, w
 
 ACCEPTED = [
     SCMOE,
-    with_flags(SCMOE, "--hybrid-layer-pattern M*-E*-*E", "--num-layers 8"),
+    with_flags(SCMOE, "--hybrid-layer-pattern M*-E*-*E", "--num-layers 8", "--mamba-num-groups 1"),
     with_flags(DGMOE, "--moe-share-groups 2"),
     STOCK,
     STOCK_SHARED_EXPERT,
