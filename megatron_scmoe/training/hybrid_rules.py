@@ -16,6 +16,11 @@ _LAYERS_OF_GPUS = {
 """Symbols of --hybrid-layer-pattern without a local layer: what they need, and the package that has it."""
 _ON_GPUS = {"M": ("layer M", "mamba_ssm"), "": ("a hybrid model", "transformer_engine")}
 """Packages that such layers need on a GPU; with any layers, for the norm behind the last one."""
+_RECOMPUTED = {
+    **{"core_attn": "*+D", "mla_up_proj": "+D", "mlp": "-", "gdn_norm_out": "G"},
+    **dict.fromkeys(("moe", "moe_act", "shared_experts"), "E"),
+}
+"""Symbols of the layers that have what --recompute-modules names; a Mamba layer has nothing to name."""
 
 
 def check_layers(args: Namespace) -> None:
@@ -58,6 +63,20 @@ def check_cuts(args: Namespace) -> None:
             f"{args.hybrid_layer_pattern} has {stages} stages and --pipeline-model-parallel-size is {ranks}; use "
             f"--pipeline-model-parallel-size {stages}, or other cuts"
         )
+
+
+def check_recomputation(args: Namespace) -> None:
+    """Raise ConfigError where no layer of ``args.hybrid_layer_pattern`` has a module that is to be recomputed."""
+    if args.recompute_granularity != "selective" and not args.recompute_activations:
+        return
+    pattern = args.hybrid_layer_pattern
+    for module in args.recompute_modules or ["core_attn"]:
+        if module in _RECOMPUTED and not set(_RECOMPUTED[module]) & set(pattern):
+            raise ConfigError(
+                f"no layer would recompute anything for it: --recompute-modules has {module} (core_attn where none is "
+                f"given) and --hybrid-layer-pattern {pattern} has none of {_RECOMPUTED[module]}; drop {module}, or use "
+                "--recompute-granularity full"
+            )
 
 
 def _is_missing(package: str) -> bool:

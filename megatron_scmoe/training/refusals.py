@@ -113,7 +113,6 @@ def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
             "Megatron's shared-expert gate is cg1: --moe-shared-expert-gate is set and --shortcut-combine is "
             f"{scmoe.shortcut_combine}; use --shortcut-combine cg1 or drop --moe-shared-expert-gate"
         )
-    _check_recomputed_blocks(args, scmoe)
     _check_dropout(args, scmoe)
     _check_router(args)
     if scmoe.router is Router.LONGCAT:
@@ -122,16 +121,6 @@ def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
         _check_latent_scaling(args)
     _check_parallelism(args, scmoe)
     _check_codec(args, scmoe)
-
-
-def _check_recomputed_blocks(args: Namespace, scmoe: ScMoEConfig) -> None:
-    blocks, unit = args.recompute_num_layers, scmoe.moe_every * scmoe.shortcut_span
-    if args.recompute_granularity == "full" and args.recompute_method == "block" and (blocks or 0) % unit:
-        raise ConfigError(
-            "a group, or span of groups, is recomputed as a whole, with its last block: --recompute-method is block, "
-            f"--recompute-num-layers is {blocks}, --moe-every is {scmoe.moe_every} and --shortcut-span is "
-            f"{scmoe.shortcut_span}; use --recompute-num-layers {blocks // unit * unit + unit}"
-        )
 
 
 def _check_dropout(args: Namespace, scmoe: ScMoEConfig) -> None:

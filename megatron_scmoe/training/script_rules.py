@@ -121,6 +121,7 @@ def _check_pattern(args: Namespace) -> None:
     if pattern:
         hybrid_rules.check_layers(args)
         hybrid_rules.check_cuts(args)
+        hybrid_rules.check_recomputation(args)
 
 
 def _check_document_flags(args: Namespace) -> None:

@@ -1,13 +1,14 @@
-"""What the pipeline stages of a model must not cut, in blocks as in a hybrid model's pattern."""
+"""What the pipeline stages of a model must not cut or lack, in blocks as in a hybrid model's pattern."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from math import lcm
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_scmoe.config import ConfigError, ScMoEConfig, stages_of_pattern
+from megatron_scmoe.config import ConfigError, Group, ScMoEConfig, stages_of_pattern
 from megatron_scmoe.mcore import stages
 
 
@@ -19,14 +20,10 @@ def check_pipeline(scmoe: ScMoEConfig, config: TransformerConfig, pattern: str) 
         config: Core's.
         pattern: of a hybrid model, whose cuts make the stages; empty for blocks.
     """
-    groups = scmoe.groups(config.num_layers, pattern)
     together = lcm(scmoe.shortcut_span, scmoe.moe_share_groups)
-    units = [
-        {layer for group in groups[first : first + together] for layer in group.layers}
-        for first in range(0, len(groups), together)
-    ]
+    units = _units(scmoe.groups(config.num_layers, pattern), together)
     for name, layers in _stages(config, pattern):
-        if any(unit & layers not in (set(), unit) for unit in units):
+        if _cuts(layers, units):
             said = "".join(
                 f", --{name.replace('_', '-')} is {getattr(scmoe, name)}"
                 for name in ("shortcut_span", "moe_share_groups")
@@ -42,6 +39,40 @@ def check_pipeline(scmoe: ScMoEConfig, config: TransformerConfig, pattern: str) 
                 f"a pipeline stage holds whole groups, spans and shared MoEs: {name} would hold the layers "
                 f"{sorted(layers)}{of_blocks}{said}; {fix}"
             )
+
+
+def check_recompute(scmoe: ScMoEConfig, config: TransformerConfig, pattern: str) -> None:
+    """Raise ConfigError where block recompute would end inside a span, whose last layer runs it: it would be left out.
+
+    The arguments are those of ``check_pipeline``.
+    """
+    if config.recompute_granularity != "full" or config.recompute_method != "block":
+        return
+    spans = _units(scmoe.groups(config.num_layers, pattern), scmoe.shortcut_span)
+    of_stages = [sorted(layers) for _, layers in _stages(config, pattern)]
+
+    def ends_inside(count: int) -> bool:
+        return any(_cuts(set(layers[:count]), spans) for layers in of_stages)
+
+    count = config.recompute_num_layers or 0
+    if ends_inside(count):
+        whole = next(number for number in itertools.count(count) if not ends_inside(number))
+        where = f"--hybrid-layer-pattern is {pattern}" if pattern else f"--moe-every is {scmoe.moe_every}"
+        raise ConfigError(
+            "a group, or span of groups, is recomputed as a whole, with its last layer: --recompute-method is block, "
+            f"--recompute-num-layers is {count}, {where} and --shortcut-span is {scmoe.shortcut_span}; use "
+            f"--recompute-num-layers {whole}"
+        )
+
+
+def _units(groups: Iterable[Group], together: int) -> list[set[int]]:
+    """The layers of so many neighbouring groups each."""
+    return [{layer for group in unit for layer in group.layers} for unit in itertools.batched(groups, together)]
+
+
+def _cuts(layers: set[int], units: list[set[int]]) -> bool:
+    """Whether ``layers`` are a part of a unit."""
+    return any(unit & layers not in (set(), unit) for unit in units)
 
 
 def _stages(config: TransformerConfig, pattern: str) -> Iterator[tuple[str, set[int]]]:

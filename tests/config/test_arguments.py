@@ -114,6 +114,16 @@ REFUSED = {
     "--hybrid-layer-pattern *-*E/*E": ["has no tokens for prediction layers", "what begins with its /"],
     "--hybrid-layer-pattern G-*E": ["layer G needs kernels", "--transformer-impl is local"],
     "--hybrid-layer-pattern *-*E --moe-every 1": ["says where an MoE is", "drop --moe-every"],
+    "--hybrid-layer-pattern M*-E*-*E --num-layers 8 --recompute-granularity full --recompute-method block"
+    " --recompute-num-layers 2": ["recomputed as a whole", "is M*-E*-*E and --shortcut-span is 1", "-num-layers 4"],
+    "--hybrid-layer-pattern M-EM-E --num-layers 6 --recompute-granularity selective": [
+        "--recompute-modules has core_attn",
+        "M-EM-E has none of *+D; drop core_attn",
+    ],
+    "--hybrid-layer-pattern M*EM*E --num-layers 6 --recompute-granularity selective --recompute-modules mlp": [
+        "--recompute-modules has mlp",
+        "M*EM*E has none of -; drop mlp",
+    ],
     "--use-distributed-optimizer --save /nowhere --save-interval 1": [
         "fp32 moments",
         "--use-distributed-optimizer is set",
@@ -250,6 +260,22 @@ def test_refused_where_a_hybrid_model_is_cut_in_the_wrong_place(pattern, flag, w
 ACCEPTED = [
     SCMOE,
     with_flags(SCMOE, "--hybrid-layer-pattern M*-E*-*E", "--num-layers 8", "--mamba-num-groups 1"),
+    with_flags(
+        SCMOE,
+        "--hybrid-layer-pattern M*-E*-*E",
+        "--num-layers 8",
+        "--mamba-num-groups 1",
+        "--recompute-activations",
+    ),
+    with_flags(
+        SCMOE,
+        "--hybrid-layer-pattern M*-E*-*E-",
+        "--num-layers 9",
+        "--mamba-num-groups 1",
+        "--recompute-granularity full",
+        "--recompute-method block",
+        "--recompute-num-layers 4",
+    ),
     with_flags(DGMOE, "--moe-share-groups 2"),
     STOCK,
     STOCK_SHARED_EXPERT,

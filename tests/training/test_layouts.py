@@ -5,8 +5,10 @@ docs/parallelism.md is the table of what this file tries. Tests marked ``full`` 
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +79,13 @@ COMMON += ["--dist-ckpt-optim-fully-reshardable", "--hidden-dropout 0", "--atten
 COMMON += ["--override-opt-param-scheduler", "--make-vocab-size-divisible-by 8"]
 ARCHITECTURES = {"scmoe": with_flags(SCMOE, *COMMON), "dgmoe": with_flags(DGMOE, *COMMON)}
 STOCK = with_flags(STOCK_SHARED_EXPERT, *COMMON, "--moe-layer-freq [0,1]*4")
+PATTERNS = {
+    # hybrid model -> its layers, in the pieces that interleaved stages hold; groups of three to six, and rests behind
+    "hybrid-mamba": ("M*-E", "-M*E", "M-E", "*ME-M"),
+    "hybrid": ("*-*E", "-*E", "*-*-*E", "*-*E-"),
+}
+UNTIED = "--untie-embeddings-and-output-weights"  # tied ones end a gradient bucket, with Mamba's odd sizes in padding
+MAMBA = ("--mamba-num-heads 4", "--mamba-head-dim 8", "--mamba-state-dim 8", "--mamba-num-groups 2")
 LATENT = "--multi-latent-attention --qk-head-dim 8 --qk-pos-emb-head-dim 8 --v-head-dim 8 --kv-lora-rank 8"
 LONGCAT = f"{LATENT} --q-lora-rank 16 --qk-layernorm --rope-type rope --latent-scaling longcat --shortcut-combine add"
 LONGCAT += " --router longcat --zero-experts 2 --moe-router-topk 3 --moe-router-topk-scaling-factor 6.0"
@@ -97,6 +106,8 @@ MODELS = {
     "latent-experts": with_flags(LATENT_EXPERTS, "--init-method-std 0.4"),
     "latent-experts that move": with_flags(LATENT_EXPERTS, "--init-method-std 0.2"),
     "longcat": with_flags(ARCHITECTURES["scmoe"], *("--" + change for change in LONGCAT[2:].split(" --"))),
+    "hybrid-mamba": with_flags(without_flag(ARCHITECTURES["scmoe"], "--num-layers"), UNTIED, *MAMBA),
+    "hybrid": with_flags(without_flag(ARCHITECTURES["dgmoe"], "--num-layers"), UNTIED),
 }
 BALANCE_LOSSES = {
     # kind -> the name under which Core logs it
@@ -116,6 +127,8 @@ QUICK = {
     "scmoe": {"tp2 ep2", "expert tp2 ep2", "pp2 interleaved", "accumulation of 8", "dp2 plain optimizer"}
     | {"dp2 overlapped gather", "recompute mlp"},
     "dgmoe": {"pp2 ep2", "recompute full uniform"},
+    "hybrid-mamba": {"tp2 ep2"},
+    "hybrid": {"pp2 interleaved"},
 }
 """Layouts of ``make test``; the others are of ``make test-full``."""
 
@@ -135,7 +148,7 @@ class Result(NamedTuple):
 
 
 def train(flags: list[str]) -> Result:
-    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -145,7 +158,7 @@ def train(flags: list[str]) -> Result:
     splits: list[list[int]] = []
     counts: list[list[int]] = []
     logits_of: dict[tuple[int, ...], torch.Tensor] = {}
-    preprocess, compute_loss = MoEAlltoAllTokenDispatcher.preprocess, GPTModel.compute_language_model_loss
+    preprocess, compute_loss = MoEAlltoAllTokenDispatcher.preprocess, LanguageModule.compute_language_model_loss
 
     def recorded_preprocess(self, *args):
         result = preprocess(self, *args)
@@ -162,7 +175,7 @@ def train(flags: list[str]) -> Result:
         return compute_loss(self, labels, logits)
 
     MoEAlltoAllTokenDispatcher.preprocess = recorded_preprocess
-    GPTModel.compute_language_model_loss = recorded_loss
+    LanguageModule.compute_language_model_loss = recorded_loss
     printed = training.train(flags)
     return Result(printed, 0 if "exit code" in printed else get_num_microbatches(), splits, counts, logits_of)
 
@@ -181,7 +194,19 @@ def flags_of(model: str, layout: str, *more: str) -> list[str]:
     flags = MODELS[model]
     if "plain optimizer" in layout:
         flags = without_flag(flags, "--use-distributed-optimizer")
-    return with_flags(flags, *changes(LAYOUTS[layout][1]), *more)
+    flags = with_flags(flags, *changes(LAYOUTS[layout][1]), *more)
+    return in_pattern(flags, PATTERNS[model]) if model in PATTERNS else flags
+
+
+def in_pattern(flags: list[str], pieces: Sequence[str]) -> list[str]:
+    """What ``flags`` say of blocks, said of a hybrid model's layers: where stages are cut, and what is recomputed."""
+    num_stages = 2 if "--pipeline-model-parallel-size" in flags else 1
+    if (interleaved := "--num-layers-per-virtual-pipeline-stage") in flags:
+        flags, num_stages = without_flag(flags, interleaved), len(pieces)
+    if "block" in flags:
+        flags = with_flags(flags, f"--recompute-num-layers {len(pieces[0])}")
+    stages = ["".join(stage) for stage in itertools.batched(pieces, len(pieces) // num_stages)]
+    return with_flags(flags, f"--hybrid-layer-pattern {'|'.join(stages)}")
 
 
 class Continued(NamedTuple):
@@ -248,7 +273,7 @@ def started(folder: Path, model: str, *variants: str) -> Start:
 
 @pytest.mark.parametrize(
     ("model", "layout"),
-    [case(a, layout, quick=layout in QUICK[a]) for a in ARCHITECTURES for layout in LAYOUTS if layout not in NOT_THESE],
+    [case(a, layout, quick=layout in QUICK[a]) for a in QUICK for layout in LAYOUTS if layout not in NOT_THESE],
 )
 def test_layout_agrees_with_one_rank(start_of, model, layout):
     start = start_of(model)
@@ -278,7 +303,7 @@ def test_most_layouts_accumulate_gradients():
     assert [layout for layout, number in numbers.items() if number == 1] == ["ep4", "no accumulation"]
 
 
-@pytest.mark.parametrize("model", ARCHITECTURES)
+@pytest.mark.parametrize("model", QUICK)
 def test_another_step_would_be_noticed(start_of, model):
     """Negative control: consecutive steps differ by far more than the tolerance."""
     start = start_of(model)
@@ -295,7 +320,8 @@ BF16_LAYOUTS = ("ep2", "tp2 ep2", "pp2 interleaved", "dp2 overlapped gather", "e
         case(f"{a} bf16", layout, quick=a == "scmoe" and layout == "tp2 ep2")
         for a in ARCHITECTURES
         for layout in BF16_LAYOUTS
-    ],
+    ]
+    + [case("hybrid-mamba bf16", layout, quick=False) for layout in ("tp2 ep2", "pp2 interleaved")],
 )
 def test_bf16_layout_agrees_with_one_rank(start_of, model, layout):
     start = start_of(model)
@@ -458,7 +484,8 @@ QUICK_AUX = {("dgmoe", "tp2 sp")}
 
 @pytest.mark.parametrize(
     ("model", "layout"),
-    [case(f"{a} aux_loss", layout, quick=(a, layout) in QUICK_AUX) for a in ARCHITECTURES for layout in AUX_LAYOUTS],
+    [case(f"{a} aux_loss", layout, quick=(a, layout) in QUICK_AUX) for a in ARCHITECTURES for layout in AUX_LAYOUTS]
+    + [case("hybrid-mamba aux_loss", layout, quick=False) for layout in ("tp2 ep2", "pp2 ep2 interleaved")],
 )
 def test_balance_loss_agrees_with_one_rank(start_of, model, layout):
     """The logged balance loss too. Core computes it over one micro-batch, of which these layouts make no other size."""
@@ -616,7 +643,8 @@ def saved(tmp_path_factory):
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("architecture", "source", "target"),
-    [case(a, *move, quick=True) for a in ARCHITECTURES for move in MOVES],
+    [case(a, *move, quick=True) for a in ARCHITECTURES for move in MOVES]
+    + [case(model, *move, quick=True) for model in PATTERNS for move in MOVES[::2]],  # the next one of its family
 )
 def test_save_at_one_layout_load_at_another(saved, tmp_path, architecture, source, target):
     """At other widths, and one of make test: tests/training/test_widths.py."""
@@ -631,6 +659,30 @@ def assert_same_logits(found: dict[tuple[int, ...], torch.Tensor], expected: dic
     assert found and found.keys() == expected.keys()
     for key, logits in found.items():
         torch.testing.assert_close(logits, expected[key], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def train_with_whole_projections(flags: list[str]) -> Result:
+    """``train`` where a tensor-parallel rank saves its rows of z, x, B, C and dt of a Mamba layer in one piece."""
+    from megatron.core.ssm import mamba_mixer
+
+    mamba_mixer._split_tensor_factory = lambda tensor, *_args: tensor
+    return train(flags)
+
+
+@pytest.mark.full
+def test_projections_of_mamba_in_one_piece_are_noticed(tmp_path):
+    """Negative control of the moves: on one rank the rows would lie in another order."""
+    scalars = []
+    saving, loading = [f"--save {tmp_path}/save", "--save-interval 2"], [f"--load {tmp_path}/save"]
+    for layout, folder in (("tp2 sp", saving), ("ep2", loading)):
+        log = tmp_path / layout.replace(" ", "-")
+        more = [WIDE, "--train-iters 4", f"--tensorboard-dir {log}"]
+        flags = flags_of("hybrid-mamba", layout, *more, *folder)
+        ranks.run(train_with_whole_projections, 2, flags, timeout_s=180)
+        (tmp_path / "save" / "latest_checkpointed_iteration.txt").write_text("2")
+        scalars.append(training.scalars(log, *NAMES))
+    through, found = scalars
+    assert found["grad-norm"][3] != pytest.approx(through["grad-norm"][3], rel=10 * TOLERANCE)
 
 
 REFUSED_MOVES = {
