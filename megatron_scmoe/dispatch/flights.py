@@ -47,6 +47,7 @@ class Flight:
     def run_experts(self) -> None:
         """Wait for the rows of this rank's experts, run these, and send their outputs back."""
         arrived = self._cargo.unpack(self._finish())
+        token_dispatcher.sort_plainly_if_empty(self._dispatcher)
         rows, rows_per_expert, weights = self._dispatcher.dispatch_postprocess(*arrived)
         self._begin(EXPERTS)
         output, bias = self._moe.experts(rows, rows_per_expert, weights)

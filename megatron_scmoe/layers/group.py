@@ -28,6 +28,7 @@ from megatron_scmoe.contracts import DenseOp, Stream
 from megatron_scmoe.layers.gating import CoefficientGate
 from megatron_scmoe.layers.span import GroupSpan
 from megatron_scmoe.mcore import blocks
+from megatron_scmoe.mcore.padding import mask_of_rank
 from megatron_scmoe.overlap.plan import ADD, ATTENTION, MAMBA, SHARED_EXPERT
 from megatron_scmoe.overlap.plan import MLP as MLP_OP
 
@@ -146,7 +147,8 @@ class GroupBlock(TransformerLayer):
         """Run the span on ``hidden_states`` [s, b, h], if it is this block's; returns its output and ``context``.
 
         Raises:
-            ValueError: for packed sequences, whose boundaries the routers of a group do not see.
+            ValueError: for packed sequences, whose boundaries the routers of a group do not see, and for a padding mask
+                that Core would read wrongly.
         """
         if packed_seq_params is not None:
             raise ValueError(_PACKED)
@@ -154,7 +156,8 @@ class GroupBlock(TransformerLayer):
             return hidden_states, context
         inputs = blocks.AttentionInputs(**attention_inputs)
         plan = self.span.plan if self.training else self.span.forward_plan
-        return self.span.run(hidden_states, inputs, blocks.sequence_first(padding_mask), plan), context
+        mask = mask_of_rank(padding_mask, hidden_states, self.moe.router)
+        return self.span.run(hidden_states, inputs, mask, plan), context
 
     def read(self, op: DenseOp, stream: Stream) -> tuple[Tensor, Tensor | None]:
         """What routed experts of the group read at ``op``, [s, b, h], and what the op reads; None if not known yet."""

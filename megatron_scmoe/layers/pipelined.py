@@ -18,6 +18,7 @@ from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
 from megatron_scmoe.dispatch.exchange import Tag
 from megatron_scmoe.dispatch.flights import Flights
 from megatron_scmoe.mcore import blocks
+from megatron_scmoe.mcore.padding import mask_of_rank
 from megatron_scmoe.overlap.observe import BEGIN, END, Marker
 from megatron_scmoe.overlap.plan import ADD, ROUTE, SHARED_EXPERT
 
@@ -61,7 +62,7 @@ class PipelinedMoELayer(MoELayer):
         marker.in_backward(END, hidden_states)
         plan = self.plan if self.training else self.forward_plan
         marker.now(ROUTE, call=0)
-        probs, routing_map = self.route(hidden_states, blocks.sequence_first(padding_mask))
+        probs, routing_map = self.route(hidden_states, mask_of_rank(padding_mask, hidden_states, self.router))
         marker.in_backward(ROUTE, probs, call=0)
         marker.load(probs, routing_map, self.router.topk)
         tag = Tag(marker)

@@ -18,6 +18,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_scmoe.mcore.padding import RouterOfPadded
+
 
 class Routing(NamedTuple):
     """What one gate decided for n tokens and e experts.
@@ -146,7 +148,7 @@ class ZeroRouting(NamedTuple):
         return (tokens * self.zero_weights.view(*tokens.shape[:-1], 1)).to(tokens.dtype)
 
 
-class LongcatRouter(TopKRouter):
+class LongcatRouter(RouterOfPadded):
     """LongCat-Flash's router (arXiv 2509.01322, section 2.1): softmax, bias, zero experts.
 
     ::

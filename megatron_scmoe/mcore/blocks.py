@@ -107,11 +107,6 @@ def add_mlp_output(
     return layer._forward_post_mlp(output_with_bias, _residual(layer, hidden_states))
 
 
-def sequence_first(padding_mask: Tensor | None) -> Tensor | None:
-    """A padding mask [b, s] in the layout that routers expect, [s, b]; True marks padding."""
-    return None if padding_mask is None else padding_mask.transpose(0, 1).bool()
-
-
 def _residual(layer: TransformerLayer | MambaLayer, hidden_states: Tensor) -> Tensor:
     return hidden_states.float() if layer.config.fp32_residual_connection else hidden_states
 
@@ -152,3 +147,14 @@ def let_expert_biases_move(model: torch.nn.Module) -> None:
     """
     config: Any = model.config
     config.moe_router_enable_expert_bias = True
+
+
+def split_sinks_with_heads(model: torch.nn.Module) -> None:
+    """Say of the learnable attention sinks of ``model`` that each tensor-parallel rank has other ones, as of its heads.
+
+    Core 0.19.2 does not, and leaves those of all ranks but the first out of the norm that gradients are clipped by.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(".softmax_offset"):
+            sinks: Any = parameter
+            sinks.tensor_model_parallel, sinks.partition_dim, sinks.partition_stride = True, 0, 1

@@ -101,6 +101,17 @@ def split_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> tuple[list[int] | None
     return dispatcher.input_splits.tolist(), dispatcher.output_splits.tolist()
 
 
+def sort_plainly_if_empty(dispatcher: MoEAlltoAllTokenDispatcher) -> None:
+    """Let ``dispatcher``, to whom no rows came, sort them by plain code, on the way in and out.
+
+    Transformer Engine's fused sort (--moe-permute-fusion) ends with an error there, or in backward (upstream 1877).
+    """
+    _, receive_rows = split_rows(dispatcher)
+    if dispatcher.config.moe_permute_fusion and receive_rows is not None and not any(receive_rows):
+        dispatcher.config = copy.copy(dispatcher.config)
+        dispatcher.config.moe_permute_fusion = False
+
+
 def num_rows_to_send(dispatcher: MoEAlltoAllTokenDispatcher) -> int:
     """Rows that this rank sends after ``exchange_row_counts``, those for its own experts included."""
     send_rows, _ = split_rows(dispatcher)

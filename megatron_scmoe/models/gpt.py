@@ -43,6 +43,7 @@ class ScMoEGPTModelBuilder(GPTModelBuilder):
     ) -> GPTModel:
         """Build one (virtual) pipeline stage; the arguments are those of Core's builder."""
         model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
+        blocks.split_sinks_with_heads(model)
         scmoe = self._model_config.scmoe
         link(list(model.decoder.layers), scmoe)
         if scmoe.router is Router.LONGCAT:

@@ -84,6 +84,7 @@ class ScMoEHybridModelBuilder(HybridModelBuilder):
         config = self._model_config
         config.hybrid_stack_spec = config.stack_spec(config)
         model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
+        blocks.split_sinks_with_heads(model)
         if config.scmoe.router is Router.LONGCAT:
             blocks.let_expert_biases_move(model)
         return model

@@ -19,6 +19,7 @@ from megatron.core.post_training.modelopt.layers import Norm
 from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder, WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -29,6 +30,7 @@ from megatron_scmoe.layers.attention import LatentCoreAttention, LatentSelfAtten
 from megatron_scmoe.layers.pipelined import PipelinedMoELayer
 from megatron_scmoe.layers.router import DualGateRouter, LongcatRouter
 from megatron_scmoe.mcore.norm import SequenceParallelNorm
+from megatron_scmoe.mcore.padding import RouterOfPadded
 
 
 def with_moe_of_group(
@@ -40,8 +42,9 @@ def with_moe_of_group(
     if scmoe.shortcut is Shortcut.DGMOE:
         return dataclasses.replace(submodules, mlp=_with_two_gates(submodules.mlp))
     if scmoe.router is Router.LONGCAT:
-        return dataclasses.replace(submodules, mlp=_with_longcat_router(submodules.mlp, scmoe.zero_experts))
-    return submodules
+        router = functools.partial(LongcatRouter, zero_experts=scmoe.zero_experts)
+        return dataclasses.replace(submodules, mlp=_with_router(submodules.mlp, router))
+    return dataclasses.replace(submodules, mlp=_with_router(submodules.mlp, RouterOfPadded))
 
 
 def with_pipelined_moe(submodules: TransformerLayerSubmodules, scmoe: ScMoEConfig) -> TransformerLayerSubmodules:
@@ -49,8 +52,9 @@ def with_pipelined_moe(submodules: TransformerLayerSubmodules, scmoe: ScMoEConfi
     mlp = submodules.mlp
     if getattr(mlp, "func", None) is not MoELayer:
         return submodules
+    moe = _with_router(mlp, RouterOfPadded)
     return dataclasses.replace(
-        submodules, mlp=functools.partial(PipelinedMoELayer, *mlp.args, scmoe=scmoe, **mlp.keywords)
+        submodules, mlp=functools.partial(PipelinedMoELayer, *moe.args, scmoe=scmoe, **moe.keywords)
     )
 
 
@@ -162,8 +166,7 @@ def _with_two_gates(moe: functools.partial) -> functools.partial:
     return functools.partial(_build_top1, moe.func, submodules=submodules)
 
 
-def _with_longcat_router(moe: functools.partial, zero_experts: int) -> functools.partial:
-    router = functools.partial(LongcatRouter, zero_experts=zero_experts)
+def _with_router(moe: functools.partial, router: Callable[..., TopKRouter]) -> functools.partial:
     submodules = dataclasses.replace(moe.keywords["submodules"], router=router)
     return functools.partial(moe.func, *moe.args, **{**moe.keywords, "submodules": submodules})
 

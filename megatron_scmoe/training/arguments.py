@@ -179,7 +179,7 @@ def _validate(
     script_rules.check_chunks(args, scmoe)
     if scmoe.enabled:
         config = _by_megatrons_rules(core_transformer_config_from_args, args)
-        for check in (stage_rules.check_pipeline, stage_rules.check_recompute):
+        for check in (stage_rules.check_pipeline, stage_rules.check_recompute, stage_rules.check_balance_losses):
             check(scmoe, config, args.hybrid_layer_pattern or "")
     saved = resume.check(args, scmoe, scmoe_config_from_args)
     if scmoe.overlap is Overlap.ADAPTIVE:

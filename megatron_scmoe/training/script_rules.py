@@ -39,6 +39,7 @@ def check_hooks(args: Namespace, *, needs_transformer_engine: bool = True) -> No
     """
     for refusal in refused_flags.HOOK_REFUSALS:
         refusal.check(args)
+    _check_loss_mask(args)
     _check_document_flags(args)
     _check_pattern(args)
     if args.full_validation and not args.multiple_validation_sets:
@@ -122,6 +123,15 @@ def _check_pattern(args: Namespace) -> None:
         hybrid_rules.check_layers(args)
         hybrid_rules.check_cuts(args)
         hybrid_rules.check_recomputation(args)
+
+
+def _check_loss_mask(args: Namespace) -> None:
+    if args.context_parallel_size > 1 and args.eod_mask_loss and not args.calculate_per_token_loss:
+        raise ConfigError(
+            "Core averages a loss over the tokens of each context-parallel rank, and then over these, so that a token "
+            f"counts by where it is: --context-parallel-size is {args.context_parallel_size} and --eod-mask-loss is "
+            "set; add --calculate-per-token-loss, or drop --eod-mask-loss"
+        )
 
 
 def _check_document_flags(args: Namespace) -> None:

@@ -65,6 +65,32 @@ def check_recompute(scmoe: ScMoEConfig, config: TransformerConfig, pattern: str)
         )
 
 
+def check_balance_losses(scmoe: ScMoEConfig, config: TransformerConfig, pattern: str) -> None:
+    """Raise ConfigError where a rank of the pipeline has no MoE, and balance losses are logged.
+
+    Core sums them over the stages in tensors whose size is the number of all layers where there is an MoE, and of the
+    pattern's MoEs where there is none (0.19.2). The arguments are those of ``check_pipeline``.
+    """
+    losses = {"--moe-aux-loss-coeff": config.moe_aux_loss_coeff, "--moe-z-loss-coeff": config.moe_z_loss_coeff}
+    if not pattern or not any(map(_is_positive, losses.values())):
+        return
+    carriers = {group.layers[-1] for group in scmoe.groups(config.num_layers, pattern)}
+    of_stages = [layers for _, layers in _stages(config, pattern)]
+    size = config.pipeline_model_parallel_size
+    for rank in range(size):
+        if not any(carriers & layers for layers in of_stages[rank::size]):
+            said = " and ".join(f"{flag} is {value}" for flag, value in losses.items())
+            raise ConfigError(
+                "Core sums balance losses over pipeline stages that each have an MoE: --hybrid-layer-pattern is "
+                f"{pattern}, whose stage {rank} has none, {said}; move its cuts, or use --moe-aux-loss-coeff 0 and no "
+                "--moe-z-loss-coeff"
+            )
+
+
+def _is_positive(coefficient: float | list[float] | None) -> bool:
+    return any(coefficient) if isinstance(coefficient, list) else bool(coefficient)
+
+
 def _units(groups: Iterable[Group], together: int) -> list[set[int]]:
     """The layers of so many neighbouring groups each."""
     return [{layer for group in unit for layer in group.layers} for unit in itertools.batched(groups, together)]
