@@ -71,10 +71,12 @@ class InertEvent:
 
 def factory_on_cpu(original: Any) -> Any:
     def factory(*args: Any, **kwargs: Any) -> torch.Tensor:
-        # Only the literal device='cuda' is redirected and counted; every other call passes through unchanged.
+        # Only the literal device='cuda' and pinned memory are redirected and counted; other calls pass unchanged.
         if str(kwargs.get("device")).partition(":")[0] == "cuda":
             calls[f"torch.{original.__name__}"] += 1
             kwargs["device"] = "cpu"
+        if kwargs.pop("pin_memory", False):
+            calls[f"torch.{original.__name__}"] += 1
         return original(*args, **kwargs)
 
     return functools.update_wrapper(factory, original)

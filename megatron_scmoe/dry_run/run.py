@@ -52,12 +52,6 @@ def estimate() -> tuple[Namespace, list[Stage], list[str]]:
 def _check_known(args: Namespace, scmoe: ScMoEConfig) -> None:
     if args.spec is not None:
         raise ConfigError(f"a dry run builds Megatron's own blocks: --spec is {' '.join(args.spec)}; drop it")
-    if args.context_parallel_size > 1:
-        raise ConfigError(
-            "Core pins memory for context parallelism, which takes a GPU: --context-parallel-size is "
-            f"{args.context_parallel_size}; use 1 with --seq-length {args.seq_length // args.context_parallel_size} "
-            "for a dry run, whose activations are those of one rank"
-        )
     if scmoe.compresses:
         raise ConfigError(
             f"how many centroids travel is up to the data: --a2a-codec is {scmoe.a2a_codec} in a dry run; use "

@@ -1,18 +1,16 @@
-"""What multi-latent attention lacks in Core: a core attention for the local spec, its gradient there under tensor
-parallelism, and LongCat-Flash's scaled latents.
+"""What multi-latent attention lacks in Core beside a core attention for the local spec (``core_attention.py``): its
+gradient there under tensor parallelism, and LongCat-Flash's scaled latents.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -52,36 +50,3 @@ def longcat_norm(build: LayerNormBuilder) -> LayerNormBuilder:
         return norm
 
     return scaled
-
-
-class LatentCoreAttention(DotProductAttention):
-    """Core's dot-product attention for heads whose values have another size than their queries and keys.
-
-    Multi-latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) names the two sizes, which Core's local core
-    attention does not take.
-
-    Args:
-        k_channels: size of a head's queries and keys. Only the scale depends on it, which the caller gives.
-        v_channels: size of a head's values, and so of its output; None for Core's head size (Core builds an attention
-            once more than it uses it, without these two).
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        *args: Any,
-        k_channels: int | None = None,
-        v_channels: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(config, *args, **kwargs)
-        if v_channels is not None:
-            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Attend with query and key [s, b, heads, k_channels] and value [s, b, heads, v_channels].
-
-        Keys and values come as parts of one projection, which Core's views cannot take as they lie. Returns
-        [s, b, heads * v_channels].
-        """
-        return super().forward(query, key.contiguous(), value.contiguous(), *args, **kwargs)

@@ -15,7 +15,8 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron_scmoe.config import Router, ScMoEConfig
 from megatron_scmoe.layers.group import link
 from megatron_scmoe.mcore import blocks
-from megatron_scmoe.models.specs import pipelined_block_spec, shortcut_block_spec
+from megatron_scmoe.mcore.packing import packs_sequences
+from megatron_scmoe.models.specs import local_block_spec, pipelined_block_spec, shortcut_block_spec
 
 
 @dataclass(kw_only=True)
@@ -52,12 +53,18 @@ class ScMoEGPTModelBuilder(GPTModelBuilder):
 
 
 def model_config_from_args(args: Namespace, scmoe: ScMoEConfig) -> GPTModelConfig:
-    """The model that ``args`` describe: ours where a shortcut is set, else Core's own, untouched."""
+    """The model that ``args`` describe: ours where a shortcut is set, else Core's own.
+
+    Core's own is untouched but for the core attention of the local spec, where sequences are cut or packed.
+    """
     if scmoe.replaces_stock_moe:
         return with_chunks(gpt_config_from_args(args), scmoe)
-    if not scmoe.enabled:
-        return gpt_config_from_args(args)
-    return with_shortcut(gpt_config_from_args(args, model_config_cls=ScMoEGPTModelConfig), scmoe)
+    if scmoe.enabled:
+        return with_shortcut(gpt_config_from_args(args, model_config_cls=ScMoEGPTModelConfig), scmoe)
+    config = gpt_config_from_args(args)
+    if args.transformer_impl == "local" and (args.context_parallel_size > 1 or packs_sequences(args)):
+        config.transformer_layer_spec = local_block_spec
+    return config
 
 
 def with_chunks(config: GPTModelConfig, scmoe: ScMoEConfig) -> GPTModelConfig:

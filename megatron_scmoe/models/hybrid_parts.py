@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_scmoe.config import ConfigError
+from megatron_scmoe.layers.core_attention import LocalCoreAttention
 from megatron_scmoe.mcore.norm import SequenceParallelNorm
 from megatron_scmoe.models import submodules as parts
 
@@ -41,7 +42,7 @@ def local_submodules(config: TransformerConfig) -> HybridStackSubmodules:
     column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
     attention = SelfAttentionSubmodules(
         linear_qkv=column,
-        core_attention=backend.core_attention(),
+        core_attention=LocalCoreAttention,
         linear_proj=row,
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
@@ -52,7 +53,7 @@ def local_submodules(config: TransformerConfig) -> HybridStackSubmodules:
         linear_q_up_proj=column,
         linear_kv_down_proj=column,
         linear_kv_up_proj=column,
-        core_attention=backend.core_attention(),
+        core_attention=LocalCoreAttention,
         linear_proj=row,
         q_layernorm=qk_norm,
         kv_layernorm=qk_norm,

@@ -37,6 +37,8 @@ def shortcut_block_spec(
         for spec, block in zip(block_spec.layer_specs, blocks, strict=True)
     ]
     block_spec = dataclasses.replace(block_spec, layer_specs=layer_specs)
+    if not fused:
+        block_spec = _each_layer(block_spec, parts.with_local_core_attention)
     if config.sequence_parallel:
         block_spec = _each_layer(block_spec, parts.with_sequence_parallel_norms)
         block_spec = dataclasses.replace(block_spec, layer_norm=parts.sequence_parallel_norm(block_spec.layer_norm))
@@ -55,7 +57,23 @@ def pipelined_block_spec(
         vp_stage: virtual pipeline stage, None without interleaving.
         scmoe: chunks, overlap and codec.
     """
-    return _each_layer(default_layer_spec(model_config, vp_stage), partial(parts.with_pipelined_moe, scmoe=scmoe))
+    block_spec = _each_layer(default_layer_spec(model_config, vp_stage), partial(parts.with_pipelined_moe, scmoe=scmoe))
+    if model_config.transformer.transformer_impl == "local":
+        block_spec = _each_layer(block_spec, parts.with_local_core_attention)
+    return block_spec
+
+
+def local_block_spec(model_config: GPTModelConfig, vp_stage: int | None) -> TransformerBlockSubmodules | ModuleSpec:
+    """Core's own blocks of the local spec with our core attention; without experts, Core has one spec for all of them.
+
+    Args:
+        model_config: Core's model configuration; its own spec is the start.
+        vp_stage: virtual pipeline stage, None without interleaving.
+    """
+    spec = default_layer_spec(model_config, vp_stage)
+    if isinstance(spec, ModuleSpec):
+        return dataclasses.replace(spec, submodules=parts.with_local_core_attention(spec.submodules))
+    return _each_layer(spec, parts.with_local_core_attention)
 
 
 def _each_layer(

@@ -26,7 +26,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_scmoe.config import LatentScaling, Router, ScMoEConfig, Shortcut
-from megatron_scmoe.layers.attention import LatentCoreAttention, LatentSelfAttention, longcat_norm
+from megatron_scmoe.layers.attention import LatentSelfAttention, longcat_norm
+from megatron_scmoe.layers.core_attention import LocalCoreAttention
 from megatron_scmoe.layers.pipelined import PipelinedMoELayer
 from megatron_scmoe.layers.router import DualGateRouter, LongcatRouter
 from megatron_scmoe.mcore.norm import SequenceParallelNorm
@@ -73,6 +74,13 @@ def with_sequence_parallel_norms(submodules: TransformerLayerSubmodules) -> Tran
     )
 
 
+def with_local_core_attention(submodules: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    """The layer of the local spec with an attention that knows parts of sequences, documents and latents."""
+    attention = submodules.self_attention
+    parts = dataclasses.replace(attention.submodules, core_attention=LocalCoreAttention)
+    return dataclasses.replace(submodules, self_attention=dataclasses.replace(attention, submodules=parts))
+
+
 def with_latent_attention(
     submodules: TransformerLayerSubmodules, scmoe: ScMoEConfig, *, fused: bool
 ) -> TransformerLayerSubmodules:
@@ -85,8 +93,7 @@ def with_latent_attention(
     """
     attention = submodules.self_attention
     if not fused:
-        parts = dataclasses.replace(attention.submodules, core_attention=LatentCoreAttention)
-        attention = dataclasses.replace(attention, module=LatentSelfAttention, submodules=parts)
+        attention = dataclasses.replace(attention, module=LatentSelfAttention)
     if scmoe.latent_scaling is LatentScaling.LONGCAT:
         attention = _with_longcat_latents(attention, fused=fused)
     return dataclasses.replace(submodules, self_attention=attention)

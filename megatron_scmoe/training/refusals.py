@@ -209,11 +209,6 @@ def _check_two_gates(args: Namespace) -> None:
 
 
 def _check_parallelism(args: Namespace, scmoe: ScMoEConfig) -> None:
-    if args.transformer_impl == "local" and args.context_parallel_size > 1:
-        raise ConfigError(
-            "context parallelism needs Transformer Engine's attention: --context-parallel-size is "
-            f"{args.context_parallel_size} and --transformer-impl is local; use --transformer-impl transformer_engine"
-        )
     per_head_norms = args.qk_layernorm and not args.multi_latent_attention
     if args.transformer_impl == "local" and args.tensor_model_parallel_size > 1 and per_head_norms:
         raise ConfigError(

@@ -15,7 +15,7 @@ import torch
 
 from megatron_scmoe.config import ConfigError, ScMoEConfig, stages_of_pattern
 from megatron_scmoe.config.groups import BEHIND
-from megatron_scmoe.training import hybrid_rules, refused_flags
+from megatron_scmoe.training import hybrid_rules, refused_flags, sequence_rules
 
 _FOLDERS = (
     *("overlap_report", "save", "data_cache_path", "moe_routing_trace_path", "logits_save_dir", "ckpt_convert_save"),
@@ -40,6 +40,7 @@ def check_hooks(args: Namespace, *, needs_transformer_engine: bool = True) -> No
     for refusal in refused_flags.HOOK_REFUSALS:
         refusal.check(args)
     _check_loss_mask(args)
+    sequence_rules.check_sequences(args)
     _check_document_flags(args)
     _check_pattern(args)
     if args.full_validation and not args.multiple_validation_sets:

@@ -89,7 +89,6 @@ REFUSED = {
     "--recompute-granularity selective --recompute-modules core_attn layernorm": ["has layernorm", "drop layernorm"],
     "--moe-layer-freq [1,1,0,0]": ["--moe-layer-freq is [1, 1, 0, 0]", "--moe-every is 2", "drop --moe-layer-freq"],
     "--shortcut-combine add --moe-shared-expert-gate": ["cg1", "--shortcut-combine is add", "or drop"],
-    "--context-parallel-size 2": ["Transformer Engine's attention", "--context-parallel-size is 2", "is local"],
     "--tensor-model-parallel-size 2": ["--tensor-model-parallel-size is 2", "add --sequence-parallel"],
     "--tensor-model-parallel-size 2 --sequence-parallel --qk-layernorm": [
         "--qk-layernorm is set",
@@ -106,7 +105,6 @@ REFUSED = {
         "use --recompute-num-layers 4",
     ],
     "--shortcut-position farskip": ["behind every attention", "of group 0 is farskip", "the group has 3 ops"],
-    "--sft": ["--sft is True; drop it"],
     "--fim-data": ["--fim-data is True", "drop it"],
     "--hybrid-layer-pattern M*M*": ["a shortcut needs an MoE", "--hybrid-layer-pattern is M*M*", "put an E into it"],
     "--hybrid-layer-pattern *-*E*-*E": ["--num-layers is 4 and", "has 8; drop --num-layers"],

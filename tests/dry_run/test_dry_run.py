@@ -52,6 +52,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "padded capacity": (2, (EP2, "--moe-expert-capacity-factor 2.0", "--moe-pad-expert-input-to-capacity")),
     "chunks": (2, (EP2, "--overlap-chunks 2")),
     "latents": (2, (EP2, "--moe-latent-size 16")),
+    "cp2 ep2": (2, ("--context-parallel-size 2", EP2, "--use-distributed-optimizer")),
     "fused activations": (2, (EP2, "--cross-entropy-loss-fusion", "--moe-router-dtype fp32")),
 }
 QUICK = {"ep2 bf16 distributed optimizer", "pp2 interleaved", "recompute full uniform"}
@@ -222,10 +223,6 @@ REFUSED = {
     ),
     "a codec": (["--a2a-codec lsh"], "--a2a-codec is lsh in a dry run"),
     "blocks of another spec": (["--shortcut none", "--spec here there"], "--spec is here there"),
-    "context parallelism": (
-        ["--context-parallel-size 2", "--transformer-impl transformer_engine"],
-        "--context-parallel-size is 2; use 1 with --seq-length 32",
-    ),
     "an optimizer": (["--optimizer muon"], "--optimizer is muon"),
     "host memory": (
         ["--optimizer-cpu-offload", "--use-precision-aware-optimizer", "--use-distributed-optimizer"],

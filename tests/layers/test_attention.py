@@ -28,13 +28,13 @@ def attend() -> tuple[torch.Tensor, torch.Tensor]:
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_scmoe.layers.attention import LatentCoreAttention
+    from megatron_scmoe.layers.core_attention import LocalCoreAttention
 
     config = TransformerConfig(
         num_layers=1, hidden_size=12, num_attention_heads=HEADS, attention_dropout=0.0, masked_softmax_fusion=False
     )
     scale = 1 / math.sqrt(K_CHANNELS)
-    attention = LatentCoreAttention(
+    attention = LocalCoreAttention(
         config, 1, AttnMaskType.causal, "self", softmax_scale=scale, k_channels=K_CHANNELS, v_channels=V_CHANNELS
     )
     query = torch.randn(SEQ_LENGTH, BATCH_SIZE, HEADS, K_CHANNELS)

@@ -81,9 +81,18 @@ def test_transformer_engine_is_unfused_at_the_tap_alone(transformer_engine, case
 
 
 @pytest.mark.parametrize("case", TAPS)
-def test_local_spec_changes_the_layer_class_alone(local, case):
+def test_local_spec_changes_layer_and_core_attention_alone(local, case):
     for block, stock_block in zip(local[case]["ours"], local[case]["stock"], strict=True):
-        assert block | {"layer": ""} == stock_block | {"layer": ""}
+        changed = {"layer": "", "core_attention": ""}
+        assert block | changed == stock_block | changed
+        assert (block["core_attention"], stock_block["core_attention"]) == ("LocalCoreAttention", "DotProductAttention")
+
+
+@pytest.mark.parametrize("case", TAPS)
+def test_transformer_engine_attends_itself(transformer_engine, case):
+    """What runs in the local spec differs from its path in the core attention alone, and that is Core's."""
+    for specs in transformer_engine[case].values():
+        assert {block["core_attention"] for block in specs} == {"TEDotProductAttention"}
 
 
 @pytest.mark.parametrize("case", TAPS)

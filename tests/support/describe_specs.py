@@ -26,6 +26,7 @@ def by_name(spec) -> dict[str, object]:
         "layer": spec.module.__name__,
         "input_layernorm": name_of(submodules.input_layernorm),
         "linear_qkv": name_of(submodules.self_attention.submodules.linear_qkv),
+        "core_attention": name_of(submodules.self_attention.submodules.core_attention),
         "pre_mlp_layernorm": name_of(submodules.pre_mlp_layernorm),
         "linear_fc1": name_of(getattr(submodules.mlp.keywords["submodules"], "linear_fc1", None)),
         "keys": submodules.sharded_state_dict_keys_map,
