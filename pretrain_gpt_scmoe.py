@@ -70,12 +70,14 @@ from megatron.core.utils import (
 )
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_scmoe.config import ConfigError
 from megatron_scmoe.dry_run import run as dry_run
 from megatron_scmoe.job.start import joined
-from megatron_scmoe.mcore import fault_hooks, save_helpers
+from megatron_scmoe.mcore import fault_hooks, packing, save_helpers
+from megatron_scmoe.mcore.chats import ChatDataset
 from megatron_scmoe.mcore.datasets import HashedDataset, HashedDatasetConfig, dataset_prefixes, index_hashes
 from megatron_scmoe.models.container import model_config_from_args
 from megatron_scmoe.training import resume
@@ -86,23 +88,26 @@ _STRAGGLERS = StragglerDetector()  # Core's one of the process, which measures n
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
-def get_batch(data_iterator: Any, vp_stage: int | None, micro_batch_size: int) -> dict[str, torch.Tensor | None]:
+def get_batch(data_iterator: Any, vp_stage: int | None, micro_batch_size: int) -> dict[str, Any]:
     """The next micro-batch of b sequences, on this rank's device, cut for its tensor and context parallel rank.
 
     The keys are ``_BATCH_KEYS``; shapes [b, s / CP], the mask [b, 1, s / CP, s]. All are None on pipeline stages that
-    need no data, and each is None where a stage does not need it.
+    need no data, and each is None where a stage does not need it. Packed sequences lie behind one another, [1, b s],
+    and ``packed_seq_params`` says where documents begin, on every stage.
     """
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return dict.fromkeys(_BATCH_KEYS)
     args = get_args()
+    packs = packing.packs_sequences(args)  # of which attention reads on every stage where documents begin
+    if not (packs or is_first_or_last_pipeline_stage(vp_stage)):
+        return dict.fromkeys(_BATCH_KEYS)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
     if tp_rank == 0:
         sample = next(data_iterator)
-        batch = {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in _BATCH_KEYS}
+        keys = (*_BATCH_KEYS, *packing.BOUNDARY_KEYS)
+        batch = {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in keys}
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=packs,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
@@ -116,6 +121,8 @@ def get_batch(data_iterator: Any, vp_stage: int | None, micro_batch_size: int) -
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
     )
+    if packs:
+        return packing.as_one_sequence(batch, args.seq_length)
     batch = {key: batch.get(key) for key in _BATCH_KEYS}
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
 
@@ -181,7 +188,11 @@ def forward_step(
     timers("batch-generator", log_level=2).start()
     with _STRAGGLERS(bdata=True):
         size = args.micro_batch_size if model.training else args.eval_micro_batch_size
-        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), size)
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = get_batch(data_iterator, vp_stage, size)
+    packed = batch.get("packed_seq_params")
+    if packed is not None and model.training and not vp_stage:
+        update_seqlen_stats_from_cu_seqlens(packed.cu_seqlens_q)  # for the throughput that Megatron logs
     timers("batch-generator").stop()
     with _STRAGGLERS:
         output = model(
@@ -190,6 +201,7 @@ def forward_step(
             batch["attention_mask"],
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
+            packed_seq_params=packed,
         )
     # Megatron calls the loss on the last stage alone, where the mask is a tensor.
     return output, partial(loss_func, cast(torch.Tensor, batch["loss_mask"]))
@@ -223,6 +235,8 @@ def train_valid_test_datasets_provider(
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        inter_document_masking=args.dataloader_inter_document_masking,
+        context_parallel_size=args.context_parallel_size,
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
@@ -234,15 +248,16 @@ def train_valid_test_datasets_provider(
     print_rank_0("> building train, validation, and test datasets for GPT ...")
     with fault_hooks.section("data"):
         return BlendedMegatronDatasetBuilder(
-            MockGPTDataset if args.mock_data else HashedDataset,
+            ChatDataset if args.sft else MockGPTDataset if args.mock_data else HashedDataset,
             num_samples,
-            partial(_builds_datasets, vp_stage=vp_stage),
+            partial(_builds_datasets, args, vp_stage),
             config,
         ).build()
 
 
-def _builds_datasets(vp_stage: int | None) -> bool:
-    return parallel_state.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+def _builds_datasets(args: Any, vp_stage: int | None) -> bool:
+    reads = packing.packs_sequences(args) or is_first_or_last_pipeline_stage(vp_stage)
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and reads
 
 
 def main() -> None:

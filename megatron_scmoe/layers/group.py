@@ -32,8 +32,6 @@ from megatron_scmoe.mcore.padding import mask_of_rank
 from megatron_scmoe.overlap.plan import ADD, ATTENTION, MAMBA, SHARED_EXPERT
 from megatron_scmoe.overlap.plan import MLP as MLP_OP
 
-_PACKED = "packed sequences do not reach the routers of a group: call the model without packed_seq_params"
-
 
 class LeadingBlock(TransformerLayer):
     """A layer of a group before its last one: owns its parameters, and leaves running them to the last one.
@@ -141,22 +139,20 @@ class GroupBlock(TransformerLayer):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
-        packed_seq_params: None = None,
         **attention_inputs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the span on ``hidden_states`` [s, b, h], if it is this block's; returns its output and ``context``.
 
         Raises:
-            ValueError: for packed sequences, whose boundaries the routers of a group do not see, and for a padding mask
-                that Core would read wrongly.
+            ValueError: for a padding mask that Core would read wrongly.
         """
-        if packed_seq_params is not None:
-            raise ValueError(_PACKED)
         if self.span is None:
             return hidden_states, context
         inputs = blocks.AttentionInputs(**attention_inputs)
         plan = self.span.plan if self.training else self.span.forward_plan
         mask = mask_of_rank(padding_mask, hidden_states, self.moe.router)
+        if mask is not None:
+            mask = blocks.by_sample(mask, inputs.packed_seq_params)
         return self.span.run(hidden_states, inputs, mask, plan), context
 
     def read(self, op: DenseOp, stream: Stream) -> tuple[Tensor, Tensor | None]:

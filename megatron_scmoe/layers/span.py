@@ -15,7 +15,7 @@ of every group but the last behind the K-th op of the next one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -27,6 +27,7 @@ from megatron_scmoe.contracts import DenseOp, Flying, Plan, Stream
 from megatron_scmoe.dispatch.exchange import Tag
 from megatron_scmoe.dispatch.flights import Flights
 from megatron_scmoe.layers.router import ZeroRouting
+from megatron_scmoe.mcore import blocks
 from megatron_scmoe.overlap.observe import BEGIN, END, Marker
 from megatron_scmoe.overlap.plan import ROUTE
 
@@ -91,8 +92,8 @@ class GroupSpan:
 
         Args:
             hidden_states: the residual stream.
-            inputs: what Core hands to every block beside it.
-            padding_mask: True where a token is padding, [s, b].
+            inputs: what Core hands to every block beside it (``mcore.blocks.AttentionInputs``).
+            padding_mask: True where a token is padding, [s, b]; of packed samples as routers read them.
             plan: where the experts run.
         """
         shape, begin, begin_backward = self.shape, self._marker.now, self._marker.in_backward
@@ -109,11 +110,12 @@ class GroupSpan:
             for number in shape.tapped_at(place):
                 begin(ROUTE, call=number)
                 source, normed = self._groups[shape.calls[number].group].read(op, stream)
+                source = blocks.by_sample(source, inputs.packed_seq_params)
                 flying[number] = self._take_off(number, source, routings, padding_mask, plan)
             for number, tokens in flying.items():
                 tokens.run_experts(slot=place - shape.calls[number].tap + 1)
             if landing := shape.landing_in(place):
-                stream = stream._replace(routed=tuple(flying.pop(number).finish_combine() for number in landing))
+                stream = stream._replace(routed=_arrived(stream, [flying.pop(number) for number in landing]))
             begin(op.name, place)
             if normed is None and op.norm is not None:
                 normed = op.norm(stream)
@@ -153,4 +155,9 @@ class GroupSpan:
         for number, tokens in landing.items():
             tokens.run_experts(slot=place - calls[number].tap + 1)
         (part,) = {calls[number].group for number in landing}
-        return self._groups[part].land(stream, [tokens.finish_combine() for tokens in landing.values()])
+        return self._groups[part].land(stream, _arrived(stream, landing.values()))
+
+
+def _arrived(stream: Stream, landing: Iterable[Flying]) -> tuple[Tensor, ...]:
+    """What routed calls bring back, each as the residual stream lies."""
+    return tuple(blocks.as_stream(tokens.finish_combine(), stream.hidden) for tokens in landing)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -36,7 +37,7 @@ def attention_residual(
         rotary_pos_sin=inputs.rotary_pos_sin,
         rotary_pos_cos_sin=inputs.rotary_pos_cos_sin,
         attention_bias=inputs.attention_bias,
-        packed_seq_params=None,
+        packed_seq_params=inputs.packed_seq_params,
         sequence_len_offset=inputs.sequence_len_offset,
     )
     bias_dropout_add = layer.self_attn_bda(layer.training, layer.config.bias_dropout_fusion)
@@ -66,7 +67,9 @@ def mamba_norm(layer: MambaLayer, hidden_states: Tensor) -> Tensor:
 
 def mamba_residual(layer: MambaLayer, hidden_states: Tensor, normed: Tensor, inputs: AttentionInputs) -> Tensor:
     """``hidden_states`` plus the mixer of ``layer`` on ``normed``; what Core's Mamba layer does with it."""
-    output_with_bias = layer.mixer(normed, inference_context=inputs.inference_context, packed_seq_params=None)
+    output_with_bias = layer.mixer(
+        normed, inference_context=inputs.inference_context, packed_seq_params=inputs.packed_seq_params
+    )
     with layer.bias_dropout_add_exec_handler():
         bias_dropout_add = layer.mamba_bda(training=layer.training, fused=layer.config.bias_dropout_fusion)
         return bias_dropout_add(output_with_bias, _residual(layer, hidden_states), layer.hidden_dropout)
@@ -107,6 +110,24 @@ def add_mlp_output(
     return layer._forward_post_mlp(output_with_bias, _residual(layer, hidden_states))
 
 
+def by_sample(tokens: Tensor, packed: PackedSeqParams | None) -> Tensor:
+    """Packed samples that lie behind one another, [b s, 1, h], as Core's routers read them, [s, b, h]; others stay.
+
+    Losses and capacities that are of a sequence would else be of all samples of the micro-batch together.
+    """
+    length = None if packed is None else packed.tokens_per_sample
+    if length is None or len(tokens) <= length:
+        return tokens
+    return tokens.view(-1, length, *tokens.shape[2:]).transpose(0, 1).contiguous()
+
+
+def as_stream(output: Tensor, hidden_states: Tensor) -> Tensor:
+    """``output`` [s, b, h] of what ``by_sample`` gave, in the order of ``hidden_states``, the residual stream."""
+    if output.shape == hidden_states.shape:
+        return output
+    return output.transpose(0, 1).reshape(hidden_states.shape)
+
+
 def _residual(layer: TransformerLayer | MambaLayer, hidden_states: Tensor) -> Tensor:
     return hidden_states.float() if layer.config.fp32_residual_connection else hidden_states
 
@@ -123,6 +144,7 @@ class AttentionInputs:
     attention_bias: Tensor | None = None
     inference_context: Any = None
     sequence_len_offset: Tensor | None = None
+    packed_seq_params: PackedSeqParams | None = None
 
 
 def let_experts_run_repeatedly(moe: MoELayer) -> None:

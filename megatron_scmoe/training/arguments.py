@@ -19,7 +19,7 @@ import torch
 from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
-from megatron.training.global_vars import set_global_variables
+from megatron.training.global_vars import get_tokenizer, set_global_variables
 
 from megatron_scmoe.config import (
     ARCHITECTURE_FIELDS,
@@ -36,7 +36,16 @@ from megatron_scmoe.job import last_words, orphans
 from megatron_scmoe.job.meeting import Meeting
 from megatron_scmoe.mcore import checkpoints, version
 from megatron_scmoe.report.figures import ONE_QUEUE
-from megatron_scmoe.training import corpus, refusals, resume, script_rules, sizes, stage_rules, whole_step
+from megatron_scmoe.training import (
+    corpus,
+    refusals,
+    resume,
+    script_rules,
+    sequence_rules,
+    sizes,
+    stage_rules,
+    whole_step,
+)
 from megatron_scmoe.training.unread_flags import UnreadFlags
 
 EXIT_REFUSED = 2
@@ -147,6 +156,8 @@ def parse_and_validate_args(
         corpus.check_datasets(args)
         corpus.say_if_order_changes(args, saved)
         set_global_variables(args)  # with the tokenizer, which decides the vocabulary
+        if args.sft:
+            sequence_rules.check_chat_template(args, get_tokenizer(), corpus.first_chat(args))
         resume.keep_vocabulary(args, saved)
     except ConfigError as error:
         refuse(str(error))

@@ -6,10 +6,11 @@ it gets none, and Megatron then counts epochs of nothing, for ever.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_scmoe.config import ConfigError
+from megatron_scmoe.mcore.chats import Chats
 from megatron_scmoe.mcore.datasets import sequences_and_bytes
 
 _SPLITS = ("training", "validation", "test")
@@ -34,10 +36,11 @@ def check_datasets(args: Namespace) -> None:
     blends = [given for given in (blend, *(blend_per_split or ())) if given is not None]
     if not blends or args.object_storage_cache_path is not None:
         return
+    count, suffix = (_num_chats, "") if args.sft else (_num_sequences, ".bin")
     for prefixes, weights in blends:
-        _check_blend(prefixes, weights)
+        _check_blend(prefixes, weights, count, suffix)
     if blend is not None:
-        _check_parts(args, blend[0])
+        _check_parts(args, blend[0], count)
     elif blend_per_split[1] is None:
         _check_validation(args, "--valid-data-path names none")
 
@@ -62,6 +65,13 @@ def say_if_order_changes(args: Namespace, saved: Namespace | None) -> None:
                 f"now {now}; some that it has seen come again",
                 flush=True,
             )
+
+
+def first_chat(args: Namespace) -> list[dict[str, str]] | None:
+    """Of the first file of chats that --data-path or its relatives name, or None."""
+    blend, blend_per_split = _blends(args)
+    paths = [path for given in (blend, *(blend_per_split or ())) if given is not None for path in given[0]]
+    return Chats(paths[0])[0] if paths else None
 
 
 def _blends(args: Namespace) -> tuple[Any, Any]:
@@ -98,11 +108,25 @@ def _num_sequences(prefix: str) -> int:
     return num_sequences
 
 
-def _check_blend(prefixes: Sequence[str], weights: Sequence[float] | None) -> None:
+@functools.cache
+def _num_chats(path: str) -> int:
+    """How many there are in a JSONL file, all of which are chats."""
+    try:
+        return len(Chats(path))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"with --sft, --data-path names JSONL files, a chat a line: {path} is given ({reason}); mend it"
+        ) from error
+
+
+def _check_blend(
+    prefixes: Sequence[str], weights: Sequence[float] | None, count: Callable[[str], int], suffix: str
+) -> None:
     seen: set[str] = set()
     for prefix in prefixes:
-        _num_sequences(prefix)
-        if (place := os.path.realpath(prefix + ".bin")) in seen:
+        count(prefix)
+        if (place := os.path.realpath(prefix + suffix)) in seen:
             raise ConfigError(
                 f"copies of a dataset give the same samples in the same order, each of them twice: {prefix} is blended "
                 "with itself; name it once, with the sum of its weights"
@@ -115,12 +139,12 @@ def _check_blend(prefixes: Sequence[str], weights: Sequence[float] | None) -> No
             )
 
 
-def _check_parts(args: Namespace, prefixes: Sequence[str]) -> None:
+def _check_parts(args: Namespace, prefixes: Sequence[str], count: Callable[[str], int]) -> None:
     parts = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
     if parts[1] is None:
         _check_validation(args, f"--split is {args.split}")
     for prefix in prefixes:
-        num_documents = _num_sequences(prefix)
+        num_documents = count(prefix)
         for name, part in zip(_SPLITS, parts, strict=True):
             # The rounding is Megatron's.
             if part is not None and round(part[0] * num_documents) == round(part[1] * num_documents):

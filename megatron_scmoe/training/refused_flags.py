@@ -130,10 +130,8 @@ PIPELINED_REFUSALS = (
 """What the stock MoE layer cannot be combined with where its tokens travel in chunks, or compressed."""
 
 HOOK_REFUSALS = (
-    Refusal("--sft", "the batch hook reads pretraining datasets"),
     Refusal("--fim-data", "the dataset hook builds plain GPT datasets"),
-    Refusal("--dataloader-inter-document-masking", "the batch hook does not pack sequences"),
-    Refusal("--hybrid-context-parallel", "the batch hook does not pack sequences"),
+    Refusal("--hybrid-context-parallel", "the batch hook gives all sequences to the same number of ranks"),
     Refusal("--perform-rl-step", "the forward hook computes a language-model loss"),
     Refusal("--hybrid-override-pattern", "Core calls it deprecated", "use --hybrid-layer-pattern"),
     Refusal("--mtp-hybrid-override-pattern", "Core calls it deprecated", "use --hybrid-layer-pattern"),

@@ -55,7 +55,7 @@ LEFTOVERS = {
     "moe_pad_experts_for_cuda_graph_inference": _SERVING,
     "ep_overlap_early_attn_memory_release": "the forward hook has no schedule of two micro-batches",
     "high_priority_a2a_comm_stream": "the forward hook has no schedule of two micro-batches",
-    "max_seqlen_per_dp_cp_rank": "the batch hook does not pack sequences",
+    "max_seqlen_per_dp_cp_rank": "the batch hook gives all sequences to the same number of ranks",
 }
 """Flags outside those groups that no line of the wheel reads, or none that this script runs."""
 
@@ -125,6 +125,11 @@ COMPANIONS = (
             *("optimizer_offload_fraction", "use_torch_optimizer_for_cpu_offload", "overlap_cpu_optimizer_d2h_h2d"),
             *("no_pin_cpu_grads", "no_pin_cpu_params"),
         ),
+    ),
+    Companions(
+        "--tokenizer-type SFTTokenizer",
+        lambda args: args.tokenizer_type == "SFTTokenizer",
+        ("sft_tokenizer_prompt_format",),
     ),
     Companions("--dataloader-type cyclic", lambda args: args.dataloader_type == "cyclic", ("no_data_sharding",)),
 )

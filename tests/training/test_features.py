@@ -132,8 +132,6 @@ REFUSED = {
     # shortcut, flags -> words that the line must hold
     ("scmoe", "--mtp-num-layers 1"): ["--mtp-num-layers is 1", "drop it"],
     ("dgmoe", "--mtp-num-layers 1"): ["--mtp-num-layers is 1", "drop it"],
-    ("scmoe", "--sft"): ["--sft is True", "drop it"],
-    ("dgmoe", "--dataloader-inter-document-masking"): ["does not pack sequences", "drop it"],
     ("scmoe", "--moe-layer-recompute"): ["--moe-layer-recompute is True", "drop it"],
     ("scmoe", "--moe-router-num-groups 2 --moe-router-group-topk 2"): [
         "--moe-router-group-topk is 2",
@@ -327,22 +325,6 @@ def test_accepted():
         "--moe-router-topk 3 --moe-router-num-groups 2 --moe-router-group-topk 2",
     )
     entry.assert_accepted([with_flags(base, *changes(flags)) for flags in accepted])
-
-
-def packed(shortcut: str) -> str:
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    model = models.build(Case(shortcut=shortcut))
-    ((tokens, labels, positions),) = models.my_batch()
-    packing = PackedSeqParams(qkv_format="thd", max_seqlen_q=models.SEQ_LENGTH, max_seqlen_kv=models.SEQ_LENGTH)
-    with pytest.raises(ValueError, match="call the model without packed_seq_params") as refused:
-        model(tokens, positions, None, labels=labels, packed_seq_params=packing)
-    return str(refused.value)
-
-
-@pytest.mark.parametrize("shortcut", BOTH)
-def test_packed_sequences_are_refused(shortcut):
-    assert "\n" not in ranks.run(packed, 1, shortcut, layout={})[0]
 
 
 # --- by hand: the two gates of DGMoE -------------------------------------------------------------------------------
