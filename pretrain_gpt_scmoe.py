@@ -100,6 +100,7 @@ def get_batch(data_iterator: Any, vp_stage: int | None, micro_batch_size: int) -
     if not (packs or is_first_or_last_pipeline_stage(vp_stage)):
         return dict.fromkeys(_BATCH_KEYS)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     batch: dict[str, Any] = {}
     if tp_rank == 0:
         sample = next(data_iterator)
@@ -116,10 +117,10 @@ def get_batch(data_iterator: Any, vp_stage: int | None, micro_batch_size: int) -
         tp_rank=tp_rank,
         micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=is_last and bool(args.mtp_num_layers),  # prediction layers read tokens, too
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        is_pipeline_last_stage=is_last,
     )
     if packs:
         return packing.as_one_sequence(batch, args.seq_length)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+import torch
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.training.models.base import ModelConfig
-from megatron.training.models.hybrid import HybridModelConfig
 
 from megatron_scmoe.dry_run.meta import FlashAttention
 
@@ -47,40 +44,16 @@ def go_without(args: Namespace) -> list[str]:
 
 
 def with_flash_attention(config: ModelConfig) -> ModelConfig:
-    """Let the attention of ``config`` keep what a flash attention keeps; returns it."""
-    if isinstance(config, HybridModelConfig):
-        config.stack_spec = functools.partial(_flash_stack, build=config.stack_spec)
-    else:
-        # Here alone: where Megatron has no GPT model, there are hybrid ones still.
-        from megatron.training.models.gpt import default_layer_spec  # noqa: PLC0415
-
-        config.transformer_layer_spec = functools.partial(
-            _flash_spec, build=config.transformer_layer_spec or default_layer_spec
-        )
+    """Let the attention of ``config`` keep what a flash attention keeps, in prediction layers too; returns it."""
+    config.post_wrap_hooks.append(_with_flash)
     return config
 
 
-def _flash_stack(config: HybridModelConfig, *, build: Any) -> ModuleSpec:
-    """The stack of a hybrid model."""
-    spec = build(config)
-    layers = {name: getattr(spec.submodules, name) for name in ("attention_layer", "mla_layer")}
-    flash = {name: _with_flash(layer) for name, layer in layers.items()}
-    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **flash))
-
-
-def _flash_spec(config: GPTModelConfig, vp_stage: int | None, *, build: Any) -> TransformerBlockSubmodules | ModuleSpec:
-    """Core's spec of all blocks, or, without experts, of one for all."""
-    spec = build(config, vp_stage)
-    if isinstance(spec, ModuleSpec):
-        return _with_flash(spec)
-    return dataclasses.replace(spec, layer_specs=[_with_flash(layer_spec) for layer_spec in spec.layer_specs])
-
-
-def _with_flash(spec: ModuleSpec) -> ModuleSpec:
-    attention = spec.submodules.self_attention
-    parts = dataclasses.replace(attention.submodules, core_attention=FlashAttention)
-    attention = dataclasses.replace(attention, submodules=parts)
-    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, self_attention=attention))
+def _with_flash(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    for module in [module for chunk in model_chunks for module in chunk.modules()]:
+        if isinstance(getattr(module, "core_attention", None), DotProductAttention):
+            module.core_attention = FlashAttention()
+    return model_chunks
 
 
 def imagined_capability(_device: object = None) -> tuple[int, int]:

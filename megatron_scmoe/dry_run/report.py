@@ -46,6 +46,11 @@ def text(args: Namespace, stages: Sequence[Stage], gone: Sequence[str]) -> str:
         "",
         NOT_COUNTED,
     ]
+    if stages[-1].predictions:
+        lines.append(
+            f"counted, but not among the blocks: {stages[-1].predictions} prediction layers on the last stage, and its "
+            "copy of the embedding"
+        )
     if gone:
         lines.append(
             f"built with Megatron's local spec, without {', '.join(gone)}; attention keeps what flash attention keeps"

@@ -34,6 +34,7 @@ class Stage:
     Attributes:
         blocks: that it holds.
         moe_layers: how many of them have routed experts.
+        predictions: layers behind them that predict further tokens.
         held: parameters on this rank.
         in_the_model: parameters that the ranks of the stage hold together, but for the copy of tied embeddings.
         standing: bytes for parameters, gradients and optimizer.
@@ -44,6 +45,7 @@ class Stage:
 
     blocks: list[int]
     moe_layers: int
+    predictions: int
     held: Parameters
     in_the_model: Parameters
     standing: Standing
@@ -110,7 +112,10 @@ def _stage(args: Namespace, chunks: list[Any], known: dict[_Form, tuple[int, int
     own = [one for one in parameters if not (copy_of_tied and getattr(one, "shared_embedding", False))]
     return Stage(
         blocks=[layer.layer_number - 1 for chunk in chunks for layer in _core_model(chunk).decoder.layers],
-        moe_layers=sum(isinstance(module, MoELayer) for chunk in chunks for module in chunk.modules()),
+        moe_layers=sum(
+            isinstance(module, MoELayer) for chunk in chunks for module in _core_model(chunk).decoder.modules()
+        ),
+        predictions=sum(len(_predictions(chunk)) for chunk in chunks),
         held=Parameters.on_this_rank(parameters),
         in_the_model=Parameters.in_the_model(own),
         standing=standing_bytes(args, chunks),
@@ -155,10 +160,10 @@ def _saved_bytes(args: Namespace, chunk: torch.nn.Module) -> tuple[int, int]:
     model_config.recompute_granularity = None
     whole, _ = _saved_by_block(args, chunk)
     model_config.recompute_granularity = "full"
-    layers = _core_model(chunk).decoder.layers
+    layers = _layers(chunk)
     unit, recomputed = args.recompute_num_layers, len(layers)
     if args.recompute_method == "block":
-        unit, recomputed = 1, min(args.recompute_num_layers, len(layers))
+        unit, recomputed = 1, min(args.recompute_num_layers, len(layers) - len(_predictions(chunk)))
     ends = [min(first + unit, len(layers)) for first in range(0, recomputed, unit)]
     # The last layer of a span runs all of it: what is recomputed before it passes its input through.
     ends = [end for end in ends if not passes_through(layers[end - 1])]
@@ -167,9 +172,9 @@ def _saved_bytes(args: Namespace, chunk: torch.nn.Module) -> tuple[int, int]:
 
 
 def _saved_by_block(args: Namespace, chunk: torch.nn.Module) -> tuple[list[int], int]:
-    """Let one micro-batch go forward; bytes that were kept before each block and behind the last one, and in all."""
+    """Let one micro-batch go forward; bytes that were kept before each layer and behind the last one, and in all."""
     saved = SavedForBackward(chunk)
-    blocks = _core_model(chunk).decoder.layers
+    blocks = _layers(chunk)
     so_far: list[int] = []
     hooks = [block.register_forward_pre_hook(lambda *_: so_far.append(saved.nbytes)) for block in blocks]
     hooks += [block.register_forward_hook(lambda *_: so_far.append(saved.nbytes)) for block in blocks[-1:]]
@@ -177,6 +182,16 @@ def _saved_by_block(args: Namespace, chunk: torch.nn.Module) -> tuple[list[int],
     for hook in hooks:
         hook.remove()
     return so_far, saved.nbytes
+
+
+def _layers(chunk: torch.nn.Module) -> list[Any]:
+    """Its blocks, and the prediction layers behind them."""
+    return [*_core_model(chunk).decoder.layers, *_predictions(chunk)]
+
+
+def _predictions(chunk: torch.nn.Module) -> list[Any]:
+    model = _core_model(chunk)
+    return list(model.mtp.layers) if model.mtp_process else []
 
 
 def _core_model(chunk: torch.nn.Module) -> Any:

@@ -14,9 +14,14 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_scmoe.config import Router, ScMoEConfig
 from megatron_scmoe.layers.group import link
-from megatron_scmoe.mcore import blocks
+from megatron_scmoe.mcore import blocks, predictions
 from megatron_scmoe.mcore.packing import packs_sequences
-from megatron_scmoe.models.specs import local_block_spec, pipelined_block_spec, shortcut_block_spec
+from megatron_scmoe.models.specs import (
+    local_block_spec,
+    pipelined_block_spec,
+    prediction_spec,
+    shortcut_block_spec,
+)
 
 
 @dataclass(kw_only=True)
@@ -43,9 +48,10 @@ class ScMoEGPTModelBuilder(GPTModelBuilder):
         vp_stage: int | None = None,
     ) -> GPTModel:
         """Build one (virtual) pipeline stage; the arguments are those of Core's builder."""
-        model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
-        blocks.split_sinks_with_heads(model)
         scmoe = self._model_config.scmoe
+        with predictions.changed_spec(partial(prediction_spec, model_config=self._model_config, scmoe=scmoe)):
+            model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
+        blocks.split_sinks_with_heads(model)
         link(list(model.decoder.layers), scmoe)
         if scmoe.router is Router.LONGCAT:
             blocks.let_expert_biases_move(model)

@@ -56,6 +56,21 @@ class GroupedHybridStack(HybridStack):
         link(list(self.layers), scmoe)
 
 
+class PipelinedHybridStack(HybridStack):
+    """Core's stack of layers, whose MoEs send their tokens in chunks, or compressed; those of prediction layers do not.
+
+    Args:
+        submodules: the stock layers.
+        scmoe: chunks, overlap and codec. The other arguments are those of Core's stack.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, submodules: HybridStackSubmodules, *, scmoe: ScMoEConfig, **kwargs: Any
+    ) -> None:
+        pipelined = _changed(submodules.moe_layer, partial(parts.with_pipelined_moe, scmoe=scmoe))
+        super().__init__(config, dataclasses.replace(submodules, moe_layer=pipelined), **kwargs)
+
+
 @dataclass(kw_only=True)
 class ScMoEHybridModelConfig(HybridModelConfig):
     """Core's hybrid configuration and the settings of the groups.
@@ -98,7 +113,10 @@ def model_config_from_args(args: Namespace, scmoe: ScMoEConfig) -> HybridModelCo
 
 
 def stack_spec(config: ScMoEHybridModelConfig) -> ModuleSpec:
-    """The stack of ``config``: stock layers, or with a shortcut, chunks or a codec ours among them."""
+    """The stack of ``config``: stock layers, or with a shortcut, chunks or a codec ours among them.
+
+    Prediction layers have stacks of their own, which Core makes of the stock layers.
+    """
     transformer, scmoe = config.transformer, config.scmoe
     fused = transformer.transformer_impl == "transformer_engine"
     stock = hybrid_stack_spec.submodules if fused else local_submodules(transformer)
@@ -106,8 +124,7 @@ def stack_spec(config: ScMoEHybridModelConfig) -> ModuleSpec:
         latent = partial(parts.with_latent_attention, scmoe=scmoe, fused=fused)
         stock = dataclasses.replace(stock, mla_layer=_changed(stock.mla_layer, latent))
     if scmoe.replaces_stock_moe:
-        pipelined = partial(parts.with_pipelined_moe, scmoe=scmoe)
-        stock = dataclasses.replace(stock, moe_layer=_changed(stock.moe_layer, pipelined))
+        return ModuleSpec(module=PipelinedHybridStack, params={"scmoe": scmoe}, submodules=stock)
     if not scmoe.enabled:
         return ModuleSpec(module=HybridStack, submodules=stock)
     groups = scmoe.groups(transformer.num_layers, config.hybrid_layer_pattern or "")

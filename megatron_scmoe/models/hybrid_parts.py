@@ -23,6 +23,12 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -77,9 +83,9 @@ def local_submodules(config: TransformerConfig) -> HybridStackSubmodules:
     if config.sequence_parallel:
         layers = {name: parts.with_sequence_parallel_norms(submodules) for name, submodules in layers.items()}
     return HybridStackSubmodules(
+        mtp_block_spec=_prediction_spec(parts.sequence_parallel_norm(norm) if config.sequence_parallel else norm),
         mamba_layer=local_mamba_layer_spec(),
-        gdn_layer=missing_layer_spec("G"),
-        dsa_layer=missing_layer_spec("D"),
+        **{name: missing_layer_spec(symbol) for name, symbol in (("gdn_layer", "G"), ("dsa_layer", "D"))},
         **{name: ModuleSpec(module=TransformerLayer, submodules=submodules) for name, submodules in layers.items()},
     )
 
@@ -90,6 +96,15 @@ def _moe(backend: LocalSpecProvider) -> partial[MoELayer]:
     shared_experts = partial(SharedExpertMLP, submodules=linears)
     experts = backend.grouped_mlp_modules(False)
     return partial(MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared_experts))
+
+
+def _prediction_spec(norm: LayerNormBuilder) -> ModuleSpec:
+    """What is around the layers of each `/`: norms of embedding and hidden state, a projection of both, a last norm."""
+    layer = MultiTokenPredictionLayerSubmodules(enorm=norm, hnorm=norm, eh_proj=ColumnParallelLinear, layer_norm=norm)
+    layers = [ModuleSpec(module=MultiTokenPredictionLayer, submodules=layer)]
+    return ModuleSpec(
+        module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=layers)
+    )
 
 
 def _attention_layer(norm: LayerNormBuilder, attention: ModuleSpec) -> TransformerLayerSubmodules:

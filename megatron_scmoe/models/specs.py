@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from functools import partial
 
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_scmoe.config import Group, Norms, ScMoEConfig
+from megatron_scmoe.config import Group, Norms, Router, ScMoEConfig
 from megatron_scmoe.layers.group import GroupBlock, LeadingBlock
 from megatron_scmoe.mcore import stages
 from megatron_scmoe.models import submodules as parts
@@ -40,11 +43,32 @@ def shortcut_block_spec(
     if not fused:
         block_spec = _each_layer(block_spec, parts.with_local_core_attention)
     if config.sequence_parallel:
-        block_spec = _each_layer(block_spec, parts.with_sequence_parallel_norms)
         block_spec = dataclasses.replace(block_spec, layer_norm=parts.sequence_parallel_norm(block_spec.layer_norm))
-    if config.multi_latent_attention:
-        block_spec = _each_layer(block_spec, partial(parts.with_latent_attention, scmoe=scmoe, fused=fused))
-    return block_spec
+    return _each_layer(block_spec, partial(_that_trains, config=config, scmoe=scmoe))
+
+
+def prediction_spec(
+    stock: MultiTokenPredictionBlockSubmodules, *, model_config: GPTModelConfig, scmoe: ScMoEConfig
+) -> MultiTokenPredictionBlockSubmodules:
+    """The prediction layers behind the groups: Core's own, in no group; LongCat-Flash's have no experts.
+
+    Args:
+        stock: Core's spec of them.
+        model_config: Core's model configuration.
+        scmoe: the groups' settings.
+    """
+    config = model_config.transformer
+
+    def changed(spec: ModuleSpec) -> ModuleSpec:
+        layer = spec.submodules
+        inner = _dense_layer(model_config) if scmoe.router is Router.LONGCAT else layer.mtp_model_layer
+        inner = dataclasses.replace(inner, submodules=_that_trains(inner.submodules, config=config, scmoe=scmoe))
+        layer = dataclasses.replace(layer, mtp_model_layer=inner)
+        if config.sequence_parallel:
+            layer = parts.with_sequence_parallel_prediction(layer)
+        return dataclasses.replace(spec, submodules=layer)
+
+    return dataclasses.replace(stock, layer_specs=[changed(spec) for spec in stock.layer_specs or ()])
 
 
 def pipelined_block_spec(
@@ -81,6 +105,26 @@ def _each_layer(
 ) -> TransformerBlockSubmodules:
     layer_specs = [dataclasses.replace(spec, submodules=change(spec.submodules)) for spec in block_spec.layer_specs]
     return dataclasses.replace(block_spec, layer_specs=layer_specs)
+
+
+def _that_trains(
+    submodules: TransformerLayerSubmodules, *, config: TransformerConfig, scmoe: ScMoEConfig
+) -> TransformerLayerSubmodules:
+    """The layer with what Core's lacks under sequence parallelism, and in its latent attention."""
+    if config.sequence_parallel:
+        submodules = parts.with_sequence_parallel_norms(submodules)
+    if config.multi_latent_attention:
+        fused = config.transformer_impl == "transformer_engine"
+        submodules = parts.with_latent_attention(submodules, scmoe=scmoe, fused=fused)
+    return submodules
+
+
+def _dense_layer(model_config: GPTModelConfig) -> ModuleSpec:
+    """Core's layer of this model as it would be without experts."""
+    dense = copy.copy(model_config)
+    dense.transformer = copy.copy(model_config.transformer)
+    dense.transformer.num_moe_experts = None
+    return default_layer_spec(dense, None)
 
 
 def _layer_of_group(

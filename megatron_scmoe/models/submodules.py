@@ -20,6 +20,7 @@ from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayerSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder, WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -79,6 +80,14 @@ def with_local_core_attention(submodules: TransformerLayerSubmodules) -> Transfo
     attention = submodules.self_attention
     parts = dataclasses.replace(attention.submodules, core_attention=LocalCoreAttention)
     return dataclasses.replace(submodules, self_attention=dataclasses.replace(attention, submodules=parts))
+
+
+def with_sequence_parallel_prediction(
+    layer: MultiTokenPredictionLayerSubmodules,
+) -> MultiTokenPredictionLayerSubmodules:
+    """The prediction layer with norms of its own that know of sequence parallelism; those of its inner layer stay."""
+    norms = {name: sequence_parallel_norm(getattr(layer, name)) for name in ("enorm", "hnorm", "layer_norm")}
+    return dataclasses.replace(layer, **norms)
 
 
 def with_latent_attention(

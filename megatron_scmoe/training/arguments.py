@@ -38,6 +38,7 @@ from megatron_scmoe.mcore import checkpoints, version
 from megatron_scmoe.report.figures import ONE_QUEUE
 from megatron_scmoe.training import (
     corpus,
+    prediction_rules,
     refusals,
     resume,
     script_rules,
@@ -188,6 +189,7 @@ def _validate(
     if go_without is not None:
         go_without(args)
     script_rules.check_chunks(args, scmoe)
+    prediction_rules.check(args, scmoe)
     if scmoe.enabled:
         config = _by_megatrons_rules(core_transformer_config_from_args, args)
         for check in (stage_rules.check_pipeline, stage_rules.check_recompute, stage_rules.check_balance_losses):

@@ -142,7 +142,6 @@ HOOK_REFUSALS = (
         "use rope",
         ("learned_absolute", "rope", "yarn", "mrope", "none"),
     ),
-    Refusal("--mtp-num-layers", "the batch hook has no tokens for prediction layers, and groups no place"),
     Refusal(
         "--overlap-moe-expert-parallel-comm",
         "the forward hook has no schedule of two micro-batches",

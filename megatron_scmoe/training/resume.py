@@ -20,7 +20,7 @@ from torch import nn
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, ConfigError, Resume, ScMoEConfig
 from megatron_scmoe.config.rules import shown
 from megatron_scmoe.mcore import checkpoints
-from megatron_scmoe.training import moments, schedule
+from megatron_scmoe.training import moments, prediction_rules, schedule
 
 
 def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace], ScMoEConfig]) -> Namespace | None:
@@ -38,6 +38,7 @@ def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace]
     trained = read_config(saved)
     _check_architecture(args, scmoe, trained)
     _check_latents(args, saved)
+    prediction_rules.check_saved(args, saved)
     if moments.are_loaded(args, saved):
         moments.check(args, saved, scmoe, trained)
         schedule.check(args, saved)
@@ -138,8 +139,11 @@ def _bucket_fix(args: Namespace, buckets: list[checkpoints.PaddedBucket]) -> str
         changes.append(
             f"use --ddp-bucket-size {max(sizes)}" + " without --ddp-num-buckets" * bool(args.ddp_num_buckets)
         )
-    if len(sizes) < len(buckets):
-        changes.append("add --untie-embeddings-and-output-weights")
+    if len(sizes) < len(buckets):  # an embedding that two stages have, tied or for prediction layers
+        untied = args.untie_embeddings_and_output_weights
+        changes.append(
+            "use --make-vocab-size-divisible-by 128" if untied else "add --untie-embeddings-and-output-weights"
+        )
     fixes = [" and ".join(changes)]
     # Where a tied embedding ends a bucket, the other format cannot even be saved: "has out of bounds chunk".
     if len(sizes) == len(buckets) and not moments.loses_position_wise(args):

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_scmoe.config import ConfigError, ScMoEConfig, stages_of_pattern
-from megatron_scmoe.config.groups import BEHIND
-from megatron_scmoe.training import hybrid_rules, refused_flags, sequence_rules
+from megatron_scmoe.training import hybrid_rules, prediction_rules, refused_flags, sequence_rules
 
 _FOLDERS = (
     *("overlap_report", "save", "data_cache_path", "moe_routing_trace_path", "logits_save_dir", "ckpt_convert_save"),
@@ -43,6 +42,7 @@ def check_hooks(args: Namespace, *, needs_transformer_engine: bool = True) -> No
     sequence_rules.check_sequences(args)
     _check_document_flags(args)
     _check_pattern(args)
+    prediction_rules.check_pattern(args)
     if args.full_validation and not args.multiple_validation_sets:
         raise ConfigError(
             "Core 0.19.2 ends at its first full validation of a single set: --full-validation is set and "
@@ -109,11 +109,6 @@ def _check_latents(args: Namespace, *, missing: bool) -> None:
 def _check_pattern(args: Namespace) -> None:
     """What of a hybrid model's pattern the hooks, or this machine, do not have."""
     pattern = args.hybrid_layer_pattern or ""
-    if BEHIND in pattern:
-        raise ConfigError(
-            "the batch hook has no tokens for prediction layers: --hybrid-layer-pattern is "
-            f"{pattern}; leave out what begins with its {BEHIND}"
-        )
     counted = sum(len(stage) for stage in stages_of_pattern(pattern))
     if pattern and args.num_layers not in (None, counted):
         raise ConfigError(

@@ -10,7 +10,7 @@ from megatron_scmoe.config import ConfigError, ScMoEConfig
 
 _FROM_1 = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
-    *("moe_ffn_hidden_size", "moe_latent_size", "moe_router_topk"),
+    *("moe_ffn_hidden_size", "moe_latent_size", "moe_router_topk", "mtp_num_layers"),
     *("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"),
     *("vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by"),
     *("seq_length", "max_position_embeddings", "micro_batch_size", "global_batch_size"),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from megatron_scmoe.config import ConfigError
+from megatron_scmoe.config.groups import BEHIND
 
 OTHER_PROGRAMS = {
     "rl": "reinforcement learning",
@@ -56,6 +57,7 @@ LEFTOVERS = {
     "ep_overlap_early_attn_memory_release": "the forward hook has no schedule of two micro-batches",
     "high_priority_a2a_comm_stream": "the forward hook has no schedule of two micro-batches",
     "max_seqlen_per_dp_cp_rank": "the batch hook gives all sequences to the same number of ranks",
+    "mtp_standalone": "Core finds it out by itself",
 }
 """Flags outside those groups that no line of the wheel reads, or none that this script runs."""
 
@@ -63,7 +65,6 @@ OF_REFUSED = {
     "logits_load_": ("--logits-load-dir", "the loss hook does not distil"),
     "inprocess_": ("--inprocess-restart", "this script is not wrapped for in-process restart"),
     "fim_": ("--fim-data", "the dataset hook builds plain GPT datasets"),
-    "mtp_": ("--mtp-num-layers", "the batch hook has no tokens for prediction layers"),
 }
 """How the names of flags begin that belong to one which is always refused: that flag, and why."""
 
@@ -100,6 +101,11 @@ COMPANIONS = (
     Companions("--use-checkpoint-args", lambda args: args.use_checkpoint_args, ("use_mp_args_from_checkpoint_args",)),
     Companions(
         "--fp16", lambda args: args.fp16, ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+    ),
+    Companions(
+        "--mtp-num-layers",
+        lambda args: args.mtp_num_layers or BEHIND in (args.hybrid_layer_pattern or "") or args.use_checkpoint_args,
+        ("mtp_loss_scaling_factor", "mtp_use_repeated_layer", "mtp_detach_heads"),
     ),
     Companions("--decoupled-lr", lambda args: args.decoupled_lr is not None, ("decoupled_min_lr",)),
     Companions(

@@ -78,7 +78,6 @@ REFUSED = {
     "--heterogeneous-layers-config-path x.json": ["--heterogeneous-layers-config-path is x.json", "drop it"],
     "--transformer-impl inference_optimized": ["inference_optimized", "use --transformer-impl local"],
     "--spec local x": ["--spec is ['local', 'x']", "drop it"],
-    "--mtp-num-layers 1": ["--mtp-num-layers is 1", "drop it"],
     "--moe-latent-size 8 --moe-shared-expert-overlap": ["--moe-latent-size is 8", "drop --moe-shared-expert-overlap"],
     "--moe-latent-size -8": ["a whole number from 1", "--moe-latent-size is -8"],
     "--moe-latent-size 4 --a2a-codec lsh --lsh-width 8": ["is 8 and --moe-latent-size is 4", "--lsh-width 2"],
@@ -109,7 +108,6 @@ REFUSED = {
     "--hybrid-layer-pattern M*M*": ["a shortcut needs an MoE", "--hybrid-layer-pattern is M*M*", "put an E into it"],
     "--hybrid-layer-pattern *-*E*-*E": ["--num-layers is 4 and", "has 8; drop --num-layers"],
     "--hybrid-layer-pattern *E*E": ["of group 0 is pos2", "the group has 1 op", "use --shortcut-position pos1"],
-    "--hybrid-layer-pattern *-*E/*E": ["has no tokens for prediction layers", "what begins with its /"],
     "--hybrid-layer-pattern G-*E": ["layer G needs kernels", "--transformer-impl is local"],
     "--hybrid-layer-pattern *-*E --moe-every 1": ["says where an MoE is", "drop --moe-every"],
     "--hybrid-layer-pattern M*-E*-*E --num-layers 8 --recompute-granularity full --recompute-method block"
@@ -174,7 +172,6 @@ STOCK_REFUSED = {
     "--overlap-chunks 2 --moe-router-padding-for-fp8": ["counts are exchanged", "--moe-router-padding-for-fp8 is True"],
     "--overlap-chunks 2 --use-megatron-fsdp": ["--use-megatron-fsdp is True", "overwrite the gradients"],
     "--a2a-codec lsh --expert-tensor-parallel-num-weight-shards 2": ["once in a micro-batch", "drop it"],
-    "--mtp-num-layers 1": ["--mtp-num-layers is 1", "drop it"],
     "--moe-latent-size 16 --moe-shared-expert-overlap": ["overlaps no shared expert", "--moe-latent-size is 16"],
     "--overlap-chunks 2 --tensor-model-parallel-size 2": ["only under sequence", "add --sequence-parallel"],
     "--a2a-codec lsh --tensor-model-parallel-size 2": ["only under sequence", "add --sequence-parallel"],

@@ -53,9 +53,14 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "chunks": (2, (EP2, "--overlap-chunks 2")),
     "latents": (2, (EP2, "--moe-latent-size 16")),
     "cp2 ep2": (2, ("--context-parallel-size 2", EP2, "--use-distributed-optimizer")),
+    "prediction layer": (2, (PP2, "--mtp-num-layers 1", "--untie-embeddings-and-output-weights")),
+    "prediction layer recomputed": (
+        2,
+        (EP2, "--mtp-num-layers 1", FULL, "--recompute-method uniform", "--recompute-num-layers 1"),
+    ),
     "fused activations": (2, (EP2, "--cross-entropy-loss-fusion", "--moe-router-dtype fp32")),
 }
-QUICK = {"ep2 bf16 distributed optimizer", "pp2 interleaved", "recompute full uniform"}
+QUICK = {"prediction layer", "ep2 bf16 distributed optimizer", "pp2 interleaved", "recompute full uniform"}
 
 
 def estimated(flags: list[str], num_ranks: int) -> list[Stage]:

@@ -101,3 +101,11 @@ def test_the_last_block_runs_the_group(local, transformer_engine, case):
     for specs in (local, transformer_engine):
         assert [block["layer"] for block in specs[case]["ours"]] == ["LeadingBlock"] * (moe_every - 1) + ["GroupBlock"]
         assert {block["layer"] for block in specs[case]["stock"]} == {"TransformerLayer"}
+
+
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
+def test_prediction_layers_are_stock_layers(request, implementation):
+    """The last block's; with LongCat-Flash's router a dense one."""
+    found = request.getfixturevalue(implementation)["pos2 2"]
+    dense, moe = found["stock"]
+    assert found["predictions"] == {"core": moe, "longcat": dense} and dense != moe

@@ -34,14 +34,14 @@ def by_name(spec) -> dict[str, object]:
 
 
 def describe(implementation: str, position: str, moe_every: int) -> dict[str, list[dict[str, object]]]:
-    """The layer specs of one group, ours and Core's."""
+    """The layer specs of one group, ours and Core's; and what is in a prediction layer behind it."""
     import models
     from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
     from megatron_scmoe.config import Position, ScMoEConfig, Shortcut
     from megatron_scmoe.models.specs import shortcut_block_spec
 
-    case = models.Case(position=(position,), moe_every=moe_every, num_groups=1)
+    case = models.Case(position=(position,), moe_every=moe_every, num_groups=1, predictions=1)
     transformer = models.transformer_config(case)
     transformer.transformer_impl = implementation
     config = GPTModelConfig(transformer=transformer, vocab_size=8, position_embedding_type="rope")
@@ -49,7 +49,20 @@ def describe(implementation: str, position: str, moe_every: int) -> dict[str, li
     return {
         "ours": [by_name(spec) for spec in shortcut_block_spec(config, None, scmoe=scmoe).layer_specs],
         "stock": [by_name(spec) for spec in default_layer_spec(config, None).layer_specs],
+        "predictions": {router: prediction(config, router) for router in ("core", "longcat")},
     }
+
+
+def prediction(config, router: str) -> dict[str, object]:
+    from megatron.training.models.gpt import default_layer_spec, mtp_block_spec
+
+    from megatron_scmoe.config import Router, ScMoEConfig, Shortcut
+    from megatron_scmoe.models.specs import prediction_spec
+
+    scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE, router=Router(router))
+    stock = mtp_block_spec(config, default_layer_spec(config, None))
+    (layer,) = prediction_spec(stock, model_config=config, scmoe=scmoe).layer_specs
+    return by_name(layer.submodules.mtp_model_layer)
 
 
 def main() -> None:

@@ -13,13 +13,15 @@ from torch import Tensor
 
 
 def pattern(case: Case) -> str:
-    """The layers of ``case``."""
-    return ("*-" * (case.moe_every - 1) + "*E") * case.num_groups
+    """The layers of ``case``, and those of its prediction layers."""
+    behind = "/*-" if case.router == "longcat" else "/*E"
+    return ("*-" * (case.moe_every - 1) + "*E") * case.num_groups + behind * case.predictions
 
 
 def name_in_blocks(name: str) -> str:
     """What a parameter of the hybrid model is called in the model of blocks."""
     name = name.replace("decoder.final_norm", "decoder.final_layernorm")
+    name = re.sub(r"mtp_model_layer\.layers\.\d+\.", "mtp_model_layer.", name)
     return re.sub(r"decoder\.layers\.(\d+)\.", lambda match: f"decoder.layers.{int(match[1]) // 2}.", name)
 
 
@@ -32,7 +34,7 @@ def new(case: Case, layers: str, **sizes: int):
     scmoe = dataclasses.replace(models.settings(case), moe_every=2)  # its default: a pattern says where an MoE is
     scmoe.validate(0, layers)
     transformer = models.transformer_config(case)
-    transformer.num_layers = len(layers)
+    transformer.num_layers = len(layers.partition("/")[0])
     for name, size in sizes.items():
         setattr(transformer, name, size)
     config = ScMoEHybridModelConfig(

@@ -12,6 +12,7 @@ import zlib
 from dataclasses import dataclass
 
 import reference
+import reference_prediction
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -54,6 +55,7 @@ class Case:
     capacity: float | None = None
     padded: bool = False
     latent: int | None = None
+    predictions: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -115,8 +117,9 @@ def batch() -> tuple[Tensor, Tensor]:
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def reference_parameters(config: reference.ReferenceConfig) -> dict[str, Tensor]:
+def reference_parameters(config: reference.ReferenceConfig, predictions: int = 0) -> dict[str, Tensor]:
     shapes = reference.parameter_shapes(config, vocab_size=VOCAB_SIZE, max_sequence_length=SEQ_LENGTH)
+    shapes |= reference_prediction.parameter_shapes(config, predictions)
     return {name: parameter(name, shape) for name, shape in shapes.items()}
 
 
@@ -208,6 +211,7 @@ def transformer_config(case: Case):
         moe_expert_capacity_factor=case.capacity,
         moe_pad_expert_input_to_capacity=case.padded,
         moe_latent_size=case.latent,
+        mtp_num_layers=case.predictions or None,
         moe_layer_freq=([0] * (case.moe_every - 1) + [1]) * case.num_groups,
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         expert_tensor_parallel_size=1,

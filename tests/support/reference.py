@@ -529,9 +529,8 @@ def span_forward(params: Params, hidden: Tensor, cfg: ReferenceConfig, first_gro
     return wire_span(hidden, groups, cfg.landing)
 
 
-def model_loss(params: Params, tokens: Tensor, labels: Tensor, cfg: ReferenceConfig) -> tuple[Tensor, Tensor]:
-    """Cross entropy per token [b, s] and logits [b, s, v] of token and label ids [b, s]."""
-    check_names(params, cfg)
+def last_hidden(params: Params, tokens: Tensor, cfg: ReferenceConfig) -> Tensor:
+    """What the output layer reads, [s, b, h], of token ids [b, s]."""
     embedding = params["embedding.word_embeddings.weight"]
     hidden = embedding[tokens]
     if not cfg.rotary:
@@ -539,8 +538,19 @@ def model_loss(params: Params, tokens: Tensor, labels: Tensor, cfg: ReferenceCon
     hidden = hidden.transpose(0, 1)
     for first_group in range(0, cfg.num_groups, cfg.span):
         hidden = span_forward(params, hidden, cfg, first_group)
-    hidden = norm(params, "decoder.final_layernorm.", hidden, cfg)
-    logits = (hidden @ (params["output_layer.weight"] if cfg.untied_embeddings else embedding).T).transpose(0, 1)
+    return norm(params, "decoder.final_layernorm.", hidden, cfg)
+
+
+def model_loss(params: Params, tokens: Tensor, labels: Tensor, cfg: ReferenceConfig) -> tuple[Tensor, Tensor]:
+    """Cross entropy per token [b, s] and logits [b, s, v] of token and label ids [b, s]."""
+    check_names(params, cfg)
+    return output_loss(params, last_hidden(params, tokens, cfg), labels, cfg)
+
+
+def output_loss(params: Params, hidden: Tensor, labels: Tensor, cfg: ReferenceConfig) -> tuple[Tensor, Tensor]:
+    """Cross entropy per token [b, s] and logits [b, s, v] of the output layer on hidden [s, b, h]."""
+    output = params["output_layer.weight" if cfg.untied_embeddings else "embedding.word_embeddings.weight"]
+    logits = (hidden @ output.T).transpose(0, 1)
     wide = logits.to(_wide(logits.dtype))
     return wide.logsumexp(dim=-1) - wide.gather(-1, labels[..., None])[..., 0], logits
 

@@ -108,6 +108,7 @@ FORGOTTEN = {
     ),
     "latent yarn": (SCMOE, f"{LATENT} --rope-type yarn --rotary-scaling-factor 8.0 --mscale 0.7 --mscale-all-dim 0.4"),
     "llama 3": (SCMOE, "--use-rope-scaling --rotary-base 500000"),
+    "prediction layers": (SCMOE, "--mtp-num-layers 2 --mtp-use-repeated-layer"),
     "stock": (STOCK, "--moe-layer-freq [0,1]*2 --moe-shared-expert-gate --window-size 4,0"),
 }
 

@@ -130,8 +130,6 @@ FEATURES = {
 
 REFUSED = {
     # shortcut, flags -> words that the line must hold
-    ("scmoe", "--mtp-num-layers 1"): ["--mtp-num-layers is 1", "drop it"],
-    ("dgmoe", "--mtp-num-layers 1"): ["--mtp-num-layers is 1", "drop it"],
     ("scmoe", "--moe-layer-recompute"): ["--moe-layer-recompute is True", "drop it"],
     ("scmoe", "--moe-router-num-groups 2 --moe-router-group-topk 2"): [
         "--moe-router-group-topk is 2",

@@ -109,6 +109,8 @@ MODELS = {
     "hybrid-mamba": with_flags(without_flag(ARCHITECTURES["scmoe"], "--num-layers"), UNTIED, *MAMBA),
     "hybrid": with_flags(without_flag(ARCHITECTURES["dgmoe"], "--num-layers"), UNTIED),
 }
+PREDICTING = ("--mtp-num-layers 1", "--untie-embeddings-and-output-weights")
+MODELS |= {f"{name}-predicting": with_flags(MODELS[name], *PREDICTING) for name in ("scmoe", "dgmoe", "longcat")}
 BALANCE_LOSSES = {
     # kind -> the name under which Core logs it
     "aux_loss": "load_balancing_loss",

@@ -24,6 +24,7 @@ BASELINES = {
         "--moe-shared-expert-intermediate-size 24",
         "--moe-shared-expert-gate",
     ],
+    "prediction layer": ["--moe-router-topk 2", "--mtp-num-layers 1"],
 }
 
 
@@ -52,7 +53,7 @@ def train_without_plugin(flags: list[str]) -> None:
     assert not hasattr(args, "shortcut")
 
 
-@pytest.mark.parametrize("baseline", cases(BASELINES, ["top-2", "shared expert, gated"]))
+@pytest.mark.parametrize("baseline", cases(BASELINES, ["top-2", "shared expert, gated", "prediction layer"]))
 def test_shortcut_none_is_stock_megatron(tmp_path, baseline):
     flags = without_flag(STOCK, "--moe-shared-expert-intermediate-size")
     flags = with_flags(flags, *BASELINES[baseline], MOE_PATTERN, "--train-iters 4", "--save-interval 4")
