@@ -4,7 +4,7 @@
 #   LOAD=longcat DATA=... SAVE=... sbatch --nodes 56 examples/slurm.sbatch longcat-flash
 #
 # The shape is that of the published config.json; a layer of LongCat-Flash is two blocks. Its multi-token prediction layer
-# is left out.
+# is left out; --mtp-num-layers 1 --recompute-num-layers 1 trains it, too.
 nodes=56 vocabulary=131072 num_layers=56 moe_every=2 shared_width=12288
 model=(
   --num-layers 56 --hidden-size 6144 --num-attention-heads 64 --kv-channels 128 --ffn-hidden-size 12288 --swiglu

@@ -20,6 +20,7 @@ import torch
 
 from checkpoints.disk.hf_folder import CONFIG, HFFolder
 from checkpoints.disk.torch_dist import MegatronCheckpoint
+from checkpoints.mappings import prediction
 from checkpoints.mappings.links import Link, hf_pieces, links, megatron_pieces
 from checkpoints.mappings.longcat_settings import check_form, checked_config, hf_config, megatron_args
 from checkpoints.mappings.megatron_settings import check_args, complete
@@ -28,7 +29,6 @@ from checkpoints.plan import Conversion, Piece, Target
 from checkpoints.settings import check_experts, check_layers
 from checkpoints.tensors import TensorInfo
 
-_PREDICTION = "layers that predict further tokens are not part of the model"
 _UNUSED = "zero experts have no parameters: transformers saves these and never reads them"
 _HAS_UNUSED = "hf_has_unused_tensors"  # among the saved arguments
 
@@ -48,6 +48,7 @@ def longcat_links(args: Namespace) -> Iterator[Link]:
     """Every tensor of the model of this form, block by block; ``args`` are ``complete``."""
     for link in links(args):
         yield replace(link, theirs=tuple((_their_name(name), shape) for name, shape in link.theirs))
+    yield from prediction.prediction_links(args)
 
 
 def _their_name(name: str) -> str:
@@ -67,8 +68,13 @@ def to_megatron(source: HFFolder) -> Target:
     check_experts(origin, config, "n_routed_experts", source.infos, num_moes=config["num_layers"])
     args = megatron_args(config)
     check_args(origin, Namespace(**args), source.infos)
+    further = [name for name in source.infos if name.startswith(prediction.THEIRS)]
+    why = prediction.why_left_out(source, complete(Namespace(**args))) if further else None
+    if further and not why:
+        args["mtp_num_layers"] = 1
     pieces, expected = megatron_pieces(source.infos, longcat_links(complete(Namespace(**args))))
-    dropped = {name: reason for name in source.infos if (reason := _reason_to_drop(name, config))}
+    dropped = {name: _UNUSED for name in source.infos if _is_unused(name, config)}
+    dropped |= dict.fromkeys(further, why) if why else prediction.embedding_dropped(source)
     notes = (f"{count} tensors are left out: {reason}" for reason, count in Counter(dropped.values()).items())
     return Target(
         conversion=Conversion(pieces=tuple(pieces), expected=expected, dropped=dropped, notes=tuple(notes)),
@@ -80,9 +86,14 @@ def from_megatron(source: MegatronCheckpoint) -> Target:
     """A checkpoint of this plugin in LongCat-Flash's form as a LongcatFlash folder; other forms are refused."""
     args = complete(source.args)
     check_form(args)
+    prediction.check(args)
     tokenizer = tokenizer_of(source)
     config = {**hf_config(args), **tokenizer.ids}
     pieces, expected = hf_pieces(source.infos, longcat_links(args))
+    if getattr(args, "mtp_num_layers", None):
+        copy = prediction.embedding_piece(args, source.infos)
+        pieces.append(copy)
+        expected[copy.name] = copy.info
     # transformers wants them, and whoever reads published checkpoints does not: so they are there if they were.
     unused = unused_tensors(config) if getattr(args, _HAS_UNUSED, True) else {}
     for name, shape in unused.items():
@@ -113,8 +124,6 @@ def unused_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _reason_to_drop(name: str, config: Mapping[str, Any]) -> str | None:
-    if name.startswith("model.mtp."):
-        return _PREDICTION
+def _is_unused(name: str, config: Mapping[str, Any]) -> bool:
     expert = re.match(r"model\.layers\.[^.]*\.mlp\.experts\.(\d{1,9})(\.|$)", name)
-    return _UNUSED if expert and int(expert[1]) in _unused_experts(config) else None
+    return expert is not None and int(expert[1]) in _unused_experts(config)

@@ -42,7 +42,7 @@ disable_bf16_reduced_precision_matmul
 _ARCHITECTURE = {*_OF_CORE.split(), *CORE_FORGETS, *ARCHITECTURE_FIELDS} - {*CODEC_FIELDS}
 _REFUSED = """
 hybrid_layer_pattern heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json
-experimental_attention_variant mtp_num_layers spec yaml_cfg
+experimental_attention_variant spec yaml_cfg
 """
 _FLAGS = """
 --micro-batch-size 1 --no-initialization --no-persist-layer-norm --no-gradient-accumulation-fusion

@@ -170,8 +170,10 @@ def _load_weights(module: Any, source: MegatronCheckpoint, args: Namespace) -> N
             f"{source.folder} lacks {len(names)} tensors of its model, such as {names[0]}; get it whole"
         )
     keys = {*source.infos, *map(_all_blocks, source.infos)}
-    # Learned compensation of the codec: with every token on its way as it is, there is nothing to compensate.
-    if names := sorted(name for name in unused if name in keys and ".residual_map." not in name):
+    # Learned compensation of the codec: with every token on its way as it is, there is nothing to compensate. And
+    # prediction layers: scores are those of the next token.
+    needless = re.compile(r"\.residual_map\.|^mtp\.")
+    if names := sorted(name for name in unused if name in keys and not needless.search(name)):
         raise CheckpointError(
             f"{source.folder} has {len(names)} tensors that its model has no place for, such as {names[0]}; its saved "
             "settings are those of another model"
