@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.training.models.base import ModelConfig
 
 from megatron_scmoe.dry_run.meta import FlashAttention
-
-if TYPE_CHECKING:
-    from megatron.training.models.gpt import GPTModelConfig
 
 TRANSFORMER_ENGINE = "--transformer-impl transformer_engine"
 _NEED_A_GPU: dict[str, tuple[str, Any]] = {

@@ -8,7 +8,7 @@ beside it. Megatron's layer reads that of the model: so one that is another tens
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -70,7 +70,7 @@ def _is_the_models(source: HFFolder) -> bool:
     return all(torch.equal(source.read(ours, *part), source.read(theirs, *part)) for part in parts)
 
 
-def embedding_piece(args: Namespace, found: dict[str, TensorInfo]) -> Piece:
+def embedding_piece(args: Namespace, found: Mapping[str, TensorInfo]) -> Piece:
     """The copy of the embedding that published folders have with the layer."""
     name = _MODEL_EMBEDDING[0]
     info = TensorInfo((args.padded_vocab_size, args.hidden_size), dtype_of(found, [name]))
