@@ -33,6 +33,7 @@ MOST_EXPERTS = 1 << 14  # sixteen times the largest model known; a plan has a li
 SOURCES = ("megatron", "hf-longcat", "hf-scmoe", "hf-dense")
 TARGETS = ("megatron", "hf-longcat", "hf-scmoe")
 SPECS = ("local", "transformer_engine")
+CONTAINERS = ("gpt", "hybrid")
 
 EPILOG = """\
 formats:
@@ -55,6 +56,9 @@ examples:
   # a checkpoint of the local spec for Transformer Engine's
   convert_checkpoint.py --from megatron --to megatron --load ckpt --save ckpt-te --transformer-impl transformer_engine
 
+  # a checkpoint of Megatron's GPT model for its hybrid one (--hybrid-layer-pattern), and back
+  convert_checkpoint.py --from megatron --to megatron --load ckpt --save ckpt-hybrid --container hybrid --verify
+
   # a run of one optimizer goes on with two, as with --expert-model-parallel-size above 1, moments and all; or back
   convert_checkpoint.py --from megatron --to megatron --load run --save run-ep --with-optimizer --verify
 
@@ -68,6 +72,12 @@ then train with:
   pretrain_gpt_scmoe.py --load SAVED --use-checkpoint-args ... (weights only, from iteration 0)
   with the tokenizer that came along, in SAVED/tokenizer; the notes say by which flags
 or, after --with-optimizer, go on with the run's own flags and --load SAVED: from its iteration, with its moments
+
+which container a megatron checkpoint is of:
+  gpt     Megatron's GPT model, a row of blocks of attention and MLP or MoE
+  hybrid  its hybrid model, a row of layers, each one symbol of --hybrid-layer-pattern: a block is two of them
+  Without --container the result is of that of --load. Hybrid checkpoints go wherever those of the GPT model with the
+  same layers go; with Mamba layers, or groups of several sizes, to megatron and hf-scmoe.
 
 how many optimizers a run has:
   one  where experts are split like the dense layers: --expert-model-parallel-size 1, and --expert-tensor-parallel-size
@@ -93,6 +103,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--save", required=True, type=Path, metavar="DIR", help="new folder; nothing is overwritten")
     add("--shard-size", type=size, default=size("5GB"), metavar="SIZE", help="of a file at most (default 5GB)")
     add("--transformer-impl", choices=SPECS, help="megatron to megatron: the spec that is to load the result")
+    holds = "to megatron: Megatron's model that is to load the result (default: that of --load, or gpt)"
+    add("--container", choices=CONTAINERS, help=holds)
     moments = "megatron to megatron: all that a run goes on from, for layouts with another number of optimizers (below)"
     add("--with-optimizer", action="store_true", help=moments)
     optimizers = "with --with-optimizer: refuse to make another number (default: the one that --load does not have)"
@@ -151,16 +163,17 @@ def run(args: argparse.Namespace) -> None:
             "an upcycled model computes something else: --verify is set; drop it, the change is measured"
         )
     words = " ".join(f"{UPCYCLING[name]} {value}" for name, value in given.items())
-    impl = args.transformer_impl
+    impl, container = args.transformer_impl, args.container
     formats.check_format(args.source, args.load)
-    formats.check_pair(args.source, args.target, transformer_impl=impl, upcycling=words, number=optimizers)
+    change = {"transformer_impl": impl, "number": optimizers, "container": container}
+    formats.check_pair(args.source, args.target, **change, upcycling=words)
     check_target(args.save)
     if atomic.is_within(args.save, args.load):
         raise CheckpointError(f"--save {str(args.save)!a} lies in --load {str(args.load)!a}; name a folder outside it")
     source = formats.opened_run(args.load) if optimizers else formats.opened(args.source, args.load)
-    asked = {"transformer_impl": impl, "upcycling": upcycling, "number": optimizers}
-    target = formats.mapped(args.source, args.target, source, **asked)
+    target = formats.mapped(args.source, args.target, source, **change, upcycling=upcycling)
     options = {"from": args.source, "to": args.target, "transformer_impl": impl, "optimizers": optimizers}
+    options["container"] = container
     options["upcycling"] = dataclasses.asdict(upcycling) if upcycling else None
     job = engine.Job(
         source=source,

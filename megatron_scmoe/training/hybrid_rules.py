@@ -21,6 +21,11 @@ _RECOMPUTED = {
     **dict.fromkeys(("moe", "moe_act", "shared_experts"), "E"),
 }
 """Symbols of the layers that have what --recompute-modules names; a Mamba layer has nothing to name."""
+_UNREAD = {
+    "use_rope_scaling": "stretches no rotary positions",
+    "rotary_interleaved": "makes the angles of channels that turn in halves",
+}
+"""Flags that a GPT model reads and Core's HybridModel does not (seen in 0.19.2), and what that does."""
 
 
 def check_layers(args: Namespace) -> None:
@@ -76,6 +81,16 @@ def check_recomputation(args: Namespace) -> None:
                 f"no layer would recompute anything for it: --recompute-modules has {module} (core_attn where none is "
                 f"given) and --hybrid-layer-pattern {pattern} has none of {_RECOMPUTED[module]}; drop {module}, or use "
                 "--recompute-granularity full"
+            )
+
+
+def check_positions(args: Namespace) -> None:
+    """Raise ConfigError for a flag of rotary positions that Core's hybrid model does not read."""
+    for name, does in _UNREAD.items():
+        if "*" in args.hybrid_layer_pattern and getattr(args, name):
+            raise ConfigError(
+                f"Core's hybrid model {does}: --hybrid-layer-pattern is {args.hybrid_layer_pattern} and "
+                f"--{name.replace('_', '-')} is set; drop it"
             )
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, ConfigError, Resume, ScMoEConfig
 from megatron_scmoe.config.rules import shown
 from megatron_scmoe.mcore import checkpoints
-from megatron_scmoe.training import moments, prediction_rules, schedule
+from megatron_scmoe.training import containers, moments, prediction_rules, schedule
 
 
 def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace], ScMoEConfig]) -> Namespace | None:
@@ -36,6 +36,7 @@ def check(args: Namespace, scmoe: ScMoEConfig, read_config: Callable[[Namespace]
     if saved is None:
         return None
     trained = read_config(saved)
+    containers.check(args, saved, scmoe, trained)
     _check_architecture(args, scmoe, trained)
     _check_latents(args, saved)
     prediction_rules.check_saved(args, saved)

@@ -119,6 +119,7 @@ def _check_pattern(args: Namespace) -> None:
         hybrid_rules.check_layers(args)
         hybrid_rules.check_cuts(args)
         hybrid_rules.check_recomputation(args)
+        hybrid_rules.check_positions(args)
 
 
 def _check_loss_mask(args: Namespace) -> None:

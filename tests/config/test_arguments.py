@@ -120,6 +120,8 @@ REFUSED = {
         "--recompute-modules has mlp",
         "M*EM*E has none of -; drop mlp",
     ],
+    "--hybrid-layer-pattern *-*E --use-rope-scaling": ["stretches no rotary", "is *-*E and --use-rope-scaling is set"],
+    "--hybrid-layer-pattern *-*E --rotary-interleaved": ["turn in halves", "--rotary-interleaved is set", "drop it"],
     "--use-distributed-optimizer --save /nowhere --save-interval 1": [
         "fp32 moments",
         "--use-distributed-optimizer is set",
@@ -354,6 +356,7 @@ RESUME_REFUSED = {
     "--shortcut-position pos1": ["--shortcut-position is pos1", "has pos2", "--finetune", "--shortcut-resume changed"],
     "--shortcut-combine add": ["--shortcut-combine is add", "has cg1"],
     "--moe-every 4": ["--moe-every is 4", "has 2"],
+    "--hybrid-layer-pattern *-*E": ["--hybrid-layer-pattern is *-*E", "has none", "--container hybrid --load"],
 }
 
 

@@ -103,16 +103,15 @@ def build_and_save(flags: list[str], folder: Path, tokens: torch.Tensor) -> torc
     from megatron.core import dist_checkpointing
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.checkpointing import _build_sharded_state_dict_metadata
-    from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron_scmoe.models.gpt import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, model_config_from_args
+    from megatron_scmoe.models.container import model_config_from_args
     from megatron_scmoe.training.arguments import parse_and_validate_args
 
     with contextlib.redirect_stdout(io.StringIO()):
         args, scmoe, _ = parse_and_validate_args()
     config = model_config_from_args(args, scmoe)
-    builder = ScMoEGPTModelBuilder if isinstance(config, ScMoEGPTModelConfig) else GPTModelBuilder
-    model = builder(config).build_model(ProcessGroupCollection.use_mpu_process_groups()).to(args.params_dtype).eval()
+    model = config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    model = model.to(args.params_dtype).eval()
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(parameter(name, tuple(value.shape)))

@@ -11,7 +11,7 @@ from checkpoints.disk.hf_folder import CONFIG, HFFolder, HFWriter, read_config
 from checkpoints.disk.torch_dist import TRACKER, MegatronCheckpoint
 from checkpoints.disk.torch_dist_metadata import METADATA
 from checkpoints.disk.torch_dist_writer import MegatronWriter
-from checkpoints.mappings import dense, optimizers
+from checkpoints.mappings import dense, hybrid, optimizers
 from checkpoints.mappings.megatron_settings import check_saved
 from checkpoints.mappings.tokenizer import carried
 from checkpoints.plan import Target
@@ -35,12 +35,19 @@ _MODEL_TYPES = {"hf-longcat": ("longcat_flash",), "hf-scmoe": ("scmoe",), "hf-de
 
 
 def check_pair(
-    source: str, target: str, *, transformer_impl: str | None, upcycling: str, number: str | None = None
+    source: str,
+    target: str,
+    *,
+    transformer_impl: str | None,
+    upcycling: str,
+    number: str | None = None,
+    container: str | None = None,
 ) -> None:
     """Refuse a way from one format to the other that does not exist, or not with these options.
 
     ``transformer_impl`` is the spec that is to load a checkpoint of Megatron's, if another one is asked for,
-    ``upcycling`` are the words that ask for that, or none, and ``number`` is that of optimizers, if they go along.
+    ``upcycling`` are the words that ask for that, or none, ``number`` is that of optimizers, if they go along, and
+    ``container`` the one that is to hold the result, if it is asked for.
     """
     asked = f"--from {source} --to {target} {upcycling}".rstrip()
     if (source, target) not in PAIRS:
@@ -52,6 +59,7 @@ def check_pair(
             f"upcycling makes {MEGATRON} checkpoints of {' or '.join(_UPCYCLED)}, and {asked} asks for another; drop "
             f"{upcycling}, or upcycle first"
         )
+    _check_container(asked, container, target, number)
     if number and (transformer_impl or upcycling or (source, target) != (MEGATRON, MEGATRON)):
         spec = f"--transformer-impl {transformer_impl}" if transformer_impl else ""
         raise CheckpointError(
@@ -65,10 +73,20 @@ def check_pair(
             f"{transformer_impl} with {asked}; drop it, then --from {MEGATRON} --to {MEGATRON} "
             f"--transformer-impl {transformer_impl}"
         )
-    if target == MEGATRON and source in _UPCYCLED and not (upcycling or transformer_impl or number):
+    changes = upcycling or transformer_impl or number or (container if source == MEGATRON else None)
+    if target == MEGATRON and source in _UPCYCLED and not changes:
         other = " or --transformer-impl for the other spec" if source == MEGATRON else ""
+        other += ", or --container for the other one" if source == MEGATRON else ""
         other += ", or --with-optimizer for another number of optimizers" if source == MEGATRON else ""
         raise CheckpointError(f"from {source} to {target} something has to change: add --experts N to upcycle{other}")
+
+
+def _check_container(asked: str, container: str | None, target: str, number: str | None) -> None:
+    if container and (target != MEGATRON or number):
+        raise CheckpointError(
+            f"--container says what holds a {MEGATRON} checkpoint, without moments: it is {container} with {asked}"
+            f"{' --with-optimizer' if number else ''}; drop one of them"
+        )
 
 
 def is_megatron(folder: Path) -> bool:
@@ -94,8 +112,8 @@ def check_format(source: str, path: Path) -> None:
 
 
 def opened(source: str, path: Path) -> Checkpoint:
-    """A checkpoint of format ``source`` to read from."""
-    return MegatronCheckpoint(path) if source == MEGATRON else HFFolder(path)
+    """A checkpoint of format ``source`` to read from; a hybrid one as that of a GPT model, if it can be."""
+    return hybrid.opened(path) if source == MEGATRON else HFFolder(path)
 
 
 def opened_run(path: Path) -> MegatronCheckpoint:
@@ -124,11 +142,12 @@ def mapped(
     transformer_impl: str | None,
     upcycling: Any,
     number: str | None = None,
+    container: str | None = None,
 ) -> Target:
     """What becomes of a source; refuses settings that have no counterpart, and quantized weights.
 
-    ``transformer_impl`` is a spec, ``upcycling`` an ``upcycle.Upcycling``, ``number`` that of optimizers; None: not
-    asked for.
+    ``transformer_impl`` is a spec, ``upcycling`` an ``upcycle.Upcycling``, ``number`` that of optimizers,
+    ``container`` what is to hold the result; None: not asked for.
     """
     if isinstance(source, MegatronCheckpoint) and not number:
         check_saved(source)
@@ -139,8 +158,13 @@ def mapped(
         module, name, options = optimizers.__name__, "convert", {"optimizers": number}
     if upcycling:
         module, name, options = "checkpoints.mappings.upcycle", _UPCYCLED[source_format], {"options": upcycling}
+    if container and not (options or source_format != MEGATRON):
+        _check_other_container(source, container)
+        module, name = hybrid.__name__, "unchanged"
     try:
         target = getattr(importlib.import_module(module), name)(source, **options)
+        if target_format == MEGATRON and not number:
+            target = hybrid.in_container(target, container, source)
     except CheckpointError:
         raise
     except (ArithmeticError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -154,6 +178,11 @@ def mapped(
     tokenizer = carried(source)
     conversion = replace(target.conversion, notes=(*target.conversion.notes, *tokenizer.notes))
     return replace(target, conversion=conversion, tokenizer=tokenizer.files)
+
+
+def _check_other_container(source: Checkpoint, container: str) -> None:
+    if (found := hybrid.container_of(source)) == container:
+        raise CheckpointError(f"nothing to convert: the container of {source.folder} is {found} already")
 
 
 def writer(target_format: str, target: Target) -> MegatronWriter | HFWriter:

@@ -25,6 +25,7 @@ _KINDS = (
     (ROUTED, r"\.experts\."),
     ("latent projections", r"\.fc[12]_latent_proj\."),
     ("attention", r"attention\.|attn\."),
+    ("Mamba", r"\.(mixer|mamba)\."),
     ("dense MLP", r"\.mlps?\."),
 )
 KINDS = (*(kind for kind, _ in _KINDS), "other")
@@ -32,6 +33,7 @@ KINDS = (*(kind for kind, _ in _KINDS), "other")
 # Settings of a Megatron checkpoint as they are shown, behind the one without which they mean nothing.
 _ARCHITECTURE = (
     ("", "num_layers hidden_size"),
+    ("hybrid_layer_pattern", "hybrid_layer_pattern mamba_num_heads mamba_head_dim mamba_num_groups mamba_state_dim"),
     ("shortcut", "shortcut shortcut_position shortcut_combine moe_every moe_share_groups"),
     ("", "num_attention_heads"),
     ("group_query_attention", "num_query_groups"),

@@ -27,7 +27,9 @@ from checkpoints.tensors import CheckpointError, TensorInfo
 RELEASE = "release"
 """Of a release Megatron loads no optimizer, no random numbers and no iteration, with --finetune and without."""
 _OBJECTS = "__0_objects.distcp"
-_MODULE_WITH_STATE = re.compile(r"(?:.*\.)?(?:linear_\w+|fc[12]_latent_proj|eh_proj|\w*norm)")
+_MODULE_WITH_STATE = re.compile(
+    r"(?:.*\.)?(?:linear_\w+|fc[12]_latent_proj|eh_proj|mixer\.(?:in|out)_proj|\w*norm)"
+)
 _OF_THE_RUN = """
 tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size context_parallel_size
 expert_model_parallel_size expert_tensor_parallel_size data_parallel_size world_size rank local_rank overlap_plans
@@ -155,6 +157,8 @@ def _states(names: Mapping[str, TensorInfo]) -> Iterator[str]:
             yield f"{module}._extra_state/shard_0_1"
         if module.endswith(".self_attention.linear_proj"):
             yield f"{module.removesuffix('linear_proj')}core_attention._extra_state/shard_0_1"
+    if any(name.startswith("decoder.final_norm.") for name in names):  # a hybrid model keeps what a GPT leaves out
+        yield "output_layer._extra_state/shard_0_1"
 
 
 def _save(tensor: Tensor, sink: Sink) -> None:

@@ -14,8 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from checkpoints.mappings.layers import carries_moe, owns_moe, parts_of, pattern_of
+from checkpoints.mappings.mamba import mixer_rows
 from checkpoints.mappings.megatron_settings import complete
-from checkpoints.mappings.norms import carries_moe, norm_names
+from checkpoints.mappings.norms import norm_names
 from checkpoints.mappings.scmoe_settings import has_residual_maps
 from checkpoints.plan import Piece, Read, as_it_is
 from checkpoints.tensors import CheckpointError, TensorInfo
@@ -37,6 +39,7 @@ class Link:
         theirs: names and shapes of their tensors.
         row: the first row of ours; only that of joined projections and experts is not 0.
         rows: how many; None for all.
+        their_row: the first row of theirs, where ours is a part of a single tensor of theirs; None for all of it.
         split: makes their tensors of our rows.
         join: makes our rows of their tensors.
     """
@@ -46,6 +49,7 @@ class Link:
     theirs: tuple[tuple[str, Shape], ...]
     row: int = 0
     rows: int | None = None
+    their_row: int | None = None
     split: Callable[[Tensor], Sequence[Tensor]] = _alone
     join: Callable[..., Tensor] = as_it_is
 
@@ -53,6 +57,13 @@ class Link:
     def num_rows(self) -> int:
         """Rows of ours."""
         return self.shape[0] if self.rows is None else self.rows
+
+    def reads(self) -> tuple[Read, ...]:
+        """What of theirs makes our rows."""
+        if self.their_row is None:
+            return tuple(Read(name) for name, _ in self.theirs)
+        ((name, _),) = self.theirs
+        return (Read(name, self.their_row, self.their_row + self.num_rows),)
 
 
 def links(args: Namespace) -> Iterator[Link]:
@@ -64,7 +75,8 @@ def links(args: Namespace) -> Iterator[Link]:
         yield _same("embedding.position_embeddings.weight", "model.embed_positions.weight", positions)
     for block in range(args.num_layers):
         yield from _block(args, block)
-    yield from _norm(args, "decoder.final_layernorm.", "model.norm.", args.hidden_size)
+    final = "decoder.final_norm." if pattern_of(args) else "decoder.final_layernorm."
+    yield from _norm(args, final, "model.norm.", args.hidden_size)
     if args.untie_embeddings_and_output_weights:
         yield _same("output_layer.weight", "lm_head.weight", vocab)
 
@@ -84,9 +96,8 @@ def megatron_pieces(found: Infos, all_links: Iterable[Link]) -> tuple[list[Piece
             _check_shape(found, name, shape, "config.json says", "the folder is damaged, or of another model")
         names = [name for name, _ in link.theirs]
         info = expected[link.ours] = TensorInfo(link.shape, dtype_of(found, names))
-        reads = tuple(map(Read, names))
         piece_info = info.with_rows(link.num_rows)
-        pieces.append(Piece(name=link.ours, info=piece_info, reads=reads, make=link.join, row=link.row))
+        pieces.append(Piece(name=link.ours, info=piece_info, reads=link.reads(), make=link.join, row=link.row))
     return pieces, expected
 
 
@@ -102,9 +113,10 @@ def hf_pieces(found: Infos, all_links: Iterable[Link]) -> tuple[list[Piece], dic
         dtype = dtype_of(found, [link.ours])
         reads = (Read(link.ours, link.row, link.row + link.num_rows),)
         for index, (name, shape) in enumerate(link.theirs):
-            expected[name] = TensorInfo(shape, dtype)
+            whole = expected[name] = TensorInfo(shape, dtype)
             make = partial(_part, split=link.split, index=index)
-            pieces.append(Piece(name=name, info=expected[name], reads=reads, make=make))
+            info = whole if link.their_row is None else whole.with_rows(link.num_rows)
+            pieces.append(Piece(name=name, info=info, reads=reads, make=make, row=link.their_row or 0))
     return pieces, expected
 
 
@@ -129,10 +141,19 @@ def expected_tensors(args: Namespace, found: Infos) -> dict[str, TensorInfo]:
     Dtypes are those of ``found``, and so are names and shapes of what a codec has learned.
     """
     args = complete(args)
-    expected = {link.ours: TensorInfo(link.shape, dtype_of(found, [link.ours])) for link in links(args)}
+    all_links = (*links(args), *_norms_without_counterpart(args))
+    expected = {link.ours: TensorInfo(link.shape, dtype_of(found, [link.ours])) for link in all_links}
     if has_residual_maps(args):
         expected |= {name: info for name, info in found.items() if ".residual_map." in name}
     return expected
+
+
+def _norms_without_counterpart(args: Namespace) -> Iterator[Link]:
+    """Norms of --shortcut-norms upstream, which no Hugging Face model here has."""
+    for block in range(args.num_layers if args.shortcut_norms == "upstream" else 0):
+        if carries_moe(args, block):
+            for name in ("shortcut_pre_mlp_layernorm.", "shortcut_post_norm."):
+                yield from _norm(args, f"decoder.layers.{block}.{name}", "", args.hidden_size)
 
 
 def _same(ours: str, theirs: str, shape: Shape) -> Link:
@@ -148,14 +169,30 @@ def _norm(args: Namespace, ours: str, theirs: str, size: int) -> Iterator[Link]:
 def _block(args: Namespace, block: int) -> Iterator[Link]:
     ours, theirs = f"decoder.layers.{block}.", f"model.layers.{block}."
     norms = norm_names(args, args.transformer_impl, block)
-    yield from _norm(args, ours + norms["input_layernorm"], f"{theirs}input_layernorm.", args.hidden_size)
-    attention = _latent_attention if args.multi_latent_attention else _grouped_query_attention
-    yield from attention(args, ours, f"{theirs}self_attn.", norms)
+    parts = parts_of(args, block)
+    if parts.mamba:
+        yield from _norm(args, f"{ours}mixer.in_proj.layer_norm_", f"{theirs}input_layernorm.", args.hidden_size)
+        yield from _mixer(args, f"{ours}mixer.", f"{theirs}mamba.")
+    if parts.attention:
+        yield from _norm(args, ours + norms["input_layernorm"], f"{theirs}input_layernorm.", args.hidden_size)
+        attention = _latent_attention if args.multi_latent_attention else _grouped_query_attention
+        yield from attention(args, ours, f"{theirs}self_attn.", norms)
+    if not parts.feed_forward:
+        return
     yield from _norm(args, ours + norms["pre_mlp_layernorm"], f"{theirs}post_attention_layernorm.", args.hidden_size)
     if not carries_moe(args, block):
         yield from _mlp(args, f"{ours}mlp.", f"{theirs}mlp.", args.ffn_hidden_size)
-    elif args.shortcut == "none" or block // args.moe_every % args.moe_share_groups == 0:
+        return
+    if owns_moe(args, block):
         yield from _moe(args, ours, theirs)
+    if args.shortcut == "scmoe" and args.shortcut_combine == "cg2":
+        yield _same(f"{ours}combine_gate.weight", f"{theirs}combine_gate.weight", (2, args.hidden_size))
+
+
+def _mixer(args: Namespace, ours: str, theirs: str) -> Iterator[Link]:
+    for part in mixer_rows(args):
+        whole = ((theirs + part.theirs, (part.rows, *part.shape[1:])),)
+        yield Link(ours=ours + part.ours, shape=part.shape, theirs=whole, their_row=part.first)
 
 
 def _grouped_query_attention(args: Namespace, ours: str, theirs: str, _norms: Mapping[str, str]) -> Iterator[Link]:
@@ -225,9 +262,7 @@ def _moe(args: Namespace, ours: str, theirs: str) -> Iterator[Link]:
     if args.moe_shared_expert_intermediate_size:
         shared = f"{ours}mlp.shared_experts."
         yield from _mlp(args, shared, f"{theirs}shared_expert.", args.moe_shared_expert_intermediate_size)
-        if args.shortcut == "scmoe" and args.shortcut_combine == "cg2":
-            yield _same(f"{ours}combine_gate.weight", f"{theirs}combine_gate.weight", (2, hidden))
-        elif args.moe_shared_expert_gate:
+        if args.moe_shared_expert_gate and not (args.shortcut == "scmoe" and args.shortcut_combine == "cg2"):
             yield _same(f"{shared}gate_weight", f"{theirs}shared_expert_gate.weight", (1, hidden))
 
 

@@ -39,7 +39,7 @@ _FORM = {
 }
 _ELSE = {
     **{"rotary_percent": 1.0, "mscale_all_dim": 0.0, "squared_relu": False, "moe_router_score_function": "softmax"},
-    **{"moe_router_num_groups": None, "moe_router_group_topk": None, "a2a_codec": "none"},
+    **{"moe_router_num_groups": None, "moe_router_group_topk": None, "a2a_codec": "none", "hybrid_layer_pattern": None},
 }
 _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "zero_expert_type": ((None, "identity"), "zero experts give a token back as it is"),

@@ -9,7 +9,9 @@ from typing import Any
 
 from checkpoints import settings as rules
 from checkpoints.disk.torch_dist import MegatronCheckpoint
-from checkpoints.mappings.norms import SPECS, carries_moe
+from checkpoints.mappings.layers import ATTENTION, LATENT_ATTENTION, MAMBA, MOE, SYMBOLS, carries_moe, pattern_of
+from checkpoints.mappings.mamba import heads_of
+from checkpoints.mappings.norms import SPECS
 from checkpoints.settings import COUNT, FLAG, NUMBER, POSITIVE, SHARE, SIZE, WORD, Rule, each, either, one_of, optional
 from checkpoints.tensors import CheckpointError, TensorInfo
 
@@ -58,6 +60,12 @@ _READ: tuple[tuple[Rule, Any, str], ...] = (
     (one_of("add", "cg1", "cg2"), "cg1", "shortcut_combine"),
     (one_of("core", "longcat"), "core", "router"),
     (one_of("none", "longcat"), "none", "latent_scaling"),
+    (one_of("none", "upstream"), "none", "shortcut_norms"),
+    (optional(WORD), None, "hybrid_layer_pattern"),
+    (SIZE, 128, "mamba_state_dim"),
+    (SIZE, 64, "mamba_head_dim"),
+    (SIZE, 8, "mamba_num_groups"),
+    (optional(SIZE), None, "mamba_num_heads"),
     (one_of("none", "lsh"), "none", "a2a_codec"),
     (one_of("paper", "none", "lowrank"), "paper", "lsh_compensation"),
 )
@@ -90,6 +98,8 @@ def check_args(origin: str, args: Namespace, infos: Mapping[str, TensorInfo]) ->
     settings = vars(complete(args))
     rules.check_layers(origin, settings, "num_layers", infos)
     _check_heads(origin, settings)
+    if settings["hybrid_layer_pattern"]:
+        _check_pattern(origin, settings)
     _check_groups(origin, settings)
     if settings["num_experts"]:
         _check_experts(origin, settings, infos)
@@ -106,17 +116,45 @@ def _check_heads(origin: str, settings: Mapping[str, Any]) -> None:
         rules.check_multiple(origin, settings, "num_attention_heads", "num_query_groups")
 
 
+def _check_pattern(origin: str, settings: Mapping[str, Any]) -> None:
+    """Refuse layers of a hybrid model that are not known here, or that the other settings contradict."""
+    args = Namespace(**settings)
+    pattern = pattern_of(args)
+    if unknown := set(pattern) - set(SYMBOLS):
+        raise CheckpointError(
+            f"layers {SYMBOLS} are known here: hybrid_layer_pattern is {settings['hybrid_layer_pattern'][:60]!a} in "
+            f"{origin}, with {min(unknown)!a}; use Megatron's tools"
+        )
+    other = ATTENTION if args.multi_latent_attention else LATENT_ATTENTION
+    heads, groups = heads_of(args), args.mamba_num_groups
+    faults = {
+        f"num_layers is {args.num_layers}": len(pattern) != args.num_layers,
+        f"multi_latent_attention is {args.multi_latent_attention}": other in pattern,
+        f"num_experts is {args.num_experts}": MOE in pattern and not args.num_experts,
+        f"{heads} heads make no {groups} groups (mamba_num_groups)": MAMBA in pattern and heads % groups > 0,
+    }
+    for words, broken in faults.items():
+        if broken:
+            raise CheckpointError(
+                f"hybrid_layer_pattern is {settings['hybrid_layer_pattern'][:60]!a} in {origin}, and {words}; correct "
+                "it, or get it anew"
+            )
+
+
 def _check_groups(origin: str, settings: Mapping[str, Any]) -> None:
     layers, pattern = settings["num_layers"], settings["moe_layer_freq"]
-    if isinstance(pattern, list | tuple) and len(pattern) != layers:
+    hybrid = pattern_of(Namespace(**settings))
+    if isinstance(pattern, list | tuple) and len(pattern) != layers and not hybrid:
         raise CheckpointError(
             f"moe_layer_freq has {len(pattern)} values in {origin}, and should have one for each of {layers} layers"
         )
     if settings["shortcut"] == "none":
         return
-    rules.check_multiple(origin, settings, "num_layers", "moe_every")
+    if not hybrid:
+        rules.check_multiple(origin, settings, "num_layers", "moe_every")
     rules.check(origin, settings, {"num_experts": SIZE})
-    positions, groups = settings["shortcut_position"], layers // settings["moe_every"]
+    groups = hybrid.count(MOE) if hybrid else layers // settings["moe_every"]
+    positions = settings["shortcut_position"]
     if len(positions) not in (1, groups):
         raise CheckpointError(
             f"shortcut_position has {len(positions)} values in {origin}, and should have one for all or for each of "

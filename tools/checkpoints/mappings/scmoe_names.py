@@ -47,6 +47,8 @@ _RULES = rules.by_name(
     (FLAG, "tie_word_embeddings qk_norm attention_bias router_pre_softmax router_expert_bias"),
     (POSITIVE, "norm_eps routed_scaling_factor"),
     (optional(POSITIVE), "softmax_scale"),
+    (SIZE, "mamba_num_heads mamba_head_dim mamba_num_groups mamba_state_size"),
+    (WORD, "layer_pattern"),
     (rules.whole(1, 2), "moe_share_groups"),
     (each(WORD), "shortcut_position"),
     (each(one_of(0, 1)), "moe_layer_pattern"),

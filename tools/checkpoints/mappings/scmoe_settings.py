@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from checkpoints.mappings.norms import SPECS, carries_moe
+from checkpoints.mappings.layers import MAMBA, carries_moe, pattern_of
+from checkpoints.mappings.mamba import heads_of
+from checkpoints.mappings.norms import SPECS
 from checkpoints.tensors import CheckpointError
 
 LLAMA3_ROPE = {
@@ -50,7 +52,6 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str, str]] = {
     "use_mup": (_OFF, "", "it does not scale embeddings and logits"),
     "heterogeneous_layers_config_path": (_OFF, "", "its blocks are alike"),
     "heterogeneous_layers_config_encoded_json": (_OFF, "", "its blocks are alike"),
-    "hybrid_layer_pattern": (_OFF, "", "its blocks are those of a GPT"),
     "spec": (_OFF, "", "its blocks are those of Core's own spec"),
     "transformer_impl": (SPECS, "", "names of other specs are not known"),
     "normalization": (("RMSNorm", "LayerNorm"), "", "it has no other norms"),
@@ -71,6 +72,10 @@ _MODEL = {
 LATENT = {
     **{"q_lora_rank": "q_lora_rank", "kv_lora_rank": "kv_lora_rank", "qk_nope_head_dim": "qk_head_dim"},
     **{"qk_rope_head_dim": "qk_pos_emb_head_dim", "v_head_dim": "v_head_dim"},
+}
+_MAMBA = {
+    **{"mamba_num_heads": "mamba_num_heads", "mamba_head_dim": "mamba_head_dim"},
+    **{"mamba_num_groups": "mamba_num_groups", "mamba_state_size": "mamba_state_dim"},
 }
 _GROUPS = {name: name for name in ("shortcut", "moe_every", "moe_share_groups")}
 _EXPERTS = {
@@ -109,6 +114,7 @@ def config_of(args: Namespace) -> dict[str, Any]:
         "activation": next((name for name in _ACTIVATIONS if getattr(args, name)), "gelu"),
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
         **(_latent_attention(args) if args.multi_latent_attention else _grouped_query_attention(args)),
+        **_layers(args),
         **_groups(args),
         **(_experts(args) if args.num_experts else {"num_experts": 0}),
         "megatron": {name: getattr(args, name) for name in kept if _is_plain(getattr(args, name, None))},
@@ -157,12 +163,13 @@ def _is_plain(value: object) -> bool:
 
 def _grouped_query_attention(args: Namespace) -> dict[str, Any]:
     heads = args.num_attention_heads
+    stretched = args.use_rope_scaling and not pattern_of(args)  # Core's HybridModel never reads it
     return {
         "attention": "grouped_query",
         "num_key_value_heads": args.num_query_groups if args.group_query_attention else heads,
         "head_dim": args.kv_channels or args.hidden_size // heads,
         "attention_bias": args.add_qkv_bias,
-        "rope_parameters": {**_plain_rope(args), **(LLAMA3_ROPE if args.use_rope_scaling else {})},
+        "rope_parameters": {**_plain_rope(args), **(LLAMA3_ROPE if stretched else {})},
     }
 
 
@@ -200,6 +207,13 @@ def _yarn(args: Namespace) -> dict[str, Any]:
 def _yarn_scale(factor: float, mscale: float) -> float:
     """YaRN's factor of attention (arXiv 2309.00071, section 3.4)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _layers(args: Namespace) -> dict[str, Any]:
+    """What layers other than blocks of attention and MLP or MoE are."""
+    pattern = pattern_of(args)
+    mamba = {**theirs(args, _MAMBA), "mamba_num_heads": heads_of(args)} if MAMBA in pattern else {}
+    return {"layer_pattern": pattern, **mamba} if pattern else {}
 
 
 def _groups(args: Namespace) -> dict[str, Any]:
@@ -244,6 +258,7 @@ def args_of(config: Any, dtype: torch.dtype) -> dict[str, Any]:
         "fp16": dtype is torch.float16,
         "params_dtype": dtype,
         **(_args_of_latent(config, kept) if config.attention == "multi_latent" else _args_of_grouped(config)),
+        **_args_of_layers(config),
         **_args_of_groups(config),
         **(_args_of_experts(config) if config.num_experts else {"num_experts": None, "moe_layer_freq": 1}),
     }
@@ -283,6 +298,13 @@ def _args_of_latent(config: Any, kept: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _args_of_layers(config: Any) -> dict[str, Any]:
+    if not config.layer_pattern:
+        return {}
+    mamba = _ours(config, _MAMBA) if MAMBA in config.layer_pattern else {}
+    return {"hybrid_layer_pattern": config.layer_pattern, **mamba}
+
+
 def _args_of_groups(config: Any) -> dict[str, Any]:
     if config.shortcut == "none":
         return {"shortcut": "none"}
@@ -298,7 +320,7 @@ def _args_of_experts(config: Any) -> dict[str, Any]:
     factor = config.routed_scaling_factor
     return {
         **_ours(config, _EXPERTS),
-        "moe_layer_freq": 1 if all(pattern) else pattern,
+        "moe_layer_freq": 1 if all(pattern) or config.layer_pattern else pattern,
         "moe_ffn_hidden_size": config.moe_intermediate_size,
         "moe_shared_expert_intermediate_size": config.shared_expert_intermediate_size,
         "moe_shared_expert_gate": bool(config.shared_expert_intermediate_size) and config.shortcut_combine == "cg1",

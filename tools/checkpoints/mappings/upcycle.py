@@ -22,9 +22,10 @@ from torch import Tensor
 from checkpoints.disk.hf_folder import CONFIG, HFFolder
 from checkpoints.disk.torch_dist import MegatronCheckpoint
 from checkpoints.mappings.dense import dense_args
+from checkpoints.mappings.layers import carries_moe
 from checkpoints.mappings.links import expected_tensors, links, megatron_pieces
 from checkpoints.mappings.megatron_settings import check_args, complete
-from checkpoints.mappings.norms import carries_moe, renamed_norms
+from checkpoints.mappings.norms import renamed_norms
 from checkpoints.plan import Conversion, Piece, Read, Target
 from checkpoints.settings import check_layers
 from checkpoints.tensors import CheckpointError, TensorInfo

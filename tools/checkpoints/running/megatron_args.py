@@ -18,6 +18,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments, validate_args
 
 from checkpoints.disk.torch_dist import MegatronCheckpoint
+from checkpoints.mappings.layers import pattern_of
 from checkpoints.running.scores import USUAL_LENGTH
 from checkpoints.tensors import CheckpointError
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, ConfigError, ScMoEConfig
@@ -26,7 +27,7 @@ from megatron_scmoe.training.arguments import CORE_FORGETS, add_scmoe_arguments,
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
-# What Core's --use-checkpoint-args takes of a checkpoint, in so far as it decides what a GPT computes, and what else
+# What Core's --use-checkpoint-args takes of a checkpoint, in so far as it decides what a model computes, and what else
 # does; the rest of it is in CORE_FORGETS. How layers are computed, and what matters in training alone, is not taken.
 # Capacity, jitter and the codec are part of that, so that a loss depends on the tokens before it and on nothing else.
 _OF_CORE = """
@@ -38,10 +39,11 @@ moe_layer_freq moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_laten
 moe_router_pre_softmax moe_router_score_function moe_router_enable_expert_bias moe_router_topk_scaling_factor
 moe_router_load_balancing_type vocab_size mup_width_mult fp32_residual_connection attention_softmax_in_fp32
 disable_bf16_reduced_precision_matmul
+hybrid_layer_pattern mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads
 """
 _ARCHITECTURE = {*_OF_CORE.split(), *CORE_FORGETS, *ARCHITECTURE_FIELDS} - {*CODEC_FIELDS}
 _REFUSED = """
-hybrid_layer_pattern heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json
+heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json
 experimental_attention_variant spec yaml_cfg
 """
 _FLAGS = """
@@ -65,6 +67,8 @@ def arguments(
                 f"torchrun --nproc-per-node {size}, or change the layout"
             )
     args = _namespace(source)
+    if args.hybrid_layer_pattern and len(args.hybrid_layer_pattern.split("|")) != pipeline:
+        args.hybrid_layer_pattern = pattern_of(args)  # cuts for other stages: more would be a virtual pipeline's
     args.rank, args.world_size = dist.get_rank(), world_size
     vars(args).update(layout)
     args.bf16, args.fp16 = dtype is torch.bfloat16, dtype is torch.float16
@@ -76,14 +80,15 @@ def arguments(
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's rule; it is for overlap in training
     try:
         scmoe = scmoe_config_from_args(args)
-        scmoe.validate(args.num_layers if scmoe.enabled else 0)
+        pattern = args.hybrid_layer_pattern or ""
+        scmoe.validate(args.num_layers if scmoe.enabled else 0, pattern)
         args.sequence_parallel = scmoe.enabled and tensor > 1
         if scmoe.enabled:
             refusals.check_megatron_args(args, scmoe)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints every argument
             validate_args(args)
         if scmoe.enabled:
-            stage_rules.check_pipeline(scmoe, core_transformer_config_from_args(args), pattern="")
+            stage_rules.check_pipeline(scmoe, core_transformer_config_from_args(args), pattern)
     except (ConfigError, ValueError, AssertionError, RuntimeError) as error:
         raise CheckpointError(f"{source.folder} cannot run in this layout: {' '.join(str(error).split())}") from error
     if args.padded_vocab_size % tensor:
@@ -95,12 +100,13 @@ def arguments(
 
 
 def _namespace(source: MegatronCheckpoint) -> Namespace:
-    """Megatron's namespace with what the checkpoint says of the model; refuses models that are no plain GPT."""
+    """Megatron's namespace with what the checkpoint says of the model; refuses models of other kinds."""
     saved = source.settings
     for name in _REFUSED.split():
         if value := saved.get(name):
             raise CheckpointError(
-                f"only plain GPT models run here: {source.folder} has {name} {str(value)[:60]!a}; use Megatron's tools"
+                f"only plain GPT and hybrid models run here: {source.folder} has {name} {str(value)[:60]!a}; use "
+                "Megatron's tools"
             )
     parser = add_scmoe_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
     args = parser.parse_args(_FLAGS.split())

@@ -30,7 +30,6 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
-from megatron.training.models.gpt import GPTModelBuilder
 
 from checkpoints.disk.torch_dist import MegatronCheckpoint
 from checkpoints.mappings.megatron_settings import check_saved
@@ -39,7 +38,7 @@ from checkpoints.running.megatron_args import EMBEDDING, arguments
 from checkpoints.running.scores import Model, Scores
 from checkpoints.tensors import CheckpointError
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.models.gpt import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, model_config_from_args
+from megatron_scmoe.models.container import model_config_from_args
 
 logging.getLogger("megatron").setLevel(logging.ERROR)  # what else it says is for those who train
 
@@ -139,8 +138,7 @@ def _start_process_group() -> None:
 def _built(args: Namespace, scmoe: ScMoEConfig) -> Any:
     """This rank's part of the model, on its device."""
     config = model_config_from_args(args, scmoe)
-    builder = ScMoEGPTModelBuilder if isinstance(config, ScMoEGPTModelConfig) else GPTModelBuilder
-    module = builder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    module = config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     module.cuda(torch.cuda.current_device())
     return (Float16Module(config.transformer, module) if args.bf16 or args.fp16 else module).eval()
 

@@ -23,6 +23,8 @@ _CHOICES = {
 # [attention, shared expert], pos2 [MLP, attention, shared expert], pos3 [attention, MLP, attention, shared expert].
 _OPS_BEHIND_TAP = {"pos1": 2, "pos2": 3, "pos3": 4}
 _POSITIONS = tuple(_OPS_BEHIND_TAP)
+# Symbols of layer_pattern, and what transformers calls layers with such a cache; those without one are moe to it.
+_LAYER_TYPES = {"M": "linear_attention", "*": "full_attention", "+": "full_attention", "-": "moe", "E": "moe"}
 _LATENT_SIZES = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 # Kinds of rope_parameters whose frequencies are the same at every length.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -35,6 +37,9 @@ class ScMoEConfig(PretrainedConfig):
 
     A model is a row of blocks: attention, then an MLP or an MoE. ``moe_every`` consecutive blocks are a group, the last
     of which carries the MoE; its routed experts may read an earlier tensor of the group than the rest of that block.
+
+    With ``layer_pattern`` a block is one layer of another row: a Mamba layer, an attention, an MLP or an MoE. A run of
+    them that ends with an MoE is a group.
     """
 
     model_type = "scmoe"
@@ -51,7 +56,8 @@ class ScMoEConfig(PretrainedConfig):
     hidden_size: int = 1024
 
     num_hidden_layers: int = 24
-    """Blocks, each with one attention; a multiple of ``moe_every`` unless ``shortcut`` is none."""
+    """Blocks, each with one attention; a multiple of ``moe_every`` unless ``shortcut`` is none. With ``layer_pattern``
+    its symbols."""
 
     intermediate_size: int = 2816
     """Width of the MLP of a block without an MoE."""
@@ -137,6 +143,19 @@ class ScMoEConfig(PretrainedConfig):
     moe_share_groups: int = 1
     """2: the second group of each pair uses router and experts of the first; dgmoe only."""
 
+    layer_pattern: str = ""
+    """A symbol for each layer: M Mamba-2, * attention, + multi-latent attention, - MLP, E MoE. Empty: blocks."""
+
+    mamba_num_heads: int = 32
+    """Heads of a Mamba layer."""
+
+    mamba_head_dim: int = 64
+
+    mamba_num_groups: int = 8
+    """Groups of its heads, which share their projections into the state and out of it."""
+
+    mamba_state_size: int = 128
+
     moe_layer_pattern: list[int] = field(default_factory=list)
     """For shortcut none: 1 for a block with an MoE, 0 for one with an MLP. Empty: all have an MoE, or, without
     ``num_experts``, an MLP."""
@@ -198,6 +217,9 @@ class ScMoEConfig(PretrainedConfig):
             self.shortcut_position = ["pos1" if self.moe_every == 1 else "pos2"]
         if not self.moe_layer_pattern:
             self.moe_layer_pattern = [int(self.num_experts > 0)] * self.num_hidden_layers
+        if self.layer_pattern:
+            # Only where there are several: transformers asks whether there is such a field.
+            self.layer_types = [_LAYER_TYPES.get(symbol, "moe") for symbol in self.layer_pattern]
         if self.attention == "multi_latent":
             for name, size in _LATENT_SIZES.items():
                 if getattr(self, name) is None:
@@ -216,6 +238,8 @@ class ScMoEConfig(PretrainedConfig):
         if (kind := (self.rope_parameters or {}).get("rope_type", "default")) not in _ROPE_TYPES:
             raise ValueError(f"rope_type is one of {_ROPE_TYPES}: it is {kind!r}")
         num_groups, rest = divmod(self.num_hidden_layers, self.moe_every)
+        if self.layer_pattern:
+            num_groups, rest = self.layer_pattern.count("E"), 0
         rules = {
             "every group is whole": self.shortcut == "none" or rest == 0,
             "shortcut_position has one value or one for each group": self.shortcut == "none"
@@ -235,6 +259,27 @@ class ScMoEConfig(PretrainedConfig):
         broken = [rule for rule, holds in rules.items() if not holds]
         if broken:
             raise ValueError(f"{'; '.join(broken)}: {self.shortcut=}, {self.moe_every=}, {self.num_hidden_layers=}")
+        if self.layer_pattern:
+            self._check_layers()
+
+    def _check_layers(self) -> None:
+        """As ``check``, of ``layer_pattern``."""
+        symbols = set(self.layer_pattern)
+        other = "*" if self.attention == "multi_latent" else "+"
+        taps = [self._tapped_layer(layer) for layer, symbol in enumerate(self.layer_pattern) if symbol == "E"]
+        rules = {
+            f"a layer is one of {tuple(_LAYER_TYPES)}": symbols <= set(_LAYER_TYPES),
+            "layer_pattern has a symbol for each layer": len(self.layer_pattern) == self.num_hidden_layers,
+            f"{other} is not the attention {self.attention}": other not in symbols,
+            "an E needs experts": "E" not in symbols or self.num_experts > 0,
+            "a group is as long as its position wants": self.shortcut == "none" or None not in taps,
+            "groups of Mamba heads are whole": self.mamba_num_heads % self.mamba_num_groups == 0,
+            "positions are learned where an attention's cache counts them": self.attends
+            or self.position_embedding != "learned_absolute",
+        }
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if broken:
+            raise ValueError(f"{'; '.join(broken)}: {self.layer_pattern=}, {self.num_hidden_layers=}")
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
@@ -244,8 +289,9 @@ class ScMoEConfig(PretrainedConfig):
             split = ["q_proj" if self.q_lora_rank is None else "q_b_proj", "kv_b_proj"]
         attention = {**dict.fromkeys(split, "colwise"), "o_proj": "rowwise"}
         mlp = {name: how for name, how in _SPLIT_MLP.items() if name != "gate_proj" or self.activation == "swiglu"}
-        carries = [self.carries_moe(block) for block in range(self.num_hidden_layers)]
-        parts = {"self_attn": attention}
+        layers = range(self.num_hidden_layers)
+        carries = [self.carries_moe(block) for block in layers if self.has_feed_forward(block)]
+        parts = {"self_attn": attention} if self.attends else {}
         if not all(carries):
             parts["mlp"] = mlp
         if any(carries):
@@ -260,21 +306,53 @@ class ScMoEConfig(PretrainedConfig):
         kv_rank, still, turning, value = (int(getattr(self, name)) for name in _LATENT_SIZES)
         return kv_rank, still, turning, value
 
+    def mixer(self, block: int) -> str | None:
+        """What mixes tokens in ``block``: attention, mamba or None."""
+        if not self.layer_pattern:
+            return "attention"
+        symbol = self.layer_pattern[block]
+        return "mamba" if symbol == "M" else "attention" if symbol in "*+" else None
+
+    @property
+    def attends(self) -> bool:
+        """Whether any block has an attention."""
+        return not self.layer_pattern or bool({"*", "+"} & set(self.layer_pattern))
+
+    def has_feed_forward(self, block: int) -> bool:
+        """Whether ``block`` has an MLP or an MoE."""
+        return not self.layer_pattern or self.layer_pattern[block] in "-E"
+
     def tapped_op(self, block: int) -> str | None:
-        """Whose normed input, of the ops of ``block``, the routed experts of its group read: attention, mlp or None."""
+        """Whose normed input, of the ops of ``block``, the routed experts of its group read: mixer, mlp or None."""
         if self.shortcut == "none":
             return None
+        if self.layer_pattern:
+            moe = self.layer_pattern.find("E", block)
+            is_tapped = moe >= 0 and self._tapped_layer(moe) == block
+            return ("mlp" if self.has_feed_forward(block) else "mixer") if is_tapped else None
         group, block_in_group = divmod(block, self.moe_every)
         position = self.shortcut_position[0 if len(self.shortcut_position) == 1 else group]
         tapped_block, op = divmod(2 * self.moe_every - _OPS_BEHIND_TAP[position], 2)
-        return ("attention", "mlp")[op] if tapped_block == block_in_group else None
+        return ("mixer", "mlp")[op] if tapped_block == block_in_group else None
+
+    def _tapped_layer(self, moe: int) -> int | None:
+        """The layer of ``layer_pattern`` whose normed input the routed experts of layer ``moe`` read; None: no such."""
+        position = self.shortcut_position[0 if len(self.shortcut_position) == 1 else self._group(moe)]
+        layer = moe + 1 - _OPS_BEHIND_TAP[position]
+        return layer if layer > self.layer_pattern.rfind("E", 0, moe) else None
+
+    def _group(self, block: int) -> int:
+        """Index of the group of ``block``."""
+        return self.layer_pattern[:block].count("E") if self.layer_pattern else block // self.moe_every
 
     def carries_moe(self, block: int) -> bool:
         """Whether an MoE stands in the place of the MLP of a block, its own or a borrowed one."""
+        if self.layer_pattern:
+            return self.layer_pattern[block] == "E"
         if self.shortcut == "none":
             return bool(self.moe_layer_pattern[block])
         return (block + 1) % self.moe_every == 0
 
     def borrows_moe(self, block: int) -> bool:
         """Whether the MoE of a block is that of the group before it."""
-        return self.carries_moe(block) and (block // self.moe_every) % self.moe_share_groups > 0
+        return self.carries_moe(block) and self._group(block) % self.moe_share_groups > 0

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,11 +16,12 @@ from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -26,6 +29,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_scmoe import ScMoEConfig
 
 LONGCAT_EPSILON = 1e-6
+MAMBA_EPSILON = 1e-5  # of the norm in a Mamba mixer, whatever that of the other norms is
+MAMBA_KERNEL, MAMBA_CHUNK = 4, 128
 TORN_GROUP = "the blocks of a group run one after another: give a pipeline stage whole groups of blocks"
 
 
@@ -38,6 +43,8 @@ class Block(GradientCheckpointingLayer):
         dense stream    attention | MLP           |  attention    shared expert ---------- + -->
         routed experts            | source ------ | ------------> route, experts --------> |
 
+    With ``layer_pattern`` it is one of these alone, or a Mamba layer.
+
     Args:
         config: of the model.
         index: of the block, counted from 0.
@@ -45,11 +52,20 @@ class Block(GradientCheckpointingLayer):
 
     def __init__(self, config: ScMoEConfig, index: int) -> None:
         super().__init__()
-        self.input_layernorm = build_norm(config, config.hidden_size)
-        attention = LatentAttention if config.attention == "multi_latent" else GroupedQueryAttention
-        self.self_attn = attention(config, index)
-        self.post_attention_layernorm = build_norm(config, config.hidden_size)
+        self.input_layernorm = self.self_attn = self.mamba = self.post_attention_layernorm = None
+        if mixer := config.mixer(index):
+            self.input_layernorm = build_norm(config, config.hidden_size)
+        if mixer == "mamba":
+            self.mamba = Mamba2Mixer(mamba_config(config), index, initialize_mixer_weights=False)
+        elif mixer == "attention":
+            attention = LatentAttention if config.attention == "multi_latent" else GroupedQueryAttention
+            self.self_attn = attention(config, index)
         self.mlp = self.moe = self.shared_expert = self.shared_expert_gate = self.combine_gate = None
+        self.tapped_op = config.tapped_op(index)
+        self.has_shortcut = config.shortcut != "none"
+        if not config.has_feed_forward(index):
+            return
+        self.post_attention_layernorm = build_norm(config, config.hidden_size)
         if not config.carries_moe(index):
             self.mlp = MLP(config, config.intermediate_size)
         elif not config.borrows_moe(index):
@@ -61,11 +77,9 @@ class Block(GradientCheckpointingLayer):
                     self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
                 elif config.shortcut_combine == "cg2":
                     self.combine_gate = nn.Linear(config.hidden_size, 2, bias=False)
-        self.tapped_op = config.tapped_op(index)
-        self.has_shortcut = config.shortcut != "none"
 
     def forward(
-        self, hidden: Tensor, source: Tensor | None = None, current: Tensor | None = None, **attention_inputs: Any
+        self, hidden: Tensor, source: Tensor | None = None, current: Tensor | None = None, **mixer_inputs: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Run the block, or, with ``current``, its MoE alone for a later block that has none of its own.
 
@@ -73,7 +87,7 @@ class Block(GradientCheckpointingLayer):
             hidden: [b, s, h].
             source: what the group's routed experts read, [b, s, h], where an earlier block of the group tapped it.
             current: the normed tensor in front of the later block's MoE, [b, s, h].
-            attention_inputs: angles, mask, past_key_values, and what attention functions take beside them.
+            mixer_inputs: angles, mask, padding, past_key_values, and what attention functions take beside them.
 
         Returns:
             The next hidden state; ``source`` for the next block of the group; and ``current`` where the MoE of an
@@ -85,10 +99,13 @@ class Block(GradientCheckpointingLayer):
         if current is not None:
             assert self.moe is not None
             return hidden + self.moe(source, current)[0], None, None
-        normed = self.input_layernorm(hidden)
-        if self.tapped_op == "attention":
-            source = normed
-        hidden = hidden + self.self_attn(normed, **attention_inputs)[0]
+        if self.input_layernorm is not None:
+            normed = self.input_layernorm(hidden)
+            if self.tapped_op == "mixer":
+                source = normed
+            hidden = hidden + self._mixed(normed, **mixer_inputs)
+        if self.post_attention_layernorm is None:
+            return hidden, source, None
         normed = self.post_attention_layernorm(hidden)
         if self.tapped_op == "mlp":
             source = normed
@@ -105,6 +122,15 @@ class Block(GradientCheckpointingLayer):
             routed = share * routed
         return hidden + (routed if shared is None else routed + shared), None, None
 
+    def _mixed(
+        self, normed: Tensor, padding: Tensor | None = None, past_key_values: Cache | None = None, **inputs: Any
+    ) -> Tensor:
+        """What attention, or the Mamba mixer, adds to the residual, [b, s, h]."""
+        if self.mamba is not None:
+            return self.mamba(normed, cache_params=past_key_values, attention_mask=padding)
+        assert self.self_attn is not None
+        return self.self_attn(normed, past_key_values=past_key_values, **inputs)[0]
+
     def _run_shared_expert(self, normed: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What the shared expert adds to the residual, [b, s, h], and what the routed ones are multiplied by."""
         if self.shared_expert is None:
@@ -116,6 +142,31 @@ class Block(GradientCheckpointingLayer):
             weights = self.combine_gate(normed).softmax(dim=-1, dtype=torch.float32).to(shared.dtype)
             return weights[..., 0:1] * shared, weights[..., 1:2]
         return shared, None
+
+
+def mamba_config(config: ScMoEConfig) -> SimpleNamespace:
+    """The settings of transformers' Mamba-2 mixer."""
+    inner = config.mamba_num_heads * config.mamba_head_dim
+    return SimpleNamespace(
+        hidden_size=config.hidden_size,
+        expand=Fraction(inner, config.hidden_size),
+        num_heads=config.mamba_num_heads,
+        head_dim=config.mamba_head_dim,
+        n_groups=config.mamba_num_groups,
+        state_size=config.mamba_state_size,
+        conv_kernel=MAMBA_KERNEL,
+        use_conv_bias=True,
+        use_bias=False,
+        hidden_act="silu",
+        layer_norm_epsilon=MAMBA_EPSILON,
+        time_step_rank=0,
+        time_step_limit=(0.0, math.inf),
+        time_step_min=1e-3,
+        time_step_max=0.1,
+        time_step_floor=1e-4,
+        chunk_size=MAMBA_CHUNK,
+        layer_types=config.layer_types,
+    )
 
 
 def build_norm(config: ScMoEConfig, size: int, eps: float | None = None) -> nn.Module:
@@ -519,6 +570,8 @@ class ScMoEPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if module.expert_bias is not None:
                 init.zeros_(module.expert_bias)
+        elif isinstance(module, Mamba2Mixer):
+            module.init_mamba2_weights()
 
 
 class ScMoEModel(ScMoEPreTrainedModel):
@@ -575,15 +628,16 @@ class ScMoEModel(ScMoEPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = past_key_values.get_seq_length() if past_key_values is not None and self.config.attends else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        tokens = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+        }
+        mask = create_causal_mask(**tokens, position_ids=position_ids) if self.config.attends else None
+        padding = create_recurrent_attention_mask(**tokens) if "M" in self.config.layer_pattern else None
         hidden = inputs_embeds
         # A pipeline stage has identities in the places of other stages' blocks, and gets hidden states for embeddings.
         if self.config.position_embedding == "learned_absolute" and not isinstance(self.layers[0], nn.Identity):
@@ -591,6 +645,7 @@ class ScMoEModel(ScMoEPreTrainedModel):
         inputs = {
             "angles": rotary_angles(self.config, position_ids, hidden.dtype),
             "mask": mask,
+            "padding": padding,
             "past_key_values": past_key_values,
             **kwargs,
         }
@@ -633,6 +688,7 @@ class ScMoEForCausalLM(ScMoEPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = ScMoEModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._is_stateful = "M" in config.layer_pattern  # a Mamba layer's state cannot be rolled back
         self.post_init()
 
     @can_return_tuple
