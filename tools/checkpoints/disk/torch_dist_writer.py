@@ -27,9 +27,7 @@ from checkpoints.tensors import CheckpointError, TensorInfo
 RELEASE = "release"
 """Of a release Megatron loads no optimizer, no random numbers and no iteration, with --finetune and without."""
 _OBJECTS = "__0_objects.distcp"
-_MODULE_WITH_STATE = re.compile(
-    r"(?:.*\.)?(?:linear_\w+|fc[12]_latent_proj|eh_proj|mixer\.(?:in|out)_proj|\w*norm)"
-)
+_MODULE_WITH_STATE = re.compile(r"(?:.*\.)?(?:linear_\w+|fc[12]_latent_proj|eh_proj|mixer\.(?:in|out)_proj|\w*norm)")
 _OF_THE_RUN = """
 tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size context_parallel_size
 expert_model_parallel_size expert_tensor_parallel_size data_parallel_size world_size rank local_rank overlap_plans
