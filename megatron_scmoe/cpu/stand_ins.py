@@ -75,7 +75,8 @@ def factory_on_cpu(original: Any) -> Any:
         if str(kwargs.get("device")).partition(":")[0] == "cuda":
             calls[f"torch.{original.__name__}"] += 1
             kwargs["device"] = "cpu"
-        if kwargs.pop("pin_memory", False):
+        if kwargs.get("pin_memory") is True:
+            del kwargs["pin_memory"]
             calls[f"torch.{original.__name__}"] += 1
         return original(*args, **kwargs)
 

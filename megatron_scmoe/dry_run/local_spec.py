@@ -42,7 +42,7 @@ def go_without(args: Namespace) -> list[str]:
 
 def with_flash_attention(config: ModelConfig) -> ModelConfig:
     """Let the attention of ``config`` keep what a flash attention keeps, in prediction layers too; returns it."""
-    config.post_wrap_hooks.append(_with_flash)
+    config.pre_wrap_hooks.append(_with_flash)
     return config
 
 

@@ -40,8 +40,6 @@ def shortcut_block_spec(
         for spec, block in zip(block_spec.layer_specs, blocks, strict=True)
     ]
     block_spec = dataclasses.replace(block_spec, layer_specs=layer_specs)
-    if not fused:
-        block_spec = _each_layer(block_spec, parts.with_local_core_attention)
     if config.sequence_parallel:
         block_spec = dataclasses.replace(block_spec, layer_norm=parts.sequence_parallel_norm(block_spec.layer_norm))
     return _each_layer(block_spec, partial(_that_trains, config=config, scmoe=scmoe))
@@ -110,7 +108,9 @@ def _each_layer(
 def _that_trains(
     submodules: TransformerLayerSubmodules, *, config: TransformerConfig, scmoe: ScMoEConfig
 ) -> TransformerLayerSubmodules:
-    """The layer with what Core's lacks under sequence parallelism, and in its latent attention."""
+    """The layer with what Core's lacks under sequence parallelism, in its latent and in its local core attention."""
+    if config.transformer_impl == "local":
+        submodules = parts.with_local_core_attention(submodules)
     if config.sequence_parallel:
         submodules = parts.with_sequence_parallel_norms(submodules)
     if config.multi_latent_attention:

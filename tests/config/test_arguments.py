@@ -105,18 +105,27 @@ REFUSED = {
     ],
     "--shortcut-position farskip": ["behind every attention", "of group 0 is farskip", "the group has 3 ops"],
     "--fim-data": ["--fim-data is True", "drop it"],
-    "--hybrid-layer-pattern M*M*": ["a shortcut needs an MoE", "--hybrid-layer-pattern is M*M*", "put an E into it"],
+    "--hybrid-layer-pattern M*M* --mamba-num-groups 1": [
+        "a shortcut needs an MoE",
+        "--hybrid-layer-pattern is M*M*",
+        "put an E into it",
+    ],
     "--hybrid-layer-pattern *-*E*-*E": ["--num-layers is 4 and", "has 8; drop --num-layers"],
     "--hybrid-layer-pattern *E*E": ["of group 0 is pos2", "the group has 1 op", "use --shortcut-position pos1"],
     "--hybrid-layer-pattern G-*E": ["layer G needs kernels", "--transformer-impl is local"],
     "--hybrid-layer-pattern *-*E --moe-every 1": ["says where an MoE is", "drop --moe-every"],
-    "--hybrid-layer-pattern M*-E*-*E --num-layers 8 --recompute-granularity full --recompute-method block"
-    " --recompute-num-layers 2": ["recomputed as a whole", "is M*-E*-*E and --shortcut-span is 1", "-num-layers 4"],
-    "--hybrid-layer-pattern M-EM-E --num-layers 6 --recompute-granularity selective": [
+    "--hybrid-layer-pattern M*-E*-*E --mamba-num-groups 1 --recompute-granularity full --recompute-method block"
+    " --num-layers 8 --recompute-num-layers 2": [
+        "recomputed as a whole",
+        "is M*-E*-*E and --shortcut-span is 1",
+        "-num-layers 4",
+    ],
+    "--hybrid-layer-pattern M-EM-E --mamba-num-groups 1 --num-layers 6 --recompute-granularity selective": [
         "--recompute-modules has core_attn",
         "M-EM-E has none of *+D; drop core_attn",
     ],
-    "--hybrid-layer-pattern M*EM*E --num-layers 6 --recompute-granularity selective --recompute-modules mlp": [
+    "--hybrid-layer-pattern M*EM*E --mamba-num-groups 1 --num-layers 6 --recompute-granularity selective"
+    " --recompute-modules mlp": [
         "--recompute-modules has mlp",
         "M*EM*E has none of -; drop mlp",
     ],
@@ -416,7 +425,7 @@ def test_moments_by_place_need_the_norms_that_were_fused(monkeypatch, implementa
     kept = argparse.Namespace(**{"use_distributed_optimizer": True} | saved)
     monkeypatch.setattr(resume.checkpoints, "saved_args", lambda _args: kept)
     monkeypatch.setattr(resume, "print_rank_0", lambda _text: None)
-    args = argparse.Namespace(transformer_impl=implementation, **flags | more)
+    args = argparse.Namespace(transformer_impl=implementation, mtp_num_layers=None, **flags | more)
     expected = pytest.raises(config.ConfigError, match="--shortcut-position is pos1 and the checkpoint in run has pos2")
     with expected if refused else contextlib.nullcontext():
         assert resume.check(args, now, lambda _saved: then) is kept
@@ -430,7 +439,9 @@ def test_experts_of_another_width_are_refused(monkeypatch, now, then):
 
     kept = argparse.Namespace(moe_latent_size=then) if then else argparse.Namespace()
     monkeypatch.setattr(resume.checkpoints, "saved_args", lambda _args: kept)
-    args = argparse.Namespace(use_distributed_optimizer=False, finetune=True, load="run", moe_latent_size=now)
+    args = argparse.Namespace(
+        use_distributed_optimizer=False, finetune=True, load="run", moe_latent_size=now, mtp_num_layers=None
+    )
     said = f"--moe-latent-size is {now} and the checkpoint in run has {then}; " + ("use" if then else "drop")
     expected = contextlib.nullcontext() if now == then else pytest.raises(config.ConfigError, match=said)
     with expected:

@@ -91,8 +91,8 @@ def test_local_spec_changes_layer_and_core_attention_alone(local, case):
 @pytest.mark.parametrize("case", TAPS)
 def test_transformer_engine_attends_itself(transformer_engine, case):
     """What runs in the local spec differs from its path in the core attention alone, and that is Core's."""
-    for specs in transformer_engine[case].values():
-        assert {block["core_attention"] for block in specs} == {"TEDotProductAttention"}
+    for kind in ("ours", "stock"):
+        assert {block["core_attention"] for block in transformer_engine[case][kind]} == {"TEDotProductAttention"}
 
 
 @pytest.mark.parametrize("case", TAPS)
@@ -105,7 +105,8 @@ def test_the_last_block_runs_the_group(local, transformer_engine, case):
 
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
 def test_prediction_layers_are_stock_layers(request, implementation):
-    """The last block's; with LongCat-Flash's router a dense one."""
+    """The last block's, but for the core attention of the local spec; with LongCat-Flash's router a dense one."""
     found = request.getfixturevalue(implementation)["pos2 2"]
-    dense, moe = found["stock"]
+    attends = {"core_attention": "LocalCoreAttention"} if implementation == "local" else {}
+    dense, moe = ({**block, **attends} for block in found["stock"])
     assert found["predictions"] == {"core": moe, "longcat": dense} and dense != moe

@@ -40,7 +40,7 @@ QUICK = {("scmoe", "tp2 ep2"), ("scmoe", "samples of four"), ("stock", "samples 
 def text(tmp_path_factory) -> list[str]:
     """Flags of a dataset of short documents, several of which are in a sample of 32 tokens."""
     folder = tmp_path_factory.mktemp("text")
-    words = (ROOT / "README.md").read_text().split()
+    words = (ROOT / "LICENSE").read_text().split()
     lines = [json.dumps({"text": " ".join(words[begin : begin + 3 + begin % 5])}) for begin in range(0, 600, 2)]
     (folder / "short.jsonl").write_text("\n".join(lines) + "\n")
     tool = ROOT / "tools" / "preprocess_data.py"
