@@ -13,14 +13,21 @@ from megatron_scmoe.mcore.packing import packs_sequences
 _LAYOUT_SYMBOL = "m"  # of a prediction layer in --pipeline-model-parallel-layout
 
 
-def check_pattern(args: Namespace) -> None:
-    """Raise ConfigError where a hybrid model's pattern has other prediction layers than --mtp-num-layers says."""
+def check_early(args: Namespace) -> None:
+    """Raise ConfigError for prediction layers beside cut or packed sequences, and where pattern and flag differ."""
     pattern = args.hybrid_layer_pattern or ""
     depths = [part for part in pattern.split(BEHIND)[1:] if part]
     if pattern and args.mtp_num_layers not in (None, len(depths)):
         raise ConfigError(
             f"prediction layers of a hybrid model stand behind its {BEHIND}: --mtp-num-layers is {args.mtp_num_layers} "
             f"and --hybrid-layer-pattern {pattern} has {len(depths)}; drop --mtp-num-layers, or change the pattern"
+        )
+    if (depths or args.mtp_num_layers) and (args.context_parallel_size > 1 or packs_sequences(args)):
+        raise ConfigError(
+            "prediction layers have not run with cut or packed sequences: --mtp-num-layers is "
+            f"{args.mtp_num_layers or len(depths)}, --context-parallel-size is {args.context_parallel_size} and "
+            f"sequences are {'packed' if packs_sequences(args) else 'not packed'}; drop --mtp-num-layers, or what "
+            f"follows {BEHIND}"
         )
 
 
@@ -33,12 +40,6 @@ def check(args: Namespace, scmoe: ScMoEConfig) -> None:
             "Core builds a second output layer beside tied embeddings where prediction layers are, and cannot save it: "
             f"--mtp-num-layers is {args.mtp_num_layers} and --pipeline-model-parallel-size is "
             f"{args.pipeline_model_parallel_size}; add --untie-embeddings-and-output-weights"
-        )
-    if args.context_parallel_size > 1 or packs_sequences(args):
-        raise ConfigError(
-            f"prediction layers have not run with cut or packed sequences: --mtp-num-layers is {args.mtp_num_layers}, "
-            f"--context-parallel-size is {args.context_parallel_size} and sequences are "
-            f"{'packed' if packs_sequences(args) else 'not packed'}; drop --mtp-num-layers"
         )
     layout = args.pipeline_model_parallel_layout
     if isinstance(layout, str) and _LAYOUT_SYMBOL in layout.rpartition(CUT)[0]:

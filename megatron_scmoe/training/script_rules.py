@@ -42,7 +42,7 @@ def check_hooks(args: Namespace, *, needs_transformer_engine: bool = True) -> No
     sequence_rules.check_sequences(args)
     _check_document_flags(args)
     _check_pattern(args)
-    prediction_rules.check_pattern(args)
+    prediction_rules.check_early(args)
     if args.full_validation and not args.multiple_validation_sets:
         raise ConfigError(
             "Core 0.19.2 ends at its first full validation of a single set: --full-validation is set and "

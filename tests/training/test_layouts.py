@@ -347,9 +347,9 @@ def train_with_cores_attention(flags: list[str]) -> Result:
     """``train`` with Core's own latent attention in the local spec."""
     from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
-    from megatron_scmoe.models import specs
+    from megatron_scmoe.models import submodules
 
-    specs.LatentSelfAttention = MLASelfAttention
+    submodules.LatentSelfAttention = MLASelfAttention
     return train(flags)
 
 

@@ -116,6 +116,10 @@ def test_it_trains_and_resumes_exactly(tmp_path, container):
 
 REFUSED = [
     (["--mtp-num-layers 1", "--context-parallel-size 2"], ["have not run with cut or packed", "drop --mtp-num-layers"]),
+    (
+        ["--mtp-num-layers 1", "--dataloader-inter-document-masking", "--micro-batch-size 1"],
+        ["have not run with cut or packed", "sequences are packed"],
+    ),
     (["--mtp-num-layers 0"], ["a whole number from 1", "--mtp-num-layers is 0"]),
     (["--mtp-loss-scaling-factor 0.3"], ["--mtp-num-layers is not given", "add --mtp-num-layers"]),
     (["--mtp-num-layers 1", "--mtp-standalone"], ["--mtp-standalone is True", "Core finds it out by itself"]),
