@@ -44,7 +44,7 @@ def groups_of_pattern(pattern: str) -> tuple[Group, ...]:
     Raises:
         ConfigError: for a symbol that no group can run.
     """
-    symbols = _of_all_stages(pattern).replace(CUT, "")
+    symbols = layers_of_pattern(pattern)
     groups: list[Group] = []
     for stage in stages_of_pattern(pattern):
         first = stage.start  # of the layers that no group has yet
@@ -73,6 +73,11 @@ def stages_of_pattern(pattern: str) -> Sequence[range]:
         stages.append(range(first, first + len(stage)))
         first += len(stage)
     return stages
+
+
+def layers_of_pattern(pattern: str) -> str:
+    """The symbols of all layers of ``pattern``, whatever cuts them into stages; not of what follows all stages."""
+    return _of_all_stages(pattern).replace(CUT, "")
 
 
 def _of_all_stages(pattern: str) -> str:

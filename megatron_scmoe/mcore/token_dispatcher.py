@@ -106,8 +106,10 @@ def sort_plainly_if_empty(dispatcher: MoEAlltoAllTokenDispatcher) -> None:
 
     Transformer Engine's fused sort (--moe-permute-fusion) ends with an error there, or in backward (upstream 1877).
     """
+    if not dispatcher.config.moe_permute_fusion:
+        return
     _, receive_rows = split_rows(dispatcher)
-    if dispatcher.config.moe_permute_fusion and receive_rows is not None and not any(receive_rows):
+    if receive_rows is not None and not any(receive_rows):
         dispatcher.config = copy.copy(dispatcher.config)
         dispatcher.config.moe_permute_fusion = False
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from megatron_scmoe.config import ConfigError, ScMoEConfig
-from megatron_scmoe.config.groups import BEHIND, CUT
+from megatron_scmoe.config.groups import layers_of_pattern
 
 
 def check(args: Namespace, saved: Namespace, scmoe: ScMoEConfig, trained: ScMoEConfig) -> None:
@@ -41,5 +41,5 @@ def check(args: Namespace, saved: Namespace, scmoe: ScMoEConfig, trained: ScMoEC
 
 
 def _layers(args: Namespace) -> str:
-    """Of all stages, whatever cuts them."""
-    return (getattr(args, "hybrid_layer_pattern", None) or "").split(BEHIND, maxsplit=1)[0].replace(CUT, "")
+    """Of a hybrid model; empty for blocks."""
+    return layers_of_pattern(getattr(args, "hybrid_layer_pattern", None) or "")

@@ -436,15 +436,21 @@ def test_the_codecs_own_parameters_stay_behind(exported):
 )
 def test_generation_with_a_cache_is_greedy_decoding_without(exported, case):
     _, folder, _ = exported(case)
-    model = loaded(folder)
-    settings = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    tokens = greedily_decoded(loaded(folder), 7, TOLERANCE)
+    assert tokens.shape == (2, 12)
+
+
+def greedily_decoded(model, num_tokens: int, tolerance: float) -> torch.Tensor:
+    """With its cache, which is what is decoded without."""
+    settings = {"max_new_tokens": num_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     found = model.generate(TOKENS[:, :5], output_logits=True, return_dict_in_generate=True, **settings)
     tokens = TOKENS[:, :5]
     for step in found.logits:
         expected = logits_of(model, tokens, use_cache=False)[:, -1]
-        torch.testing.assert_close(step, expected, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(step, expected, rtol=0, atol=tolerance)
         tokens = torch.cat((tokens, expected.argmax(dim=-1, keepdim=True)), dim=1)
-    assert torch.equal(found.sequences, tokens) and tokens.shape == (2, 12)
+    assert torch.equal(found.sequences, tokens)
+    return tokens
 
 
 @pytest.mark.parametrize("case", ["pos2", "longcat", "layer norm"])

@@ -19,7 +19,7 @@ import torch
 from cases import cases
 from checkpoint_files import TOOLS, assert_same, opened, read_all
 from test_hf_scmoe import CASES as GPT_CASES
-from test_hf_scmoe import TOKENS, build_and_save, loaded, logits_of
+from test_hf_scmoe import TOKENS, build_and_save, greedily_decoded, loaded, logits_of
 from training import SCMOE, STOCK, STOCK_SHARED_EXPERT, with_flags, without_flag
 
 sys.path.insert(0, str(TOOLS))
@@ -304,15 +304,7 @@ def test_a_wrong_setting_is_another_function(exported, case, changes):
 @pytest.mark.parametrize("case", cases(HYBRIDS, QUICK_HYBRIDS))
 def test_generation_with_a_cache_is_greedy_decoding_without(exported, case):
     _, folder, _ = exported(case)
-    model = loaded(folder)
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    found = model.generate(TOKENS[:, :5], output_logits=True, return_dict_in_generate=True, **settings)
-    tokens = TOKENS[:, :5]
-    for step in found.logits:
-        expected = logits_of(model, tokens, use_cache=False)[:, -1]
-        torch.testing.assert_close(step, expected, rtol=0, atol=THEIR_TOLERANCE)
-        tokens = torch.cat((tokens, expected.argmax(dim=-1, keepdim=True)), dim=1)
-    assert torch.equal(found.sequences, tokens)
+    greedily_decoded(loaded(folder), 6, THEIR_TOLERANCE)
 
 
 def test_padding_on_the_left_reaches_no_state(exported):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import ranks
 import torch
@@ -61,13 +63,18 @@ def test_stock_checkpoint_loads_as_scmoe_and_back(tmp_path):
     shared = [EP2, "--use-distributed-optimizer", FULLY_RESHARDABLE, "--train-iters 3"]
     stock = with_flags(STOCK_SHARED_EXPERT, *shared, "--shortcut-resume changed")
     scmoe = with_flags(SCMOE, *shared, "--shortcut-resume changed")
-    train(with_flags(stock, f"--save {tmp_path}/stock", "--save-interval 3"))
-    outputs = convert(scmoe, tmp_path / "stock", tmp_path / "scmoe")
+    assert_all_travels_to_scmoe_and_back(stock, scmoe, tmp_path)
+
+
+def assert_all_travels_to_scmoe_and_back(stock: list[str], scmoe: list[str], place: Path) -> None:
+    """Weights and moments of three steps of ``stock``, in one container."""
+    train(with_flags(stock, f"--save {place}/stock", "--save-interval 3"))
+    outputs = convert(scmoe, place / "stock", place / "scmoe")
     assert "shortcut: the checkpoint in" in outputs[0] and "has --shortcut none, now scmoe" in outputs[0]
-    convert(stock, tmp_path / "scmoe" / "torch_dist", tmp_path / "back")
+    convert(stock, place / "scmoe" / "torch_dist", place / "back")
 
     original, converted, back = (
-        ranks.run(training.checkpoint_tensors, 1, tmp_path / folder, 3)[0]
+        ranks.run(training.checkpoint_tensors, 1, place / folder, 3)[0]
         for folder in ("stock", "scmoe/torch_dist", "back/torch_dist")
     )
     moments = [key for key in original if "exp_avg" in key]

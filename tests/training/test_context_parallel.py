@@ -19,7 +19,7 @@ from test_layouts import (
     assert_agree,
     case,
     changes,
-    started,
+    starts,
     train,
 )
 from training import with_flags
@@ -53,15 +53,7 @@ QUICK = {("scmoe", "cp2 ep2"), ("stock", "cp2")}
 
 @pytest.fixture(scope="module")
 def start_of(tmp_path_factory):
-    """Function of a model and names of its variants, in one string: a checkpoint, and what one rank makes of it."""
-    made: dict[str, Start] = {}
-
-    def make(name: str) -> Start:
-        if name not in made:
-            made[name] = started(tmp_path_factory.mktemp(name.replace(" ", "-")), *name.split())
-        return made[name]
-
-    return make
+    return starts(tmp_path_factory)
 
 
 def continued(start: Start, layout: str, function=train) -> dict[str, dict[int, float]]:

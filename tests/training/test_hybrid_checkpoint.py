@@ -9,11 +9,10 @@ from pathlib import Path
 
 import entry
 import pytest
-import ranks
 import training
 from cases import cases
 from checkpoint_files import TOOLS
-from test_checkpoint import EP2, FULLY_RESHARDABLE, assert_same_tensors, convert, train
+from test_checkpoint import EP2, FULLY_RESHARDABLE, assert_all_travels_to_scmoe_and_back, train
 from training import SCMOE, STOCK_SHARED_EXPERT, with_flags, without_flag
 
 sys.path.insert(0, str(TOOLS))
@@ -36,21 +35,7 @@ def test_stock_hybrid_loads_as_scmoe_and_back(tmp_path, name):
     shared = (EP2, "--use-distributed-optimizer", FULLY_RESHARDABLE, "--train-iters 3", "--shortcut-resume changed")
     stock = as_hybrid(STOCK_SHARED_EXPERT, PATTERNS[name], *shared)
     scmoe = as_hybrid(SCMOE, PATTERNS[name], *shared)
-    train(with_flags(stock, f"--save {tmp_path}/stock", "--save-interval 3"))
-    outputs = convert(scmoe, tmp_path / "stock", tmp_path / "scmoe")
-    assert "has --shortcut none, now scmoe" in outputs[0]
-    convert(stock, tmp_path / "scmoe" / "torch_dist", tmp_path / "back")
-
-    original, converted, back = (
-        ranks.run(training.checkpoint_tensors, 1, tmp_path / folder, 3)[0]
-        for folder in ("stock", "scmoe/torch_dist", "back/torch_dist")
-    )
-    moments = [key for key in original if "exp_avg" in key]
-    weights = [key for key in original if not key.startswith("optimizer.")]
-    assert len(moments) == 2 * len(weights) > 0
-    assert all(original[key].abs().sum() > 0 for key in moments)
-    assert_same_tensors(original, converted)
-    assert_same_tensors(original, back)
+    assert_all_travels_to_scmoe_and_back(stock, scmoe, tmp_path)
 
 
 def test_scmoe_trains_on_from_a_stock_hybrid_as_another_function(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -252,22 +252,28 @@ class Start(NamedTuple):
 
 @pytest.fixture(scope="module")
 def start_of(tmp_path_factory):
-    """Function of a model and names of ``VARIANTS``, in one string. (As a parameter of the fixture it would be made
-    anew for most tests, since pytest sorts those of one module by the index of the parameter.)
+    return starts(tmp_path_factory)
+
+
+def starts(places: pytest.TempPathFactory, names: tuple[str, ...] = NAMES) -> Callable[[str], Start]:
+    """Function of a model and names of ``VARIANTS``, in one string, which starts each once.
+
+    As a parameter of a fixture it would be made anew for most tests, since pytest sorts those of one module by the
+    index of the parameter.
     """
     made: dict[str, Start] = {}
 
     def make(name: str) -> Start:
         if name not in made:
-            made[name] = started(tmp_path_factory.mktemp(name.replace(" ", "-")), *name.split())
+            made[name] = started(places.mktemp(name.replace(" ", "-")), *name.split(), names=names)
         return made[name]
 
     return make
 
 
-def started(folder: Path, model: str, *variants: str) -> Start:
+def started(folder: Path, model: str, *variants: str, names: tuple[str, ...] = NAMES) -> Start:
     flags = [flag for name in variants for flag in VARIANTS[name]]
-    names = NAMES + tuple(BALANCE_LOSSES[name] for name in variants if name in BALANCE_LOSSES)
+    names += tuple(BALANCE_LOSSES[name] for name in variants if name in BALANCE_LOSSES)
     run(1, flags_of(model, "one", "--train-iters 1", f"--save {folder}/start", "--save-interval 1", *flags))
     more = [f"--load {folder}/start", "--no-load-optim", f"--train-iters {1 + STEPS}", *flags]
     return Start(model, folder, more, names, continued(folder / "one", model, "one", *more, names=names).scalars)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
-
 import entry
 import pytest
 import ranks
 import test_layouts
 import training
-from test_layouts import case, flags_of
+from test_layouts import case, starts
 from training import SCMOE, with_flags
 
 NAMES = (*test_layouts.NAMES, "mtp_1 loss")
@@ -18,35 +15,9 @@ EP2, PP2 = "--expert-model-parallel-size 2", "--pipeline-model-parallel-size 2"
 UNTIED = "--untie-embeddings-and-output-weights"
 
 
-class Start(NamedTuple):
-    """A checkpoint of one step on one rank, and what one rank makes of it."""
-
-    model: str
-    folder: Path
-    more: list[str]
-    expected: dict[str, dict[int, float]]
-
-    def continued(self, layout: str) -> dict[str, dict[int, float]]:
-        log = self.folder / layout.replace(" ", "-")
-        return test_layouts.continued(log, self.model, layout, *self.more, names=NAMES).scalars
-
-
 @pytest.fixture(scope="module")
 def start_of(tmp_path_factory):
-    """Function of a model."""
-    made: dict[str, Start] = {}
-
-    def make(model: str) -> Start:
-        if model not in made:
-            folder = tmp_path_factory.mktemp(model)
-            saving = ("--train-iters 1", f"--save {folder}/start", "--save-interval 1")
-            test_layouts.run(1, flags_of(model, "one", *saving))
-            more = [f"--load {folder}/start", "--no-load-optim", "--train-iters 4"]
-            found = test_layouts.continued(folder / "one", model, "one", *more, names=NAMES)
-            made[model] = Start(model, folder, more, found.scalars)
-        return made[model]
-
-    return make
+    return starts(tmp_path_factory, NAMES)
 
 
 LAYOUTS = ("ep2", "tp2 sp", "tp2 ep2", "pp2 ep2", "pp2 interleaved", "dp2 overlapped gather")
@@ -65,7 +36,7 @@ QUICK = {("scmoe-predicting", "pp2 ep2"), ("scmoe-predicting", "pp2 interleaved"
 def test_layout_agrees_with_one_rank(start_of, model, layout):
     """The loss of the prediction layer too, whose embedding is a copy where the first stage is another one."""
     start = start_of(model)
-    found = start.continued(layout)
+    found = start.continued(layout).scalars
     assert sorted(found["mtp_1 loss"]) == [2, 3, 4]
     test_layouts.assert_agree(found, start.expected)
 
