@@ -267,7 +267,7 @@ def main() -> None:
         dry_run.run()
         return
     args, scmoe, meeting = parse_and_validate_args()
-    save_helpers.use_few(args.async_save, end_with_rank)
+    save_helpers.prepare(args.async_save, end_with_rank)
     # Each rank of a pipeline builds its own datasets, so Megatron must not build them on one rank alone.
     train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
     model_config = model_config_from_args(args, scmoe)

@@ -94,6 +94,22 @@ def check_positions(args: Namespace) -> None:
             )
 
 
+def check_norms(args: Namespace) -> None:
+    """Raise ConfigError for norms of queries, keys or latents that the layers of Core's hybrid model do not have."""
+    pattern = args.hybrid_layer_pattern
+    is_fused = args.transformer_impl == "transformer_engine" and args.latent_scaling == "none"
+    missing = {
+        "qk_l2_norm": (True, "drop it"),
+        "qk_layernorm": (is_fused, "drop it, or use --transformer-impl local"),  # longcat's are in layers of ours
+    }
+    for name, (lacks, fix) in missing.items():
+        if lacks and getattr(args, name) and set("*+") & set(pattern):
+            raise ConfigError(
+                "Core's hybrid layers would leave these norms out (seen in 0.19.2): --hybrid-layer-pattern is "
+                f"{pattern}, --transformer-impl is {args.transformer_impl} and --{name.replace('_', '-')} is set; {fix}"
+            )
+
+
 def _is_missing(package: str) -> bool:
     return importlib.util.find_spec(package) is None
 

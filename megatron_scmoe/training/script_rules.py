@@ -120,6 +120,7 @@ def _check_pattern(args: Namespace) -> None:
         hybrid_rules.check_cuts(args)
         hybrid_rules.check_recomputation(args)
         hybrid_rules.check_positions(args)
+        hybrid_rules.check_norms(args)
 
 
 def _check_loss_mask(args: Namespace) -> None:

@@ -130,6 +130,7 @@ REFUSED = {
         "M*EM*E has none of -; drop mlp",
     ],
     "--hybrid-layer-pattern *-*E --use-rope-scaling": ["stretches no rotary", "is *-*E and --use-rope-scaling is set"],
+    "--hybrid-layer-pattern *-*E --qk-l2-norm": ["leave these norms out", "is local and --qk-l2-norm is set; drop it"],
     "--hybrid-layer-pattern *-*E --rotary-interleaved": ["turn in halves", "--rotary-interleaved is set", "drop it"],
     "--use-distributed-optimizer --save /nowhere --save-interval 1": [
         "fp32 moments",

@@ -1,4 +1,4 @@
-"""What stands between the writers of a save and their rank."""
+"""What stands between the writers of a save and their rank, and what they are handed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import os
 import queue
 import signal
 import time
+from functools import partial
+
+from pathlib import Path
 
 import psutil
 import pytest
 import ranks
+import torch
 
 from megatron_scmoe.job import orphans
 
@@ -41,7 +45,7 @@ def _rank(pipe: object, is_async: bool, ends: bool) -> None:
 
     os.environ.pop("TORCHELASTIC_RUN_ID", None)
     orphans.die_with_launcher()
-    save_helpers.use_few(is_async, orphans.end_with_rank if ends else _nothing)
+    save_helpers.prepare(is_async, orphans.end_with_rank if ends else _nothing)
     made = filesystem_async.get_write_results_queue()
     made.put("written")
     assert made.get() == "written"
@@ -63,3 +67,38 @@ def _nothing() -> None:
 )
 def test_nothing_outlives_a_rank(is_async, ends, kind, live_on):
     assert ranks.run(started, 1, is_async, ends) == [(kind, live_on)]
+
+
+def written_late(folder: Path, is_mended: bool) -> list[float]:
+    """What a writer of --async-save writes when its rank is in the next step already."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, PersistentAsyncCaller
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from megatron_scmoe.mcore import save_helpers
+
+    if is_mended:
+        save_helpers.prepare(True, _nothing)
+    weights = torch.zeros(3)
+    buckets = [(folder / "file", "file", ([], [("weights", weights)]))]
+    preload = partial(FileSystemWriterAsync.preload_tensors, buckets, True)
+    caller = PersistentAsyncCaller()
+    caller.process = PersistentAsyncCaller._get_process(0, mp_mode="fork")  # which has what stands in for CUDA
+    caller.schedule_async_call(AsyncRequest(_write_when_told, (folder, buckets), [], preload_fn=preload))
+    weights += 1  # as an optimizer does
+    (folder / "told").touch()
+    caller.is_current_async_call_done(blocking=True)
+    caller.close()
+    return torch.load(folder / "file").tolist()
+
+
+def _write_when_told(folder: Path, buckets: list) -> None:
+    while not (folder / "told").exists():
+        time.sleep(0.01)
+    ((file, _, (_, ((_, tensor),))),) = buckets
+    torch.save(tensor, file)
+
+
+@pytest.mark.parametrize(("is_mended", "value"), [(True, 0.0), (False, 1.0)])
+def test_a_late_writer_writes_what_was_saved(is_mended, value, tmp_path):
+    """Megatron's own writer would write the next step's: the negative control."""
+    assert ranks.run(written_late, 1, tmp_path, is_mended) == [[value] * 3]

@@ -112,3 +112,29 @@ def test_what_a_machine_with_a_gpu_may_lack(monkeypatch, pattern, missing, words
     with pytest.raises(ConfigError) as refused:
         hybrid_rules.check_layers(args)
     assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("set_to", "words"),
+    [
+        ({"qk_layernorm": True}, "--qk-layernorm is set; drop it, or use --transformer-impl local"),
+        ({"qk_l2_norm": True, "transformer_impl": "local"}, "is local and --qk-l2-norm is set; drop it"),
+        ({"qk_layernorm": True, "transformer_impl": "local"}, ""),
+        ({"qk_layernorm": True, "latent_scaling": "longcat"}, ""),
+        ({"qk_layernorm": True, "hybrid_layer_pattern": "M-E"}, ""),
+        ({}, ""),
+    ],
+)
+def test_norms_that_are_left_out(set_to, words):
+    """The last ones are negative controls: such norms are there, or nothing asks for them."""
+    from megatron_scmoe.config import ConfigError
+    from megatron_scmoe.training import hybrid_rules
+
+    asked = {"qk_layernorm": False, "qk_l2_norm": False, "latent_scaling": "none", "hybrid_layer_pattern": "+-*E"}
+    args = Namespace(**{**vars(ARGS), **asked, **set_to})
+    if not words:
+        hybrid_rules.check_norms(args)
+        return
+    with pytest.raises(ConfigError) as refused:
+        hybrid_rules.check_norms(args)
+    assert words in str(refused.value) and "\n" not in str(refused.value)
