@@ -8,7 +8,6 @@ import queue
 import signal
 import time
 from functools import partial
-
 from pathlib import Path
 
 import psutil
