@@ -26,7 +26,7 @@ def prepare(is_async: bool, end_with_rank: Callable[[], None]) -> None:
     if not is_async:
         filesystem_async._results_queue = queue.Queue()  # writers are threads of this process
         return
-    FileSystemWriterAsync.preload_tensors = staticmethod(stage)  # type: ignore[method-assign]
+    FileSystemWriterAsync.preload_tensors = staticmethod(stage)
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))  # as Core does then
     manager.start(end_with_rank)
     filesystem_async._results_queue = manager.Queue()

@@ -92,11 +92,12 @@ class Job:
         return self._pid
 
     def ranks(self) -> list[int]:
-        """Their processes, in order; none where it has ended."""
+        """Their processes, in order, of those that run the script; none where it has ended."""
         try:
-            return sorted(child.pid for child in psutil.Process(self._pid).children())
+            pids = sorted(child.pid for child in psutil.Process(self._pid).children())
         except psutil.NoSuchProcess:
             return []
+        return [pid for pid in pids if not Path(_ended(str(self._losses), pid)).exists()]
 
     def exit_code(self) -> int | None:
         """Of the launcher; None while it lives."""
@@ -193,7 +194,17 @@ def _rank(flags: list[str]) -> None:
     """The entry script in a forked process."""
     torch.set_num_threads(1)
     sys.argv[:] = [SCRIPT, *flags]
-    runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
+    try:
+        runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
+    finally:
+        # Behind it a rank waits for an event of torch's launcher of functions, which waits for ever in turn where one
+        # is killed there (its own comment says so). torchrun starts programs, and has no such event.
+        Path(_ended(os.environ["EXACT_LOSSES"], os.getpid())).touch()
+
+
+def _ended(losses: str, pid: int) -> str:
+    """A file that is there when a rank's script has ended."""
+    return f"{losses}.{pid}"
 
 
 def tracker(save: Path) -> int | None:

@@ -43,6 +43,10 @@ CASES = {
     "farskip": with_flags(SCMOE, "--shortcut-position farskip", "--moe-every 1", "--hidden-dropout 0"),
     "upstream": with_flags(SCMOE, "--shortcut-norms upstream"),
     "shared": with_flags(SCMOE, "--moe-share-groups 2", "--shortcut-combine cg2"),
+    "predicting": with_flags(SCMOE, "--mtp-num-layers 2"),
+    "dgmoe predicting": with_flags(GPT_CASES["dgmoe"], "--mtp-num-layers 1"),
+    "stock predicting": with_flags(STOCK_SHARED_EXPERT, "--mtp-num-layers 1"),
+    "longcat predicting": with_flags(GPT_CASES["longcat"], "--mtp-num-layers 1"),
 }
 
 
@@ -130,7 +134,7 @@ def difference(one: Path, other: Path) -> float:
 
 
 @pytest.mark.usefixtures("no_start_up")
-@pytest.mark.parametrize("case", cases(CASES, ["pos2", "longcat", "upstream", "shared"]))
+@pytest.mark.parametrize("case", cases(CASES, ["pos2", "longcat", "upstream", "shared", "predicting"]))
 def test_gpt_becomes_hybrid_and_comes_back(saved, tmp_path, case):
     """Bit for bit, and the hybrid model computes the same."""
     source, _ = saved(tuple(CASES[case]))
@@ -149,12 +153,17 @@ PAIRS = {
     "longcat": ("+-+E+-+E", GPT_CASES["longcat"]),
     "stock": ("*-*E*-*E", STOCK_SHARED_EXPERT),
 }
+PREDICTING = {
+    "predicting": ("*-*E*-*E/*E/*E", CASES["predicting"]),
+    "one layer predicts twice": ("*-*E*-*E/*E/*E", with_flags(CASES["predicting"], "--mtp-use-repeated-layer")),
+    "longcat predicting": ("+-+E+-+E/+-", CASES["longcat predicting"]),
+}
 
 
-@pytest.mark.parametrize("case", cases(PAIRS, ["longcat"]))
+@pytest.mark.parametrize("case", cases(PAIRS | PREDICTING, ["longcat", "predicting", "longcat predicting"]))
 def test_names_are_those_that_core_saves(saved, tmp_path, case):
     """Of the same model built as a hybrid one: an independent truth for names, shapes and dtypes, both ways."""
-    pattern, flags = PAIRS[case]
+    pattern, flags = (PAIRS | PREDICTING)[case]
     gpt, of_core = saved(tuple(flags))[0], saved(tuple(as_hybrid(flags, pattern)))[0]
     there = opened(to_container(gpt, tmp_path / "hybrid", "hybrid"))
     assert there.args.hybrid_layer_pattern == pattern
@@ -351,6 +360,8 @@ def test_what_a_gpt_model_cannot_hold_is_refused(saved, tmp_path):
         assert words in refused(source, target, *to_gpt)
     source, _ = saved(tuple(as_hybrid(SCMOE, "*-*E*-*-*E")))
     assert "its groups have all one size" in refused(source, target, *to_gpt)
+    source, _ = saved(tuple(as_hybrid(SCMOE, "*-*E*-*E/*-")))
+    assert "it predicts by a block like its last one" in refused(source, target, *to_gpt)
     source, _ = saved(tuple(HYBRIDS["latent"]))
     line = refused(source, target, "--from", "megatron", "--to", "hf-longcat")
     assert "has hybrid_layer_pattern None, and the checkpoint has +-ME+-+E; use --to hf-scmoe" in line

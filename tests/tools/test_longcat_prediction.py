@@ -151,7 +151,8 @@ def our_loss(folder: Path) -> float:
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
     layout = dict.fromkeys((*names, "expert_tensor_parallel_size"), 1)
     args, scmoe = megatron_model.arguments(source, layout, torch.float32)
-    args.mtp_num_layers = source.args.mtp_num_layers
+    for name in ("mtp_num_layers", "hybrid_layer_pattern"):
+        setattr(args, name, getattr(source.args, name, None))
     parallel_state.initialize_model_parallel(**layout)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     model = megatron_model._built(args, scmoe)
@@ -179,6 +180,19 @@ def test_it_is_the_layer_of_transformers_parts(hf_model, published, megatron):  
     (found,) = ranks.run(our_loss, 1, megatron)
     assert found == pytest.approx(expected, rel=TOLERANCE)
     assert all(found != pytest.approx(one, rel=10 * TOLERANCE) for one in wrong)
+
+
+def test_a_hybrid_model_has_it_too(published, megatron, tmp_path):
+    """Behind the / of its pattern: the same loss, and the same folder of it."""
+    done = convert("hf-longcat", "megatron", published, tmp_path / "hybrid", "--container", "hybrid")
+    assert done.returncode == 0, done.stderr[-2000:]
+    settings = json.loads((tmp_path / "hybrid" / "conversion.json").read_text())["options"]
+    assert settings["container"] == "hybrid"
+    losses = [ranks.run(our_loss, 1, folder) for folder in (megatron, tmp_path / "hybrid")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    done = convert("megatron", "hf-longcat", tmp_path / "hybrid", tmp_path / "hf")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same(tmp_path / "hf", published)
 
 
 CHANGED = {

@@ -7,6 +7,7 @@ Hybrid models that are no row of blocks, with Mamba layers for instance, keep th
 
 from __future__ import annotations
 
+import itertools
 import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -15,7 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.disk.torch_dist import MegatronCheckpoint
-from checkpoints.mappings.layers import ATTENTION, LATENT_ATTENTION, MAMBA, MLP, MOE, carries_moe, pattern_of
+from checkpoints.mappings.layers import (
+    ATTENTION,
+    BEHIND,
+    CUT,
+    LATENT_ATTENTION,
+    MAMBA,
+    MLP,
+    MOE,
+    carries_moe,
+    layers_of,
+    pattern_of,
+    prediction_models,
+    prediction_patterns,
+)
 from checkpoints.mappings.links import expected_tensors
 from checkpoints.mappings.megatron_settings import check_saved, complete
 from checkpoints.mappings.norms import HYBRID as HYBRID_NAMES
@@ -26,7 +40,8 @@ from megatron_scmoe.config import MOE_EVERY_CHOICES
 
 GPT, HYBRID = "gpt", "hybrid"
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"(decoder\.layers\.\d+\.|mtp\.layers\.\d+\.transformer_layer\.)(.+)")
+_LAYER = re.compile(r"((?:decoder|mtp\.layers\.\d+\.mtp_model_layer)\.layers\.\d+\.)(.+)")
 _OF_ATTENTION = ("input_layernorm.", "self_attention.")
 _FINAL_NORM = {"decoder.final_layernorm.": "decoder.final_norm."}
 _MOE_EVERY = 2  # the default of the flag, which a hybrid model has to have
@@ -35,7 +50,6 @@ _MOE_EVERY = 2  # the default of the flag, which a hybrid model has to have
 # the rule.
 _OFF = (None, False, 0)
 _NOT_IN_HYBRID: dict[str, tuple[tuple[object, ...], str]] = {
-    "mtp_num_layers": (_OFF, "its prediction layers are in the pattern"),
     "rotary_interleaved": (_OFF, "its channels turn in halves"),
     "no_rope_freq": (_OFF, "its layers have other numbers than blocks"),
     "window_attn_skip_freq": (_OFF, "its layers have other numbers than blocks"),
@@ -119,6 +133,9 @@ def why_no_gpt(args: Namespace) -> str | None:
         return f"its blocks are an attention and an MLP or MoE each, and {shown}"
     if getattr(args, "shortcut", "none") != "none" and _moe_every(pattern) not in MOE_EVERY_CHOICES:
         return f"its groups have all one size of 1 to 4 blocks, and {shown}"
+    gpt = complete(Namespace(**gpt_args(args)))
+    if set(prediction_patterns(args)) - {_symbols(inner, 0) for inner in prediction_models(gpt)}:
+        return f"it predicts by a block like its last one (--router longcat by one without experts), and {shown}"
     return None
 
 
@@ -148,10 +165,12 @@ def _names_in_gpt(args: Namespace) -> Callable[[str], str]:
     norms = {hybrid: name for name, hybrid in _hybrid_norms(args).items()}
     final = {hybrid: name for name, hybrid in _FINAL_NORM.items()}
 
+    block_of = {layer: block for block, layers in _layers_of_blocks(args).items() for layer in layers}
+
     def renamed(name: str) -> str:
         if not (found := _LAYER.fullmatch(name)):
             return _with_prefix(name, final)
-        name = f"decoder.layers.{int(found[1]) // 2}.{found[2]}"
+        name = block_of[found[1]] + found[2]
         return norms.get(name, name)
 
     return renamed
@@ -179,19 +198,24 @@ def hybrid_args(args: Namespace, cuts: str = "") -> dict[str, Any]:
 
     ``cuts`` is a pattern of as many layers, cut where the new one is to be cut between pipeline stages.
     """
-    attention = LATENT_ATTENTION if args.multi_latent_attention else ATTENTION
-    pattern = "".join(attention + (MOE if carries_moe(args, block) else MLP) for block in range(args.num_layers))
+    pattern = "".join(_symbols(args, block) for block in range(args.num_layers))
+    behind = [BEHIND + _symbols(inner, 0) for inner in prediction_models(args)[:1]] * (args.mtp_num_layers or 0)
     return {
-        "hybrid_layer_pattern": _with_cuts(pattern, cuts) if cuts else pattern,
+        "hybrid_layer_pattern": "".join([_with_cuts(pattern, cuts) if cuts else pattern, *behind]),
         "num_layers": len(pattern),
         "moe_layer_freq": 1,
         "moe_every": _MOE_EVERY,
     }
 
 
+def _symbols(args: Namespace, block: int) -> str:
+    attention = LATENT_ATTENTION if args.multi_latent_attention else ATTENTION
+    return attention + (MOE if carries_moe(args, block) else MLP)
+
+
 def _with_cuts(pattern: str, cuts: str) -> str:
     symbols = iter(pattern)
-    return "".join("|" if symbol == "|" else next(symbols) for symbol in cuts)
+    return "".join(CUT if symbol == CUT else next(symbols) for symbol in cuts.partition(BEHIND)[0])
 
 
 def _check_hybrid_has_it(args: Namespace) -> None:
@@ -218,16 +242,23 @@ def _check_norms(args: Namespace) -> None:
 
 def _names_in_hybrid(args: Namespace) -> Callable[[str], str]:
     """From names in the GPT model of ``args`` to those in a hybrid model."""
-    norms = _hybrid_norms(args)
+    norms, layers_of_block = _hybrid_norms(args), _layers_of_blocks(args)
 
     def renamed(name: str) -> str:
         name = norms.get(name, name)
-        if not (found := _LAYER.fullmatch(name)):
+        if not (found := _BLOCK.fullmatch(name)):
             return _with_prefix(name, _FINAL_NORM)
-        layer = 2 * int(found[1]) + (not found[2].startswith(_OF_ATTENTION))
-        return f"decoder.layers.{layer}.{found[2]}"
+        attention, feed_forward = layers_of_block[found[1]]
+        return (attention if found[2].startswith(_OF_ATTENTION) else feed_forward) + found[2]
 
     return renamed
+
+
+def _layers_of_blocks(args: Namespace) -> dict[str, tuple[str, ...]]:
+    """Of each block of a GPT model, ``args``, ``complete``, and of its two layers in a hybrid one: how names begin."""
+    hybrid = Namespace(**{**vars(args), **hybrid_args(args)})
+    pairs = itertools.batched((layer.ours for layer in layers_of(hybrid)), 2)
+    return {block.ours: pair for block, pair in zip(layers_of(args), pairs, strict=True)}
 
 
 def _hybrid_norms(args: Namespace) -> dict[str, str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterator
 from typing import NamedTuple
 
 ATTENTION, LATENT_ATTENTION, MAMBA, MLP, MOE = "*", "+", "M", "-", "E"
+CUT, BEHIND = "|", "/"
 SYMBOLS = f"{MAMBA}{ATTENTION}{LATENT_ATTENTION}{MLP}{MOE}"
 """Of --hybrid-layer-pattern, those whose tensors are known here."""
 
@@ -18,9 +20,62 @@ class Parts(NamedTuple):
     feed_forward: bool
 
 
+class Layer(NamedTuple):
+    """A layer of a model, or of a prediction layer.
+
+    Attributes:
+        ours: what the names of its tensors begin with in a checkpoint of Megatron's.
+        theirs: the same in a Hugging Face folder, with names like Llama's.
+        args: of the model that has it: a prediction layer is one of its own.
+        number: of the layer in it, counted from 0.
+    """
+
+    ours: str
+    theirs: str
+    args: Namespace
+    number: int
+
+
 def pattern_of(args: Namespace) -> str:
-    """The layers of a hybrid model, a symbol each, without cuts between pipeline stages; empty for a GPT model."""
-    return (getattr(args, "hybrid_layer_pattern", None) or "").replace("|", "")
+    """The layers of a hybrid model, a symbol each, without cuts between pipeline stages; empty for a GPT model.
+
+    Without its prediction layers: those are ``prediction_patterns(args)``.
+    """
+    return _patterns(args)[0]
+
+
+def prediction_patterns(args: Namespace) -> list[str]:
+    """The layers in each prediction layer of a hybrid model."""
+    return [pattern for pattern in _patterns(args)[1:] if pattern]
+
+
+def _patterns(args: Namespace) -> list[str]:
+    return (getattr(args, "hybrid_layer_pattern", None) or "").replace(CUT, "").split(BEHIND)
+
+
+def layers_of(args: Namespace) -> Iterator[Layer]:
+    """Every layer of the model of ``args``, ``complete``, and then of its prediction layers."""
+    for number in range(args.num_layers):
+        yield Layer(f"decoder.layers.{number}.", f"model.layers.{number}.", args, number)
+    for depth, inner in enumerate(prediction_models(args)):
+        within = "mtp_model_layer.layers.{}." if pattern_of(args) else "transformer_layer."
+        for number in range(inner.num_layers):
+            ours = f"mtp.layers.{depth}.{within.format(number)}"
+            yield Layer(ours, f"model.mtp.layers.{depth}.layers.{number}.", inner, number)
+
+
+def prediction_models(args: Namespace) -> list[Namespace]:
+    """Arguments, each of the layers in one prediction layer alone: stock ones, in no group.
+
+    Megatron's GPT model predicts by a block like its last one, and LongCat-Flash's by one without experts.
+    """
+    depths = 1 if args.mtp_num_layers and args.mtp_use_repeated_layer else args.mtp_num_layers or 0
+    stock = {**vars(args), "shortcut": "none", "shortcut_norms": "none", "router": "core", "mtp_num_layers": None}
+    if pattern_of(args):
+        patterns = prediction_patterns(args)[:depths]
+        return [Namespace(**stock | {"hybrid_layer_pattern": one, "num_layers": len(one)}) for one in patterns]
+    has_experts = args.router == "core" and carries_moe(args, args.num_layers - 1)
+    return [Namespace(**stock | {"num_layers": 1, "moe_layer_freq": [int(has_experts)]})] * depths
 
 
 def parts_of(args: Namespace, layer: int) -> Parts:

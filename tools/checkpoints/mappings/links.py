@@ -14,7 +14,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from checkpoints.mappings.layers import carries_moe, owns_moe, parts_of, pattern_of
+from checkpoints.mappings.layers import (
+    Layer,
+    carries_moe,
+    layers_of,
+    owns_moe,
+    parts_of,
+    pattern_of,
+    prediction_models,
+)
 from checkpoints.mappings.mamba import mixer_rows
 from checkpoints.mappings.megatron_settings import complete
 from checkpoints.mappings.norms import norm_names
@@ -67,14 +75,16 @@ class Link:
 
 
 def links(args: Namespace) -> Iterator[Link]:
-    """Every tensor of the model that ``args``, ``complete``, describe, block by block."""
+    """Every tensor of the model that ``args``, ``complete``, describe, block by block; its prediction layers too."""
     vocab = (args.padded_vocab_size, args.hidden_size)
     yield _same("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab)
     if args.position_embedding_type == "learned_absolute":
         positions = (args.max_position_embeddings, args.hidden_size)
         yield _same("embedding.position_embeddings.weight", "model.embed_positions.weight", positions)
-    for block in range(args.num_layers):
-        yield from _block(args, block)
+    for layer in layers_of(args):
+        yield from _layer(layer)
+    for depth in range(len(prediction_models(args))):
+        yield from _around_prediction(args, f"mtp.layers.{depth}.", f"model.mtp.layers.{depth}.")
     final = "decoder.final_norm." if pattern_of(args) else "decoder.final_layernorm."
     yield from _norm(args, final, "model.norm.", args.hidden_size)
     if args.untie_embeddings_and_output_weights:
@@ -166,8 +176,16 @@ def _norm(args: Namespace, ours: str, theirs: str, size: int) -> Iterator[Link]:
         yield _same(ours + part, theirs + part, (size,))
 
 
-def _block(args: Namespace, block: int) -> Iterator[Link]:
-    ours, theirs = f"decoder.layers.{block}.", f"model.layers.{block}."
+def _around_prediction(args: Namespace, ours: str, theirs: str) -> Iterator[Link]:
+    """What a prediction layer has beside its layers: norms of embedding and hidden state, their projection, a norm."""
+    hidden = args.hidden_size
+    for name in ("enorm.", "hnorm.", "final_layernorm."):
+        yield from _norm(args, ours + name, theirs + name, hidden)
+    yield _same(f"{ours}eh_proj.weight", f"{theirs}eh_proj.weight", (hidden, 2 * hidden))
+
+
+def _layer(layer: Layer) -> Iterator[Link]:
+    ours, theirs, args, block = layer
     norms = norm_names(args, args.transformer_impl, block)
     parts = parts_of(args, block)
     if parts.mamba:

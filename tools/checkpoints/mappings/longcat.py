@@ -48,10 +48,11 @@ def longcat_links(args: Namespace) -> Iterator[Link]:
     """Every tensor of the model of this form, block by block; ``args`` are ``complete``."""
     for link in links(args):
         yield replace(link, theirs=tuple((_their_name(name), shape) for name, shape in link.theirs))
-    yield from prediction.prediction_links(args)
 
 
 def _their_name(name: str) -> str:
+    if name.startswith(prediction.THEIRS):
+        return prediction.their_name(name)
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
     if not found:
         return name
@@ -69,7 +70,7 @@ def to_megatron(source: HFFolder) -> Target:
     args = megatron_args(config)
     check_args(origin, Namespace(**args), source.infos)
     further = [name for name in source.infos if name.startswith(prediction.THEIRS)]
-    why = prediction.why_left_out(source, complete(Namespace(**args))) if further else None
+    why = prediction.why_left_out(source, _of_prediction(args)) if further else None
     if further and not why:
         args["mtp_num_layers"] = 1
     pieces, expected = megatron_pieces(source.infos, longcat_links(complete(Namespace(**args))))
@@ -80,6 +81,13 @@ def to_megatron(source: HFFolder) -> Target:
         conversion=Conversion(pieces=tuple(pieces), expected=expected, dropped=dropped, notes=tuple(notes)),
         args={**args, _HAS_UNUSED: _UNUSED in dropped.values()},
     )
+
+
+def _of_prediction(args: Mapping[str, Any]) -> set[str]:
+    """Names in a folder of the tensors of the layer that predicts a further token."""
+    with_layer = complete(Namespace(**{**args, "mtp_num_layers": 1}))
+    names = {name for link in longcat_links(with_layer) for name, _ in link.theirs}
+    return {name for name in names if name.startswith(prediction.THEIRS)}
 
 
 def from_megatron(source: MegatronCheckpoint) -> Target:

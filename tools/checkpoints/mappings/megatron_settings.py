@@ -9,7 +9,16 @@ from typing import Any
 
 from checkpoints import settings as rules
 from checkpoints.disk.torch_dist import MegatronCheckpoint
-from checkpoints.mappings.layers import ATTENTION, LATENT_ATTENTION, MAMBA, MOE, SYMBOLS, carries_moe, pattern_of
+from checkpoints.mappings.layers import (
+    ATTENTION,
+    LATENT_ATTENTION,
+    MAMBA,
+    MOE,
+    SYMBOLS,
+    carries_moe,
+    pattern_of,
+    prediction_patterns,
+)
 from checkpoints.mappings.mamba import heads_of
 from checkpoints.mappings.norms import SPECS
 from checkpoints.settings import COUNT, FLAG, NUMBER, POSITIVE, SHARE, SIZE, WORD, Rule, each, either, one_of, optional
@@ -30,9 +39,11 @@ _POSITIONS = ("learned_absolute", "rope", "yarn", "mrope", "relative", "none")
 _READ: tuple[tuple[Rule, Any, str], ...] = (
     (FLAG, False, "group_query_attention multi_latent_attention add_qkv_bias qk_layernorm swiglu squared_relu"),
     (FLAG, False, "use_rope_scaling untie_embeddings_and_output_weights"),
+    (FLAG, False, "mtp_use_repeated_layer"),
     (FLAG, False, "moe_shared_expert_gate moe_router_pre_softmax moe_router_enable_expert_bias"),
     (optional(SIZE), None, "kv_channels q_lora_rank moe_ffn_hidden_size moe_router_num_groups moe_router_group_topk"),
     (optional(SIZE), None, "moe_latent_size"),
+    (optional(COUNT), None, "mtp_num_layers"),
     (optional(SIZE), 1, "num_query_groups"),
     (optional(COUNT), None, "num_experts moe_shared_expert_intermediate_size"),
     (optional(POSITIVE), None, "moe_router_topk_scaling_factor"),
@@ -119,8 +130,9 @@ def _check_heads(origin: str, settings: Mapping[str, Any]) -> None:
 def _check_pattern(origin: str, settings: Mapping[str, Any]) -> None:
     """Refuse layers of a hybrid model that are not known here, or that the other settings contradict."""
     args = Namespace(**settings)
-    pattern = pattern_of(args)
-    if unknown := set(pattern) - set(SYMBOLS):
+    pattern, behind = pattern_of(args), prediction_patterns(args)
+    symbols = {*pattern, *"".join(behind)}
+    if unknown := symbols - set(SYMBOLS):
         raise CheckpointError(
             f"layers {SYMBOLS} are known here: hybrid_layer_pattern is {settings['hybrid_layer_pattern'][:60]!a} in "
             f"{origin}, with {min(unknown)!a}; use Megatron's tools"
@@ -129,9 +141,10 @@ def _check_pattern(origin: str, settings: Mapping[str, Any]) -> None:
     heads, groups = heads_of(args), args.mamba_num_groups
     faults = {
         f"num_layers is {args.num_layers}": len(pattern) != args.num_layers,
-        f"multi_latent_attention is {args.multi_latent_attention}": other in pattern,
-        f"num_experts is {args.num_experts}": MOE in pattern and not args.num_experts,
-        f"{heads} heads make no {groups} groups (mamba_num_groups)": MAMBA in pattern and heads % groups > 0,
+        f"mtp_num_layers is {args.mtp_num_layers}": len(behind) != (args.mtp_num_layers or 0),
+        f"multi_latent_attention is {args.multi_latent_attention}": other in symbols,
+        f"num_experts is {args.num_experts}": MOE in symbols and not args.num_experts,
+        f"{heads} heads make no {groups} groups (mamba_num_groups)": MAMBA in symbols and heads % groups > 0,
     }
     for words, broken in faults.items():
         if broken:

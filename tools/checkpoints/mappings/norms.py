@@ -10,7 +10,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping
 
-from checkpoints.mappings.layers import carries_moe, pattern_of
+from checkpoints.mappings.layers import carries_moe, layers_of, pattern_of
 
 SPECS = ("local", "transformer_engine")
 HYBRID = "hybrid"
@@ -44,9 +44,9 @@ def renamed_norms(then: Namespace, now: Namespace) -> dict[str, str]:
     The two have the same blocks, whose MLPs and specs may differ.
     """
     names: dict[str, str] = {}
-    for block in range(then.num_layers):
-        old, new = (norm_names(args, args.transformer_impl, block) for args in (then, now))
+    for layers in zip(layers_of(then), layers_of(now), strict=True):
+        old, new = (norm_names(layer.args, layer.args.transformer_impl, layer.number) for layer in layers)
         for part in ("weight", "bias"):
-            prefix = f"decoder.layers.{block}."
+            prefix = layers[0].ours
             names |= {f"{prefix}{old[module]}{part}": f"{prefix}{new[module]}{part}" for module in old}
     return names

@@ -7,53 +7,47 @@ beside it. Megatron's layer reads that of the model: so one that is another tens
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
 
 import torch
 
 from checkpoints.disk.hf_folder import HFFolder
-from checkpoints.mappings.links import Link, dtype_of, links
+from checkpoints.mappings.links import dtype_of
 from checkpoints.plan import Piece, Read
 from checkpoints.tensors import CheckpointError, TensorInfo
 
-THEIRS, OURS = "model.mtp.", "mtp.layers.0."
+THEIRS = "model.mtp."
 SAME_EMBEDDING = "the embedding of the layer that predicts a further token is that of the model, number for number"
 _EMBEDDING = f"{THEIRS}embed_tokens.weight"
 _MODEL_EMBEDDING = ("embedding.word_embeddings.weight", "model.embed_tokens.weight")
 _ROWS = 4096  # of an embedding, compared at a time
-_BLOCK = ("decoder.layers.0.", "model.layers.0.")
+_NAMES = {
+    r"layers\.0\.(enorm|hnorm)\.": r"layers.0.\1.m.",
+    r"layers\.0\.final_layernorm\.": "norm.",
+    r"layers\.0\.layers\.0\.mlp\.": "layers.0.transformer_layer.mlp.",
+    r"layers\.0\.layers\.0\.": "layers.0.",
+}
+"""Theirs, by what ``links`` calls them."""
 
 
-def prediction_links(args: Namespace) -> Iterator[Link]:
-    """Every tensor of the prediction layer of ``args``, which are ``complete``; none where there is no such layer."""
-    if not getattr(args, "mtp_num_layers", None):
-        return
-    layer, hidden = f"{THEIRS}layers.0.", args.hidden_size
-    shapes = {"enorm": (hidden,), "hnorm": (hidden,), "eh_proj": (hidden, 2 * hidden), "final_layernorm": (hidden,)}
-    names = {"enorm": f"{layer}enorm.m", "hnorm": f"{layer}hnorm.m", "eh_proj": f"{layer}eh_proj"}
-    for ours, shape in shapes.items():
-        theirs = names.get(ours, f"{THEIRS}norm")
-        yield Link(ours=f"{OURS}{ours}.weight", shape=shape, theirs=((f"{theirs}.weight", shape),))
-    alone = {"num_layers": 1, "num_experts": None, "shortcut": "none"}
-    for link in links(Namespace(**{**vars(args), **alone})):
-        if link.ours.startswith(_BLOCK[0]):
-            ours = link.ours.replace(_BLOCK[0], f"{OURS}transformer_layer.")
-            yield replace(link, ours=ours, theirs=tuple((_their_name(name), shape) for name, shape in link.theirs))
+def their_name(name: str) -> str:
+    """What a LongcatFlash folder calls a tensor of the prediction layer that ``links`` calls ``name``."""
+    rest = name.removeprefix(THEIRS)
+    for ours, theirs in _NAMES.items():
+        if re.match(ours, rest):
+            return THEIRS + re.sub(ours, theirs, rest, count=1)
+    return name
 
 
-def _their_name(name: str) -> str:
-    rest = name.removeprefix(_BLOCK[1])
-    return f"{THEIRS}layers.0." + (f"transformer_layer.{rest}" if rest.startswith("mlp.") else rest)
+def why_left_out(source: HFFolder, known: Collection[str]) -> str | None:
+    """Why the tensors of ``model.mtp`` have no place in a checkpoint; None where they have one.
 
-
-def why_left_out(source: HFFolder, args: Namespace) -> str | None:
-    """Why the tensors of ``model.mtp`` have no place in a checkpoint with these ``args``; None where they have one."""
+    ``known`` are names of theirs that have a place, but for the embedding.
+    """
     found = {name for name in source.infos if name.startswith(THEIRS)}
-    with_layer = Namespace(**{**vars(args), "mtp_num_layers": 1})
-    known = {_EMBEDDING, *(name for link in prediction_links(with_layer) for name, _ in link.theirs)}
-    if other := sorted(found ^ known):
+    if other := sorted(found ^ {_EMBEDDING, *known}):
         what = "has" if other[0] in found else "lacks"
         return f"layers that predict further tokens are known with one set of tensors, and this one {what} {other[0]}"
     if not _is_the_models(source):

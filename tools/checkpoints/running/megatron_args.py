@@ -18,7 +18,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments, validate_args
 
 from checkpoints.disk.torch_dist import MegatronCheckpoint
-from checkpoints.mappings.layers import pattern_of
+from checkpoints.mappings.layers import BEHIND, pattern_of
 from checkpoints.running.scores import USUAL_LENGTH
 from checkpoints.tensors import CheckpointError
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, ConfigError, ScMoEConfig
@@ -111,6 +111,8 @@ def _namespace(source: MegatronCheckpoint) -> Namespace:
     parser = add_scmoe_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
     args = parser.parse_args(_FLAGS.split())
     vars(args).update({name: saved[name] for name in _ARCHITECTURE & vars(args).keys() & saved.keys()})
+    if args.hybrid_layer_pattern:  # without prediction layers: scores are those of the next token
+        args.hybrid_layer_pattern = args.hybrid_layer_pattern.partition(BEHIND)[0]
     return args
 
 
