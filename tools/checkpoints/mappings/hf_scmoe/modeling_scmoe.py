@@ -691,6 +691,11 @@ class ScMoEForCausalLM(ScMoEPreTrainedModel, GenerationMixin):
         self._is_stateful = "M" in config.layer_pattern  # a Mamba layer's state cannot be rolled back
         self.post_init()
 
+    def _supports_default_dynamic_cache(self) -> bool:
+        # transformers asks the cache that it makes for its length, which one without any attention does not know. The
+        # model makes that one.
+        return self.config.attends
+
     @can_return_tuple
     def forward(
         self,
