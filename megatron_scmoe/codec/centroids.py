@@ -72,8 +72,7 @@ class Centroids:
         self._rows: Tensor | None = rows
         self._rows_per_expert = routing_map.sum(dim=0)
         if rate_control:
-            level = rate_control.level_on(hidden_states.device)
-            keys, finite = hasher.keys(rows, level, owners(self._rows_per_expert, rows.shape[0]))
+            keys, finite = hasher.keys(rows, rate_control.level, owners(self._rows_per_expert, rows.shape[0]))
         else:
             keys, finite = hasher.keys(rows)
         self._clusters = cluster(keys, self._rows_per_expert, chunks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -41,7 +42,7 @@ class CargoMaker:
         self.rate_control: RateControl | None = None
         hashes, width = scmoe.lsh_hashes, 1 if scmoe.lsh_kind is HashKind.SPHERICAL else scmoe.lsh_width
         if scmoe.lsh_target_rate:
-            self.rate_control = RateControl(scmoe.lsh_target_rate, hashes, width)
+            self.rate_control = RateControl(scmoe.lsh_target_rate, hashes, width, torch.cuda.current_device())
         if scmoe.a2a_codec is Codec.LSH:
             self._hasher = Hasher(blocks.width_of_experts(config), hashes=hashes, width=width, seed=_seed(scmoe, group))
 

@@ -20,25 +20,20 @@ class RateControl:
         target: rows that travel over rows that are routed.
         hashes: functions that there are.
         width: coordinates that each of them keeps; 1 for spherical hashing.
+        device: where the rows are; None: torch's default.
 
     Attributes:
         level: how many of them count; see ``Hasher.keys``.
         seen: rows that travelled, and rows that were routed, since the last adjustment.
     """
 
-    def __init__(self, target: float, hashes: int, width: int) -> None:
+    def __init__(self, target: float, hashes: int, width: int, device: torch.device | int | None = None) -> None:
         self._target, self._hashes = target, hashes
         # One level multiplies the clusters by 2 x width at most (``Hasher.keys``), so that many levels for each factor
         # of e do not overshoot, apart from chance in which buckets are cut.
         self._levels_per_e = 1 / math.log(2 * width)
-        self.level = torch.tensor(hashes / 2)
-        self.seen = torch.zeros(2)
-
-    def level_on(self, device: torch.device) -> Tensor:
-        """The level, on the device of the rows."""
-        if self.level.device != device:
-            self.level, self.seen = self.level.to(device), self.seen.to(device)
-        return self.level
+        self.level = torch.tensor(hashes / 2, device=device)
+        self.seen = torch.zeros(2, device=device)
 
     def out_of_reach(self, level: float) -> str:
         """Why the target is missed at a level that cannot move any further; empty at any other."""

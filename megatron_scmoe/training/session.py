@@ -111,7 +111,7 @@ class OverlapSession:
         if control is not None:
             self._rate_controls[group.group_index] = control
             if str(group.group_index) in levels:
-                control.level = torch.tensor(levels[str(group.group_index)])
+                control.level.fill_(levels[str(group.group_index)])
 
     def _between_steps(self, iteration: int) -> None:
         """All of ``iteration`` steps are done and the next one has not begun."""

@@ -9,6 +9,7 @@ import os
 import re
 import time
 import weakref
+from argparse import Namespace
 from collections.abc import Iterator
 from statistics import fmean
 from types import SimpleNamespace
@@ -855,7 +856,7 @@ def levels_of_ranks() -> list[float]:
         generator = torch.Generator().manual_seed(dist.get_rank() + 10 * step)
         control.see(cluster(torch.randint(20, (100,), generator=generator), torch.tensor([60, 40])))
         adjust_rates([control], dist.group.WORLD)
-        levels.append(control.level_on(torch.device("cpu")).item())
+        levels.append(control.level.item())
     return levels
 
 
@@ -863,3 +864,27 @@ def test_levels_are_equal_on_all_ranks():
     one, *others = ranks.run(levels_of_ranks, 3)
     assert all(other == one for other in others)
     assert len(set(one)) > 1
+
+
+def places_of_a_rate(loaded: bool) -> set[str]:
+    """Where a control's tensors are before its first step; the meta device stands for a GPU."""
+    from megatron_scmoe.codec.maker import CargoMaker
+    from megatron_scmoe.config import Codec, ScMoEConfig, Shortcut
+    from megatron_scmoe.training.session import OverlapSession
+
+    torch.cuda.current_device = lambda: torch.device("meta")
+    scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE, a2a_codec=Codec.LSH, lsh_target_rate=0.2)
+    maker = CargoMaker(scmoe, SimpleNamespace(hidden_size=48, moe_latent_size=None), 3)
+    if loaded:
+        session = OverlapSession(Namespace(lsh_levels={"3": 2.5}), scmoe)
+        session._see_codec(SimpleNamespace(cargo_maker=maker, group_index=3))
+    control = maker.rate_control
+    assert control is not None
+    control.adjust(control.seen)
+    return {control.level.device.type, control.seen.device.type}
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_levels_are_where_the_rows_will_be(loaded):
+    """Also on a stage that has routed nothing yet, whose ranks reduce what they saw all the same."""
+    assert ranks.run(places_of_a_rate, 1, loaded) == [{"meta"}]
