@@ -48,6 +48,9 @@ what is drawn:
   * Ranks measure from the begin of their own step, and no clock is shared: the ranks are aligned where the step
     begins. A collective may seem to end at different times on different ranks, by as much as they began apart.
   * Steps follow one another with a short gap; what lies between them in the run is left out.
+  * On a GPU a third lane, "nothing enqueued", has the times in which the compute lane may have been empty, since the
+    host had not launched what comes next. A span of the compute lane lasts until the next one begins, so that it
+    covers them.
   * A collective lasts from its launch to its completion, so that several are under way at once. A lane shows one
     after the other: what completes later starts where the one before it ended. "launched_us" in its arguments is when
     it was launched; "sent_bytes_of_pass" is what this rank sent in the whole forward or backward of the group.
@@ -63,21 +66,22 @@ GAP_NS = 1_000_000
 _LINE_BEGINS = '{"iteration"'
 _RANK_FILE = re.compile(r"rank\d+\.jsonl")
 _LONGEST_S = 1e9  # thirty years: nanoseconds of it are exact in a float
-_THREADS = {Lane.COMPUTE: 1, Lane.COMMUNICATION: 2}
+IDLE = "nothing enqueued"
+_THREADS = {Lane.COMPUTE.value: 1, Lane.COMMUNICATION.value: 2, IDLE: 3}
 
 
 class Piece(NamedTuple):
     """One span of a step on one rank.
 
     Attributes:
-        lane: where it ran.
+        lane: where it ran, or IDLE.
         name: what ran.
         launched_ns: its begin, from the begin of the step.
         end_ns: its end.
         args: what a click on it shows.
     """
 
-    lane: Lane
+    lane: str
     name: str
     launched_ns: int
     end_ns: int
@@ -181,19 +185,28 @@ def _pieces(one_pass: dict[str, Any], step: int) -> list[Piece]:
     if any("at" not in span and "chunk" in span for span in spans):
         raise ValueError("an older version wrote it; draw it with the tools/trace.py of that version")
     several_calls = len({span["call"] for span in spans} - {None}) > 1
+    where = {"step": step, "group": group, "backward": backward}
     pieces = []
     for span in spans:
         lane, name = Lane(span["lane"]), str(span["name"])
-        start_s, end_s = float(span["start_s"]), float(span["end_s"])
-        if not 0 <= start_s <= end_s < _LONGEST_S:
-            raise ValueError(f"{name} lasts from {start_s} to {end_s} s")
-        args = {"step": step, "group": group, "backward": backward} | _which(name, span["at"], span["call"])
+        launched_ns, end_ns = _nanoseconds(name, span["start_s"], span["end_s"])
+        args = where | _which(name, span["at"], span["call"])
         if lane is Lane.COMMUNICATION:
             args["sent_bytes_of_pass"] = sent_bytes
         if several_calls and span["call"] is not None:
             name += f" call {span['call']}"
-        pieces.append(Piece(lane, name, round(start_s * 1e9), round(end_s * 1e9), args))
+        pieces.append(Piece(lane.value, name, launched_ns, end_ns, args))
+    pieces += [
+        Piece(IDLE, IDLE, *_nanoseconds(IDLE, start_s, end_s), where) for start_s, end_s in one_pass["idle"] or ()
+    ]
     return pieces
+
+
+def _nanoseconds(name: str, start_s: Any, end_s: Any) -> tuple[int, int]:
+    start_s, end_s = float(start_s), float(end_s)
+    if not 0 <= start_s <= end_s < _LONGEST_S:
+        raise ValueError(f"{name} lasts from {start_s} to {end_s} s")
+    return round(start_s * 1e9), round(end_s * 1e9)
 
 
 def _which(name: str, at: int, call: int | None) -> dict[str, int]:
@@ -228,30 +241,32 @@ def described(steps: Iterable[int]) -> str:
 def trace_of(report: Report) -> dict[str, Any]:
     """The trace, in the JSON format of trace events: all times in microseconds."""
     ranks = sorted({rank for of_ranks in report.values() for rank in of_ranks})
-    events = [event for rank in ranks for event in _names_of(rank)]
+    drawn = {piece.lane for of_ranks in report.values() for pieces in of_ranks.values() for piece in pieces}
+    lanes = [lane for lane in _THREADS if lane in drawn or lane != IDLE]
+    events = [event for rank in ranks for event in _names_of(rank, lanes)]
     begin_ns = 0
     for step, of_ranks in sorted(report.items()):
         events.append({"name": f"step {step}", "ph": "i", "s": "g", "pid": ranks[0], "tid": 1, "ts": begin_ns / 1e3})
         for rank, pieces in sorted(of_ranks.items()):
-            for lane in Lane:
-                events += _lane_events(rank, lane, [piece for piece in pieces if piece.lane is lane], begin_ns)
+            for lane in lanes:
+                events += _lane_events(rank, lane, [piece for piece in pieces if piece.lane == lane], begin_ns)
         begin_ns += max(piece.end_ns for pieces in of_ranks.values() for piece in pieces) + GAP_NS
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _names_of(rank: int) -> list[dict[str, Any]]:
+def _names_of(rank: int, lanes: Sequence[str]) -> list[dict[str, Any]]:
     def metadata(what: str, tid: int, **args: Any) -> dict[str, Any]:
         return {"name": what, "ph": "M", "pid": rank, "tid": tid, "args": args}
 
     return [
         metadata("process_name", 0, name=f"rank {rank}"),
         metadata("process_sort_index", 0, sort_index=rank),
-        *(metadata("thread_name", tid, name=lane.value) for lane, tid in _THREADS.items()),
-        *(metadata("thread_sort_index", tid, sort_index=tid) for tid in _THREADS.values()),
+        *(metadata("thread_name", _THREADS[lane], name=lane) for lane in lanes),
+        *(metadata("thread_sort_index", _THREADS[lane], sort_index=_THREADS[lane]) for lane in lanes),
     ]
 
 
-def _lane_events(rank: int, lane: Lane, pieces: Sequence[Piece], begin_ns: int) -> list[dict[str, Any]]:
+def _lane_events(rank: int, lane: str, pieces: Sequence[Piece], begin_ns: int) -> list[dict[str, Any]]:
     """Complete events of one lane and step, of which no two overlap.
 
     In the order of their ends each begins where the one before it ended, if it did not begin later. On the compute lane
@@ -263,11 +278,11 @@ def _lane_events(rank: int, lane: Lane, pieces: Sequence[Piece], begin_ns: int) 
         start_ns = max(free_ns, piece.launched_ns)
         free_ns = piece.end_ns
         direction = "backward" if piece.args["backward"] else "forward"
-        launched = {"launched_us": (begin_ns + piece.launched_ns) / 1e3} if lane is Lane.COMMUNICATION else {}
+        launched = {"launched_us": (begin_ns + piece.launched_ns) / 1e3} if lane == Lane.COMMUNICATION else {}
         events.append(
             {
                 "name": f"{piece.name} backward" if piece.args["backward"] else piece.name,
-                "cat": f"{lane.value},{direction}",
+                "cat": f"{lane},{direction}",
                 "ph": "X",
                 "pid": rank,
                 "tid": _THREADS[lane],

@@ -42,8 +42,9 @@ class OverlapConfig:
 
     overlap_report: str = ""
     """Folder for a report of every step's communication: milliseconds, exposed milliseconds, hidden share, bytes and
-    load of every group, as JSON lines, one file for each rank; the log, TensorBoard and W&B get the sum (W&B not
-    of the last step, before which its run ends). Read the timeline with tools/trace.py."""
+    load of every group, and on a GPU for how long at most it had nothing enqueued, as JSON lines, one file for each
+    rank; the log, TensorBoard and W&B get the sum (W&B not of the last step, before which its run ends). Read the
+    timeline with tools/trace.py."""
 
     def slots(self, group_index: int) -> tuple[int, ...]:
         """Slots set for group ``group_index``: none, one for all chunks, or one for each of them."""

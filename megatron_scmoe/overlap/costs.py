@@ -6,6 +6,7 @@ next one; what a rank waits for is no computation, and is left out.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,7 +14,7 @@ from itertools import pairwise
 from statistics import fmean, median
 
 from megatron_scmoe.contracts import SpanShape
-from megatron_scmoe.overlap.observe import BEGIN, END, Mark, Recording, Transfer
+from megatron_scmoe.overlap.observe import BEGIN, END
 from megatron_scmoe.overlap.plan import (
     DECODE,
     ENCODE,
@@ -24,8 +25,9 @@ from megatron_scmoe.overlap.plan import (
     START_COMBINE,
     START_DISPATCH,
 )
+from megatron_scmoe.overlap.recording import Mark, Recording, Transfer
 from megatron_scmoe.overlap.solver import CallCosts, PassCosts, SpanCosts
-from megatron_scmoe.overlap.spans import Lane, Span
+from megatron_scmoe.overlap.spans import Interval, Lane, Span
 
 # Packing precedes a start and unpacking follows a finish: here are the ops that they belong to, in each direction.
 _OP_OF = {
@@ -44,6 +46,7 @@ class GroupPass:
         spans: computation and communication; computation without what it waited for.
         total_s: from the first op to the end of the last one, waiting included.
         sent_bytes: what this rank sent to other ranks.
+        idle: when the compute lane may have had nothing enqueued (``Recording.idle``); None without a GPU.
     """
 
     group: int
@@ -51,6 +54,7 @@ class GroupPass:
     spans: tuple[Span, ...]
     total_s: float
     sent_bytes: int
+    idle: tuple[Interval, ...] | None = None
 
 
 def passes_of(recording: Recording) -> list[GroupPass]:
@@ -59,7 +63,7 @@ def passes_of(recording: Recording) -> list[GroupPass]:
     Args:
         recording: of a step; its forwards after the last backward are not part of training.
     """
-    marks = recording.marks
+    marks, idle = recording.marks, recording.idle
     last_backward = max((index for index, mark in enumerate(marks) if mark.backward), default=len(marks))
     transfers: dict[tuple[int, bool], list[Transfer]] = defaultdict(list)
     for transfer in recording.transfers:
@@ -74,11 +78,11 @@ def passes_of(recording: Recording) -> list[GroupPass]:
             continue
         open_passes[key].append(mark)
         if mark.name == END:
-            passes.append(_group_pass(open_passes.pop(key), transfers[key]))
+            passes.append(_group_pass(open_passes.pop(key), transfers[key], idle))
     return passes
 
 
-def _group_pass(marks: Sequence[Mark], transfers: Iterable[Transfer]) -> GroupPass:
+def _group_pass(marks: Sequence[Mark], transfers: Iterable[Transfer], idle: Sequence[Interval] | None) -> GroupPass:
     first, last = marks[0], marks[-1]
     mine = {(t.name, t.index, t.call): t for t in transfers if first.time_s <= t.start_s <= last.time_s}
     spans = [_computation(mark, following.time_s, mine) for mark, following in pairwise(marks) if mark.name != BEGIN]
@@ -88,8 +92,19 @@ def _group_pass(marks: Sequence[Mark], transfers: Iterable[Transfer]) -> GroupPa
         Span(t.name, Lane.COMMUNICATION, t.start_s, max(t.start_s, t.end_s), t.backward, t.index, t.call)
         for t in mine.values()
     ]
-    total_s = last.time_s - first.time_s
-    return GroupPass(first.group, first.backward, tuple(spans), total_s, sum(t.sent_bytes for t in mine.values()))
+    return GroupPass(
+        first.group,
+        first.backward,
+        tuple(spans),
+        total_s=last.time_s - first.time_s,
+        sent_bytes=sum(t.sent_bytes for t in mine.values()),
+        idle=None if idle is None else tuple(_beginning_within(first.time_s, last.time_s, idle)),
+    )
+
+
+def _beginning_within(start_s: float, end_s: float, intervals: Sequence[Interval]) -> Sequence[Interval]:
+    """Those of disjoint ``intervals`` in order that begin from ``start_s`` on and before ``end_s``."""
+    return intervals[bisect_left(intervals, (start_s,)) : bisect_left(intervals, (end_s,))]
 
 
 def _computation(mark: Mark, end_s: float, transfers: Mapping[tuple[str, int, int], Transfer]) -> Span:

@@ -1,173 +1,24 @@
-"""What ran, when, on this rank: marks of the compute lane and spans of the communication lane. Imports nothing of ours.
+"""What ran, when, on this rank: marks of the compute lane and spans of the communication lane.
 
 Nothing is recorded, and nothing is added to autograd's graph, while nobody listens: then a mark is one look-up, so the
-hot path may carry them always. Moments are CUDA events where there is a GPU, and host clock readings elsewhere, where
-every operation is done when it returns.
+hot path may carry them always.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_scmoe.overlap.recording import Compression, Flying, Load, Moment, Recording, Step
+
 BEGIN = "begin"
 END = "end"
 
 _listeners: list[Recording] = []
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """The begin of one step on this rank's compute lane; it lasts until the next mark of its group and direction.
-
-    Attributes:
-        name: what begins, e.g. ``"start dispatch"``, or ``BEGIN`` and ``END`` of a group's pass.
-        index: which dense op, or which token chunk.
-        call: number of the routed call whose step it is; None for the others.
-        group: whose step it is, counted over the whole model; of a span, its first one.
-        backward: whether it is the backward of that step.
-        time_s: seconds since the recording began.
-    """
-
-    name: str
-    index: int
-    call: int | None
-    group: int
-    backward: bool
-    time_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """One collective, from its launch to its completion, on the communication lane.
-
-    Attributes:
-        name, index, call, group, backward: as in ``Mark``.
-        start_s: when it was launched, in seconds since the recording began.
-        end_s: when it was complete.
-        sent_bytes: what this rank sent to other ranks.
-    """
-
-    name: str
-    index: int
-    call: int
-    group: int
-    backward: bool
-    start_s: float
-    end_s: float
-    sent_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """How evenly one routing spread this rank's tokens.
-
-    Attributes:
-        group: whose routing it is; of a span, its first one.
-        part: which group of the span.
-        tokens_per_expert: tokens of this rank that each expert of the model gets, after capacity.
-        dropped: tokens' choices that capacity dropped.
-    """
-
-    group: int
-    part: int
-    tokens_per_expert: Tensor
-    dropped: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Compression:
-    """How alike the rows of one flight were, and what of them did not travel.
-
-    Attributes:
-        group: whose flight it was.
-        rows: tokens' choices.
-        clusters: rows that travelled in their place.
-        largest: rows of the largest cluster.
-        residual: mean over the rows of the residual's norm relative to the row's.
-    """
-
-    group: int
-    rows: int
-    clusters: int
-    largest: Tensor
-    residual: Tensor
-
-
-type _Moment = float | torch.cuda.Event
-
-
-def _now() -> _Moment:
-    if not torch.cuda.is_available():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-@dataclass(slots=True)
-class _Flying:
-    """A collective whose end is not known yet."""
-
-    name: str
-    index: int
-    call: int
-    group: int
-    backward: bool
-    start: _Moment
-    sent_bytes: int
-    end: _Moment | None = None
-
-
-@dataclass(slots=True)
-class Recording:
-    """What one listener heard; read it when the recording is over."""
-
-    _began: _Moment = field(default_factory=_now)
-    _marks: list[tuple[str, int, int | None, int, bool, _Moment]] = field(default_factory=list)
-    _flying: list[_Flying] = field(default_factory=list)
-    loads: list[Load] = field(default_factory=list)
-    compressions: list[Compression] = field(default_factory=list)
-
-    @property
-    def marks(self) -> list[Mark]:
-        """All marks in the order in which the host made them. Waits for the GPU."""
-        return [
-            Mark(name, index, call, group, backward, self._seconds(moment))
-            for name, index, call, group, backward, moment in self._marks
-        ]
-
-    @property
-    def transfers(self) -> list[Transfer]:
-        """All collectives that completed, in the order of their launch. Waits for the GPU."""
-        return [
-            Transfer(
-                one.name,
-                one.index,
-                one.call,
-                one.group,
-                one.backward,
-                self._seconds(one.start),
-                self._seconds(one.end),
-                one.sent_bytes,
-            )
-            for one in self._flying
-            if one.end is not None
-        ]
-
-    def _seconds(self, moment: _Moment) -> float:
-        if isinstance(moment, float):
-            assert isinstance(self._began, float)
-            return moment - self._began
-        assert isinstance(self._began, torch.cuda.Event)
-        moment.synchronize()
-        return self._began.elapsed_time(moment) / 1e3
 
 
 @contextmanager
@@ -188,8 +39,11 @@ def start() -> Recording:
 
 
 def stop(recorded: Recording) -> None:
-    """End a recording."""
-    _listeners[:] = [listener for listener in _listeners if listener is not recorded]
+    """End a recording, for which the host waits for the GPU; one that is over stays as it is."""
+    others = [listener for listener in _listeners if listener is not recorded]
+    if len(others) < len(_listeners):
+        _listeners[:] = others
+        recorded.end()
 
 
 def _nothing(_work: dist.Work) -> None: ...
@@ -208,25 +62,31 @@ class Marker:
     def now(self, name: str, index: int = 0, *, call: int | None = None, backward: bool = False) -> None:
         """A step begins here."""
         if _listeners:
-            moment = _now()
-            for recorded in _listeners:
-                recorded._marks.append((name, index, call, self.group, backward, moment))
+            self._reach((name, index, call, self.group, backward))
 
     def in_backward(self, name: str, output: Tensor, index: int = 0, *, call: int | None = None) -> None:
-        """The backward of a step begins when the gradient of its ``output`` is complete."""
-        if _listeners and output.requires_grad:
+        """All of a step is launched; its backward begins when the gradient of its ``output`` is complete."""
+        if not _listeners:
+            return
+        self._reach(None)
+        if output.requires_grad:
             output.register_hook(lambda _grad: self.now(name, index, call=call, backward=True))
 
-    def moment(self) -> _Moment | None:
+    def _reach(self, step: Step | None) -> None:
+        moment = Moment.now()
+        for recorded in _listeners:
+            recorded.reach(step, moment)
+
+    def moment(self) -> Moment | None:
         """The moment before a launch, for ``transfer``; None while nobody listens."""
         # A GPU's communication stream waits for what was recorded before the launch, and for nothing behind it: a short
         # transfer may be over before an event that is recorded when the launch has returned.
-        return _now() if _listeners else None
+        return Moment.now() if _listeners else None
 
     def transfer(
         self,
         work: dist.Work,
-        begin: _Moment | None,
+        begin: Moment | None,
         name: str,
         index: int,
         sent_bytes: int,
@@ -241,12 +101,12 @@ class Marker:
         """
         if begin is None:
             return _nothing
-        flying = _Flying(name, index, call, self.group, backward, begin, sent_bytes)
+        flying = Flying(name, index, call, self.group, backward, begin, sent_bytes)
         for recorded in _listeners:
-            recorded._flying.append(flying)
+            recorded.launch(flying)
 
         def landed(_future: torch.futures.Future[list[Tensor]]) -> None:
-            flying.end = _now()
+            flying.end = Moment.now()
 
         def listen(work: dist.Work) -> None:  # which must not be kept alive from here: it holds what arrives
             work.get_future().then(landed)

@@ -1,15 +1,16 @@
 """What every step's communication cost, and how much of it was hidden: as JSON lines and as a few scalars.
 
 Exposed time is the time in which a collective was under way and nothing was computed, of each group, forward and
-backward (``spans.py``). One file for each rank holds all its groups. The log gets the sum over the groups of each
-pipeline stage, of its slowest rank; TensorBoard and W&B get that of the last stage, where Megatron's writers are, and
-of a codec what it did in each group of the model.
+backward (``spans.py``). On a GPU an op lasts until the next one begins, waiting for the host included: beside it stands
+for how long the compute lane may have had nothing enqueued. One file for each rank holds all its groups. The log gets
+the sum over the groups of each pipeline stage, of its slowest rank; TensorBoard and W&B get that of the last stage,
+where Megatron's writers are, and of a codec what it did in each group of the model.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
@@ -17,8 +18,8 @@ import torch
 
 from megatron_scmoe.contracts import Plan
 from megatron_scmoe.overlap.costs import GroupPass
-from megatron_scmoe.overlap.observe import Compression, Load, Recording
-from megatron_scmoe.overlap.spans import communication_s, exposed_s, hidden_share
+from megatron_scmoe.overlap.recording import Compression, Load, Recording
+from megatron_scmoe.overlap.spans import communication_s, exposed_s, hidden_share, length
 
 MARGIN = 0.10
 """The measured hidden share may be this far below the predicted one before a warning says so."""
@@ -50,6 +51,8 @@ class GroupRow:
         sent_rate: rows that travelled over rows that were routed; 1 without a codec.
         largest_cluster: tokens that the largest centroid stood for.
         residual: mean over tokens of what did not travel, relative to the token (norms).
+        idle_at_most_ms: for how long the compute lane may have had nothing enqueued, all micro-batches; None without a
+            GPU.
     """
 
     group: int
@@ -64,6 +67,7 @@ class GroupRow:
     sent_rate: float = 1.0
     largest_cluster: int = 1
     residual: float = 0.0
+    idle_at_most_ms: float | None = None
 
 
 def rows_of(passes: Sequence[GroupPass], recording: Recording, plans: Mapping[int, Plan]) -> list[GroupRow]:
@@ -108,6 +112,7 @@ def _row(
         sent_rate=sum(one.clusters for one in compressions) / routed if routed else 1.0,
         largest_cluster=int(torch.stack([one.largest for one in compressions]).max()) if compressions else 1,
         residual=float(sum(one.rows * one.residual.double() for one in compressions)) / (routed or 1),
+        idle_at_most_ms=_sum(None if one.idle is None else length(one.idle) * 1e3 for one in passes),
     )
 
 
@@ -115,7 +120,7 @@ def _row(
 class Summary:
     """All groups of a stage, one step: the slowest rank's times, all ranks' tokens. Field names are scalar names.
 
-    The last two are of a codec; without one they are not written.
+    ``sent_rate`` and ``residual`` are of a codec and ``idle_at_most_ms`` of a GPU; without one they are not written.
     """
 
     communication_ms: float
@@ -126,17 +131,20 @@ class Summary:
     dropped_share: float
     sent_rate: float = 1.0
     residual: float = 0.0
+    idle_at_most_ms: float | None = None
 
     def scalars(self, *, codec: bool) -> dict[str, float]:
         """What TensorBoard and W&B get, with or without what only a codec changes."""
-        return {name: value for name, value in asdict(self).items() if codec or name not in ("sent_rate", "residual")}
+        left_out = () if codec else ("sent_rate", "residual")
+        return {name: value for name, value in asdict(self).items() if value is not None and name not in left_out}
 
     def words(self, *, codec: bool) -> str:
         """The log's line, with or without what only a codec changes."""
         of_codec = f", {self.sent_rate:.1%} of the rows sent, residual {self.residual:.2f} of a token" if codec else ""
+        idle = "unknown" if self.idle_at_most_ms is None else f"{self.idle_at_most_ms:.1f} ms at most"
         return (
             f"{self.communication_ms:.1f} ms of communication, {self.exposed_ms:.1f} ms exposed, "
-            f"{self.hidden_share:.0%} hidden, {self.sent_mib:.3g} MiB sent, busiest expert "
+            f"{self.hidden_share:.0%} hidden, idle {idle}, {self.sent_mib:.3g} MiB sent, busiest expert "
             f"{self.tokens_max_over_mean:.2f} x mean, {self.dropped_share:.1%} dropped{of_codec}"
         )
 
@@ -160,7 +168,18 @@ def summarize(rows_of_ranks: Sequence[Sequence[GroupRow]]) -> Summary:
         dropped_share=max((row.dropped_share for row in every_row), default=0.0),
         sent_rate=fmean(row.sent_rate for row in every_row) if every_row else 1.0,
         residual=fmean(row.residual for row in every_row) if every_row else 0.0,
+        idle_at_most_ms=_sum(row.idle_at_most_ms for row in slowest),
     )
+
+
+def _sum(milliseconds: Iterable[float | None]) -> float | None:
+    """None where one of them is not known."""
+    total = 0.0
+    for value in milliseconds:
+        if value is None:
+            return None
+        total += value
+    return total
 
 
 def codec_scalars(rows_of_ranks: Sequence[Sequence[GroupRow]]) -> dict[str, float]:

@@ -26,6 +26,7 @@ from megatron_scmoe.mcore import stages
 from megatron_scmoe.overlap import observe
 from megatron_scmoe.overlap.adaptive import Decision, Phase, Tuner, saved_form
 from megatron_scmoe.overlap.costs import GroupPass, passes_of
+from megatron_scmoe.overlap.recording import Recording
 from megatron_scmoe.report.figures import Summary, codec_scalars, rows_of, summarize, warning
 from megatron_scmoe.report.files import ReportFile
 from megatron_scmoe.report.scalars import Scalars
@@ -49,7 +50,7 @@ class OverlapSession:
         self._planned: dict[int, Planned] = {}
         self._rate_controls: dict[int, RateControl] = {}
         self._tuner: Tuner | None = None
-        self._recording: observe.Recording | None = None
+        self._recording: Recording | None = None
         self._iteration: int | None = None
         self._file: ReportFile | None = None
         self._scalars: Scalars | None = None  # it and the mail need the process group's store

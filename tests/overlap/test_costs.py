@@ -22,8 +22,9 @@ from models import Case
 
 from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
 from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs, passes_of
-from megatron_scmoe.overlap.observe import BEGIN, END, Mark, Transfer
+from megatron_scmoe.overlap.observe import BEGIN, END
 from megatron_scmoe.overlap.plan import OF_A_CALL, sequential_plan
+from megatron_scmoe.overlap.recording import Mark, Transfer
 from megatron_scmoe.overlap.solver import CallCosts, PassCosts, SpanCosts, schedule
 from megatron_scmoe.overlap.spans import Lane, communication_s, exposed_s
 
@@ -55,7 +56,7 @@ def recording(*parts: str, group: int = 0, at: float = 0.0) -> SimpleNamespace:
             name = " ".join(parts_of_name)
             of_call = call if name in OF_A_CALL else None
             marks.append(Mark(name, int(index), of_call, group, backward, at + float(when)))
-    return SimpleNamespace(marks=marks, transfers=transfers)
+    return SimpleNamespace(marks=marks, transfers=transfers, idle=None)
 
 
 def together(*recordings: SimpleNamespace) -> SimpleNamespace:
@@ -63,6 +64,7 @@ def together(*recordings: SimpleNamespace) -> SimpleNamespace:
     return SimpleNamespace(
         marks=[mark for one in recordings for mark in one.marks],
         transfers=[transfer for one in recordings for transfer in one.transfers],
+        idle=None,
     )
 
 
@@ -544,7 +546,7 @@ def test_a_transfer_begins_before_its_launch_and_its_end_is_noted(monkeypatch, o
     wait for the transfer. What arrives is held by nobody then.
     """
     from megatron_scmoe.dispatch import exchange
-    from megatron_scmoe.overlap import observe
+    from megatron_scmoe.overlap import observe, recording
 
     now_s, works = 1.0, []
 
@@ -565,7 +567,7 @@ def test_a_transfer_begins_before_its_launch_and_its_end_is_noted(monkeypatch, o
         now_s += 10
         return Work()
 
-    monkeypatch.setattr(observe, "_now", lambda: now_s)
+    monkeypatch.setattr(recording.Moment, "now", classmethod(lambda cls: cls(now_s, None)))
     monkeypatch.setattr(exchange.dist, "all_to_all_single", launch)
     group: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
     tag = exchange.Tag(observe.Marker(0), "dispatch")

@@ -19,7 +19,7 @@ from training import SCMOE, with_flags
 
 from megatron_scmoe.contracts import Plan
 from megatron_scmoe.overlap.costs import GroupPass
-from megatron_scmoe.overlap.observe import Compression, Load, Recording
+from megatron_scmoe.overlap.recording import Compression, Load, Recording
 from megatron_scmoe.overlap.spans import Lane, Span
 from megatron_scmoe.report.figures import GroupRow, Summary, codec_scalars, rows_of, summarize, warning
 from megatron_scmoe.report.files import ReportFile
@@ -28,13 +28,19 @@ from megatron_scmoe.report.files import ReportFile
 
 
 def one_pass(
-    group: int, *, backward: bool, compute: tuple[float, float], communication: tuple[float, float], sent: int
+    group: int,
+    *,
+    backward: bool,
+    compute: tuple[float, float],
+    communication: tuple[float, float],
+    sent: int,
+    idle: tuple[tuple[float, float], ...] | None = None,
 ):
     spans = (
         Span("MLP", Lane.COMPUTE, *compute, backward, 1),
         Span("dispatch", Lane.COMMUNICATION, *communication, backward, 0, call=0),
     )
-    return GroupPass(group, backward, spans, 100.0, sent)
+    return GroupPass(group, backward, spans, 100.0, sent, idle)
 
 
 def load(group: int, *tokens: int, part: int = 0, dropped: int = 0) -> Load:
@@ -105,6 +111,31 @@ def test_rows_by_hand():
             residual=0,
         ),
     ]
+
+
+def test_idle_times_by_hand():
+    """Of all passes; not known where it is not of one."""
+    lanes = {"compute": (0.0, 6.0), "communication": (2.0, 10.0), "sent": 1}
+    known = [
+        one_pass(4, backward=False, idle=((0.5, 1.0), (3.0, 5.0)), **lanes),
+        one_pass(4, backward=True, idle=((7.0, 7.25),), **lanes),
+        one_pass(7, backward=True, idle=(), **lanes),
+    ]
+    plans = {index: Plan(((1,),)) for index in (4, 7)}
+    assert [one.idle_at_most_ms for one in rows_of(known, Recording(), plans)] == [2_750, 0]
+    unknown = [*known, one_pass(4, backward=False, **lanes)]
+    assert [one.idle_at_most_ms for one in rows_of(unknown, Recording(), plans)] == [None, 0]
+
+
+def test_idle_time_is_of_the_slowest_rank_and_said_where_it_is_known():
+    fast = [row(0, exposed_ms=1.0, idle_at_most_ms=30.0), row(1, idle_at_most_ms=50.0)]
+    slow = [row(0, exposed_ms=6.0, idle_at_most_ms=2.0), row(1, idle_at_most_ms=0.25)]
+    known, unknown = summarize([fast, slow]), summarize([fast, [*slow[:1], row(1)]])
+    assert (known.idle_at_most_ms, unknown.idle_at_most_ms) == (2.25, None)
+    assert "50% hidden, idle 2.2 ms at most, " in known.words(codec=False)
+    assert "50% hidden, idle unknown, " in unknown.words(codec=False)
+    assert known.scalars(codec=False).keys() - unknown.scalars(codec=False).keys() == {"idle_at_most_ms"}
+    assert known.scalars(codec=True).keys() == set(Summary.__slots__)
 
 
 def test_a_group_that_was_not_heard_of_has_an_empty_row():
@@ -194,7 +225,8 @@ CHANGES = [
     "--log-interval 2",
 ]
 FLAGS = with_flags(SCMOE, *CHANGES)
-SCALARS = {f"overlap/{name}" for name in Summary.__slots__} - {"overlap/sent_rate", "overlap/residual"}  # no codec
+OTHERS = {"sent_rate", "residual", "idle_at_most_ms"}  # of a codec, of a GPU
+SCALARS = {f"overlap/{name}" for name in Summary.__slots__ if name not in OTHERS}
 
 
 def read(folder: Path) -> list[list[dict[str, Any]]]:
@@ -236,6 +268,7 @@ def test_fields_of_the_lines(reported):
             for group in line["groups"]:
                 assert group.keys() == set(GroupRow.__slots__)
                 assert group["slots"] == ([[1, 2], [1, 1]] if "chunks" in name else [[2]])
+                assert group["idle_at_most_ms"] is None  # as there is no GPU
                 assert 0 <= group["exposed_ms"] <= group["communication_ms"]
                 share = 1 - group["exposed_ms"] / group["communication_ms"]
                 assert group["hidden_share"] == pytest.approx(share)
@@ -285,6 +318,7 @@ def test_tensorboard_has_six_scalars(reported):
             assert by_iteration[iteration] == pytest.approx(getattr(expected, scalar.removeprefix("overlap/")))
         said = f" > overlap at iteration {iteration}: {expected.communication_ms:.1f} ms of communication"
         assert said in printed[0] and said not in printed[1]
+        assert printed[0].count("hidden, idle unknown, ") == 3
 
 
 def test_the_last_step_is_reported_where_megatron_ends_the_process(tmp_path):

@@ -30,6 +30,7 @@ REQUIRED = {
     "i": {"name", "ph", "ts"},
 }
 TID = {"compute": 1, "communication": 2}
+IDLE_TID = 3
 
 
 def span(
@@ -44,9 +45,11 @@ def of_call(name: str, lane: str, start_s: float, end_s: float, *, call: int = 0
     return span(name, lane, start_s, end_s, call=call, **where)
 
 
-def line(iteration: int, rank: int, *spans: dict, group: int = 0, backward: bool = False) -> dict[str, Any]:
+def line(
+    iteration: int, rank: int, *spans: dict, group: int = 0, backward: bool = False, idle: list | None = None
+) -> dict[str, Any]:
     """A line of a report with one pass; without spans it has none."""
-    one = {"group": group, "backward": backward, "spans": list(spans), "total_s": 1.0, "sent_bytes": 77}
+    one = {"group": group, "backward": backward, "spans": list(spans), "total_s": 1.0, "sent_bytes": 77, "idle": idle}
     return {"iteration": iteration, "rank": rank, "groups": [], "passes": [one] if spans else []}
 
 
@@ -238,6 +241,22 @@ def test_calls_have_their_number_in_their_names_where_there_are_several(tmp_path
     assert [event["args"]["call"] for event in communication] == [0, 1, 0]
 
 
+def test_idle_times_have_a_lane_where_they_are_known(tmp_path):
+    """As on a GPU; the real report above has none."""
+    op = span("attention", "compute", 0.0, 0.004)
+    known = line(2, 1, op, idle=[[0.001, 0.0025], [0.003, 0.003]], group=3, backward=True)
+    trace = traced(write_report(tmp_path / "r", line(2, 0, op), known))
+    opens(trace)
+    idle = [event for event in trace["traceEvents"] if event["ph"] == "X" and event["tid"] == IDLE_TID]
+    assert [(event["pid"], *times([event])[0]) for event in idle] == [
+        (1, "nothing enqueued backward", 1000, 2500),
+        (1, "nothing enqueued backward", 3000, 3000),
+    ]
+    assert idle[0]["args"] == {"step": 2, "group": 3, "backward": True}
+    names = {event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "thread_name"}
+    assert names == {*TID, "nothing enqueued"}
+
+
 def test_a_step_that_was_written_twice_counts_as_written_last(tmp_path):
     """A run that is resumed trains some steps again."""
     first, second = (line(2, 0, span("MLP", "compute", 0.0, end)) for end in (0.001, 0.002))
@@ -339,6 +358,8 @@ def test_an_older_trace_is_kept(tmp_path, capsys):
         (json.dumps(line(2, 0, span("MLP", "compute", 0.0, float("inf")))), "MLP lasts from 0.0 to inf s"),
         (json.dumps(line(2, 0, span("MLP", "compute", 0.0, 1.0) | {"start_s": None})), "line 2 is not as"),
         (json.dumps(line(2, 0, span("MLP", "compute", 0.0, 1.0, call=True))), "True is no whole number"),
+        (json.dumps(line(2, 0, span("MLP", "compute", 0.0, 1.0), idle=[[2.0, 1.0]])), "lasts from 2.0 to 1.0 s"),
+        (json.dumps(line(2, 0, span("MLP", "compute", 0.0, 1.0), idle=[1.0])), "line 2 is not as"),
         (json.dumps(line(2, 0, OLDER)), "an older version wrote it; draw it with the tools/trace.py of that version"),
         (json.dumps(line(2, 0, {name: OLDER[name] for name in OLDER if name != "chunk"})), "'call' is missing"),
     ],

@@ -31,6 +31,7 @@ from megatron_scmoe.overlap import observe
 from megatron_scmoe.overlap.adaptive import Plans
 from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs, pass_costs_of, passes_of
 from megatron_scmoe.overlap.plan import sequential_plan
+from megatron_scmoe.overlap.recording import Recording
 from megatron_scmoe.overlap.solver import PassCosts, SpanCosts
 from megatron_scmoe.overlap.spans import communication_s
 
@@ -206,7 +207,7 @@ class Bench:
             for handle in handles:
                 handle.remove()
 
-    def recorded_step(self, model: str, kind: str) -> tuple[float, observe.Recording]:
+    def recorded_step(self, model: str, kind: str) -> tuple[float, Recording]:
         """One step with marks."""
         with observe.recording() as recording:
             seconds = self.step(model, kind)
