@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
-from megatron_scmoe.config.architecture import ArchitectureConfig
+from megatron_scmoe.config.architecture import ArchitectureConfig, Shortcut
 from megatron_scmoe.config.codec import CodecConfig
 from megatron_scmoe.config.job import JobConfig
 from megatron_scmoe.config.overlap import Overlap, OverlapConfig
@@ -82,6 +82,20 @@ class ScMoEConfig(JobConfig, ResumeConfig, CodecConfig, OverlapConfig, Architect
     def replaces_stock_moe(self) -> bool:
         """Whether the MoE layers of the stock model are ours: their tokens travel in chunks, or compressed."""
         return not self.enabled and (self.overlap_chunks > 1 or self.compresses)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether collectives of ours fly beside computation."""
+        return (self.enabled or self.replaces_stock_moe) and self.overlap is not Overlap.OFF
+
+    @property
+    def flies_side_by_side(self) -> bool:
+        """Whether one of these collectives may be launched while another one is under way.
+
+        Those of one call in one chunk follow one another; those of chunks, of two gates and of late landings do not.
+        """
+        several = self.overlap_chunks > 1 or self.shortcut is Shortcut.DGMOE or self.shortcut_landing > 0
+        return self.overlaps and several
 
     @property
     def watches_steps(self) -> bool:

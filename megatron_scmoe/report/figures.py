@@ -28,10 +28,12 @@ IMBALANCE = 1.5
 """Tokens of the busiest expert over the mean from which imbalance is the likelier cause."""
 
 ONE_QUEUE = (
-    "CUDA_DEVICE_MAX_CONNECTIONS is 1: all streams share a queue, in which one that waits holds up the others; set it "
-    "to 32 (up to Hopper, Megatron insists on 1 with tensor or context parallelism)"
+    "CUDA_DEVICE_MAX_CONNECTIONS is 1: all streams share a queue, in which a collective that waits for another one "
+    "holds up what is launched behind both; set it to 32 (up to Hopper, Megatron insists on 1 with tensor or context "
+    "parallelism)"
 )
-"""What to say where CUDA was told to launch in one queue; no error, since Megatron asks for that, too."""
+"""What to say where CUDA was told to launch in one queue, and collectives fly side by side; no error, since Megatron
+asks for that, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +211,7 @@ def warning(summary: Summary, predicted_share: float, *, cuda_connections: str |
     Args:
         summary: what was measured.
         predicted_share: hidden share by the solver.
-        cuda_connections: CUDA_DEVICE_MAX_CONNECTIONS on a GPU; None elsewhere.
+        cuda_connections: CUDA_DEVICE_MAX_CONNECTIONS on a GPU where collectives fly side by side; None elsewhere.
     """
     if summary.hidden_share >= predicted_share - MARGIN:
         return None

@@ -45,6 +45,7 @@ from megatron_scmoe.training import (
     sequence_rules,
     sizes,
     stage_rules,
+    untried,
     whole_step,
 )
 from megatron_scmoe.training.unread_flags import UnreadFlags
@@ -163,8 +164,11 @@ def parse_and_validate_args(
     except ConfigError as error:
         refuse(str(error))
     connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") if torch.cuda.is_available() else None
-    if args.rank == 0 and (warning := one_queue_warning(scmoe, connections)):
-        print(f" > overlap warning: {warning}", flush=True)
+    if args.rank == 0:
+        if warning := one_queue_warning(scmoe, connections):
+            print(f" > overlap warning: {warning}", flush=True)
+        for words in untried.found_in(args, scmoe):
+            print(f" > untried: {words}", flush=True)
     return args, scmoe, meeting
 
 
@@ -189,6 +193,7 @@ def _validate(
     if go_without is not None:
         go_without(args)
     script_rules.check_chunks(args, scmoe)
+    script_rules.check_timing(scmoe)
     prediction_rules.check(args, scmoe)
     if scmoe.enabled:
         config = _by_megatrons_rules(core_transformer_config_from_args, args)
@@ -203,14 +208,13 @@ def _validate(
 
 
 def one_queue_warning(scmoe: ScMoEConfig, connections: str | None) -> str | None:
-    """``ONE_QUEUE`` where it would keep something from overlapping.
+    """``ONE_QUEUE`` where collectives would hold one another up.
 
     Args:
         scmoe: the settings of this run.
         connections: CUDA_DEVICE_MAX_CONNECTIONS on a GPU; None elsewhere.
     """
-    overlaps = (scmoe.enabled or scmoe.replaces_stock_moe) and scmoe.overlap is not Overlap.OFF
-    return ONE_QUEUE if overlaps and connections == "1" else None
+    return ONE_QUEUE if scmoe.flies_side_by_side and connections == "1" else None
 
 
 def refuse(message: str) -> NoReturn:

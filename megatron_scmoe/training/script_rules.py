@@ -29,6 +29,11 @@ _RESTARTS = ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT")
 """How often torchrun would start the ranks again, and how often Slurm has."""
 
 
+_TIMES_COLLECTIVES = ("TORCH_NCCL_ENABLE_TIMING", "NCCL_ENABLE_TIMING", "TORCH_NCCL_DESYNC_DEBUG", "NCCL_DESYNC_DEBUG")
+"""With one of them torch records an event that takes the time before and behind each collective."""
+_TRUE = ("1", "T", "TRUE", "Y", "YES")
+
+
 def check_hooks(args: Namespace, *, needs_transformer_engine: bool = True) -> None:
     """Raise ConfigError for the first flag in ``args`` that the entry script's hooks do not do.
 
@@ -183,6 +188,21 @@ def check_chunks(args: Namespace, scmoe: ScMoEConfig) -> None:
         raise ConfigError(
             f"a chunk has a token at least: --overlap-chunks is {scmoe.overlap_chunks} and a rank has {tokens} tokens "
             f"of a micro-batch; use --overlap-chunks {min(tokens, 4)}"
+        )
+
+
+def check_timing(scmoe: ScMoEConfig) -> None:
+    """Raise ConfigError where events that time collectives would keep them from running beside anything."""
+    if not scmoe.overlaps or os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
+        return
+    found = [name for name in _TIMES_COLLECTIVES if os.environ.get(name, "").upper() in _TRUE]
+    if os.environ.get("TORCH_DISTRIBUTED_DEBUG", "").upper() == "DETAIL":
+        found.append("TORCH_DISTRIBUTED_DEBUG")
+    if found:
+        raise ConfigError(
+            "in one queue no collective runs beside anything once torch times it (pytorch issue 143890): "
+            f"CUDA_DEVICE_MAX_CONNECTIONS is 1 and {found[0]} is {os.environ[found[0]]}; unset {found[0]}, or use "
+            "CUDA_DEVICE_MAX_CONNECTIONS=32 or --overlap off"
         )
 
 

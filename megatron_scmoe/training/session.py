@@ -207,7 +207,8 @@ class OverlapSession:
     def _warn(self, summary: Summary) -> None:
         if self._tuner is None or self._tuner.hidden_share is None or self._tuner.records:
             return  # nothing was predicted, or these steps are for measuring
-        connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") if torch.cuda.is_available() else None
+        side_by_side = torch.cuda.is_available() and self._scmoe.flies_side_by_side
+        connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") if side_by_side else None
         text = warning(summary, self._tuner.hidden_share, cuda_connections=connections)
         if text is not None:
             print(f" > overlap warning: {text}", flush=True)

@@ -555,12 +555,76 @@ def warnings_of_one_queue() -> list[str | None]:
     from megatron_scmoe.training.arguments import one_queue_warning
 
     scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE)
-    off = dataclasses.replace(scmoe, overlap=Overlap.OFF)
-    cases = ((scmoe, "1"), (scmoe, "32"), (scmoe, None), (off, "1"), (ScMoEConfig(), "1"))
+    chunks = dataclasses.replace(scmoe, overlap_chunks=2)
+    side_by_side = (
+        chunks,
+        ScMoEConfig(shortcut=Shortcut.DGMOE),
+        dataclasses.replace(scmoe, shortcut_span=2, shortcut_landing=1),
+        ScMoEConfig(overlap_chunks=2),
+    )
+    off = dataclasses.replace(scmoe, overlap=Overlap.OFF, shortcut_span=2, shortcut_landing=1)
+    one_by_one = ((chunks, "32"), (chunks, None), (scmoe, "1"), (off, "1"), (ScMoEConfig(), "1"))
+    cases = (*((settings, "1") for settings in side_by_side), *one_by_one)
     return [one_queue_warning(settings, connections) for settings, connections in cases]
 
 
-def test_one_queue_is_warned_of_where_something_overlaps():
-    first, *others = ranks.run(warnings_of_one_queue, 1)[0]
-    assert first.startswith("CUDA_DEVICE_MAX_CONNECTIONS is 1") and "set it to 32" in first
-    assert others == [None] * 4
+def test_one_queue_is_warned_of_where_collectives_wait_for_one_another():
+    """Those of one call in one chunk do not."""
+    found = ranks.run(warnings_of_one_queue, 1)[0]
+    assert all(text.startswith("CUDA_DEVICE_MAX_CONNECTIONS is 1") and "set it to 32" in text for text in found[:4])
+    assert found[4:] == [None] * 5
+
+
+ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("TORCH_NCCL_ENABLE_TIMING", "1"), ("TORCH_NCCL_DESYNC_DEBUG", "True"), ("TORCH_DISTRIBUTED_DEBUG", "DETAIL")],
+)
+def test_timed_collectives_in_one_queue_are_refused(name, value):
+    words = [
+        "CUDA_DEVICE_MAX_CONNECTIONS is 1",
+        f"{name} is {value}",
+        f"unset {name}",
+        "CUDA_DEVICE_MAX_CONNECTIONS=32",
+    ]
+    chunked = with_flags(STOCK, "--overlap-chunks 2")
+    entry.assert_refused([(flags, words) for flags in (SCMOE, DGMOE, chunked)], ONE_QUEUE | {name: value})
+
+
+def test_timed_collectives_elsewhere_are_accepted():
+    """Negative control: with several queues, without timing, and where nothing of ours overlaps."""
+    timed = {"TORCH_NCCL_ENABLE_TIMING": "1"}
+    entry.assert_accepted([SCMOE], timed | {"CUDA_DEVICE_MAX_CONNECTIONS": "32"})
+    entry.assert_accepted([SCMOE], ONE_QUEUE | {"TORCH_NCCL_ENABLE_TIMING": "0", "TORCH_DISTRIBUTED_DEBUG": "INFO"})
+    entry.assert_accepted([with_flags(SCMOE, "--overlap off"), STOCK], ONE_QUEUE | timed)
+
+
+def test_what_is_untried_is_named():
+    from megatron_scmoe.config import Overlap, ScMoEConfig, Shortcut
+    from megatron_scmoe.training import untried
+
+    scmoe, te = ScMoEConfig(shortcut=Shortcut.SCMOE), "transformer_engine"
+    args = argparse.Namespace(context_parallel_size=2, transformer_impl=te, tp_comm_overlap=True)
+    cp, tp = untried.found_in(args, scmoe)
+    assert "--context-parallel-size is 2" in cp and "--tp-comm-overlap is set" in tp
+    tried = [
+        (argparse.Namespace(context_parallel_size=1, transformer_impl=te, tp_comm_overlap=False), scmoe),
+        (argparse.Namespace(context_parallel_size=2, transformer_impl="local", tp_comm_overlap=False), scmoe),
+        (args, ScMoEConfig()),
+        (args, dataclasses.replace(scmoe, overlap=Overlap.OFF)),
+    ]
+    assert [untried.found_in(*one) for one in tried] == [[]] * 4
+
+
+def something_is_untried() -> None:
+    from megatron_scmoe.training import untried
+
+    untried.found_in = lambda _args, _scmoe: ["this and that"]
+
+
+def test_a_run_says_what_is_untried():
+    said, silent = (entry.ends([entry.Command(SCMOE, None, before)])[0] for before in (something_is_untried, None))
+    assert " > untried: this and that\n" in said.stdout and said.accepts()
+    assert "untried" not in silent.stdout  # negative control

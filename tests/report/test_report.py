@@ -189,7 +189,7 @@ def test_ten_points_below_prediction_are_no_warning_yet():
 @pytest.mark.parametrize(
     ("connections", "imbalance", "words"),
     [
-        ("1", 9.0, ["CUDA_DEVICE_MAX_CONNECTIONS is 1", "set it to 32"]),
+        ("1", 9.0, ["CUDA_DEVICE_MAX_CONNECTIONS is 1", "waits for another one", "set it to 32"]),
         ("32", 2.0, ["busiest expert gets 2.0 times the mean", "--moe-aux-loss-coeff"]),
         (None, 2.0, ["busiest expert gets 2.0 times the mean"]),
         (None, 1.2, ["the plan was made for other times", "--overlap-interval"]),
