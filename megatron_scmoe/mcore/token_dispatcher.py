@@ -102,16 +102,17 @@ def split_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> tuple[list[int] | None
 
 
 def sort_plainly_if_empty(dispatcher: MoEAlltoAllTokenDispatcher) -> None:
-    """Let ``dispatcher``, to whom no rows came, sort them by plain code, on the way in and out.
+    """Let ``dispatcher``, to whom no rows came, leave them as they are, on the way in and out.
 
-    Transformer Engine's fused sort (--moe-permute-fusion) ends with an error there, or in backward (upstream 1877).
+    Transformer Engine's fused sort (--moe-permute-fusion) ends with an error there, or in backward (upstream 1877). The
+    rows that this rank sent are put back by the fused permutation all the same: nothing else can read its map.
     """
     if not dispatcher.config.moe_permute_fusion:
         return
-    _, receive_rows = split_rows(dispatcher)
-    if receive_rows is not None and not any(receive_rows):
-        dispatcher.config = copy.copy(dispatcher.config)
-        dispatcher.config.moe_permute_fusion = False
+    split_rows(dispatcher)  # waits for the counts
+    rows_of_group = dispatcher.output_splits_tp  # Core sorts what tensor-parallel ranks have gathered
+    if rows_of_group is not None and not rows_of_group.any():
+        dispatcher.num_local_experts = 1  # for whom there is no order
 
 
 def num_rows_to_send(dispatcher: MoEAlltoAllTokenDispatcher) -> int:

@@ -11,7 +11,6 @@ import types
 
 import entry
 import models
-import numpy
 import pytest
 import ranks
 import test_layer
@@ -247,24 +246,6 @@ def test_a_fused_sort_of_no_rows_would_end_it():
     """Negative control."""
     with pytest.raises(ranks.RankError, match="nothing to sort"):
         ranks.run(with_first_expert_alone, 2, Case(), "always", layout=EP2)
-
-
-def test_what_has_rows_stays_fused():
-    from megatron_scmoe.mcore.token_dispatcher import sort_plainly_if_empty
-
-    config = types.SimpleNamespace(moe_permute_fusion=True)
-    dispatcher = types.SimpleNamespace(
-        config=config,
-        tokens_per_expert=None,
-        input_splits=numpy.array([1, 0]),
-        output_splits=numpy.array([0, 3]),
-        _maybe_dtoh_and_synchronize=lambda _point, counts: counts,
-    )
-    sort_plainly_if_empty(dispatcher)
-    assert dispatcher.config is config
-    dispatcher.output_splits[:] = 0
-    sort_plainly_if_empty(dispatcher)
-    assert not dispatcher.config.moe_permute_fusion and config.moe_permute_fusion
 
 
 def train_first_expert(flags: list[str]) -> layouts.Result:
