@@ -43,6 +43,8 @@ tokenizer=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "${DATA:-}/
 form=() num_layers= moe_every= combine=cg1 topk=1
 # Top-1 takes the softmax over all experts: over the one that was chosen it would be 1, and the router learn nothing.
 scores=(--moe-router-pre-softmax)
+# One kernel for softmax, choice and balance loss, of which Core launches some twenty just before a dispatch.
+fusion=(--moe-router-fusion)
 source "$here/recipes/$recipe.sh"
 
 # --- Who takes part -------------------------------------------------------------------------------------------------
@@ -65,6 +67,7 @@ if [[ $moe_every ]]; then # MoE in the last block of each group
   groups=(--moe-every "$moe_every") stock=(--moe-layer-freq "([0]*$((moe_every - 1))+[1])*$((num_layers / moe_every))")
 fi
 shared=(--moe-shared-expert-intermediate-size "$shared_width")
+[[ $arch != dgmoe ]] || fusion=() # which knows no choice that leaves out another gate's expert
 routed=(--moe-router-topk "$topk" "${scores[@]}")
 if ((${#form[@]})); then
   [[ $arch == scmoe ]] || refuse "$recipe has one form: ARCH is $arch; drop it"
@@ -90,13 +93,14 @@ fi
 
 # --- What all recipes share -----------------------------------------------------------------------------------------
 common=(
+  # Linears with their norms, flash attention and grouped products; bf16 has the range of fp32, and needs no loss scale.
   --transformer-impl transformer_engine --bf16
   # Each rank keeps its share of the optimizer; gradients are reduced, and weights gathered, while others are computed.
   --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
   --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable # loads in any layout, and as any form
   --moe-token-dispatcher-type alltoall                         # the one whose collectives can be cut in halves
   # Without them Core sorts and multiplies expert by expert, with host time that leaves the GPU idle before a dispatch.
-  --moe-grouped-gemm --moe-permute-fusion
+  --moe-grouped-gemm --moe-permute-fusion "${fusion[@]}"
   --moe-router-dtype fp32 # a softmax over many experts, and the sums of a token's outputs, round too much in bf16
   --cross-entropy-loss-fusion --cross-entropy-fusion-impl native # keeps one copy of the logits less
   # Python's garbage collector stops a rank when it likes, and all others wait in the all-to-all: let all stop together.
@@ -126,18 +130,18 @@ if [[ ${SAVE:-} ]]; then
 fi
 
 # --- Environment ----------------------------------------------------------------------------------------------------
-# With 1, all streams share one queue, in which a collective that waits holds up what is launched after it. Up to Hopper
-# Megatron insists on 1 with tensor or context parallelism: give 1 there, and expect less to be hidden.
+# With 1, all streams share one queue, in which an all-to-all that waits for another one holds up what is launched behind
+# both: so with more than one chunk, with dgmoe's two gates and with late landings less is hidden. One all-to-all at a time
+# loses nothing. Up to Hopper Megatron insists on 1 with tensor or context parallelism: give 1 there.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-32}
-# Matrix products and norms that are scheduled once leave these multiprocessors to NCCL (max_ctas of examples/nccl.yaml).
-# A product that counts on all of them ends only when the ones that NCCL had have done their share, too.
-export NVTE_EXT_MARGIN_SM=${NVTE_EXT_MARGIN_SM:-8}
-export NVTE_FWD_LAYERNORM_SM_MARGIN=${NVTE_FWD_LAYERNORM_SM_MARGIN:-8}
-export NVTE_BWD_LAYERNORM_SM_MARGIN=${NVTE_BWD_LAYERNORM_SM_MARGIN:-8}
+# Matrix products and norms that are scheduled once leave to NCCL as many multiprocessors as nccl.yaml lets it take. A
+# product that counts on all of them ends only when the ones that NCCL had have done their share, too.
+ctas=$(sed -n 's/^  max_ctas: //p' "$here/nccl.yaml")
+export NVTE_EXT_MARGIN_SM=${NVTE_EXT_MARGIN_SM:-$ctas}
+export NVTE_FWD_LAYERNORM_SM_MARGIN=${NVTE_FWD_LAYERNORM_SM_MARGIN:-$ctas}
+export NVTE_BWD_LAYERNORM_SM_MARGIN=${NVTE_BWD_LAYERNORM_SM_MARGIN:-$ctas}
 # Experts get another number of rows in every step; segments that grow are not left in pieces by that.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-# Timing events around each collective keep it from running beside anything (TORCH_NCCL_ENABLE_TIMING=1 asks for them).
-unset TORCH_NCCL_ENABLE_TIMING
 
 words=(
   "$(dirname "$here")/pretrain_gpt_scmoe.py"

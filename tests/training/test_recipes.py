@@ -252,6 +252,7 @@ FORM_FLAGS = {
     *("--shortcut", "--shortcut-position", "--shortcut-combine", "--moe-every", "--overlap", "--moe-router-topk"),
     *("--moe-router-pre-softmax", "--moe-shared-expert-intermediate-size", "--moe-shared-expert-gate"),
     "--moe-layer-freq",
+    "--moe-router-fusion",  # which dgmoe refuses
 }
 
 
@@ -268,6 +269,31 @@ def test_a_form_changes_nothing_else(tmp_path, recipe):
     assert len({tuple(flags) for flags in found}) == len(FORMS)
 
 
+CASES_WITHOUT_FUSED_ROUTER = [("longcat-flash", "scmoe"), *((recipe, "dgmoe") for recipe in WITH_FORMS)]
+
+
+@pytest.mark.parametrize(("recipe", "form"), CASES)
+def test_routers_are_fused_where_their_choice_can_be(tmp_path, recipe, form):
+    flags = flags_of(tmp_path, recipe, form)
+    assert ("--moe-router-fusion" in flags) == ((recipe, form) not in CASES_WITHOUT_FUSED_ROUTER)
+
+
+LATENCY_MIB = 8  # as much takes 0.2 ms on a link of 400 Gbit/s, several times what a message takes to leave and arrive
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_exchange_is_more_than_latency(tmp_path, recipe):
+    """Micro-batches of 2 and more, or of a sequence so long that its choices are hundreds of MiB."""
+    flags = flags_of(tmp_path, recipe)
+    topk, sequences = value_of(flags, "--moe-router-topk"), value_of(flags, "--micro-batch-size")
+    real = value_of(flags, "--num-experts")
+    share = real / (real + (value_of(flags, "--zero-experts") if "--zero-experts" in flags else 0))
+    rows = sequences * value_of(flags, "--seq-length") * topk * share
+    mib = rows * value_of(flags, "--hidden-size") * 2 / 2**20
+    assert mib > LATENCY_MIB and (sequences > 1 or mib > 200)
+    assert sequences > 1 or f"is {mib:.0f} MiB an exchange" in (ROOT / f"examples/recipes/{recipe}.sh").read_text()
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_each_flag_is_set_once(tmp_path, recipe):
     """What a recipe sets stands in one place."""
@@ -281,7 +307,7 @@ SMALL = (
     *("--vocab-size 120", "--train-iters 3", "--lr-warmup-iters 1", "--log-interval 1", "--eval-iters 1"),
 )
 NEEDS_A_GPU = ("--moe-grouped-gemm", "--moe-permute-fusion", "--high-priority-stream-groups")
-NEEDS_A_GPU += ("--nccl-communicator-config-path", "--manual-gc")
+NEEDS_A_GPU += ("--nccl-communicator-config-path", "--manual-gc", "--moe-router-fusion")
 
 
 def value_of(flags: list[str], name: str) -> int:
@@ -303,7 +329,7 @@ def tenth(flags: list[str]) -> list[str]:
         changes += ["--num-layers 4", "--num-experts 16", "--zero-experts 8", "--pipeline-model-parallel-size 2"]
     if "--hybrid-layer-pattern" in flags:
         changes += ["--kv-channels 12", "--mamba-head-dim 6", "--mamba-state-dim 12", "--num-experts 32"]
-    for name in NEEDS_A_GPU:
+    for name in set(NEEDS_A_GPU) & set(flags):
         flags = without_flag(flags, name)
     if "--lr-decay-iters" in flags:
         flags = without_flag(flags, "--lr-decay-iters")
@@ -355,6 +381,32 @@ def test_what_the_user_gives_wins(tmp_path):
     given = {"DATA": "d", "SAVE": str(tmp_path), "LOAD": "weights", "NNODES": "1", "GPUS_PER_NODE": "4"}
     words = launch(tmp_path, "scmoe-8b", "--lr", "1", **given).stdout.split()
     assert words[-2:] == ["--lr", "1"] and words[words.index("--nproc-per-node") + 1] == "4"
+
+
+PRINTS_ENVIRONMENT = "#!/bin/sh\nenv\n"
+MARGINS = ("NVTE_EXT_MARGIN_SM", "NVTE_FWD_LAYERNORM_SM_MARGIN", "NVTE_BWD_LAYERNORM_SM_MARGIN")
+
+
+def environment_of(folder: Path, **given: str) -> dict[str, str]:
+    """That torchrun gets."""
+    path = programs(folder / "bin", torchrun=PRINTS_ENVIRONMENT)
+    given = {"PATH": path, "DATA": "d", "SAVE": "s", "NNODES": "1"} | given
+    done = subprocess.run([LAUNCH, "scmoe-8b"], env=given, capture_output=True, text=True, timeout=60, check=True)
+    return dict(line.split("=", 1) for line in done.stdout.splitlines())
+
+
+def test_the_environment_is_what_hides_the_all_to_all(tmp_path):
+    """Kernels leave as many multiprocessors as NCCL may take, which is said in one place."""
+    (ctas,) = re.findall(r"^  max_ctas: (\d+)$", (ROOT / "examples/nccl.yaml").read_text(), re.MULTILINE)
+    found = environment_of(tmp_path)
+    assert {found[name] for name in MARGINS} == {ctas} and found["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+
+
+def test_what_the_user_sets_is_left(tmp_path):
+    """Also what the entry script refuses then: in one queue torch must not time collectives."""
+    given = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "TORCH_NCCL_ENABLE_TIMING": "1", MARGINS[0]: "16"}
+    found = environment_of(tmp_path, **given)
+    assert given.items() <= found.items() and "TORCH_NCCL_ENABLE_TIMING" not in environment_of(tmp_path)
 
 
 def test_a_start_goes_on_from_what_was_saved(tmp_path):
