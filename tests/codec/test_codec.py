@@ -880,8 +880,9 @@ def places_of_a_rate(loaded: bool) -> set[str]:
         session._see_codec(SimpleNamespace(cargo_maker=maker, group_index=3))
     control = maker.rate_control
     assert control is not None
+    before = {control.level.device.type, control.seen.device.type}
     control.adjust(control.seen)
-    return {control.level.device.type, control.seen.device.type}
+    return before | {control.level.device.type, control.seen.device.type}
 
 
 @pytest.mark.parametrize("loaded", [False, True])
