@@ -65,7 +65,8 @@ def inputs(tmp_path_factory) -> Path:
     (home / "texts" / "a.txt").write_text((TOOLS / "convert_checkpoint.py").read_text())
     (home / "report").mkdir()
     span = {"name": "attention", "lane": "compute", "start_s": 0.0, "end_s": 1.0, "backward": False, "at": 0}
-    one = {"group": 0, "backward": False, "spans": [span | {"call": None}], "total_s": 1.0, "sent_bytes": 0}
+    of_pass = {"group": 0, "backward": False, "total_s": 1.0, "sent_bytes": 0, "idle": None}
+    one = of_pass | {"spans": [span | {"call": None}]}
     line = {"iteration": 1, "rank": 0, "groups": [], "passes": [one]}
     (home / "report" / "rank00000.jsonl").write_text(json.dumps(line) + "\n")
     return home

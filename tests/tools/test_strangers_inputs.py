@@ -177,7 +177,8 @@ def test_a_report_replaces_nothing_that_is_no_file_of_its_own(tmp_path, kind):
 def a_report(folder: Path) -> Path:
     folder.mkdir()
     span = {"name": "attention", "lane": "compute", "start_s": 0.0, "end_s": 1.0, "backward": False, "at": 0}
-    one = {"group": 0, "backward": False, "spans": [span | {"call": None}], "total_s": 1.0, "sent_bytes": 0}
+    of_pass = {"group": 0, "backward": False, "total_s": 1.0, "sent_bytes": 0, "idle": None}
+    one = of_pass | {"spans": [span | {"call": None}]}
     line = {"iteration": 1, "rank": 0, "groups": [], "passes": [one]}
     (folder / "rank00000.jsonl").write_text(json.dumps(line) + "\n")
     return folder
