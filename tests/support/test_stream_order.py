@@ -189,6 +189,36 @@ def test_a_fault_says_who_and_where():
     assert "may overtake aten.mul.out, which writes on stream " in str(fault)
 
 
+TOUCHES = {
+    "a view": (lambda rows, _one: rows.view(2, -1)[1:].t(), False),
+    "a view that is declared as a copy": (lambda rows, _one: torch.ops.aten._unsafe_view(rows, [2, SIZE // 2]), False),
+    "its shape": (lambda rows, _one: (torch.zeros_like(rows), rows.new_ones(3)), False),
+    "a part": (lambda rows, _one: rows[:2].sum(), True),
+    "in place": (lambda rows, _one: rows.detach().mul_(2), True),
+    "as output": (lambda rows, one: torch.exp(one, out=rows), True),
+    "one of several": (lambda rows, one: torch.cat([one, rows]), True),
+    "several in place": (lambda rows, one: torch._foreach_add_([one, rows], 1), True),
+    "by the host": (lambda rows, _one: rows[0].item(), True),
+    "by the host, all of it": (lambda rows, _one: rows.tolist(), True),
+}
+
+
+@pytest.mark.parametrize("name", TOUCHES)
+def test_what_an_operation_reads_and_writes(name):
+    """Main does it to rows that a side stream writes, and has not waited."""
+    touch, is_found = TOUCHES[name]
+
+    def rows_of_side() -> None:
+        side, rows, one = torch.cuda.Stream(), torch.ones(SIZE), torch.ones(SIZE)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            rows.fill_(2)
+        touch(rows, one)
+        torch.cuda.synchronize()
+
+    assert {fault.kind for fault in found_in(rows_of_side).faults} == ({Kind.RACE} if is_found else set())
+
+
 # ---- an all-to-all in halves, as the package has it ---------------------------------------------------------------
 
 
