@@ -59,6 +59,16 @@ class DenseOp:
     run: Callable[[Stream, Any, Any], Stream]
 
 
+class RowCounts(Protocol):
+    """How many rows of a cargo ranks send to one another (``mcore/token_dispatcher.py``)."""
+
+    def split_rows(self, chunk: int) -> tuple[list[int] | None, list[int] | None]:
+        """Rows that this rank sends to and receives from each expert-parallel rank; None for equal parts."""
+
+    def tell(self, dispatcher: MoEAlltoAllTokenDispatcher, chunk: int) -> None:
+        """Tell the dispatcher of a flight what arrives."""
+
+
 class Cargo(Protocol):
     """What the flights of one routing carry, a chunk each, of n tokens of width h, of which experts read w.
 
@@ -67,10 +77,14 @@ class Cargo(Protocol):
         (counts of all ranks are exchanged)  pack ~~ dispatch ~~> unpack -> experts ~~ combine ~~> deliver ... join
 
     Attributes:
-        dispatchers: of each chunk's flight; they know what every rank sends.
+        dispatchers: of each chunk's flight.
     """
 
     dispatchers: list[MoEAlltoAllTokenDispatcher]
+
+    @property
+    def counts(self) -> RowCounts:
+        """Of all chunks, on their way since the cargo was made."""
 
     def pack(self, chunk: int) -> tuple[Tensor, ...]:
         """What travels to the experts, [rows, ...] each, in the order of the experts."""

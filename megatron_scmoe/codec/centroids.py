@@ -66,8 +66,10 @@ class Centroids:
         self._home = token_dispatcher.dispatcher_for_one_flight(moe, keeps_capacity=False)
         if moe.config.moe_pad_expert_input_to_capacity:  # what fills an expert up is no choice of a token's
             routing_map = routing_map & (probs > 0)
+        num_rows = token_dispatcher.rows_without_drops(self._home, routing_map, travels_topk=travels_topk)
+        num_rows = num_rows or int(routing_map.sum())  # a host wait, which Core has here, too, where it does not pad
         rows, self._weights = token_dispatcher.rows_by_expert(
-            self._home, blocks.to_experts(moe, hidden_states), routing_map, probs, travels_topk=travels_topk
+            self._home, blocks.to_experts(moe, hidden_states), routing_map, probs, num_rows
         )
         self._rows: Tensor | None = rows
         self._rows_per_expert = routing_map.sum(dim=0)
@@ -80,13 +82,14 @@ class Centroids:
             rate_control.see(self._clusters)
         self._parts: dict[int, Tensor] = {}
         self._residual: tuple[Tensor, Tensor] | None = None
-        self.dispatchers = []
-        for rows_per_expert in self._clusters.per_expert:
-            dispatcher = token_dispatcher.dispatcher_for_one_flight(moe, keeps_capacity=False)
-            # Bad tokens are announced as negative counts: the hosts learn of them where they wait anyway.
-            announced = torch.where(finite, rows_per_expert, token_dispatcher.BAD_ROWS)
-            token_dispatcher.exchange_row_counts(dispatcher, announced, probs)
-            self.dispatchers.append(dispatcher)
+        self.dispatchers = [
+            token_dispatcher.dispatcher_for_one_flight(moe, keeps_capacity=False) for _ in range(chunks)
+        ]
+        for dispatcher in self.dispatchers:
+            dispatcher.probs = probs  # outputs are summed over tensor-parallel ranks in their dtype
+        # Bad tokens are announced as negative counts: the hosts learn of them where they wait anyway.
+        announced = torch.where(finite, self._clusters.per_expert, token_dispatcher.BAD_ROWS)
+        self.counts = token_dispatcher.Counts(self._home, announced)
 
     def pack(self, chunk: int) -> tuple[Tensor, ...]:
         """See ``contracts.Cargo``.
@@ -95,7 +98,7 @@ class Centroids:
             ValueError: for tokens with NaN or infinity, on every rank of the expert-parallel group and of the
                 expert-tensor-parallel one.
         """
-        if ranks := token_dispatcher.ranks_with_bad_rows(self.dispatchers[chunk]):
+        if ranks := self.counts.ranks_with_bad_rows(chunk):
             raise ValueError(
                 f"group {self._tag.marker.group}: tokens with NaN or infinity cannot be hashed; rank(s) "
                 f"{', '.join(ranks)} have some: the training has diverged; lower --lr, or load an earlier "
@@ -107,7 +110,7 @@ class Centroids:
         return (self._parts.pop(chunk),)
 
     def _find_centroids(self, rows: Tensor) -> None:
-        rows_of_chunks = [token_dispatcher.num_rows_to_send(dispatcher) for dispatcher in self.dispatchers]
+        rows_of_chunks = [self.counts.num_rows_to_send(chunk) for chunk in range(len(self.dispatchers))]
         if self._refinement is Refinement.LLOYD:
             sketches = self._hasher.sketches(rows)
             self._clusters = refined(self._clusters, sketches, self._rows_per_expert, sum(rows_of_chunks))

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_scmoe.contracts import Cargo
 from megatron_scmoe.dispatch.exchange import Exchange, ExchangeOrderError, Rows, Tag
-from megatron_scmoe.mcore import token_dispatcher
 from megatron_scmoe.overlap.plan import DECODE, ENCODE, EXPERTS
 
 
@@ -41,20 +40,20 @@ class Flight:
         self._begin(ENCODE)
         packed = self._cargo.pack(self._tag.chunk)
         self._begins_backward(ENCODE, packed[0])
-        send_rows, receive_rows = token_dispatcher.split_rows(self._dispatcher)
+        send_rows, receive_rows = self._cargo.counts.split_rows(self._tag.chunk)
         self._start("dispatch", packed, send_rows, receive_rows)
 
     def run_experts(self) -> None:
         """Wait for the rows of this rank's experts, run these, and send their outputs back."""
         arrived = self._cargo.unpack(self._finish())
-        token_dispatcher.sort_plainly_if_empty(self._dispatcher)
+        self._cargo.counts.tell(self._dispatcher, self._tag.chunk)
         rows, rows_per_expert, weights = self._dispatcher.dispatch_postprocess(*arrived)
         self._begin(EXPERTS)
         output, bias = self._moe.experts(rows, rows_per_expert, weights)
         assert bias is None  # refused: experts with a bias of their own
         output = self._dispatcher.combine_preprocess(output)
         self._begins_backward(EXPERTS, output)
-        receive_rows, send_rows = token_dispatcher.split_rows(self._dispatcher)
+        receive_rows, send_rows = self._cargo.counts.split_rows(self._tag.chunk)
         self._start("combine", (output,), send_rows, receive_rows)
 
     def finish_combine(self) -> Tensor:

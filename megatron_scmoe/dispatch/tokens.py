@@ -35,22 +35,30 @@ class Tokens:
         chunks: int,
         travels_topk: bool = True,
     ) -> None:
-        self._moe, self._shape = moe, hidden_states.shape
+        self._moe, self._shape, self._travels_topk = moe, hidden_states.shape, travels_topk
         self._parts = [(hidden_states, routing_map, probs)]
         if chunks > 1:
             rows = hidden_states.view(-1, hidden_states.shape[-1])
             self._parts = list(zip(*(x.tensor_split(chunks) for x in (rows, routing_map, probs)), strict=True))
-        self.dispatchers = []
-        for _, part_map, _ in self._parts:
-            # Padding filled every expert's capacity before tokens were cut into chunks, of which none has that many.
-            dispatcher = token_dispatcher.dispatcher_for_one_flight(moe, keeps_capacity=chunks == 1)
-            token_dispatcher.exchange_counts(dispatcher, part_map, travels_topk=travels_topk)
-            self.dispatchers.append(dispatcher)
+        # Padding filled every expert's capacity before tokens were cut into chunks, of which none has that many.
+        self.dispatchers = [
+            token_dispatcher.dispatcher_for_one_flight(moe, keeps_capacity=chunks == 1) for _ in self._parts
+        ]
+        rows_per_expert = torch.stack([part_map.sum(dim=0) for _, part_map, _ in self._parts])
+        self.counts = token_dispatcher.Counts(self.dispatchers[0], rows_per_expert)
 
     def pack(self, chunk: int) -> tuple[Tensor, ...]:
         """See ``contracts.Cargo``."""
         tokens, routing_map, probs = self._parts[chunk]
-        return self.dispatchers[chunk].dispatch_preprocess(blocks.to_experts(self._moe, tokens), routing_map, probs)
+        dispatcher = self.dispatchers[chunk]
+        num_rows = token_dispatcher.rows_without_drops(dispatcher, routing_map, travels_topk=self._travels_topk)
+        return token_dispatcher.rows_by_expert(
+            dispatcher,
+            blocks.to_experts(self._moe, tokens),
+            routing_map,
+            probs,
+            num_rows or self.counts.num_rows_to_send(chunk),
+        )
 
     def unpack(self, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """See ``contracts.Cargo``."""

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 
+import numpy as np
+import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from numpy.typing import NDArray
 from torch import Tensor
+
+BAD_ROWS = -(1 << 40)
+"""Counts that a rank with bad rows gives to ``Counts``: any sum with counts of others is negative."""
+
+_NEVER = "no_sync"  # a point of Core's that no stage comes by
 
 
 def dispatcher_for_one_flight(moe: MoELayer, *, keeps_capacity: bool) -> MoEAlltoAllTokenDispatcher:
     """A dispatcher that holds the state of one flight alone.
 
     Core's writes the state of the current dispatch onto itself (14 attributes), so two dispatches of one layer that fly
-    at once would overwrite each other. A shallow copy shares everything that does not change.
+    at once would overwrite each other. A shallow copy shares everything that does not change. How many rows travel,
+    which Core's finds out and waits for where it permutes tokens, ``Counts`` tells it; but for experts that are padded
+    to capacity, of whom it knows.
 
     Args:
         moe: the layer whose tokens fly.
@@ -23,34 +36,124 @@ def dispatcher_for_one_flight(moe: MoELayer, *, keeps_capacity: bool) -> MoEAllt
     dispatcher = copy.copy(moe.token_dispatcher)
     if not keeps_capacity:
         dispatcher.drop_and_pad = False
+    if not dispatcher.drop_and_pad:
+        dispatcher.preprocess = _count_nothing
+        dispatcher.cuda_dtoh_point = dispatcher.cuda_sync_point = _NEVER
     return dispatcher
 
 
-def exchange_counts(dispatcher: MoEAlltoAllTokenDispatcher, routing_map: Tensor, *, travels_topk: bool = True) -> None:
-    """Let ``dispatcher`` know what every rank sends.
+def _count_nothing(_routing_map: Tensor) -> None: ...
 
-    Core exchanges the counts where it permutes the tokens. Here that happens before, for all chunks.
+
+class Counts:
+    """How many rows ranks send to one another in each chunk of one routing.
+
+    One all-gather and one copy to the host carry those of all chunks, and begin when this is made: ahead of the first
+    payload, behind which they would queue. The host waits once, when it first asks. Where experts are padded to
+    capacity, parts are equal: nothing is exchanged, and nobody waits.
 
     Args:
-        dispatcher: of one flight.
+        dispatcher: of any of the flights.
+        rows_per_expert: what this rank sends, [chunks, experts].
+    """
+
+    def __init__(self, dispatcher: MoEAlltoAllTokenDispatcher, rows_per_expert: Tensor) -> None:
+        self._dispatcher_groups = dispatcher.ep_group, dispatcher.tp_group
+        self._padded = dispatcher.drop_and_pad
+        if self._padded:
+            return
+        self._tp_rank = dispatcher.tp_rank
+        own = rows_per_expert.long()
+        of_ranks = gather_from_sequence_parallel_region(own, group=dispatcher.tp_ep_group)
+        of_ranks = of_ranks.view(dispatcher.ep_size, dispatcher.tp_size, *own.shape)
+        first, num_local = dispatcher.local_expert_indices[0], dispatcher.num_local_experts
+        # For this rank's experts alone, [chunks, TP, EP, local experts]: so Core has what a flight brings.
+        self._arriving = of_ranks[..., first : first + num_local].permute(2, 1, 0, 3).contiguous()
+        self._own_shape = own.shape[0], dispatcher.ep_size, num_local
+        both = torch.cat([own.flatten(), self._arriving.flatten()])
+        stream = dispatcher.cuda_dtoh_stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._copy = moe_utils.maybe_move_tensor_to_cpu(both, as_numpy=True, record_stream=True)
+        self._copied = stream.record_event()
+
+    def split_rows(self, chunk: int) -> tuple[list[int] | None, list[int] | None]:
+        """Rows that this rank sends to and receives from each expert-parallel rank; None for equal parts."""
+        if self._padded:
+            return None, None
+        own, arriving = self._on_host
+        return own[chunk].sum(axis=-1).tolist(), arriving[chunk, self._tp_rank].sum(axis=-1).tolist()
+
+    def num_rows_to_send(self, chunk: int) -> int:
+        """Rows that this rank sends, those for its own experts included; 0 where Core's dispatcher counts them."""
+        rows, _ = self.split_rows(chunk)
+        return 0 if rows is None else sum(rows)
+
+    def tell(self, dispatcher: MoEAlltoAllTokenDispatcher, chunk: int) -> None:
+        """Tell the dispatcher of a flight what arrives, which its stages behind the dispatch read."""
+        if self._padded:
+            return
+        arriving = self._on_host[1][chunk]
+        dispatcher.tokens_per_expert = torch.from_numpy(arriving.sum(axis=(0, 1)))
+        dispatcher.output_splits_tp = arriving.sum(axis=(1, 2))
+        sort_nothing_if_empty(dispatcher, int(arriving.sum()))
+        by_sender = self._arriving[chunk] if dispatcher.config.moe_permute_fusion else torch.from_numpy(arriving)
+        dispatcher.num_global_tokens_per_local_expert = by_sender.view(-1, arriving.shape[-1])
+
+    def ranks_with_bad_rows(self, chunk: int) -> list[str]:
+        """Who gave BAD_ROWS and sends to this rank, or to another of its expert-tensor group."""
+        _, receive_rows = self.split_rows(chunk)
+        if receive_rows is None:
+            return []
+        ep_group, tp_group = self._dispatcher_groups
+        bad = _with_negative(ep_group, receive_rows)
+        if tp_group.size() > 1:
+            # Of the others in its tensor group this rank knows what they get from all of their expert-parallel peers.
+            of_group = _with_negative(tp_group, self._on_host[1][chunk].sum(axis=(1, 2)).tolist())
+            if ep_group.size() == 1:
+                return of_group
+            mine = str(dist.get_rank())
+            bad += [f"{rank} or an expert-parallel peer of it" for rank in of_group if rank != mine]
+        return bad
+
+    @cached_property
+    def _on_host(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Own rows, [chunks, EP, local experts], and arriving ones, as on the device; the one wait of a routing."""
+        self._copied.synchronize()
+        own, arriving = np.split(self._copy, [int(np.prod(self._own_shape))])
+        return own.reshape(self._own_shape), arriving.reshape(self._arriving.shape)
+
+
+def sort_nothing_if_empty(dispatcher: MoEAlltoAllTokenDispatcher, num_rows: int) -> None:
+    """Let ``dispatcher``, to whom no rows came, leave them as they are, on the way in and out.
+
+    Transformer Engine's fused sort (--moe-permute-fusion) ends with an error there, or in backward (upstream 1877). The
+    rows that this rank sent are put back by the fused permutation all the same: nothing else can read its map.
+    """
+    if dispatcher.config.moe_permute_fusion and not num_rows:
+        dispatcher.num_local_experts = 1  # for whom there is no order
+
+
+def _with_negative(group: dist.ProcessGroup, counts: list[int]) -> list[str]:
+    ranks = dist.get_process_group_ranks(group)
+    return [str(rank) for rank, count in zip(ranks, counts, strict=True) if count < 0]
+
+
+def rows_without_drops(dispatcher: MoEAlltoAllTokenDispatcher, routing_map: Tensor, *, travels_topk: bool) -> int:
+    """Rows of a routing [n, experts] where the host knows them without a look at it; else 0.
+
+    Args:
+        dispatcher: of the flight.
         routing_map: which expert gets which token, bool, [n, experts].
         travels_topk: whether every token goes to as many experts as the router chose, unless capacity drops some.
     """
-    tokens_per_expert = dispatcher.preprocess(routing_map)
-    if not travels_topk:
-        # What Core does where capacity drops tokens, with a host sync before it permutes.
-        dispatcher.num_out_tokens = routing_map.sum()
-        dispatcher._maybe_update_cuda_sync_point("before_permutation_1")
-    dispatcher.preprocess = lambda _routing_map: tokens_per_expert
+    config = dispatcher.config
+    knows = travels_topk and config.moe_expert_capacity_factor is None
+    return routing_map.shape[0] * config.moe_router_topk if knows else 0
 
 
 def rows_by_expert(
-    dispatcher: MoEAlltoAllTokenDispatcher,
-    hidden_states: Tensor,
-    routing_map: Tensor,
-    probs: Tensor,
-    *,
-    travels_topk: bool = True,
+    dispatcher: MoEAlltoAllTokenDispatcher, hidden_states: Tensor, routing_map: Tensor, probs: Tensor, num_rows: int
 ) -> tuple[Tensor, Tensor]:
     """Tokens in the order of their experts, one row for each choice, and their gate weights; nothing is exchanged.
 
@@ -59,92 +162,7 @@ def rows_by_expert(
         hidden_states: [..., h], n tokens.
         routing_map: which expert gets which token, bool, [n, experts].
         probs: gate weights, [n, experts].
-        travels_topk: see ``exchange_counts``.
+        num_rows: choices in ``routing_map``; not read where experts are padded to capacity.
     """
-    if travels_topk and dispatcher.config.moe_expert_capacity_factor is None:
-        dispatcher.num_out_tokens = routing_map.shape[0] * dispatcher.config.moe_router_topk
-    else:
-        dispatcher.num_out_tokens = int(routing_map.sum())  # a host sync, which Core has here too where it does not pad
-    dispatcher.preprocess = lambda _routing_map: None
-    dispatcher.num_global_tokens_per_local_expert = None  # Core copies it to the host, where its preprocess has set it
-    rows, weights = dispatcher.dispatch_preprocess(hidden_states, routing_map, probs)
-    del dispatcher.preprocess
-    return rows, weights
-
-
-def exchange_row_counts(dispatcher: MoEAlltoAllTokenDispatcher, rows_per_expert: Tensor, probs: Tensor) -> None:
-    """Let ``dispatcher`` know what every rank sends, where that is not its tokens.
-
-    Args:
-        dispatcher: of one flight.
-        rows_per_expert: what this rank sends to each expert, [experts].
-        probs: gate weights; Core sums outputs over tensor-parallel ranks in their dtype.
-    """
-    dispatcher.probs = probs
-    # One row of counts has the column sums of a routing map with that many tokens.
-    tokens_per_expert = dispatcher.preprocess(rows_per_expert.unsqueeze(0))
-    # Core copies the counts to the host where it permutes tokens, which is done by now.
-    dispatcher.tokens_per_expert = dispatcher._maybe_dtoh_and_synchronize("before_permutation_1", tokens_per_expert)
-
-
-def split_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> tuple[list[int] | None, list[int] | None]:
-    """Rows that ``dispatcher`` sends to and receives from each expert-parallel rank; None for equal parts.
-
-    On a GPU this is the one host sync of a dispatch (none where experts are padded to capacity). With a codec, capacity
-    or zero experts ask for one more (``rows_by_expert``), as capacity does in Core.
-    """
-    dispatcher.tokens_per_expert = dispatcher._maybe_dtoh_and_synchronize(
-        "before_ep_alltoall", dispatcher.tokens_per_expert
-    )
-    if dispatcher.input_splits is None:
-        return None, None
-    return dispatcher.input_splits.tolist(), dispatcher.output_splits.tolist()
-
-
-def sort_plainly_if_empty(dispatcher: MoEAlltoAllTokenDispatcher) -> None:
-    """Let ``dispatcher``, to whom no rows came, leave them as they are, on the way in and out.
-
-    Transformer Engine's fused sort (--moe-permute-fusion) ends with an error there, or in backward (upstream 1877). The
-    rows that this rank sent are put back by the fused permutation all the same: nothing else can read its map.
-    """
-    if not dispatcher.config.moe_permute_fusion:
-        return
-    split_rows(dispatcher)  # waits for the counts
-    rows_of_group = dispatcher.output_splits_tp  # Core sorts what tensor-parallel ranks have gathered
-    if rows_of_group is not None and not rows_of_group.any():
-        dispatcher.num_local_experts = 1  # for whom there is no order
-
-
-def num_rows_to_send(dispatcher: MoEAlltoAllTokenDispatcher) -> int:
-    """Rows that this rank sends after ``exchange_row_counts``, those for its own experts included."""
-    send_rows, _ = split_rows(dispatcher)
-    return sum(_own_counts(dispatcher)) if send_rows is None else sum(send_rows)
-
-
-BAD_ROWS = -(1 << 40)
-"""Counts that a rank with bad rows gives to ``exchange_row_counts``: any sum with counts of others is negative."""
-
-
-def ranks_with_bad_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> list[str]:
-    """Who gave ``exchange_row_counts`` BAD_ROWS and sends to this rank, or to another of its expert-tensor group."""
-    _, receive_rows = split_rows(dispatcher)
-    bad = _with_negative(dispatcher.ep_group, [min(_own_counts(dispatcher))] if receive_rows is None else receive_rows)
-    if dispatcher.tp_size > 1:
-        # Of the others in its tensor group this rank knows what they get from all of their expert-parallel peers.
-        of_group = _with_negative(dispatcher.tp_group, dispatcher.output_splits_tp.tolist())
-        if dispatcher.ep_size == 1:
-            return of_group
-        mine = str(dist.get_rank())
-        bad += [f"{rank} or an expert-parallel peer of it" for rank in of_group if rank != mine]
-    return bad
-
-
-def _with_negative(group: dist.ProcessGroup, counts: list[int]) -> list[str]:
-    ranks = dist.get_process_group_ranks(group)
-    return [str(rank) for rank, count in zip(ranks, counts, strict=True) if count < 0]
-
-
-def _own_counts(dispatcher: MoEAlltoAllTokenDispatcher) -> list[int]:
-    """Rows of every expert where there is one rank, for whom Core waits later than here: only before the experts."""
-    dispatcher.d2h_event.synchronize()
-    return dispatcher.tokens_per_expert.tolist()
+    dispatcher.num_out_tokens = num_rows
+    return dispatcher.dispatch_preprocess(hidden_states, routing_map, probs)

@@ -579,8 +579,7 @@ def announced_bad(case: Case, bad: int = 1) -> list[str]:
     here = range(groups.ep.rank() * count, (groups.ep.rank() + 1) * count)
     dispatcher = MoEAlltoAllTokenDispatcher(len(here), list(here), config, pg_collection=groups)
     rows = torch.full((4,), token_dispatcher.BAD_ROWS if dist.get_rank() == bad else 3)
-    token_dispatcher.exchange_row_counts(dispatcher, rows, torch.ones(3, 4))
-    return token_dispatcher.ranks_with_bad_rows(dispatcher)
+    return token_dispatcher.Counts(dispatcher, rows.unsqueeze(0)).ranks_with_bad_rows(0)
 
 
 # ---- through the entry script -----------------------------------------------------------------------------------
