@@ -17,7 +17,13 @@ counts blocks, `--moe-router-topk` the experts of a token (ScMoE: 1, "ScMoE-2": 
 `--moe-shared-expert-gate` are set for you. `docs/refused.md` lists those that are refused.
 
 """
-WORDS = {"expert_slot": "2, or 1,3 for chunks", "overlap_report": "a folder", "lsh_target_rate": "a number below 1"}
+WORDS = {
+    "expert_slot": "2, or 1,3 for chunks",
+    "a2a_weights_apart_above": "a number",
+    "overlap_report": "a folder",
+    "lsh_target_rate": "a number below 1",
+    "hang_limit": "a number",
+}
 
 
 def document() -> str:

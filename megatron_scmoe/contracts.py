@@ -78,9 +78,11 @@ class Cargo(Protocol):
 
     Attributes:
         dispatchers: of each chunk's flight.
+        apart: whether each tensor of ``pack`` travels as a collective of its own; the same on all ranks.
     """
 
     dispatchers: list[MoEAlltoAllTokenDispatcher]
+    apart: bool
 
     @property
     def counts(self) -> RowCounts:

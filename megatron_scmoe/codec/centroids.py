@@ -43,6 +43,8 @@ class Centroids:
         The others are those of ``Tokens``.
     """
 
+    apart = False  # centroids travel without weights
+
     def __init__(
         self,
         moe: MoELayer,

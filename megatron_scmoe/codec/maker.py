@@ -37,6 +37,7 @@ class CargoMaker:
         self._compensation, self._residual_map = scmoe.lsh_compensation, residual_map
         self._refinement = scmoe.lsh_refinement
         self._travels_topk = not scmoe.zero_experts
+        self._apart_above = scmoe.a2a_weights_apart_above * 2**20
         self._tokens_in_evaluation = scmoe.lsh_evaluation is Evaluation.TOKENS
         self._hasher: Hasher | None = None
         self.rate_control: RateControl | None = None
@@ -52,7 +53,7 @@ class CargoMaker:
         """The cargo of one routing, whose counts are exchanged here; see ``Centroids`` for the arguments."""
         routed = moe, hidden_states, probs, routing_map
         if self._hasher is None or (self._tokens_in_evaluation and not moe.training):
-            return Tokens(*routed, chunks=chunks, travels_topk=self._travels_topk)
+            return Tokens(*routed, chunks=chunks, travels_topk=self._travels_topk, apart_above=self._apart_above)
         return Centroids(
             *routed,
             chunks=chunks,

@@ -36,6 +36,12 @@ class OverlapConfig:
     a slot for each, such as 1,3, or one for all. One value for all groups, or one for each group. Default: spread
     evenly over the window, as the tokens of dgmoe's second gate are in any case."""
 
+    a2a_weights_apart_above: float = 8.0
+    """MiB of tokens in one all-to-all (those of a chunk on one rank, as often as they have experts) above which their
+    gate weights travel as a collective of their own. Below, weights lie beside their tokens, in rows that are filled up
+    to 16 bytes: one collective less, but two more passes over all rows at either end. 0: always; inf: never. The
+    numbers are the same, bit for bit."""
+
     overlap_interval: int = 1000
     """Steps after which --overlap adaptive measures again, which takes 3 steps for each number of chunks that it tries;
     they hide nothing. 0: only once."""
@@ -67,6 +73,11 @@ class OverlapConfig:
             raise ConfigError(
                 f"chunks are for an overlap, and there is one at least: --overlap is {self.overlap} and "
                 f"--overlap-chunks is {self.overlap_chunks}; use --overlap fixed, or 1"
+            )
+        if not self.a2a_weights_apart_above >= 0:
+            raise ConfigError(
+                f"a size is counted from 0: --a2a-weights-apart-above is {self.a2a_weights_apart_above:g}; give MiB, 0 "
+                "for always, or inf for never"
             )
         if self.overlap_interval < 0:
             raise ConfigError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 
 from megatron_scmoe.config.architecture import ArchitectureConfig, Shortcut
-from megatron_scmoe.config.codec import CodecConfig
+from megatron_scmoe.config.codec import CodecConfig, Evaluation
 from megatron_scmoe.config.job import JobConfig
 from megatron_scmoe.config.overlap import Overlap, OverlapConfig
 from megatron_scmoe.config.rules import ConfigError, check_length, flag_of, shown
@@ -112,6 +112,7 @@ class ScMoEConfig(JobConfig, ResumeConfig, CodecConfig, OverlapConfig, Architect
         self.validate_codec()
         self.validate_overlap()
         self.validate_job()
+        self._validate_weights()
         if not self.enabled:
             self._validate_stock()
             return
@@ -122,6 +123,22 @@ class ScMoEConfig(JobConfig, ResumeConfig, CodecConfig, OverlapConfig, Architect
             sizes = [group.num_ops for group in groups[first : first + self.shortcut_span]]
             for part in range(len(sizes)):
                 self._validate_slots(first, sizes, part)
+
+    def _validate_weights(self) -> None:
+        """Where gate weights never travel beside tokens, a size above which they do not is refused."""
+        above = self.a2a_weights_apart_above
+        if above == ScMoEConfig.a2a_weights_apart_above:
+            return
+        if not (self.enabled or self.replaces_stock_moe):
+            raise ConfigError(
+                "the stock MoE layer sends gate weights by themselves: --shortcut is none and "
+                f"--a2a-weights-apart-above is {above:g}; drop it, or add --overlap-chunks 2 or --shortcut scmoe"
+            )
+        if self.compresses and self.lsh_evaluation is Evaluation.CENTROIDS:
+            raise ConfigError(
+                f"centroids travel without weights: --a2a-codec is {self.a2a_codec}, --lsh-evaluation is "
+                f"{self.lsh_evaluation} and --a2a-weights-apart-above is {above:g}; drop --a2a-weights-apart-above"
+            )
 
     def _validate_stock(self) -> None:
         """Without a shortcut the other flags of this group have no meaning: refuse rather than ignore them."""

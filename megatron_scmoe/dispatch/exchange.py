@@ -53,11 +53,10 @@ class _Column(NamedTuple):
 def _pack(tensors: tuple[Tensor, ...]) -> tuple[Tensor, list[_Column]]:
     """Lay tensors of the same number of rows side by side, as words: views of their bytes, never a cast.
 
-    One payload makes one collective where Core sends tokens and probabilities as two.
+    One payload makes one collective where Core sends tokens and probabilities as two, but two passes over it at either
+    end; so larger ones travel apart.
     """
     columns = [_Column(tensor.dtype, tensor.shape[1:]) for tensor in tensors]
-    if len(tensors) == 1:
-        return tensors[0].contiguous(), columns
     return torch.cat([_words(tensor, column) for tensor, column in zip(tensors, columns, strict=True)], dim=1), columns
 
 
@@ -73,8 +72,6 @@ def _words(tensor: Tensor, column: _Column) -> Tensor:
 
 def _unpack(payload: Tensor, columns: list[_Column]) -> tuple[Tensor, ...]:
     """Undo ``_pack``; the payload may have another number of rows by now."""
-    if len(columns) == 1:
-        return (payload,)
     parts = payload.split([column.nbytes // _WORD.itemsize for column in columns], dim=1)
     return tuple(
         # Laid out anew, to be read as another type. (``contiguous`` would leave a single row where it lies.)
@@ -123,10 +120,10 @@ class _Leg:
         self._tag = tag
         self._backward = backward
         self._state = _State.NEW
-        self._work: dist.Work | None = None
+        self._works: list[dist.Work] = []
         self._before_wait: Callable[[dist.Work], None]
-        self._sent: Tensor | None = None
-        self._received: tuple[Tensor, ...] | Tensor | None = None
+        self._sent: tuple[Tensor, ...] = ()
+        self._received: tuple[Tensor, ...] = ()
         self._columns: list[_Column] = []
 
     def launch(self, exchange: Exchange, tensors: tuple[Tensor, ...], send_rows: Rows, receive_rows: Rows) -> None:
@@ -136,19 +133,24 @@ class _Leg:
         if exchange.group.size() == 1:
             self._received = tuple(tensor.detach() for tensor in tensors)
             return
-        self._sent, self._columns = _pack(tensors)
-        num_rows = self._sent.shape[0] if receive_rows is None else sum(receive_rows)
-        self._received = self._sent.new_empty((num_rows, *self._sent.shape[1:]))
+        if exchange.apart or len(tensors) == 1:
+            self._sent = tuple(tensor.contiguous() for tensor in tensors)
+        else:
+            payload, self._columns = _pack(tensors)
+            self._sent = (payload,)
+        num_rows = self._sent[0].shape[0] if receive_rows is None else sum(receive_rows)
+        self._received = tuple(sent.new_empty((num_rows, *sent.shape[1:])) for sent in self._sent)
         begin = self._tag.marker.moment()
-        self._work = dist.all_to_all_single(
-            self._received, self._sent, receive_rows, send_rows, group=exchange.group, async_op=True
-        )
+        self._works = [
+            dist.all_to_all_single(received, sent, receive_rows, send_rows, group=exchange.group, async_op=True)
+            for received, sent in zip(self._received, self._sent, strict=True)
+        ]
         self._before_wait = self._tag.marker.transfer(
-            self._work,
+            self._works[-1],  # collectives of a group end in the order of their launch
             begin,
             self._tag.name,
             self._tag.chunk,
-            _bytes_to_others(self._sent, send_rows, exchange.group),
+            sum(_bytes_to_others(sent, send_rows, exchange.group) for sent in self._sent),
             call=self._tag.call,
             backward=self._backward,
         )
@@ -160,19 +162,17 @@ class _Leg:
         self._move(_State.FLYING, _State.DONE)
         self._tag.begins("finish", backward=self._backward)
         self._wait()
-        received, self._received = self._received, None
-        if isinstance(received, Tensor):
-            return _unpack(received, self._columns)
-        assert received is not None  # launch() always sets it
-        return received
+        received, self._received = self._received, ()
+        return _unpack(received[0], self._columns) if self._columns else received
 
     def _wait(self) -> None:
         # Under NCCL the current stream waits, under gloo the thread does. Each work is waited for exactly once, and
         # what was sent has to live until then.
-        if self._work is not None:
-            self._before_wait(self._work)
-            self._work.wait()
-            self._work = self._sent = None
+        if self._works:
+            self._before_wait(self._works[-1])
+            for work in self._works:
+                work.wait()
+            self._works, self._sent = [], ()
 
     def _move(self, expected: _State, new: _State) -> None:
         if self._state is not expected:
@@ -195,6 +195,8 @@ class Exchange:
         receive_rows: rows that come from each rank in forward; None for equal parts.
         blocking: wait in ``start`` (forward) and in the backward of ``finish``: nothing is hidden, nothing else
         changes.
+        apart: each tensor travels as a collective of its own; else all of them side by side in one. The same on all
+        ranks.
     """
 
     def __init__(
@@ -205,9 +207,11 @@ class Exchange:
         send_rows: Rows,
         receive_rows: Rows,
         blocking: bool,
+        apart: bool = False,
     ) -> None:
         self.group = group
         self.blocking = blocking
+        self.apart = apart
         self.send_rows = send_rows
         self.receive_rows = receive_rows
         self.forward_leg = _Leg(tag, backward=False)

@@ -79,6 +79,7 @@ class Flight:
             send_rows=send_rows,
             receive_rows=receive_rows,
             blocking=self._blocking,
+            apart=self._cargo.apart,
         )
         self._token = self._exchange.start(*tensors)
 

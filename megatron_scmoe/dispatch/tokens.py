@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
@@ -23,6 +25,7 @@ class Tokens:
         routing_map: which expert gets which token, bool, [n, experts].
         chunks: that the tokens travel in.
         travels_topk: whether every token goes to as many experts as the router chose, unless capacity drops some.
+        apart_above: bytes of tokens in one exchange above which their weights travel as a collective of their own.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Tokens:
         *,
         chunks: int,
         travels_topk: bool = True,
+        apart_above: float = math.inf,
     ) -> None:
         self._moe, self._shape, self._travels_topk = moe, hidden_states.shape, travels_topk
         self._parts = [(hidden_states, routing_map, probs)]
@@ -46,6 +50,9 @@ class Tokens:
         ]
         rows_per_expert = torch.stack([part_map.sum(dim=0) for _, part_map, _ in self._parts])
         self.counts = token_dispatcher.Counts(self.dispatchers[0], rows_per_expert)
+        # By what all ranks know; how many rows there are differs where capacity or zero experts keep some at home.
+        rows = -(-len(routing_map) // chunks) * moe.config.moe_router_topk
+        self.apart = rows * blocks.width_of_experts(moe.config) * hidden_states.element_size() > apart_above
 
     def pack(self, chunk: int) -> tuple[Tensor, ...]:
         """See ``contracts.Cargo``."""

@@ -32,6 +32,12 @@ REFUSED = {
     "--overlap off --overlap-chunks 2": ["--overlap is off and --overlap-chunks is 2"],
     "--overlap adaptive --expert-slot 2": ["--overlap is adaptive and --expert-slot is 2", "use --overlap fixed"],
     "--overlap-interval -1": ["--overlap-interval is -1", "use 0 to measure once"],
+    "--a2a-weights-apart-above -1": ["a size is counted from 0", "--a2a-weights-apart-above is -1", "inf for never"],
+    "--a2a-weights-apart-above nan": ["a size is counted from 0", "--a2a-weights-apart-above is nan"],
+    "--a2a-codec lsh --lsh-evaluation centroids --a2a-weights-apart-above 4": [
+        "centroids travel without weights",
+        "--lsh-evaluation is centroids and --a2a-weights-apart-above is 4",
+    ],
     "--overlap-chunks 2 --expert-slot 3,1": ["chunks travel in order", "is 3,1", "never decrease"],
     "--overlap-chunks 2 --expert-slot 1,2,3": ["--overlap-chunks is 2", "give one slot, or 2"],
     "--a2a-codec lsh --lsh-rank 16": ["learned maps", "--lsh-rank is 16", "add --lsh-compensation lowrank"],
@@ -177,6 +183,7 @@ STOCK_REFUSED = {
     "--a2a-codec lsh --moe-token-dispatcher-type allgather": ["only the all-to-all", "is allgather"],
     "--lsh-hashes 4": ["--lsh-hashes belongs to the codec lsh", "is set to 4", "add --a2a-codec lsh"],
     "--overlap-report report": ["reports nothing", "--overlap-report is report"],
+    "--a2a-weights-apart-above 4": ["gate weights by themselves", "above is 4", "add --overlap-chunks 2"],
     "--overlap-chunks 2 --moe-token-dispatcher-type allgather": [
         "only the all-to-all",
         "is allgather and --overlap-chunks is 2 and --a2a-codec is none",

@@ -13,7 +13,9 @@ from megatron_scmoe.dispatch.exchange import Exchange, ExchangeOrderError, Tag, 
 from megatron_scmoe.overlap.observe import Marker
 
 
-def make_exchange(name: str = "test", *, blocking: bool = False) -> tuple[Exchange, torch.Tensor, torch.Tensor]:
+def make_exchange(
+    name: str = "test", *, blocking: bool = False, apart: bool = False
+) -> tuple[Exchange, torch.Tensor, torch.Tensor]:
     """An uneven exchange: rank r sends r + destination rows to each destination.
 
     Row i for destination d holds the value 100 r + 10 d + i in three columns, and 1 / that number as its weight.
@@ -29,6 +31,7 @@ def make_exchange(name: str = "test", *, blocking: bool = False) -> tuple[Exchan
         send_rows=send_rows,
         receive_rows=send_rows,  # rank + source is symmetrical
         blocking=blocking,
+        apart=apart,
     )
     return exchange, rows.requires_grad_(), weights.requires_grad_()
 
@@ -37,8 +40,8 @@ def expected_rows(rank: int, size: int) -> list[float]:
     return [100.0 * source + 10 * rank + i + 1 for source in range(size) for i in range(source + rank)]
 
 
-def there_and_back(blocking: bool) -> dict[str, object]:
-    exchange, rows, weights = make_exchange(blocking=blocking)
+def there_and_back(blocking: bool, apart: bool) -> dict[str, object]:
+    exchange, rows, weights = make_exchange(blocking=blocking, apart=apart)
     received, received_weights = exchange.finish(exchange.start(rows, weights))
     rank = dist.get_rank()
     # The gradient of a row is what its receiver makes of it: its rank + 1, and 10 times that for the weight.
@@ -53,10 +56,11 @@ def there_and_back(blocking: bool) -> dict[str, object]:
     }
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("blocking", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_rows_arrive_and_gradients_return(size, blocking):
-    for rank, result in enumerate(ranks.run(there_and_back, size, blocking)):
+def test_rows_arrive_and_gradients_return(size, blocking, apart):
+    for rank, result in enumerate(ranks.run(there_and_back, size, blocking, apart)):
         rows = expected_rows(rank, size)
         assert result["rows"] == rows
         assert result["weights"] == [1.0 / row for row in rows]
@@ -66,26 +70,27 @@ def test_rows_arrive_and_gradients_return(size, blocking):
         assert result["weight_grads"] == [10.0 * (destination + 1) for destination in receivers]
 
 
-def one_collective_carries_both() -> int:
-    """Tokens and weights travel in one payload; count what is launched."""
+def collectives(apart: bool) -> int:
+    """How many carry tokens and weights, there and back."""
     launched = []
     original = dist.all_to_all_single
     dist.all_to_all_single = lambda *args, **kwargs: launched.append(args) or original(*args, **kwargs)
     try:
-        exchange, rows, weights = make_exchange()
+        exchange, rows, weights = make_exchange(apart=apart)
         sum(tensor.sum() for tensor in exchange.finish(exchange.start(rows, weights))).backward()
     finally:
         dist.all_to_all_single = original
     return len(launched)
 
 
-def test_tokens_and_weights_are_one_payload():
-    assert ranks.run(one_collective_carries_both, 2) == [2, 2]  # one forward, one backward
+@pytest.mark.parametrize(("apart", "each_way"), [(False, 1), (True, 2)])
+def test_tokens_and_weights_are_one_payload_unless_apart(apart, each_way):
+    assert ranks.run(collectives, 2, apart) == [2 * each_way] * 2
 
 
-def interleaved(order: tuple[str, ...]) -> dict[str, object]:
+def interleaved(order: tuple[str, ...], apart: bool) -> dict[str, object]:
     """Two exchanges in flight, their halves in the given order; every dense op between is a scaling of ``x``."""
-    exchanges = {name: make_exchange(name) for name in "ab"}
+    exchanges = {name: make_exchange(name, apart=apart) for name in "ab"}
     tokens, received = {}, {}
     for step in order:
         name = step[1]
@@ -107,9 +112,10 @@ ORDERS = [
 ]
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
-def test_two_in_flight_in_any_order(order):
-    for rank, result in enumerate(ranks.run(interleaved, 2, order)):
+def test_two_in_flight_in_any_order(order, apart):
+    for rank, result in enumerate(ranks.run(interleaved, 2, order, apart)):
         receivers = [destination for destination in range(2) for _ in range(rank + destination)]
         for name, scale in (("a", 1.0), ("b", 7.0)):
             rows, gradients = result[name]

@@ -106,6 +106,47 @@ def test_bf16_equals_off():
     assert_bit_equal(run(case, 2), run(case.replace(overlap="off"), 2))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"topk": 2, "chunks": 2},
+        {"dtype": torch.bfloat16},
+        {"shortcut": "dgmoe"},
+        {"capacity": 0.5, "topk": 2},
+        {"router": "longcat", "zero_experts": 3, "topk": 3, "combine": "add"},
+        {"recompute": "full"},
+    ],
+    ids=("chunks", "bf16", "dgmoe", "capacity", "zero experts", "recompute"),
+)
+def test_weights_apart_equal_weights_beside_their_tokens(changes):
+    """With capacity and zero experts ranks send unlike numbers of rows, and agree on the form all the same."""
+    assert_bit_equal(run(Case(**changes, weights_apart_above=0.0), 2), run(Case(**changes), 2))
+
+
+def forms(case: Case) -> list[int]:
+    """Tensors of each all-to-all of a forward, by width: one of tokens, one of both, or one of weights."""
+    model = models.build(case)
+    widths = []
+    original = dist.all_to_all_single
+    dist.all_to_all_single = lambda output, sent, *args, **kwargs: (
+        widths.append(sent[:1].nbytes) or original(output, sent, *args, **kwargs)
+    )
+    ((tokens, labels, positions),) = models.my_batch()
+    try:
+        model(tokens, positions, None, labels=labels)
+    finally:
+        dist.all_to_all_single = original
+    return widths
+
+
+def test_a_size_decides_whether_weights_travel_apart():
+    """12 tokens of a rank, two experts each, 16 numbers of 4 bytes: in two chunks 768 bytes."""
+    beside, apart = [64 + 16, 64 + 16, 64, 64], [64, 4, 64, 4, 64, 64]
+    for limit, widths in ((768, beside), (767, apart), (0, apart), (float("inf"), beside)):
+        case = Case(num_groups=1, topk=2, chunks=2, weights_apart_above=limit / 2**20)
+        assert ranks.run(forms, 2, case, layout=EP[2]) == [widths] * 2
+
+
 def forward_only(case: Case, frozen: bool) -> torch.Tensor:
     """Without gradients, or with a frozen input and its gradients only in the later layers."""
     model = models.build(case)

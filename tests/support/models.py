@@ -55,6 +55,7 @@ class Case:
     capacity: float | None = None
     padded: bool = False
     latent: int | None = None
+    weights_apart_above: float = 8.0
     predictions: int = 0
 
     @property
@@ -139,6 +140,7 @@ def settings(case: Case):
         overlap=Overlap(case.overlap),
         expert_slot=tuple(map(str, case.expert_slot)),
         overlap_chunks=case.chunks,
+        a2a_weights_apart_above=case.weights_apart_above,
         a2a_codec=Codec(case.codec),
         router=Router(case.router),
         zero_experts=case.zero_experts,
