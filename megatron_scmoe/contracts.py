@@ -102,7 +102,10 @@ class Cargo(Protocol):
 
 
 class Flying(Protocol):
-    """The tokens of one routed call, on their way since it was made (``dispatch/flights.py``)."""
+    """The tokens of one routed call, announced or on their way since it was made (``dispatch/flights.py``)."""
+
+    def launch(self) -> None:
+        """Send off what was only announced."""
 
     def run_experts(self, slot: int) -> None:
         """Run the experts of the chunks whose slot this is."""
@@ -139,15 +142,18 @@ class SpanShape:
 
     At one place, before op p, things have this order: late calls that land there run the experts that are left, and
     land; the calls tapped there take off; experts whose slot this is run, by the number of their call; calls that land
-    in op p finish their combine; op p runs.
+    in op p finish their combine; op p runs; what was tapped there and only announced is launched.
 
     Attributes:
         num_ops: ops of the span, the ends of its groups among them.
         calls: in the order of their taps.
+        waits_to_pack: whether the host has to know the counts before it can pack, as with a codec, a capacity or zero
+            experts: there is nothing to announce then.
     """
 
     num_ops: int
     calls: tuple[RoutedCall, ...]
+    waits_to_pack: bool = False
 
     def first_call_of(self, part: int) -> int:
         """Number of the first call of the span's group ``part``."""
@@ -165,11 +171,35 @@ class SpanShape:
         """Numbers of the calls whose outputs op ``place``, the end of their group, adds."""
         return [number for number, call in enumerate(self.calls) if not call.late and call.landing == place]
 
+    @property
+    def may_launch_behind(self) -> frozenset[int]:
+        """Numbers of the calls whose dispatches may be launched behind the op at their tap.
+
+        Their experts may run behind that op, and no other call is under way there, whose experts or landing would come
+        between.
+        """
+        if self.waits_to_pack:
+            return frozenset()
+        return frozenset(n for n, call in enumerate(self.calls) if call.num_slots > 1 and self._alone_at_tap(call))
+
+    def launched_behind(self, plan: Plan) -> frozenset[int]:
+        """Numbers of the calls that ``plan`` launches there."""
+        return self.may_launch_behind if plan.behind else frozenset()
+
     def has(self, plan: Plan) -> bool:
         """Whether ``plan`` is for these calls, and each slot one of theirs."""
-        return len(plan.slots) == len(self.calls) and all(
-            slots[-1] <= call.num_slots for slots, call in zip(plan.slots, self.calls, strict=True)
+        behind = self.launched_behind(plan)
+        return (
+            len(plan.slots) == len(self.calls)
+            and all(slots[-1] <= call.num_slots for slots, call in zip(plan.slots, self.calls, strict=True))
+            and (bool(behind) or not plan.behind)
+            and all(plan.slots[number][0] > 1 for number in behind)
         )
+
+    def _alone_at_tap(self, call: RoutedCall) -> bool:
+        here = call.tap
+        under_way = (c for c in self.calls if c.tap <= here < c.landing or (here == c.landing and not c.late))
+        return all(other is call for other in under_way)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +211,8 @@ class Plan:
             k-th op from the tap on (from 1), the last one where the call lands. Chunks travel in order, so that slots
             never decrease; all calls have the same number of chunks.
         blocking: every collective is waited for where it starts: the sequential reference.
+        behind: dispatches are launched behind the op at their tap, where that can be (``SpanShape.launched_behind``):
+            the host has enqueued it before it waits for the counts. Else before it.
 
     Raises:
         ValueError: for no call, no chunk, calls of different numbers of chunks, a slot below 1, or a chunk before the
@@ -189,6 +221,7 @@ class Plan:
 
     slots: tuple[tuple[int, ...], ...]
     blocking: bool = False
+    behind: bool = False
 
     def __post_init__(self) -> None:
         for slots in self.slots:

@@ -29,6 +29,7 @@ class CargoMaker:
 
     Attributes:
         rate_control: where a target rate is set.
+        waits_to_pack: whether the host has to know the counts of all ranks, or of its own rows, before it can pack.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class CargoMaker:
         self._compensation, self._residual_map = scmoe.lsh_compensation, residual_map
         self._refinement = scmoe.lsh_refinement
         self._travels_topk = not scmoe.zero_experts
+        self.waits_to_pack = scmoe.compresses or not self._travels_topk or config.moe_expert_capacity_factor is not None
         self._apart_above = scmoe.a2a_weights_apart_above * 2**20
         self._tokens_in_evaluation = scmoe.lsh_evaluation is Evaluation.TOKENS
         self._hasher: Hasher | None = None

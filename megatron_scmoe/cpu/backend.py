@@ -5,8 +5,8 @@ instead, why, and what a CPU run can therefore NOT show. ``install`` sets them a
 importing this module does nothing. Only entry points and tests call ``install``, and where CUDA exists it refuses.
 
 No hook sees every operation. A step of one micro-batch through two blocks, one of them MoE with EP=2, makes 49
-intercepted calls beside its all-to-alls in the stock model, 43 with scmoe, 55 with dgmoe (4 more when it also logs);
-each further micro-batch adds 32, 26 and 38 (``tests/cpu/test_intercepted_calls.py``). The thousands of
+intercepted calls beside its all-to-alls in the stock model, 49 with scmoe, 67 with dgmoe (4 more when it also logs);
+each further micro-batch adds 32, 32 and 50 (``tests/cpu/test_intercepted_calls.py``). The thousands of
 other operations of a step run as they would without this module.
 """
 

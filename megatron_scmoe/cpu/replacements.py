@@ -80,6 +80,7 @@ REPLACEMENTS: tuple[Replacement, ...] = (
                 "Megatron calls these factories with the literal device='cuda', or pins memory, which takes a driver",
                 f"{_DEVICE}; copies that overtake what they copy", counted=False),
     Replacement("torch.Tensor", "cuda", returning_self, _NO_DRIVER, f"{_DEVICE}; that CUDA would have made a copy"),
+    Replacement("torch.Tensor", "record_stream", returning(None), "raises for memory that no GPU has", _WAITS),
     Replacement("torch.nn.Module", "cuda", returning_self, _NO_DRIVER, _DEVICE),
     Replacement("torch.distributed.ProcessGroupGloo", "__init__", one_lane,
                 "gloo would run two collectives of a group at once, and NCCL runs them in the order of their launch",

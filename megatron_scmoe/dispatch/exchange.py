@@ -1,14 +1,14 @@
-"""The two halves of a collective: start launches it and returns at once, finish waits for it.
+"""The two halves of a collective: announce and launch start it and return at once, finish waits for it.
 
-An all-to-all is split in ``start``, which launches it and returns at once, and ``finish``, which waits for it. Whatever
-is computed between the two halves hides the communication. Each half is one autograd node, and the backward is the
-mirror image: the backward of ``finish`` launches the reverse all-to-all, the backward of ``start`` waits for it.
+An all-to-all is split in a start and a ``finish``, which waits for it. Whatever is computed between the two halves
+hides the communication. Each half is one autograd node, and the backward is the mirror image: that of ``finish``
+launches the reverse all-to-all, that of ``announce`` waits for it. ``launch`` is no node: it may come later.
 
 ::
 
-    forward    start ---- dense ops ----> finish          created in this order
-    backward   start <--- dense ops ----- finish          autograd runs the later-created node first,
-               (waits)                    (launches)      so the same dense ops hide it again
+    forward    announce, launch ---- dense ops ----> finish          created in this order
+    backward   announce         <--- dense ops ----- finish          autograd runs the later-created node first,
+               (waits)                               (launches)      so the same dense ops hide it again
 
 What autograd sees between the halves is an empty tensor, the token. The payload lives in the ``Exchange``, of which
 every collective has its own, so that any number of them fly at once, in any order.
@@ -16,6 +16,7 @@ every collective has its own, so that any number of them fly at once, in any ord
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple
@@ -25,62 +26,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_scmoe.dispatch.payload import Column, pack, unpack
 from megatron_scmoe.overlap.observe import Marker
 
 
 class ExchangeOrderError(RuntimeError):
     """The halves of an exchange were called in a wrong order, or one of them twice."""
-
-
-_WORD = torch.int64
-_ALIGNMENT = 16
-"""Bytes that each column of a row is filled up to: NCCL copies in such pieces where all peers' parts are aligned to
-them, and else byte by byte."""
-
-
-class _Column(NamedTuple):
-    """How one tensor lies in a packed payload: its dtype and the shape of one row."""
-
-    dtype: torch.dtype
-    row_shape: torch.Size
-
-    @property
-    def nbytes(self) -> int:
-        """That one row takes, filled up with zeros."""
-        return -(-self.row_shape.numel() * self.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-
-
-def _pack(tensors: tuple[Tensor, ...]) -> tuple[Tensor, list[_Column]]:
-    """Lay tensors of the same number of rows side by side, as words: views of their bytes, never a cast.
-
-    One payload makes one collective where Core sends tokens and probabilities as two, but two passes over it at either
-    end; so larger ones travel apart.
-    """
-    columns = [_Column(tensor.dtype, tensor.shape[1:]) for tensor in tensors]
-    return torch.cat([_words(tensor, column) for tensor, column in zip(tensors, columns, strict=True)], dim=1), columns
-
-
-def _words(tensor: Tensor, column: _Column) -> Tensor:
-    rows = tensor.reshape(tensor.shape[0], column.row_shape.numel()).contiguous()
-    missing = column.nbytes // column.dtype.itemsize - rows.shape[1]
-    if missing:
-        rows = torch.nn.functional.pad(rows, (0, missing))
-    elif rows.storage_offset() * column.dtype.itemsize % _WORD.itemsize:
-        rows = rows.clone()  # a row of a wider tensor
-    return rows.view(_WORD)
-
-
-def _unpack(payload: Tensor, columns: list[_Column]) -> tuple[Tensor, ...]:
-    """Undo ``_pack``; the payload may have another number of rows by now."""
-    parts = payload.split([column.nbytes // _WORD.itemsize for column in columns], dim=1)
-    return tuple(
-        # Laid out anew, to be read as another type. (``contiguous`` would leave a single row where it lies.)
-        part.clone(memory_format=torch.contiguous_format)
-        .view(column.dtype)[:, : column.row_shape.numel()]
-        .reshape(payload.shape[0], *column.row_shape)
-        .contiguous()
-        for part, column in zip(parts, columns, strict=True)
-    )
 
 
 Rows = list[int] | None
@@ -109,35 +60,72 @@ class Tag(NamedTuple):
 
 class _State(Enum):
     NEW = "not started"
+    ANNOUNCED = "announced"
     FLYING = "started"
     DONE = "finished"
 
 
-class _Leg:
-    """One direction of an exchange: launched once, waited for once."""
+@functools.cache
+def _aside() -> torch.cuda.Stream:
+    """Stream of what is launched later than it was announced, and waits for the announcement alone."""
+    return torch.cuda.Stream(priority=-1)
 
-    def __init__(self, tag: Tag, *, backward: bool) -> None:
+
+class _Leg:
+    """One direction of an exchange: announced, launched and waited for, once each.
+
+    On a GPU NCCL reads and writes on a stream of its own, which waits for the one that launches. What is sent is packed
+    and freed on the main stream, which waits for the end, so that its memory is not used anew before. What is received
+    by a launch aside must not lie in memory that the main stream has just freed: ops that were enqueued since the
+    announcement may still use that. So it is allocated where it is launched, and the main stream recorded as its user.
+    """
+
+    def __init__(self, tag: Tag, *, backward: bool, aside: bool = False) -> None:
         self._tag = tag
         self._backward = backward
+        self._aside = aside
         self._state = _State.NEW
         self._works: list[dist.Work] = []
         self._before_wait: Callable[[dist.Work], None]
+        self._packed: torch.cuda.Event
+        self._stream: torch.cuda.Stream
         self._sent: tuple[Tensor, ...] = ()
         self._received: tuple[Tensor, ...] = ()
-        self._columns: list[_Column] = []
+        self._columns: list[Column] = []
 
-    def launch(self, exchange: Exchange, tensors: tuple[Tensor, ...], send_rows: Rows, receive_rows: Rows) -> None:
-        """Start the all-to-all of ``tensors``, row ranges of which go to each peer."""
-        self._move(_State.NEW, _State.FLYING)
-        self._tag.begins("start", backward=self._backward)
+    def announce(self, exchange: Exchange, tensors: tuple[Tensor, ...]) -> None:
+        """Pack ``tensors``, row ranges of which go to each peer: nothing is launched, the host waits for nothing."""
+        self._move(_State.NEW, _State.ANNOUNCED)
         if exchange.group.size() == 1:
             self._received = tuple(tensor.detach() for tensor in tensors)
             return
         if exchange.apart or len(tensors) == 1:
-            self._sent = tuple(tensor.contiguous() for tensor in tensors)
+            self._sent = tuple(tensor.detach().contiguous() for tensor in tensors)
         else:
-            payload, self._columns = _pack(tensors)
+            payload, self._columns = pack(tensors)
             self._sent = (payload,)
+        if self._aside:
+            self._packed = torch.cuda.current_stream().record_event()
+
+    def launch(self, exchange: Exchange, send_rows: Rows, receive_rows: Rows) -> None:
+        """Start the all-to-all of what was announced."""
+        self._move(_State.ANNOUNCED, _State.FLYING)
+        self._tag.begins("start", backward=self._backward)
+        if exchange.group.size() == 1:
+            return
+        self._stream = stream = torch.cuda.current_stream()
+        if self._aside:
+            stream = _aside()
+            stream.wait_event(self._packed)
+        with torch.cuda.stream(stream):
+            self._send(exchange, send_rows, receive_rows)
+        if self._aside:
+            for received in self._received:
+                received.record_stream(self._stream)
+        if exchange.blocking:
+            self._wait()
+
+    def _send(self, exchange: Exchange, send_rows: Rows, receive_rows: Rows) -> None:
         num_rows = self._sent[0].shape[0] if receive_rows is None else sum(receive_rows)
         self._received = tuple(sent.new_empty((num_rows, *sent.shape[1:])) for sent in self._sent)
         begin = self._tag.marker.moment()
@@ -154,8 +142,6 @@ class _Leg:
             call=self._tag.call,
             backward=self._backward,
         )
-        if exchange.blocking:
-            self._wait()
 
     def finish(self) -> tuple[Tensor, ...]:
         """Wait for what ``launch`` started and return what arrived."""
@@ -163,12 +149,17 @@ class _Leg:
         self._tag.begins("finish", backward=self._backward)
         self._wait()
         received, self._received = self._received, ()
-        return _unpack(received[0], self._columns) if self._columns else received
+        return unpack(received[0], self._columns) if self._columns else received
 
     def _wait(self) -> None:
         # Under NCCL the current stream waits, under gloo the thread does. Each work is waited for exactly once, and
         # what was sent has to live until then.
         if self._works:
+            if torch.cuda.current_stream() != self._stream:
+                raise ExchangeOrderError(
+                    f"{self._tag.name} of call {self._tag.call} is waited for on another stream than the one that "
+                    "launched it: what it carries would be freed too early"
+                )
             self._before_wait(self._works[-1])
             for work in self._works:
                 work.wait()
@@ -179,8 +170,7 @@ class _Leg:
             direction = "backward" if self._backward else "forward"
             raise ExchangeOrderError(
                 f"{self._tag.name} of call {self._tag.call} ({direction}) is {self._state.value} and cannot become "
-                f"{new.value}: "
-                "start and finish belong in this order, once each"
+                f"{new.value}: announce, launch and finish belong in this order, once each"
             )
         self._state = new
 
@@ -191,12 +181,11 @@ class Exchange:
     Args:
         tag: whose it is.
         group: the process group that exchanges rows.
-        send_rows: rows that go to each rank in forward; None for equal parts.
-        receive_rows: rows that come from each rank in forward; None for equal parts.
-        blocking: wait in ``start`` (forward) and in the backward of ``finish``: nothing is hidden, nothing else
+        blocking: wait in ``launch`` (forward) and in the backward of ``finish``: nothing is hidden, nothing else
         changes.
         apart: each tensor travels as a collective of its own; else all of them side by side in one. The same on all
         ranks.
+        aside: ``launch`` comes behind ops that were enqueued since ``announce``, and on a GPU does not wait for them.
     """
 
     def __init__(
@@ -204,28 +193,38 @@ class Exchange:
         *,
         tag: Tag,
         group: dist.ProcessGroup,
-        send_rows: Rows,
-        receive_rows: Rows,
         blocking: bool,
         apart: bool = False,
+        aside: bool = False,
     ) -> None:
         self.group = group
         self.blocking = blocking
         self.apart = apart
-        self.send_rows = send_rows
-        self.receive_rows = receive_rows
-        self.forward_leg = _Leg(tag, backward=False)
+        self.forward_leg = _Leg(tag, backward=False, aside=aside)
         self.backward_leg = _Leg(tag, backward=True)
 
-    def start(self, *tensors: Tensor) -> Tensor:
-        """Launch the exchange of ``tensors`` ([rows, ...] each) and return the token that ``finish`` takes."""
-        return _Start.apply(self, *tensors)
+    def announce(self, *tensors: Tensor) -> Tensor:
+        """Pack ``tensors`` ([rows, ...] each) to be exchanged, and return the token that ``finish`` takes."""
+        return _Announce.apply(self, *tensors)
+
+    def launch(self, send_rows: Rows, receive_rows: Rows) -> None:
+        """Start the exchange of what was announced.
+
+        Args:
+            send_rows: rows that go to each rank in forward; None for equal parts.
+            receive_rows: rows that come from each rank in forward; None for equal parts.
+
+        Raises:
+            ExchangeOrderError: if nothing was announced, or it was launched before.
+        """
+        self.send_rows, self.receive_rows = send_rows, receive_rows
+        self.forward_leg.launch(self, send_rows, receive_rows)
 
     def finish(self, token: Tensor) -> tuple[Tensor, ...]:
         """Wait, and return the tensors with the rows that this rank received.
 
         Raises:
-            ExchangeOrderError: if it was not started, or was finished before.
+            ExchangeOrderError: if it was not launched, or was finished before.
         """
         return _Finish.apply(self, token)
 
@@ -236,11 +235,11 @@ def _bytes_to_others(payload: Tensor, send_rows: Rows, group: dist.ProcessGroup)
     return (payload.shape[0] - own_rows) * payload[:1].nbytes if payload.shape[0] else 0
 
 
-class _Start(torch.autograd.Function):
+class _Announce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, exchange, *tensors):
         ctx.exchange = exchange
-        exchange.forward_leg.launch(exchange, tensors, exchange.send_rows, exchange.receive_rows)
+        exchange.forward_leg.announce(exchange, tensors)
         return tensors[0].new_empty(0)
 
     @staticmethod
@@ -259,5 +258,6 @@ class _Finish(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         exchange = ctx.exchange
-        exchange.backward_leg.launch(exchange, grads, exchange.receive_rows, exchange.send_rows)
+        exchange.backward_leg.announce(exchange, grads)
+        exchange.backward_leg.launch(exchange, exchange.receive_rows, exchange.send_rows)
         return None, grads[0].new_zeros(0)

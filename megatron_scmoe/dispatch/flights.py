@@ -12,8 +12,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_scmoe.contracts import Cargo
-from megatron_scmoe.dispatch.exchange import Exchange, ExchangeOrderError, Rows, Tag
-from megatron_scmoe.overlap.plan import DECODE, ENCODE, EXPERTS
+from megatron_scmoe.dispatch.exchange import Exchange, ExchangeOrderError, Tag
+from megatron_scmoe.overlap.plan import DECODE, ENCODE, EXPERTS, WAIT
 
 
 class Flight:
@@ -23,25 +23,32 @@ class Flight:
         moe: the layer whose experts run.
         cargo: what flies, of which this flight has the chunk of its tag.
         blocking: wait for each exchange where it starts.
+        behind: the dispatch is launched behind what was enqueued since it was announced.
         tag: whose flight it is, and which chunk; its name is replaced.
     """
 
-    def __init__(self, moe: MoELayer, cargo: Cargo, tag: Tag, *, blocking: bool) -> None:
+    def __init__(self, moe: MoELayer, cargo: Cargo, tag: Tag, *, blocking: bool, behind: bool) -> None:
         self._moe = moe
         self._cargo = cargo
         self._dispatcher = cargo.dispatchers[tag.chunk]
         self._tag = tag
-        self._blocking = blocking
+        self._blocking, self._behind = blocking, behind
         self._exchange: Exchange | None = None
         self._token: Tensor | None = None
 
-    def start_dispatch(self) -> None:
-        """Pack the cargo and send it off."""
+    def announce_dispatch(self) -> None:
+        """Pack the cargo; unless it has to know the counts for that, the host waits for nothing."""
         self._begin(ENCODE)
         packed = self._cargo.pack(self._tag.chunk)
         self._begins_backward(ENCODE, packed[0])
+        self._announce("dispatch", packed, aside=self._behind)
+
+    def launch_dispatch(self) -> None:
+        """Send the cargo off; the host waits for the counts of all chunks before the first one."""
+        if self._tag.chunk == 0:
+            self._begin(WAIT)
         send_rows, receive_rows = self._cargo.counts.split_rows(self._tag.chunk)
-        self._start("dispatch", packed, send_rows, receive_rows)
+        self._flying.launch(send_rows, receive_rows)
 
     def run_experts(self) -> None:
         """Wait for the rows of this rank's experts, run these, and send their outputs back."""
@@ -54,7 +61,8 @@ class Flight:
         output = self._dispatcher.combine_preprocess(output)
         self._begins_backward(EXPERTS, output)
         receive_rows, send_rows = self._cargo.counts.split_rows(self._tag.chunk)
-        self._start("combine", (output,), send_rows, receive_rows)
+        self._announce("combine", (output,), aside=False)
+        self._flying.launch(send_rows, receive_rows)
 
     def finish_combine(self) -> Tensor:
         """Wait for the outputs of this chunk; returns what the cargo delivers of them."""
@@ -70,38 +78,42 @@ class Flight:
     def _begins_backward(self, step: str, output: Tensor) -> None:
         self._tag.marker.in_backward(step, output, self._tag.chunk, call=self._tag.call)
 
-    def _start(self, name: str, tensors: tuple[Tensor, ...], send_rows: Rows, receive_rows: Rows) -> None:
+    def _announce(self, name: str, tensors: tuple[Tensor, ...], *, aside: bool) -> None:
         if self._exchange is not None:
             raise ExchangeOrderError(f"{name} starts while this flight's last exchange is not finished")
         self._exchange = Exchange(
             tag=self._tag._replace(name=name),
             group=self._moe.ep_group,
-            send_rows=send_rows,
-            receive_rows=receive_rows,
             blocking=self._blocking,
             apart=self._cargo.apart,
+            aside=aside,
         )
-        self._token = self._exchange.start(*tensors)
+        self._token = self._exchange.announce(*tensors)
+
+    @property
+    def _flying(self) -> Exchange:
+        if self._exchange is None:
+            raise ExchangeOrderError("a flight's exchange is launched or finished before it was announced")
+        return self._exchange
 
     def _finish(self) -> tuple[Tensor, ...]:
-        if self._exchange is None or self._token is None:
-            raise ExchangeOrderError("a flight's exchange is finished before it was started")
-        exchange, token = self._exchange, self._token
+        exchange, token = self._flying, self._token
+        assert token is not None  # an exchange was announced
         self._exchange = self._token = None
         return exchange.finish(token)
 
 
 class Flights:
-    """All tokens of one routing, in the chunks of a plan; they take off when this is made.
+    """All tokens of one routing, in the chunks of a plan; they are announced when this is made.
 
     Routing, and capacity with it, precede the cut into chunks, so the number of chunks changes rounding only.
 
     Args:
         moe: the layer whose router decided and whose experts run.
-        cargo: of all tokens. It was made with the counts of every chunk, which are exchanged before the first payload
-            flies, behind which they would queue.
+        cargo: of all tokens.
         slots: of each chunk's experts.
         blocking: wait for every collective where it starts.
+        behind: they take off when ``launch`` is called; else at once, each as soon as it is packed.
         tag: whose flights they are; its name and chunk are replaced.
         at_home: what zero experts made of the tokens, which did not travel, [s, b, h]; None where there are none.
     """
@@ -113,14 +125,24 @@ class Flights:
         *,
         slots: tuple[int, ...],
         blocking: bool,
+        behind: bool,
         tag: Tag,
         at_home: Tensor | None = None,
     ) -> None:
         self._slots, self._cargo, self._at_home = slots, cargo, at_home
-        chunks = range(len(slots))
-        self._flights = [Flight(moe, cargo, tag._replace(chunk=chunk), blocking=blocking) for chunk in chunks]
+        self._flights = [
+            Flight(moe, cargo, tag._replace(chunk=chunk), blocking=blocking, behind=behind)
+            for chunk in range(len(slots))
+        ]
         for flight in self._flights:
-            flight.start_dispatch()
+            flight.announce_dispatch()
+            if not behind:
+                flight.launch_dispatch()
+
+    def launch(self) -> None:
+        """Send off what was only announced, behind the op at the tap: by now the host has enqueued that one."""
+        for flight in self._flights:
+            flight.launch_dispatch()
 
     def run_experts(self, slot: int) -> None:
         """Run the experts of the chunks whose slot this is."""

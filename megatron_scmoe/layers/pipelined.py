@@ -7,6 +7,7 @@ With ``--a2a-codec lsh`` it is the layer of the LSH-MoE paper.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -47,6 +48,7 @@ class PipelinedMoELayer(MoELayer):
         super().set_layer_number(layer_number)
         self.residual_map = residual_map_of(self.scmoe, self.config, self.group_index)
         self.cargo_maker = CargoMaker(self.scmoe, self.config, self.group_index, self.residual_map)
+        self.shape = replace(self.shape, waits_to_pack=self.cargo_maker.waits_to_pack)
 
     @property
     def group_index(self) -> int:
@@ -67,12 +69,15 @@ class PipelinedMoELayer(MoELayer):
         marker.load(probs, routing_map, self.router.topk)
         tag = Tag(marker)
         cargo = self.cargo_maker.cargo(self, hidden_states, probs, routing_map, chunks=plan.chunks, tag=tag)
-        flights = Flights(self, cargo, slots=plan.slots[0], blocking=plan.blocking, tag=tag)
+        behind = bool(self.shape.launched_behind(plan))
+        flights = Flights(self, cargo, slots=plan.slots[0], blocking=plan.blocking, behind=behind, tag=tag)
         shared = None
         if self.use_shared_expert:
             flights.run_experts(slot=1)
             marker.now(SHARED_EXPERT)
             shared = self.shared_experts_compute(hidden_states)
+            if behind:
+                flights.launch()
             marker.in_backward(SHARED_EXPERT, shared)
         flights.run_experts(slot=self._call.num_slots)
         routed = flights.finish_combine()

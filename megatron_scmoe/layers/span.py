@@ -16,6 +16,7 @@ of every group but the last behind the K-th op of the next one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -77,7 +78,8 @@ class GroupSpan:
         self._ops = tuple(op for group in groups for op in group.ops)
         self.group_index = groups[0].group_index
         sizes = [group.group.num_ops for group in groups]
-        self.shape = scmoe.span_shape(self.group_index, sizes)
+        waits_to_pack = any(group.cargo_maker.waits_to_pack for group in groups)
+        self.shape = replace(scmoe.span_shape(self.group_index, sizes), waits_to_pack=waits_to_pack)
         assert self.shape.num_ops == len(self._ops)
         self.plan = self.forward_plan = scmoe.plan(self.group_index, sizes)
         self._marker = Marker(self.group_index)
@@ -97,6 +99,7 @@ class GroupSpan:
             plan: where the experts run.
         """
         shape, begin, begin_backward = self.shape, self._marker.now, self._marker.in_backward
+        behind = shape.launched_behind(plan)
         flying: dict[int, Flying] = {}
         routings: dict[int, tuple[Any, ...]] = {}  # of each group's calls: a second gate is told of the first one
         begin(BEGIN)
@@ -120,6 +123,8 @@ class GroupSpan:
             if normed is None and op.norm is not None:
                 normed = op.norm(stream)
             stream = op.run(stream, normed, inputs)
+            for number in behind.intersection(shape.tapped_at(place)):
+                flying[number].launch()
             if place == shape.num_ops - 1:
                 begin_backward(BEGIN, stream.hidden)
             begin_backward(op.name, stream.newest, place)
@@ -135,8 +140,8 @@ class GroupSpan:
         padding_mask: Tensor | None,
         plan: Plan,
     ) -> Flying:
-        """Route what the experts of call ``number`` read, [s, b, h], and send it off."""
-        part = self.shape.calls[number].group
+        """Route what the experts of call ``number`` read, [s, b, h], and send it off, or announce it."""
+        part, behind = self.shape.calls[number].group, number in self.shape.launched_behind(plan)
         group, marker, slots = self._groups[part], self._marker, plan.slots[number]
         moe, before = group.moe, routings.get(part, ())
         routing = moe.router(source, padding_mask, *before)
@@ -147,7 +152,7 @@ class GroupSpan:
         marker.load(probs, routing_map, moe.router.topk if at_home is None else None, part=part)
         tag = Tag(marker, call=number)
         cargo = group.cargo_maker.cargo(moe, source, probs, routing_map, chunks=len(slots), tag=tag)
-        return Flights(moe, cargo, slots=slots, blocking=plan.blocking, tag=tag, at_home=at_home)
+        return Flights(moe, cargo, slots=slots, blocking=plan.blocking, behind=behind, tag=tag, at_home=at_home)
 
     def _land(self, stream: Stream, landing: dict[int, Flying], place: int) -> Stream:
         """Add what lands before op ``place``, behind the end of its group."""

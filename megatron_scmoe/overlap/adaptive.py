@@ -16,12 +16,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import groupby
 from statistics import fmean, median
-from typing import Any
 
-from megatron_scmoe.contracts import Plan, SpanShape
+from megatron_scmoe.contracts import SpanShape
 from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs
+from megatron_scmoe.overlap.kept import Plans, described
 from megatron_scmoe.overlap.plan import sequential_plan
 from megatron_scmoe.overlap.solver import SpanCosts, predicted_hidden_share, solve
 
@@ -38,14 +37,6 @@ class Phase(StrEnum):
     MEASURE = "measure"
     CHECK = "check"
     SETTLED = "settled"
-
-
-@dataclass(frozen=True, slots=True)
-class Plans:
-    """The plans of one span: for training, and for evaluation, which has no backward."""
-
-    training: Plan
-    forward: Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,50 +238,3 @@ class Tuner:
     @property
     def _chunks_measured(self) -> int:
         return self._counts[self._done // MEASURE_STEPS]
-
-
-def described(plans: Mapping[int, Plans]) -> str:
-    """The slots of every span's calls in few words, under its first group: neighbours with equal plans share them."""
-    parts = []
-    for slots, run in groupby(sorted(plans), key=lambda group: plans[group].training.slots):
-        groups = list(run)
-        name = "group" if len(groups) == 1 else "groups"
-        if len(groups) > 1 and groups == list(range(groups[0], groups[-1] + 1)):
-            name += f" {groups[0]} to {groups[-1]}"
-        else:
-            name += f" {', '.join(map(str, groups))}"
-        parts.append(f"{name} slots {' | '.join(','.join(map(str, of_call)) for of_call in slots)}")
-    return "; ".join(parts)
-
-
-def saved_form(plans: Mapping[int, Plans], **beside: Any) -> dict[str, dict[str, Any]]:
-    """Plans as builtin types, for the arguments that a checkpoint keeps.
-
-    Args:
-        plans: by group.
-        beside: what is kept with the plans of each group.
-    """
-    return {
-        str(group): {"training": _lists(one.training), "forward": _lists(one.forward), **beside}
-        for group, one in plans.items()
-    }
-
-
-def from_saved_form(saved: Mapping[str, Mapping[str, Any]]) -> dict[int, Plans]:
-    """The inverse of ``saved_form``, without what is beside the plans.
-
-    Plans of versions before there were several calls, whose slots were those of one call, are left out.
-    """
-    return {
-        int(group): Plans(_plan(one["training"]), _plan(one["forward"]))
-        for group, one in saved.items()
-        if all(isinstance(slots, list) for slots in (*one["training"], *one["forward"]))
-    }
-
-
-def _lists(plan: Plan) -> list[list[int]]:
-    return [list(slots) for slots in plan.slots]
-
-
-def _plan(lists: list[list[int]]) -> Plan:
-    return Plan(tuple(tuple(slots) for slots in lists))

@@ -9,11 +9,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from statistics import fmean, median
 
 from megatron_scmoe.contracts import SpanShape
+from megatron_scmoe.overlap.launch import ONCE
 from megatron_scmoe.overlap.observe import BEGIN, END
 from megatron_scmoe.overlap.plan import (
     DECODE,
@@ -21,17 +22,18 @@ from megatron_scmoe.overlap.plan import (
     EXPERTS,
     FINISH_COMBINE,
     FINISH_DISPATCH,
-    ROUTE,
     START_COMBINE,
     START_DISPATCH,
+    WAIT,
 )
 from megatron_scmoe.overlap.recording import Mark, Recording, Transfer
 from megatron_scmoe.overlap.solver import CallCosts, PassCosts, SpanCosts
 from megatron_scmoe.overlap.spans import Interval, Lane, Span
 
-# Packing precedes a start and unpacking follows a finish: here are the ops that they belong to, in each direction.
+# Packing precedes a start, but for what precedes a launch that was announced, and unpacking follows a finish: here are
+# the ops that they belong to, in each direction.
 _OP_OF = {
-    False: {START_DISPATCH: ENCODE, FINISH_DISPATCH: EXPERTS, START_COMBINE: EXPERTS, FINISH_COMBINE: DECODE},
+    False: {START_DISPATCH: WAIT, FINISH_DISPATCH: EXPERTS, START_COMBINE: EXPERTS, FINISH_COMBINE: DECODE},
     True: {START_COMBINE: DECODE, FINISH_COMBINE: EXPERTS, START_DISPATCH: EXPERTS, FINISH_DISPATCH: ENCODE},
 }
 
@@ -47,6 +49,7 @@ class GroupPass:
         total_s: from the first op to the end of the last one, waiting included.
         sent_bytes: what this rank sent to other ranks.
         idle: when the compute lane may have had nothing enqueued (``Recording.idle``); None without a GPU.
+        enqueue_s: what the host took for each dense op: on a GPU to enqueue it, else to compute it.
     """
 
     group: int
@@ -55,6 +58,7 @@ class GroupPass:
     total_s: float
     sent_bytes: int
     idle: tuple[Interval, ...] | None = None
+    enqueue_s: Mapping[int, float] = field(default_factory=dict)
 
 
 def passes_of(recording: Recording) -> list[GroupPass]:
@@ -92,6 +96,10 @@ def _group_pass(marks: Sequence[Mark], transfers: Iterable[Transfer], idle: Sequ
         Span(t.name, Lane.COMMUNICATION, t.start_s, max(t.start_s, t.end_s), t.backward, t.index, t.call)
         for t in mine.values()
     ]
+    enqueue_s: dict[int, float] = defaultdict(float)
+    for mark, following in pairwise(marks):
+        if mark.call is None and mark.name != BEGIN:
+            enqueue_s[mark.index] += following.host_s - mark.host_s
     return GroupPass(
         first.group,
         first.backward,
@@ -99,6 +107,7 @@ def _group_pass(marks: Sequence[Mark], transfers: Iterable[Transfer], idle: Sequ
         total_s=last.time_s - first.time_s,
         sent_bytes=sum(t.sent_bytes for t in mine.values()),
         idle=None if idle is None else tuple(_beginning_within(first.time_s, last.time_s, idle)),
+        enqueue_s=enqueue_s,
     )
 
 
@@ -113,7 +122,7 @@ def _computation(mark: Mark, end_s: float, transfers: Mapping[tuple[str, int, in
     half, _, collective = mark.name.partition(" ")
     transfer = None if mark.call is None else transfers.get((collective, mark.index, mark.call))
     if transfer and half == "start":
-        end_s = min(end_s, transfer.start_s)
+        end_s = max(start_s, min(end_s, transfer.start_s))  # a launch aside may begin before this lane comes by
     if transfer and half == "finish":
         start_s = min(end_s, max(start_s, transfer.end_s))
     return Span(mark.name, Lane.COMPUTE, start_s, end_s, mark.backward, mark.index, mark.call)
@@ -158,7 +167,10 @@ def _pass_costs(one: GroupPass, shape: SpanShape, chunks: int) -> PassCosts:
             ops[span.at] += seconds
         else:
             calls[span.call][_OP_OF[one.backward].get(span.name, span.name)] += seconds
-    cut = {field.name: 1 if field.name == ROUTE else chunks for field in fields(CallCosts)}
+    if not one.backward:
+        for call, its in zip(shape.calls, calls, strict=True):
+            its["enqueue"] = one.enqueue_s.get(call.tap, 0.0)
+    cut = {field.name: 1 if field.name in ONCE else chunks for field in fields(CallCosts)}
     return PassCosts(ops=tuple(ops), calls=tuple(CallCosts(**{op: call[op] / cut[op] for op in cut}) for call in calls))
 
 

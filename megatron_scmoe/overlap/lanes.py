@@ -16,6 +16,7 @@ from the other end: when something is ready, and how long it takes from there. W
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from megatron_scmoe.overlap.events import Counts, Event
@@ -41,7 +42,7 @@ class _Call:
         received: from the first combine's begin until k chunks are decoded.
     """
 
-    def __init__(self, costs: CallCosts, chunks: int, *, from_the_end: bool) -> None:
+    def __init__(self, costs: CallCosts, chunks: int, *, from_the_end: bool, behind: bool) -> None:
         there = (costs.encode, costs.dispatch)
         back = (costs.decode, costs.combine)
         (encode, self.dispatch), (decode, self.combine) = (back, there) if from_the_end else (there, back)
@@ -53,6 +54,13 @@ class _Call:
         self.decodes = [k * decode for k in numbers]
         self.sent = [max(encode + k * self.dispatch, k * encode + self.dispatch) for k in numbers]
         self.received = [max(self.combine + k * decode, k * self.combine + decode) for k in numbers]
+        if behind:  # all chunks are packed by then
+            launched = chunks * costs.encode + costs.launched_behind
+            dispatched = [launched + k * costs.dispatch for k in numbers]
+            if from_the_end:
+                self.received = dispatched
+            else:
+                self.sent = dispatched
 
 
 class Played:
@@ -62,12 +70,16 @@ class Played:
         costs: of the pass.
         chunks: n.
         from_the_end: whether the events come from the last to the first.
+        behind: numbers of the calls whose dispatches are launched behind the op at their tap.
     """
 
-    def __init__(self, costs: PassCosts, chunks: int, *, from_the_end: bool) -> None:
+    def __init__(self, costs: PassCosts, chunks: int, *, from_the_end: bool, behind: Collection[int]) -> None:
         self._chunks = chunks
         self._ops = (*costs.ops, *(call.route for call in costs.calls))
-        self._calls = [_Call(call, chunks, from_the_end=from_the_end) for call in costs.calls]
+        self._calls = [
+            _Call(call, chunks, from_the_end=from_the_end, behind=number in behind)
+            for number, call in enumerate(costs.calls)
+        ]
         self._by_kind = (self._op, self._set_off, self._run, self._land)  # in the order of Kind
 
     def behind(self, event: Event, v: Vector, chunk: int) -> Vector:

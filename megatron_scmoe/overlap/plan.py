@@ -7,6 +7,7 @@ order, the solver plays it, the tests compare what every rank recorded with it, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_scmoe.contracts import Plan, SpanShape
@@ -18,6 +19,7 @@ SHARED_EXPERT = "shared expert"
 ADD = "add"
 ROUTE = "route"
 ENCODE = "encode"
+WAIT = "wait"
 START_DISPATCH = "start dispatch"
 FINISH_DISPATCH = "finish dispatch"
 EXPERTS = "experts"
@@ -26,9 +28,10 @@ FINISH_COMBINE = "finish combine"
 DECODE = "decode"
 
 OF_A_CALL = (
-    ROUTE, ENCODE, START_DISPATCH, FINISH_DISPATCH, EXPERTS, START_COMBINE, FINISH_COMBINE, DECODE,
+    ROUTE, ENCODE, WAIT, START_DISPATCH, FINISH_DISPATCH, EXPERTS, START_COMBINE, FINISH_COMBINE, DECODE,
 )  # fmt: skip
-"""Steps of a routed call, in their order; all others are dense ops."""
+"""Steps of a routed call, in their order; all others are dense ops. WAIT, in forward alone, is the host's for the
+counts, and all that it does before a launch."""
 
 
 class Step(NamedTuple):
@@ -69,6 +72,7 @@ def forward_order(op_names: Sequence[str], shape: SpanShape, plan: Plan) -> list
         plan: where the experts run.
     """
     chunks = range(plan.chunks)
+    behind = shape.launched_behind(plan)
     steps: list[Step] = []
     for place, name in enumerate(op_names):
         late = shape.landing_before(place)
@@ -77,19 +81,33 @@ def forward_order(op_names: Sequence[str], shape: SpanShape, plan: Plan) -> list
             steps += [Step(half, chunk, call) for chunk in chunks for half in (FINISH_COMBINE, DECODE)]
         for call in shape.tapped_at(place):
             steps.append(Step(ROUTE, 0, call))
-            steps += [Step(half, chunk, call) for chunk in chunks for half in (ENCODE, START_DISPATCH)]
+            for chunk in chunks:
+                steps.append(Step(ENCODE, chunk, call))
+                if call not in behind:
+                    steps += _launch(call, chunk)
         for call in range(len(shape.calls)):
             if call not in late:
                 steps += _experts(shape, plan, call, place)
         for call in shape.landing_in(place):
             steps += [Step(half, chunk, call) for chunk in chunks for half in (FINISH_COMBINE, DECODE)]
         steps.append(Step(name, place))
+        for call in behind.intersection(shape.tapped_at(place)):
+            steps += [step for chunk in chunks for step in _launch(call, chunk)]
     return steps
 
 
 def backward_order(op_names: Sequence[str], shape: SpanShape, plan: Plan) -> list[Step]:
-    """Steps of the same span's backward: the mirror image, in which a finish starts and a start finishes."""
-    return [step._replace(name=_mirrored(step.name)) for step in reversed(forward_order(op_names, shape, plan))]
+    """Steps of the same span's backward: the mirror image, in which a finish starts and a start finishes.
+
+    Where forward launches a dispatch makes no difference: backward waits for its gradient where it was packed.
+    """
+    steps = forward_order(op_names, shape, replace(plan, behind=False))
+    return [step._replace(name=_mirrored(step.name)) for step in reversed(steps) if step.name != WAIT]
+
+
+def _launch(call: int, chunk: int) -> list[Step]:
+    start = Step(START_DISPATCH, chunk, call)
+    return [start] if chunk else [Step(WAIT, 0, call), start]
 
 
 def _experts(shape: SpanShape, plan: Plan, call: int, place: int) -> Iterator[Step]:

@@ -29,6 +29,7 @@ class Mark:
         group: whose step it is, counted over the whole model; of a span, its first one.
         backward: whether it is the backward of that step.
         time_s: seconds since the recording began.
+        host_s: when the host was there, in seconds by its own clock.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Mark:
     group: int
     backward: bool
     time_s: float
+    host_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +178,8 @@ class Recording:
     def marks(self) -> list[Mark]:
         """All marks in the order in which the host made them."""
         return [
-            Mark(*step, time_s)
-            for (step, _), time_s in zip(self._lane, self._lane_times(), strict=True)
+            Mark(*step, time_s, moment.host_s)
+            for (step, moment), time_s in zip(self._lane, self._lane_times(), strict=True)
             if step is not None
         ]
 

@@ -20,14 +20,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 from megatron_scmoe.contracts import Plan, SpanShape
-from megatron_scmoe.overlap.plan import Step, backward_order, forward_order
+from megatron_scmoe.overlap.launch import gained_behind_s
+from megatron_scmoe.overlap.plan import START_DISPATCH, WAIT, Step, backward_order, forward_order
 from megatron_scmoe.overlap.search import Search
 from megatron_scmoe.overlap.spans import Lane, Span, communication_s, exposed_s, hidden_share
 
 TIE = 1e-9
 """Plans whose predicted times differ by less than this part count as equal: far above rounding, far below measuring."""
 
-MAX_STEPS = 9_000
+MAX_STEPS = 16_000
 """How much is searched for a solution, in all chunk counts together: less than a second's worth, but counted, so that
 the plan does not depend on the machine."""
 
@@ -43,6 +44,8 @@ class CallCosts:
         experts: the experts on one chunk.
         combine: carrying one chunk's results back.
         decode: unpacking and weighing one chunk's results, projecting them back, and adding them where they land late.
+        wait: before the first launch, where the host waits for the counts of all chunks; in forward alone.
+        enqueue: what the host takes for the op at the tap; in forward alone.
     """
 
     route: float
@@ -51,6 +54,13 @@ class CallCosts:
     experts: float
     combine: float
     decode: float
+    wait: float = 0.0
+    enqueue: float = 0.0
+
+    @property
+    def launched_behind(self) -> float:
+        """From the begin of the op at the tap to a launch behind it."""
+        return self.enqueue + self.wait
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,15 +131,20 @@ class Solution:
 def solve(shape: SpanShape, costs: Mapping[int, SpanCosts], *, forward_only: bool = False) -> Solution:
     """The plan with the smallest predicted time (``search.py`` says how it is found).
 
-    Of plans whose times differ by less than ``TIE`` it takes the one with the fewest chunks and, among those, the
-    earliest slots, compared call by call and chunk by chunk: rounding does not decide.
+    Of plans whose times differ by less than ``TIE`` it takes the one with the fewest chunks, among those one that
+    launches before the ops at the taps, and among those the earliest slots, compared call by call and chunk by chunk:
+    rounding does not decide.
 
     Args:
         shape: the span.
         costs: what the span costs at each chunk count that may be chosen.
         forward_only: choose for evaluation, where no backward follows.
     """
-    searches = [Search(shape, costs[chunks], chunks, forward_only=forward_only) for chunks in sorted(costs)]
+    searches = [
+        Search(shape, costs[chunks], chunks, forward_only=forward_only, behind=behind)
+        for chunks in sorted(costs)
+        for behind in ((False, True) if _gains_behind(shape, costs[chunks].forward) else (False,))
+    ]
     chosen, limit_s, steps = searches[0], math.inf, MAX_STEPS
     for number, search in enumerate(searches):
         if search.least_s < limit_s:
@@ -146,6 +161,10 @@ def solve(shape: SpanShape, costs: Mapping[int, SpanCosts], *, forward_only: boo
         predicted_hidden_share(shape, its_costs, plan, forward_only=forward_only),
         all(search.exact for search in searches),
     )
+
+
+def _gains_behind(shape: SpanShape, costs: PassCosts) -> bool:
+    return gained_behind_s(costs, shape) > TIE * sum(costs.ops)
 
 
 def predicted_s(shape: SpanShape, costs: SpanCosts, plan: Plan, *, forward_only: bool = False) -> float:
@@ -196,21 +215,28 @@ def _steps(shape: SpanShape, plan: Plan, *, backward: bool) -> list[Step]:
 
 def _play(steps: Iterable[Step], costs: PassCosts, plan: Plan) -> Iterator[tuple[Step, Lane, float, float]]:
     """Every op and collective of the steps with its lane, start and end."""
-    compute_free_s = communication_free_s = 0.0
+    compute_free_s = communication_free_s = start_s = 0.0
     arrival_s: dict[Step, float] = {}
+    launch_s: dict[int | None, float] = {}  # of calls that are launched behind the op at their tap
+    last: Step | None = None  # on the compute lane, where it began at start_s
     for step in steps:
         half, _, collective = step.name.partition(" ")
         if half == "start":
             carried = step._replace(name=collective)
-            start_s = max(compute_free_s, communication_free_s)
-            communication_free_s = arrival_s[carried] = start_s + costs.seconds(step)
-            yield carried, Lane.COMMUNICATION, start_s, communication_free_s
+            launched_s = launch_s.get(step.call, compute_free_s) if step.name == START_DISPATCH else compute_free_s
+            sent_s = max(launched_s, communication_free_s)
+            communication_free_s = arrival_s[carried] = sent_s + costs.seconds(step)
+            yield carried, Lane.COMMUNICATION, sent_s, communication_free_s
             if plan.blocking:
                 compute_free_s = max(compute_free_s, communication_free_s)
         elif half == "finish":
             compute_free_s = max(compute_free_s, arrival_s[step._replace(name=collective)])
         else:
-            start_s, compute_free_s = compute_free_s, compute_free_s + costs.seconds(step)
+            end_s = compute_free_s + costs.seconds(step)
+            if step.name == WAIT and last is not None and last.call is None:
+                launch_s[step.call] = start_s + costs.calls[step.call or 0].launched_behind
+                end_s = max(compute_free_s, launch_s[step.call])
+            last, start_s, compute_free_s = step, compute_free_s, end_s
             yield step, Lane.COMPUTE, start_s, compute_free_s
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_scmoe.overlap.adaptive import Plans
+from megatron_scmoe.overlap.kept import Plans
 
 
 def gathered(mine: Any, group: dist.ProcessGroup) -> list[Any]:

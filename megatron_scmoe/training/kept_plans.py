@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,8 @@ from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, Overlap, Sc
 from megatron_scmoe.layers.pipelined import PipelinedMoELayer
 from megatron_scmoe.layers.span import GroupSpan
 from megatron_scmoe.mcore import stages
-from megatron_scmoe.overlap.adaptive import Plans, Tuner, chunk_counts, from_saved_form
+from megatron_scmoe.overlap.adaptive import Tuner, chunk_counts
+from megatron_scmoe.overlap.kept import Plans, from_saved_form
 from megatron_scmoe.training.agreement import digests, gathered
 
 type Planned = GroupSpan | PipelinedMoELayer
@@ -59,8 +61,17 @@ class KeptPlans:
         if plans is None or self._scmoe.overlap is not Overlap.ADAPTIVE or self._changed(group):
             return None
         both = (plans.training, plans.forward)
-        fits = all(plan.chunks <= self._scmoe.overlap_chunks and group.shape.has(plan) for plan in both)
+        fits = all(plan.chunks <= max(self._counts) and group.shape.has(plan) for plan in both)
         return plans if fits else None
+
+    @property
+    def _counts(self) -> tuple[int, ...]:
+        """Numbers of chunks to choose from: one alone where CUDA has one queue.
+
+        There a collective that waits for another one holds up whatever is launched behind both.
+        """
+        one_queue = torch.cuda.is_available() and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
+        return (1,) if one_queue else chunk_counts(self._scmoe.overlap_chunks)
 
     def _changed(self, group: Planned) -> str:
         """Which condition is not the one under which its plans in the checkpoint were measured; empty if none."""
@@ -86,6 +97,12 @@ class KeptPlans:
             why = f"were measured with {changed}" if changed else "do not fit --overlap-chunks or the groups"
             why = why if self._plans else "were saved by an older version"
             print(f" > overlap: the checkpoint's plans {why}: measuring anew")
+        if max(self._counts) < chunk_counts(self._scmoe.overlap_chunks)[-1] and stages.is_stage_root():
+            print(
+                " > overlap: CUDA_DEVICE_MAX_CONNECTIONS is 1, so that chunks would hold one another up: "
+                f"--overlap-chunks is {self._scmoe.overlap_chunks}, and 1 is tried",
+                flush=True,
+            )
         kept = [self._entries[str(index)] for index in groups] if known else []
         if kept and kept[0]["iteration"] >= iteration:  # --finetune counts from 0 again
             for one in self._entries.values():
@@ -93,7 +110,7 @@ class KeptPlans:
         return Tuner(
             {index: group.shape for index, group in groups.items()},
             {index: Plans(group.plan, group.forward_plan) for index, group in groups.items()},
-            counts=chunk_counts(self._scmoe.overlap_chunks),
+            counts=self._counts,
             interval=self._scmoe.overlap_interval,
             settled_for=iteration - 1 - kept[0]["iteration"] if kept else None,
             hidden_share=min((one["hidden_share"] for one in kept), default=None),

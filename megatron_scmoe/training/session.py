@@ -24,8 +24,9 @@ from megatron_scmoe.layers.pipelined import PipelinedMoELayer
 from megatron_scmoe.layers.span import GroupSpan
 from megatron_scmoe.mcore import stages
 from megatron_scmoe.overlap import observe
-from megatron_scmoe.overlap.adaptive import Decision, Phase, Tuner, saved_form
+from megatron_scmoe.overlap.adaptive import Decision, Phase, Tuner
 from megatron_scmoe.overlap.costs import GroupPass, passes_of
+from megatron_scmoe.overlap.kept import saved_form
 from megatron_scmoe.overlap.recording import Recording
 from megatron_scmoe.report.figures import Summary, codec_scalars, rows_of, summarize, warning
 from megatron_scmoe.report.files import ReportFile

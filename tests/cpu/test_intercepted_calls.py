@@ -34,16 +34,16 @@ LONGCAT = ("--router longcat", "--zero-experts 2", "--moe-router-topk 3", "--sho
 LONGCAT += ("--moe-router-load-balancing-type none", "--moe-aux-loss-coeff 0")
 MODELS = {
     "stock": (two_blocks(TOP_2), Calls(49, 53, 32)),
-    "scmoe": (two_blocks(SCMOE), Calls(43, 47, 26)),
-    "dgmoe": (two_blocks(DGMOE), Calls(55, 59, 38)),
-    "scmoe in chunks": (two_blocks(SCMOE, "--overlap-chunks 2"), Calls(54, 58, 37)),
-    "stock in chunks": (two_blocks(TOP_2, "--overlap-chunks 2"), Calls(54, 58, 37)),
-    "scmoe pos1": (two_blocks(SCMOE, "--shortcut-position pos1"), Calls(43, 47, 26)),
-    "scmoe pos3": (two_blocks(SCMOE, "--shortcut-position pos3", "--shortcut-combine cg2"), Calls(43, 47, 26)),
-    "scmoe top-2, larger": (two_blocks(SCMOE, "--moe-router-topk 2", *LARGER), Calls(43, 47, 26)),
-    "scmoe, longcat router": (two_blocks(SCMOE, *LONGCAT), Calls(43, 46, 26)),  # has no balance loss to log
-    "scmoe, lsh": (two_blocks(SCMOE, "--a2a-codec lsh"), Calls(53, 57, 36)),
-    "dgmoe, two groups share": (two_blocks(DGMOE, "--num-layers 4", "--moe-share-groups 2"), Calls(89, 93, 72)),
+    "scmoe": (two_blocks(SCMOE), Calls(49, 53, 32)),
+    "dgmoe": (two_blocks(DGMOE), Calls(67, 71, 50)),
+    "scmoe in chunks": (two_blocks(SCMOE, "--overlap-chunks 2"), Calls(61, 65, 44)),
+    "stock in chunks": (two_blocks(TOP_2, "--overlap-chunks 2"), Calls(61, 65, 44)),
+    "scmoe pos1": (two_blocks(SCMOE, "--shortcut-position pos1"), Calls(49, 53, 32)),
+    "scmoe pos3": (two_blocks(SCMOE, "--shortcut-position pos3", "--shortcut-combine cg2"), Calls(49, 53, 32)),
+    "scmoe top-2, larger": (two_blocks(SCMOE, "--moe-router-topk 2", *LARGER), Calls(49, 53, 32)),
+    "scmoe, longcat router": (two_blocks(SCMOE, *LONGCAT), Calls(49, 52, 32)),  # has no balance loss to log
+    "scmoe, lsh": (two_blocks(SCMOE, "--a2a-codec lsh"), Calls(49, 53, 32)),
+    "dgmoe, two groups share": (two_blocks(DGMOE, "--num-layers 4", "--moe-share-groups 2"), Calls(113, 117, 96)),
 }
 QUICK = ("stock", "scmoe", "dgmoe")
 

@@ -9,31 +9,36 @@ import ranks
 import torch
 import torch.distributed as dist
 
-from megatron_scmoe.dispatch.exchange import Exchange, ExchangeOrderError, Tag, _pack, _unpack
+from megatron_scmoe.dispatch.exchange import Exchange, ExchangeOrderError, Tag
+from megatron_scmoe.dispatch.payload import pack, unpack
 from megatron_scmoe.overlap.observe import Marker
 
 
 def make_exchange(
-    name: str = "test", *, blocking: bool = False, apart: bool = False
+    name: str = "test", *, blocking: bool = False, apart: bool = False, aside: bool = False
 ) -> tuple[Exchange, torch.Tensor, torch.Tensor]:
     """An uneven exchange: rank r sends r + destination rows to each destination.
 
     Row i for destination d holds the value 100 r + 10 d + i in three columns, and 1 / that number as its weight.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
-    send_rows = [rank + destination for destination in range(size)]
+    send_rows = rows_of_rank()
     values = [100.0 * rank + 10 * d + i + 1 for d in range(size) for i in range(send_rows[d])]
     rows = torch.tensor(values).unsqueeze(1).expand(-1, 3).contiguous()
     weights = 1.0 / torch.tensor(values, dtype=torch.float64)
-    exchange = Exchange(
-        tag=Tag(Marker(0), name),
-        group=dist.group.WORLD,
-        send_rows=send_rows,
-        receive_rows=send_rows,  # rank + source is symmetrical
-        blocking=blocking,
-        apart=apart,
-    )
+    exchange = Exchange(tag=Tag(Marker(0), name), group=dist.group.WORLD, blocking=blocking, apart=apart, aside=aside)
     return exchange, rows.requires_grad_(), weights.requires_grad_()
+
+
+def rows_of_rank() -> list[int]:
+    """That it sends to each rank, and gets from it: rank + source is symmetrical."""
+    return [dist.get_rank() + other for other in range(dist.get_world_size())]
+
+
+def start(exchange: Exchange, *tensors: torch.Tensor) -> torch.Tensor:
+    token = exchange.announce(*tensors)
+    exchange.launch(rows_of_rank(), rows_of_rank())
+    return token
 
 
 def expected_rows(rank: int, size: int) -> list[float]:
@@ -42,7 +47,7 @@ def expected_rows(rank: int, size: int) -> list[float]:
 
 def there_and_back(blocking: bool, apart: bool) -> dict[str, object]:
     exchange, rows, weights = make_exchange(blocking=blocking, apart=apart)
-    received, received_weights = exchange.finish(exchange.start(rows, weights))
+    received, received_weights = exchange.finish(start(exchange, rows, weights))
     rank = dist.get_rank()
     # The gradient of a row is what its receiver makes of it: its rank + 1, and 10 times that for the weight.
     loss = (received * (rank + 1)).sum() + (received_weights * 10 * (rank + 1)).sum()
@@ -77,7 +82,7 @@ def collectives(apart: bool) -> int:
     dist.all_to_all_single = lambda *args, **kwargs: launched.append(args) or original(*args, **kwargs)
     try:
         exchange, rows, weights = make_exchange(apart=apart)
-        sum(tensor.sum() for tensor in exchange.finish(exchange.start(rows, weights))).backward()
+        sum(tensor.sum() for tensor in exchange.finish(start(exchange, rows, weights))).backward()
     finally:
         dist.all_to_all_single = original
     return len(launched)
@@ -88,15 +93,16 @@ def test_tokens_and_weights_are_one_payload_unless_apart(apart, each_way):
     assert ranks.run(collectives, 2, apart) == [2 * each_way] * 2
 
 
-def interleaved(order: tuple[str, ...], apart: bool) -> dict[str, object]:
-    """Two exchanges in flight, their halves in the given order; every dense op between is a scaling of ``x``."""
-    exchanges = {name: make_exchange(name, apart=apart) for name in "ab"}
+def interleaved(order: tuple[str, ...]) -> dict[str, object]:
+    """Two exchanges in flight, announced (A), launched (L), finished (F) in the given order; b's tensors are apart."""
+    exchanges = {name: make_exchange(name, apart=name == "b", aside=True) for name in "ab"}
     tokens, received = {}, {}
-    for step in order:
-        name = step[1]
+    for step, name in order:
         exchange, rows, weights = exchanges[name]
-        if step[0] == "S":
-            tokens[name] = exchange.start(rows, weights)
+        if step == "A":
+            tokens[name] = exchange.announce(rows, weights)
+        elif step == "L":
+            exchange.launch(rows_of_rank(), rows_of_rank())
         else:
             received[name] = exchange.finish(tokens[name])
     rank = dist.get_rank()
@@ -107,15 +113,14 @@ def interleaved(order: tuple[str, ...], apart: bool) -> dict[str, object]:
 
 ORDERS = [
     order
-    for order in itertools.permutations(("Sa", "Sb", "Fa", "Fb"))
-    if order.index("Sa") < order.index("Fa") and order.index("Sb") < order.index("Fb")
+    for order in itertools.permutations(("Aa", "La", "Fa", "Ab", "Lb", "Fb"))
+    if all([step for step, name in order if name == its] == ["A", "L", "F"] for its in "ab")
 ]
 
 
-@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
-def test_two_in_flight_in_any_order(order, apart):
-    for rank, result in enumerate(ranks.run(interleaved, 2, order, apart)):
+def test_two_in_flight_in_any_order(order):
+    for rank, result in enumerate(ranks.run(interleaved, 2, order)):
         receivers = [destination for destination in range(2) for _ in range(rank + destination)]
         for name, scale in (("a", 1.0), ("b", 7.0)):
             rows, gradients = result[name]
@@ -128,9 +133,16 @@ def wrong_order(how: str) -> str:
     try:
         if how == "finish first":
             exchange.finish(torch.empty(0, requires_grad=True))
-        token = exchange.start(rows, weights)
-        if how == "start twice":
-            exchange.start(rows, weights)
+        if how == "launch first":
+            exchange.launch(rows_of_rank(), rows_of_rank())
+        token = exchange.announce(rows, weights)
+        if how == "announce twice":
+            exchange.announce(rows, weights)
+        if how == "finish unlaunched":
+            exchange.finish(token)
+        exchange.launch(rows_of_rank(), rows_of_rank())
+        if how == "launch twice":
+            exchange.launch(rows_of_rank(), rows_of_rank())
         received = exchange.finish(token)
         if how == "finish twice":
             exchange.finish(token)
@@ -144,11 +156,34 @@ def wrong_order(how: str) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize("how", ["finish first", "start twice", "finish twice", "backward twice"])
+WRONG = ("finish first", "launch first", "announce twice", "finish unlaunched", "launch twice", "finish twice")
+
+
+@pytest.mark.parametrize("how", [*WRONG, "backward twice"])
 def test_wrong_order_is_an_error(how):
     for message in ranks.run(wrong_order, 2, how):
         assert message.startswith("dispatch of call 0 (")
-        assert "start and finish belong in this order, once each" in message
+        assert "announce, launch and finish belong in this order, once each" in message
+
+
+def on_another_stream(changes: bool) -> str:
+    """What the wait says where the stream that is current at the launch is not current any more."""
+    exchange, rows, weights = make_exchange("dispatch", aside=True)
+    token = start(exchange, rows, weights)
+    if changes:
+        torch.cuda.current_stream = object
+    try:
+        exchange.finish(token)
+    except ExchangeOrderError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_wait_on_another_stream_is_an_error():
+    """What is sent would be used anew while it is read (pytorch/pytorch 188655)."""
+    for message in ranks.run(on_another_stream, 2, True):
+        assert message.startswith("dispatch of call 0 is waited for on another stream than the one that launched it")
+    assert ranks.run(on_another_stream, 2, False) == ["no error"] * 2
 
 
 def test_right_order_is_no_error():
@@ -160,9 +195,9 @@ def test_right_order_is_no_error():
 def test_rows_of_a_payload_are_aligned(dtype, shape):
     """NCCL copies byte by byte where a peer's part does not begin at a multiple of 16 bytes."""
     rows, weights = torch.randn(shape).to(dtype), torch.randn(shape[0])
-    payload, columns = _pack((rows, weights))
+    payload, columns = pack((rows, weights))
     assert payload.is_contiguous() and payload.shape[1] * payload.element_size() % 16 == 0
-    again, weights_again = _unpack(payload, columns)
+    again, weights_again = unpack(payload, columns)
     assert torch.equal(again, rows) and torch.equal(weights_again, weights)
     assert again.is_contiguous() and weights_again.is_contiguous()
 
@@ -170,8 +205,8 @@ def test_rows_of_a_payload_are_aligned(dtype, shape):
 def test_a_row_of_a_wider_tensor_is_packed():
     """One row is contiguous wherever it begins, here at an odd place."""
     rows, weights = torch.randn(1, 9).bfloat16()[:, 1:], torch.ones(1)
-    payload, columns = _pack((rows, weights))
-    assert torch.equal(_unpack(payload, columns)[0], rows)
+    payload, columns = pack((rows, weights))
+    assert torch.equal(unpack(payload, columns)[0], rows)
 
 
 def bytes_of_types(dtype: torch.dtype) -> list[float]:
@@ -179,10 +214,10 @@ def bytes_of_types(dtype: torch.dtype) -> list[float]:
     rank = dist.get_rank()
     rows = (torch.arange(6).view(2, 3) + 10 * rank).to(dtype)
     weights = torch.tensor([0.1, 0.2]) + rank
-    exchange = Exchange(
-        tag=Tag(Marker(0), "x"), group=dist.group.WORLD, send_rows=None, receive_rows=None, blocking=False
-    )
-    received, received_weights = exchange.finish(exchange.start(rows, weights))
+    exchange = Exchange(tag=Tag(Marker(0), "x"), group=dist.group.WORLD, blocking=False)
+    token = exchange.announce(rows, weights)
+    exchange.launch(None, None)
+    received, received_weights = exchange.finish(token)
     return [*received.float().flatten().tolist(), *received_weights.tolist()]
 
 

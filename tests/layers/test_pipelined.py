@@ -84,10 +84,12 @@ def build(kind: str, chunks: int, **settings):
     return model
 
 
-def losses_and_gradients(kind: str, chunks: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def losses_and_gradients(kind: str, chunks: int, behind: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     import torch.distributed as dist
 
     model = build(kind, chunks)
+    if behind:
+        models.launch_behind(model)
     ((tokens, labels, positions),) = models.my_batch()
     loss = model(tokens, positions, None, labels=labels)
     (loss.sum() / (BATCH_SIZE * SEQ_LENGTH)).backward()
@@ -136,13 +138,15 @@ def test_names_and_keys_are_those_of_stock(kind):
     assert any("experts" in key for key in stock[0][1])
 
 
-def orders(kind: str, chunks: int, trains: bool) -> tuple[list, list]:
+def orders(kind: str, chunks: int, trains: bool, behind: bool = False) -> tuple[list, list]:
     from megatron_scmoe.overlap import observe
 
     model = build(kind, chunks)
     model.train(trains)
     for layer in model.decoder.layers[1::2]:
         layer.mlp.forward_plan = Plan(((1,),))
+    if behind:
+        models.launch_behind(model)
     ((tokens, labels, positions),) = models.my_batch()
     with observe.recording() as recorded:
         model(tokens, positions, None, labels=labels).sum().backward()
@@ -159,6 +163,20 @@ def test_recorded_order_is_the_plans(kind):
         for forward, backward in ranks.run(orders, 2, kind, 2, trains, layout=EP[2]):
             assert forward == forward_order(ops, shape, plan)
             assert backward == backward_order(ops, shape, plan)
+
+
+def test_launched_behind_the_shared_expert():
+    """The same numbers bit for bit, in another order."""
+    kind = "shared expert, gated"
+    results = [ranks.run(losses_and_gradients, 2, kind, 2, behind, layout=EP[2]) for behind in (False, True)]
+    for (loss, gradients), (other_loss, others) in zip(*results, strict=True):
+        assert torch.equal(loss, other_loss)
+        assert all(torch.equal(gradient, others[name]) for name, gradient in gradients.items())
+    plan = Plan(((2, 2),), behind=True)
+    ops, shape = [SHARED_EXPERT, ADD], SpanShape(2, (RoutedCall(tap=0, landing=1),))
+    for forward, backward in ranks.run(orders, 2, kind, 2, True, True, layout=EP[2]):
+        assert forward == forward_order(ops, shape, plan)
+        assert backward == backward_order(ops, shape, plan)
 
 
 # ---- through the entry script -----------------------------------------------------------------------------------

@@ -162,3 +162,23 @@ def test_a_second_wait_is_counted():
     """Negative control."""
     (found, _) = ranks.run(in_one_forward, 2, Case(chunks=2), True, layout=layout(2, 1))
     assert found["waits"] > 2 and found["exchanges"] == 2
+
+
+def steps_of_a_forward(behind: bool) -> list[str]:
+    """The op at the tap, and the host's wait, in the order in which they come."""
+    from megatron_scmoe.cpu.stand_ins import InertEvent
+
+    steps: list[str] = []
+    model = models.build(Case(num_groups=1, expert_slot=(2,)))
+    if behind:
+        models.launch_behind(model)
+    InertEvent.synchronize = lambda _event: steps.append("wait")
+    model.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_: steps.append("MLP"))
+    ((tokens, labels, positions),) = models.my_batch()
+    model(tokens, positions, None, labels=labels)
+    return steps
+
+
+@pytest.mark.parametrize(("behind", "steps"), [(False, ["wait", "MLP"]), (True, ["MLP", "wait"])])
+def test_behind_the_op_at_the_tap_the_host_has_waited_for_nothing(behind, steps):
+    assert ranks.run(steps_of_a_forward, 2, behind, layout=layout(2, 1)) == [steps] * 2

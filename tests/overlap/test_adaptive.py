@@ -32,14 +32,11 @@ from megatron_scmoe.overlap.adaptive import (
     MEASURE_STEPS,
     WARM_UP_STEPS,
     Phase,
-    Plans,
     Tuner,
     chunk_counts,
-    described,
-    from_saved_form,
-    saved_form,
 )
 from megatron_scmoe.overlap.costs import GroupPass, mean_costs
+from megatron_scmoe.overlap.kept import Plans, described, from_saved_form, saved_form
 from megatron_scmoe.overlap.plan import even_plan, forward_order
 from megatron_scmoe.overlap.solver import (
     CallCosts,
@@ -255,6 +252,34 @@ def test_every_group_has_its_own_plan():
     assert texts[-1].startswith(f"groups 3 to 4 slots {plans[3].training.slots[0][0]}; group 5 slots ")
 
 
+def waiting(enqueue: float) -> World:
+    """A host that waits 4 s for the counts, and takes so long to enqueue the op at the tap."""
+    whole = costs((9,) * 4, dispatch=3, combine=9)
+    (call,) = whole.forward.calls
+    call = dataclasses.replace(call, wait=4, enqueue=enqueue)
+    return {1: dataclasses.replace(whole, forward=dataclasses.replace(whole.forward, calls=(call,)))}
+
+
+def test_it_launches_behind_the_op_at_the_tap_where_that_is_faster():
+    one = tuner()
+    texts = run_until_settled(one, {0: waiting(enqueue=1)})
+    plan = one.plans[0].training
+    assert plan.behind and one.plans[0].forward.behind
+    assert predicted_s(SHAPE, waiting(1)[1], plan) < best_s(waiting(1), (1,))  # than any that launches before it
+    assert all("slots 2 (launched behind the op at the tap), predicted" in text for text in texts)
+    # A host that computes the op itself has nothing to run ahead of.
+    busy = tuner()
+    run_until_settled(busy, {0: waiting(enqueue=9)})
+    assert not busy.plans[0].training.behind and not busy.plans[0].forward.behind
+
+
+def test_it_launches_before_again_where_behind_was_slower():
+    one = tuner()
+    texts = run_until_settled(one, {0: waiting(enqueue=1)}, slower=lambda plan: 50.0 * plan.behind)
+    assert one.plans[0].training == FIRST[0].training
+    assert "stays: group 0 slots 2 (launched behind the op at the tap) was not faster" in texts[-1]
+
+
 def test_evaluation_has_a_plan_of_its_own():
     """Backward's long combine wants early experts; forward alone wants them late."""
     mixed = {
@@ -326,9 +351,15 @@ def test_without_a_measured_backward_the_plan_stays_and_says_why():
 
 
 def test_plans_are_saved_as_builtin_types_and_come_back():
-    plans = {0: Plans(Plan(((1, 2), (1, 1))), Plan(((3,), (1,)))), 11: Plans(Plan(((2,),)), Plan(((1, 1, 4, 4),)))}
+    plans = {
+        0: Plans(Plan(((1, 2), (1, 1))), Plan(((3,), (1,)), behind=True)),
+        11: Plans(Plan(((2,),)), Plan(((1, 1, 4, 4),))),
+    }
     saved = saved_form(plans)
-    assert saved["0"] == {"training": [[1, 2], [1, 1]], "forward": [[3], [1]]}
+    assert saved["0"] == {
+        "training": {"slots": [[1, 2], [1, 1]], "behind": False},
+        "forward": {"slots": [[3], [1]], "behind": True},
+    }
     assert from_saved_form(json.loads(json.dumps(saved))) == plans
     assert saved_form(plans, hidden_share=0.5)["11"] == {**saved["11"], "hidden_share": 0.5}
     assert from_saved_form(saved_form(plans, hidden_share=0.5)) == plans
@@ -338,7 +369,7 @@ def continued(monkeypatch, now: dict[str, Any], settled_at: int = 5, older: bool
     """A session that continues from a checkpoint with ``beside`` beside its plans, under the conditions ``now``.
 
     Args:
-        older: write the plans as versions did that knew one call only.
+        older: write the plans as versions did that always launched before the op at the tap.
     """
     from megatron_scmoe.mcore import stages
     from megatron_scmoe.training import session
@@ -347,7 +378,7 @@ def continued(monkeypatch, now: dict[str, Any], settled_at: int = 5, older: bool
     scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE, overlap=Overlap.ADAPTIVE)
     saved = saved_form(FIRST, iteration=settled_at, **beside)
     if older:
-        saved["0"] |= {kind: saved["0"][kind][0] for kind in ("training", "forward")}
+        saved["0"] |= {kind: saved["0"][kind]["slots"] for kind in ("training", "forward")}
     one = session.OverlapSession(Namespace(overlap_plans=saved), scmoe)
     one._kept.conditions = now
     one._planned[0] = SimpleNamespace(group_index=0, shape=SHAPE, plan=Plan(((3,),)), forward_plan=Plan(((3,),)))
@@ -392,6 +423,26 @@ def test_plans_of_an_older_version_are_measured_anew(monkeypatch, capsys, older)
     assert one._kept.of(one._planned[0]) == (None if older else FIRST[0])
     said = " > overlap: the checkpoint's plans were saved by an older version: measuring anew\n"
     assert capsys.readouterr().out == (said if older else "")
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "connections", "counts"), [(True, "1", (1,)), (True, "32", (1, 2, 4)), (False, "1", (1, 2, 4))]
+)
+def test_in_one_queue_one_chunk_is_tried(monkeypatch, capsys, on_gpu, connections, counts):
+    from megatron_scmoe.mcore import stages
+    from megatron_scmoe.training.kept_plans import KeptPlans
+
+    monkeypatch.setattr(stages, "is_stage_root", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)
+    scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE, overlap=Overlap.ADAPTIVE, overlap_chunks=4)
+    four = {0: Plans(Plan(((1, 2, 3, 4),)), Plan(((2,),)))}
+    kept = KeptPlans(Namespace(overlap_plans=saved_form(four, iteration=3, hidden_share=0.5)), scmoe)
+    group: Any = SimpleNamespace(group_index=0, shape=SHAPE, plan=Plan(((3,),)), forward_plan=Plan(((3,),)))
+    assert kept.tuner({0: group}, iteration=9)._counts == counts
+    assert kept.of(group) == (four[0] if len(counts) > 1 else None)
+    said = "--overlap-chunks is 4, and 1 is tried" in capsys.readouterr().out
+    assert said == (counts == (1,))
 
 
 @pytest.mark.parametrize(("settled_at", "done"), [(5, 3), (90_000, 0)])
@@ -463,6 +514,8 @@ def test_plans_in_few_words():
     assert described({0: one, 1: one, 2: one, 3: other}) == "groups 0 to 2 slots 2; group 3 slots 1,3"
     two_calls = Plans(Plan(((1, 3), (1, 1))), Plan(((1,), (1,))))
     assert described({0: two_calls, 2: one}) == "group 0 slots 1,3 | 1,1; group 2 slots 2"
+    behind = Plans(Plan(((2,),), behind=True), Plan(((1,),)))
+    assert described({0: behind, 1: one}) == "group 0 slots 2 (launched behind the op at the tap); group 1 slots 2"
 
 
 # ---- on ranks, through the entry script -------------------------------------------------------------------------
@@ -603,7 +656,9 @@ def test_every_plan_on_the_way_gives_the_numbers_of_off(tmp_path, layout):
         assert sum("overlap of stage 1 from iteration" in line for line in said(seen)) == 2
     settled = {index: its_slots for one in seen for index, its_slots in one.slots[-1].items()}
     expected = {str(index): {"training": [list(slots)], "forward": [[1]]} for index, slots in sorted(settled.items())}
-    slots_of = {index: {kind: one[kind] for kind in ("training", "forward")} for index, one in seen[0].saved.items()}
+    slots_of = {
+        index: {kind: one[kind]["slots"] for kind in ("training", "forward")} for index, one in seen[0].saved.items()
+    }
     assert slots_of == expected and len(expected) == 2
     for one in seen[0].saved.values():
         assert 0 <= one["hidden_share"] <= 1

@@ -19,9 +19,11 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from models import Case
+from span_cases import CHUNK_OPS
 
 from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
 from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs, passes_of
+from megatron_scmoe.overlap.launch import gained_behind_s
 from megatron_scmoe.overlap.observe import BEGIN, END
 from megatron_scmoe.overlap.plan import OF_A_CALL, sequential_plan
 from megatron_scmoe.overlap.recording import Mark, Transfer
@@ -55,7 +57,8 @@ def recording(*parts: str, group: int = 0, at: float = 0.0) -> SimpleNamespace:
             *parts_of_name, index = words if words[-1].isdigit() else [*words, "0"]
             name = " ".join(parts_of_name)
             of_call = call if name in OF_A_CALL else None
-            marks.append(Mark(name, int(index), of_call, group, backward, at + float(when)))
+            seconds = at + float(when)
+            marks.append(Mark(name, int(index), of_call, group, backward, seconds, host_s=seconds))
     return SimpleNamespace(marks=marks, transfers=transfers, idle=None)
 
 
@@ -68,14 +71,15 @@ def together(*recordings: SimpleNamespace) -> SimpleNamespace:
     )
 
 
-# attention | MLP, shared expert, add behind the tap; packing 2 before a dispatch, 1 before a combine, unpacking 1.
+# attention | MLP, shared expert, add behind the tap; 2 before a dispatch, packing 1 before a combine, unpacking 1.
 SHAPE = SpanShape(num_ops=4, calls=(RoutedCall(tap=1, landing=3),))
 FORWARD_BLOCKING = f"""
     forward  0 {BEGIN}
     forward  0 attention 0
     forward 10 route
     forward 13 encode
-    forward 15 start dispatch
+    forward 15 wait
+    forward 16 start dispatch
     forward 17-27 dispatch 0 500
     forward 27 finish dispatch
     forward 28 experts
@@ -93,7 +97,8 @@ FORWARD_OVERLAPPED = f"""
     forward  0 attention 0
     forward 10 route
     forward 13 encode
-    forward 15 start dispatch
+    forward 15 wait
+    forward 16 start dispatch
     forward 17-27 dispatch 0 500
     forward 18 MLP 1
     forward 25 shared expert 2
@@ -126,7 +131,9 @@ BACKWARD_BLOCKING = f"""
 """
 FORWARD_COSTS = PassCosts(
     ops=(10, 7, 6, 1),
-    calls=(CallCosts(route=3, encode=2 + 2, dispatch=10, experts=1 + 12 + 1, combine=12, decode=1 + 2),),
+    calls=(
+        CallCosts(route=3, encode=2, dispatch=10, experts=1 + 12 + 1, combine=12, decode=1 + 2, wait=1 + 1, enqueue=7),
+    ),
 )
 BACKWARD_COSTS = PassCosts(
     ops=(20, 14, 12, 2),
@@ -143,7 +150,8 @@ def test_a_blocking_forward_by_hand():
         ("attention", 0, 10),
         ("route", 10, 13),
         ("encode", 13, 15),
-        ("start dispatch", 15, 17),  # then it waits
+        ("wait", 15, 16),
+        ("start dispatch", 16, 17),  # then it waits
         ("finish dispatch", 27, 28),
         ("experts", 28, 40),
         ("start combine", 40, 41),
@@ -242,11 +250,13 @@ def test_chunks_by_hand():
     assert costs is not None
     call = CallCosts(
         route=2,
-        encode=(1 + 1 + 2) / 2,
+        encode=(1 + 2) / 2,
         dispatch=(4 + 6) / 2,
         experts=(4 + 1 + 5 + 1) / 2,
         combine=(3 + 5) / 2,
         decode=(1 + 1 + 2) / 2,
+        wait=1,
+        enqueue=6,
     )
     assert costs.forward == PassCosts(ops=(6, 1), calls=(call,))
 
@@ -324,10 +334,34 @@ def test_both_calls_of_dgmoe_by_hand():
     assert costs.forward == PassCosts(
         ops=(5, 1),
         calls=(
-            CallCosts(route=2, encode=1, dispatch=4, experts=4, combine=3, decode=1),
-            CallCosts(route=2, encode=1, dispatch=6, experts=6, combine=5, decode=3),
+            CallCosts(route=2, encode=1, dispatch=4, experts=4, combine=3, decode=1, enqueue=5),
+            CallCosts(route=2, encode=1, dispatch=6, experts=6, combine=5, decode=3, enqueue=1),
         ),
     )
+
+
+def test_a_host_that_is_ahead_of_its_gpu_by_hand():
+    """It enqueues an op in half the time that the GPU takes for it."""
+    recorded = recording(FORWARD_BLOCKING, BACKWARD_BLOCKING)
+    recorded.marks = [dataclasses.replace(mark, host_s=mark.time_s / 2) for mark in recorded.marks]
+    costs = costs_of(passes_of(recorded), SHAPE, chunks=1)
+    assert costs is not None
+    (call,) = costs.forward.calls
+    assert call == dataclasses.replace(FORWARD_COSTS.calls[0], enqueue=3.5)
+    assert costs.backward == BACKWARD_COSTS
+    assert gained_behind_s(costs.forward, SHAPE) == 2  # of 7 s the lane is busy for 3.5 more
+    assert gained_behind_s(FORWARD_COSTS, SHAPE) == 0  # where the host computes itself
+
+
+def test_a_launch_aside_by_hand():
+    """Its transfer begins beside the op at the tap, before the compute lane comes to where the host launched it."""
+    aside = FORWARD_OVERLAPPED.replace("forward 15 wait\n", "").replace("forward 16 start dispatch\n", "")
+    behind = "    forward 25 wait\n    forward 25 start dispatch\n"
+    aside = aside.replace("forward 18 MLP 1\n", "forward 18 MLP 1\n" + behind)
+    (one,) = passes_of(recording(aside))
+    times = {span.name: (span.start_s, span.end_s) for span in one.spans}
+    assert times["start dispatch"] == (25, 25) and times["dispatch"] == (17, 27)
+    assert all(start_s <= end_s for start_s, end_s in times.values())
 
 
 def test_a_transfer_that_seems_to_end_before_its_begin_took_no_time():
@@ -378,7 +412,9 @@ def simulated(shape: SpanShape, costs: SpanCosts, plan: Plan, group: int = 0) ->
     for backward in (False, True):
         spans = schedule(shape, costs.backward if backward else costs.forward, plan, backward=backward)
         total_s = max(span.end_s for span in spans)
-        passes.append(GroupPass(group, backward, tuple(spans), total_s, 0))
+        enqueued = zip(shape.calls, costs.forward.calls, strict=True)
+        enqueue_s = {} if backward else {call.tap: its.enqueue for call, its in enqueued}
+        passes.append(GroupPass(group, backward, tuple(spans), total_s, 0, enqueue_s))
     return passes
 
 
@@ -397,11 +433,17 @@ def shapes(draw):
 def worlds(draw):
     shape = draw(shapes())
     seconds = st.integers(0, 99)
-    call = st.builds(CallCosts, **{field.name: seconds for field in dataclasses.fields(CallCosts)})
+    call = st.builds(CallCosts, **dict.fromkeys(("route", *CHUNK_OPS), seconds))
     one_pass = st.builds(
         PassCosts, ops=st.tuples(*[seconds] * shape.num_ops), calls=st.tuples(*[call] * len(shape.calls))
     )
-    return shape, draw(st.builds(SpanCosts, forward=one_pass, backward=one_pass))
+    costs = draw(st.builds(SpanCosts, forward=one_pass, backward=one_pass))
+    enqueue = draw(st.tuples(*[seconds] * shape.num_ops))
+    calls = tuple(
+        dataclasses.replace(its, wait=draw(seconds), enqueue=enqueue[call.tap])
+        for call, its in zip(shape.calls, costs.forward.calls, strict=True)
+    )
+    return shape, dataclasses.replace(costs, forward=dataclasses.replace(costs.forward, calls=calls))
 
 
 @given(world=worlds(), chunks=st.sampled_from((1, 2, 4)))
@@ -418,6 +460,7 @@ DISPATCH_S, COMBINE_S = {False: 0.10, True: 0.16}, {False: 0.14, True: 0.07}
 
 
 TIMED_STEPS = 3
+SHAPE_OF_POS2 = SpanShape(5, (RoutedCall(tap=1, landing=4),))
 
 
 class TimedWork:
@@ -504,6 +547,9 @@ def test_known_times_are_measured(chunks):
                 assert low < one < high, (expected, got)
             for cheap in (call.route, call.encode, call.decode, add):
                 assert 0 < cheap < 0.03
+            assert (call.wait, call.enqueue) == ((0, 0) if backward else (call.wait, pytest.approx(dense[1])))
+            assert call.wait < 0.03
+            assert gained_behind_s(measured, SHAPE_OF_POS2) < 1e-9  # a host that computes has nothing to run ahead of
 
 
 def hooks_of_a_step(case: Case, listen: bool) -> tuple[int, int, int]:
@@ -573,8 +619,11 @@ def test_a_transfer_begins_before_its_launch_and_its_end_is_noted(monkeypatch, o
     tag = exchange.Tag(observe.Marker(0), "dispatch")
     with observe.recording() as recorded, monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: on_gpu)
-        one = exchange.Exchange(tag=tag, group=group, send_rows=None, receive_rows=None, blocking=False)
-        token = one.start(torch.zeros(4, 2))
+        patch.setattr(torch.cuda, "current_stream", lambda: None)
+        patch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
+        one = exchange.Exchange(tag=tag, group=group, blocking=False)
+        token = one.announce(torch.zeros(4, 2))
+        one.launch(None, None)
         now_s += 5
         one.finish(token)
     assert works[0]() is None

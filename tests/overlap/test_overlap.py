@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import time
 
@@ -27,6 +29,7 @@ from megatron_scmoe.overlap.plan import (
     SHARED_EXPERT,
     START_COMBINE,
     START_DISPATCH,
+    WAIT,
     Step,
     backward_order,
     even_plan,
@@ -245,10 +248,12 @@ def order_of(marks, *, backward: bool) -> list[Step]:
     return [Step(mark.name, mark.index, mark.call) for mark in steps]
 
 
-def recorded_order(case: Case) -> tuple[list[Step], list[Step]]:
+def recorded_order(case: Case, behind: bool = False) -> tuple[list[Step], list[Step]]:
     from megatron_scmoe.overlap import observe
 
     model = models.build(case)
+    if behind:
+        models.launch_behind(model)
     ((tokens, labels, positions),) = models.my_batch()
     with observe.recording() as recorded:
         model(tokens, positions, None, labels=labels).sum().backward()
@@ -296,6 +301,7 @@ def test_order_of_pos2_by_hand():
         "attention",
         ROUTE,
         ENCODE,
+        WAIT,
         START_DISPATCH,
         "MLP",
         FINISH_DISPATCH,
@@ -330,6 +336,7 @@ def test_order_of_two_chunks_by_hand():
     assert forward_order(["MLP", "shared expert", "add"], shape, Plan(((1, 3),))) == [
         (ROUTE, 0, 0),
         (ENCODE, 0, 0),
+        (WAIT, 0, 0),
         (START_DISPATCH, 0, 0),
         (ENCODE, 1, 0),
         (START_DISPATCH, 1, 0),
@@ -366,10 +373,12 @@ def test_order_of_several_calls_by_hand():
     assert forward_order(names, CALLS, Plan(((3,), (1,), (1,)))) == [
         (ROUTE, 0, 0),
         (ENCODE, 0, 0),
+        (WAIT, 0, 0),
         (START_DISPATCH, 0, 0),
         ("attention", 0, None),
         (ROUTE, 0, 1),
         (ENCODE, 0, 1),
+        (WAIT, 0, 1),
         (START_DISPATCH, 0, 1),
         (FINISH_DISPATCH, 0, 1),
         (EXPERTS, 0, 1),
@@ -384,6 +393,7 @@ def test_order_of_several_calls_by_hand():
         (DECODE, 0, 0),
         (ROUTE, 0, 2),
         (ENCODE, 0, 2),
+        (WAIT, 0, 2),
         (START_DISPATCH, 0, 2),
         (FINISH_DISPATCH, 0, 2),
         (EXPERTS, 0, 2),
@@ -452,6 +462,176 @@ def test_more_chunks_than_tokens():
     case = Case(chunks=17)
     assert models.BATCH_SIZE * models.SEQ_LENGTH // 4 < 17
     assert_close(run(case, 4), run(case.replace(chunks=1, overlap="off"), 4))
+
+
+# --- launched behind the op at the tap ---------------------------------------------------------------------------
+
+FARSKIP = {"position": ("farskip",), "moe_every": 1, "span": 2, "landing": 1, "expert_slot": (2,)}
+LAUNCHED_BEHIND = {
+    "pos1": {"position": ("pos1",), "expert_slot": (2,)},
+    "pos2": {"expert_slot": (2,)},
+    "pos3, last slot": {"position": ("pos3",), "expert_slot": (5,)},
+    "chunks": {"chunks": 3, "expert_slot": ("2,2,4",)},
+    "dgmoe": {"shortcut": "dgmoe", "expert_slot": (3,)},
+    "a late landing": {"span": 2, "landing": 1},
+    "farskip": FARSKIP,
+    "top-2, weights apart": {"topk": 2, "weights_apart_above": 0.0, "expert_slot": (2,)},
+    "bf16": {"dtype": torch.bfloat16, "expert_slot": (3,)},
+    "recompute": {"recompute": "full", "expert_slot": (2,)},
+    "latents": {"latent": 8, "chunks": 2, "expert_slot": ("2,3",)},
+}
+
+
+@pytest.mark.parametrize("changes", LAUNCHED_BEHIND.values(), ids=LAUNCHED_BEHIND)
+def test_launched_behind_equals_launched_before(changes):
+    case = Case(**changes)
+    assert_bit_equal(run(case, 2, behind=True), run(case, 2))
+
+
+def test_several_micro_batches_launched_behind_equal_off():
+    case = Case(shortcut="dgmoe", expert_slot=(2,))
+    off = case.replace(overlap="off", expert_slot=())
+    assert_bit_equal(run(case, 2, num_micro_batches=2, behind=True), run(off, 2, num_micro_batches=2))
+
+
+def test_what_has_to_know_the_counts_is_never_launched_behind():
+    """Packed behind the op at the tap, its gradient would be waited for before that op's backward."""
+    shapes = ranks.run(shapes_of_spans, 2, layout=EP[2])[0]
+    assert shapes == {"tokens": False, "capacity": True, "zero experts": True, "lsh": True}
+
+
+def shapes_of_spans() -> dict[str, bool]:
+    cases = {
+        "tokens": Case(),
+        "capacity": Case(capacity=1.0),
+        "zero experts": Case(router="longcat", zero_experts=3, topk=3, combine="add"),
+        "lsh": Case(codec="lsh"),
+    }
+    found = {}
+    for name, case in cases.items():
+        shape = models.build(case).decoder.layers[-1].span.shape
+        assert bool(shape.may_launch_behind) != shape.waits_to_pack
+        assert shape.has(Plan(((2,),), behind=True)) != shape.waits_to_pack
+        found[name] = shape.waits_to_pack
+    return found
+
+
+@pytest.mark.parametrize(("shortcut", "slots"), [("scmoe", (2,)), ("scmoe", (2, 4)), ("dgmoe", (3, 3))])
+def test_recorded_order_of_a_launch_behind_is_the_plans(shortcut, slots):
+    case = Case(shortcut=shortcut, num_groups=1, expert_slot=(",".join(map(str, slots)),), chunks=len(slots))
+    plan = dataclasses.replace(plan_of(shortcut, *slots), behind=True)
+    of_plan = OPS[shortcut], shape_of(shortcut, "pos2"), plan
+    before = OPS[shortcut], shape_of(shortcut, "pos2"), dataclasses.replace(plan, behind=False)
+    for forward, backward in ranks.run(recorded_order, 2, case, True, layout=EP[2]):
+        assert forward == forward_order(*of_plan) != forward_order(*before)
+        assert backward == backward_order(*of_plan) == backward_order(*before)
+
+
+def test_order_of_a_launch_behind_by_hand():
+    shape = SpanShape(3, (RoutedCall(tap=0, landing=2),))
+    assert forward_order(["MLP", "shared expert", "add"], shape, Plan(((2, 3),), behind=True)) == [
+        (ROUTE, 0, 0),
+        (ENCODE, 0, 0),
+        (ENCODE, 1, 0),
+        ("MLP", 0, None),
+        (WAIT, 0, 0),
+        (START_DISPATCH, 0, 0),
+        (START_DISPATCH, 1, 0),
+        (FINISH_DISPATCH, 0, 0),
+        (EXPERTS, 0, 0),
+        (START_COMBINE, 0, 0),
+        ("shared expert", 1, None),
+        (FINISH_DISPATCH, 1, 0),
+        (EXPERTS, 1, 0),
+        (START_COMBINE, 1, 0),
+        (FINISH_COMBINE, 0, 0),
+        (DECODE, 0, 0),
+        (FINISH_COMBINE, 1, 0),
+        (DECODE, 1, 0),
+        ("add", 2, None),
+    ]
+
+
+class NamedStream:
+    """A stream of which can be told what was done under it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.waited_for: list[str] = []
+
+    def wait_stream(self, stream: NamedStream) -> None:
+        pass
+
+    def wait_event(self, event: str) -> None:
+        self.waited_for.append(event)
+
+    def record_event(self) -> str:
+        return f"event of {self.name} behind {len(STREAM_LOG)} steps"
+
+
+STREAM_LOG: list[tuple[str, str]] = []
+"""What was done, and the stream that was current."""
+
+
+def streams_of_a_forward(behind: bool) -> tuple[list[tuple[str, str]], list[str]]:
+    """What a forward did under which stream, and what the stream beside the main one waited for."""
+    from megatron_scmoe.dispatch import exchange
+
+    main, aside = NamedStream("main"), NamedStream("aside")
+    current = [main]
+
+    @contextlib.contextmanager
+    def under(stream):
+        current.append(stream if isinstance(stream, NamedStream) else main)
+        yield
+        current.pop()
+
+    def log(step: str) -> None:
+        STREAM_LOG.append((step, current[-1].name))
+
+    def collective(*args, **kwargs):
+        log("all-to-all")
+        return LoggedWork(original(*args, **kwargs), log)
+
+    original, new_empty = dist.all_to_all_single, torch.Tensor.new_empty
+    torch.cuda.current_stream, torch.cuda.stream = lambda: current[-1], under
+    exchange._aside = lambda: aside
+    torch.Tensor.record_stream = lambda _tensor, stream: log(f"used by {stream.name}")
+    dist.all_to_all_single = collective
+    torch.Tensor.new_empty = lambda tensor, size, **kwargs: (
+        isinstance(size, tuple) and log("allocate"),
+        new_empty(tensor, size, **kwargs),
+    )[1]
+    case = Case(num_groups=1, expert_slot=(2,))
+    model = models.build(case)
+    if behind:
+        models.launch_behind(model)
+    model.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_: log("MLP"))
+    model.decoder.layers[1].mlp.experts.register_forward_pre_hook(lambda *_: log("experts"))
+    ((tokens, labels, positions),) = models.my_batch()
+    model(tokens, positions, None, labels=labels)
+    return STREAM_LOG, aside.waited_for
+
+
+class LoggedWork:
+    def __init__(self, work: dist.Work, log) -> None:
+        self._work, self._log = work, log
+
+    def wait(self) -> None:
+        self._log("wait")
+        self._work.wait()
+
+
+def test_a_launch_behind_goes_by_a_stream_that_waits_for_what_was_packed_alone():
+    combine = [("allocate", "main"), ("all-to-all", "main"), ("wait", "main")]
+    for log, waited_for in ranks.run(streams_of_a_forward, 2, True, layout=EP[2]):
+        dispatch = [("allocate", "aside"), ("all-to-all", "aside"), ("used by main", "main")]
+        assert log == [("MLP", "main"), *dispatch, ("wait", "main"), ("experts", "main"), *combine]
+        assert waited_for == ["event of main behind 0 steps"]  # before the MLP
+    for log, waited_for in ranks.run(streams_of_a_forward, 2, False, layout=EP[2]):
+        dispatch = [("allocate", "main"), ("all-to-all", "main")]
+        assert log == [*dispatch, ("MLP", "main"), ("wait", "main"), ("experts", "main"), *combine]
+        assert waited_for == []
 
 
 # --- communication is hidden -------------------------------------------------------------------------------------

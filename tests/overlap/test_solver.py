@@ -15,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from span_cases import (
     CHUNK_OPS,
+    LAUNCH,
     both,
     call_costs,
     cut_span,
@@ -47,15 +48,20 @@ untimed = settings(deadline=None)
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One op on the compute lane: it waits for ``needs`` and launches ``launches``."""
+    """One op on the compute lane: it waits for ``needs`` and launches ``launches``.
+
+    Where dispatches of the call ``aside`` are launched behind it, the host enqueues it, waits for the counts and
+    launches them; only then it can enqueue what comes next.
+    """
 
     op: str
     of: tuple = ()
     needs: tuple | None = None
     launches: tuple | None = None
+    aside: int | None = None
 
 
-def forward_work(shape: SpanShape, slots) -> list[Work]:
+def forward_work(shape: SpanShape, slots, behind=()) -> list[Work]:
     work = []
     chunks = range(len(slots[0]))
 
@@ -77,14 +83,19 @@ def forward_work(shape: SpanShape, slots) -> list[Work]:
         for call, its in numbered:
             if its.tap == place:
                 work.append(Work("route", (call,)))
-                work += [Work("encode", (call, chunk), launches=("dispatch", call, chunk)) for chunk in chunks]
+                if call in behind:
+                    work += [Work("encode", (call, chunk)) for chunk in chunks]
+                    continue
+                work += [Work("encode", (call, 0)), Work("wait", (call,), launches=("dispatch", call, 0))]
+                work += [Work("encode", (call, chunk), launches=("dispatch", call, chunk)) for chunk in chunks[1:]]
         for call, its in numbered:
             if its.tap <= place and not (its.late and its.landing == place):
                 experts(call, place)
         for call, its in numbered:
             if not its.late and its.landing == place:
                 land(call)
-        work.append(Work("op", (place,)))
+        aside = [call for call, its in numbered if its.tap == place and call in behind]
+        work.append(Work("op", (place,), aside=aside[0] if aside else None))
     return work
 
 
@@ -121,7 +132,7 @@ def backward_work(shape: SpanShape, slots) -> list[Work]:
     return work
 
 
-def clock_ticks(work: list[Work], costs: PassCosts) -> int:
+def clock_ticks(work: list[Work], costs: PassCosts, chunks: int) -> int:
     """Second by second: each lane does one second of what it is at. Costs are whole and not zero."""
 
     def seconds(op, of, *_):
@@ -140,7 +151,15 @@ def clock_ticks(work: list[Work], costs: PassCosts) -> int:
         if sent and on_the_wire == seconds(*sent[0]):
             arrived.add(sent.popleft())
             on_the_wire = 0
-        if working and at_work == seconds(current.op, *current.of):
+        if not working:
+            continue
+        until = seconds(current.op, *current.of)
+        if current.aside is not None:
+            launched = seconds("enqueue", current.aside) + seconds("wait", current.aside)
+            until = max(until, launched)
+            if at_work == launched:
+                sent.extend(("dispatch", current.aside, chunk) for chunk in range(chunks))
+        if at_work == until:
             todo.popleft()
             at_work = 0
             if current.launches:
@@ -149,11 +168,12 @@ def clock_ticks(work: list[Work], costs: PassCosts) -> int:
     return now
 
 
-def slow_time(shape: SpanShape, costs: SpanCosts, slots, *, forward_only: bool) -> float:
-    forward = clock_ticks(forward_work(shape, slots), costs.forward)
+def slow_time(shape: SpanShape, costs: SpanCosts, slots, *, forward_only: bool, behind=()) -> float:
+    chunks = len(slots[0])
+    forward = clock_ticks(forward_work(shape, slots, behind), costs.forward, chunks)
     if forward_only:
         return forward
-    return costs.forward_runs * forward + clock_ticks(backward_work(shape, slots), costs.backward)
+    return costs.forward_runs * forward + clock_ticks(backward_work(shape, slots), costs.backward, chunks)
 
 
 @untimed
@@ -163,7 +183,8 @@ def test_prediction_equals_the_slow_simulator(data):
     costs = data.draw(span_costs(shape, smallest=1))
     plan = data.draw(plans(shape))
     for forward_only in (True, False):
-        slow = slow_time(shape, costs, plan.slots, forward_only=forward_only)
+        behind = shape.launched_behind(plan)
+        slow = slow_time(shape, costs, plan.slots, forward_only=forward_only, behind=behind)
         assert predicted_s(shape, costs, plan, forward_only=forward_only) == slow
 
 
@@ -176,42 +197,63 @@ def test_solution_equals_the_slow_simulators_best(data):
     costs = {chunks: data.draw(span_costs(shape, smallest=1, largest=7)) for chunks in chunk_counts}
     forward_only = data.draw(st.booleans())
 
-    def placements(chunks):
+    def placements(chunks, behind):
         return itertools.product(
-            *[itertools.product(range(1, call.num_slots + 1), repeat=chunks) for call in shape.calls]
+            *[
+                itertools.product(range(1 + (number in behind), call.num_slots + 1), repeat=chunks)
+                for number, call in enumerate(shape.calls)
+            ]
         )
 
     best = min(
-        slow_time(shape, costs[chunks], slots, forward_only=forward_only)
+        slow_time(shape, costs[chunks], slots, forward_only=forward_only, behind=behind)
         for chunks in costs
-        for slots in placements(chunks)
+        for behind in {frozenset(), shape.may_launch_behind}
+        for slots in placements(chunks, behind)
     )
     solution = solve(shape, costs, forward_only=forward_only)
     assert solution.predicted_s == best
-    chosen = costs[solution.plan.chunks]
-    assert slow_time(shape, chosen, solution.plan.slots, forward_only=forward_only) == best
+    chosen, behind = costs[solution.plan.chunks], shape.launched_behind(solution.plan)
+    assert slow_time(shape, chosen, solution.plan.slots, forward_only=forward_only, behind=behind) == best
 
 
 def test_simulator_notices_a_missing_wait():
     """Negative control of the slow simulator: experts that do not wait for their tokens give another time."""
     shape = group(tap=0, num_dense_ops=1)
-    costs = PassCosts(ops=(1, 3), calls=(call_costs(**dict.fromkeys(("route", *CHUNK_OPS), 3)),))
+    costs = PassCosts(ops=(1, 3), calls=(call_costs(**dict.fromkeys(("route", *CHUNK_OPS, *LAUNCH), 3)),))
     work = forward_work(shape, ((1,),))
     broken = [dataclasses.replace(w, needs=None) if w.op == "experts" else w for w in work]
-    assert clock_ticks(work, costs) == predicted_s(shape, both(costs), Plan(((1,),)), forward_only=True)
-    assert clock_ticks(broken, costs) < clock_ticks(work, costs)
+    assert clock_ticks(work, costs, 1) == predicted_s(shape, both(costs), Plan(((1,),)), forward_only=True)
+    assert clock_ticks(broken, costs, 1) < clock_ticks(work, costs, 1)
+
+
+def test_simulator_notices_a_launch_that_waits_for_nothing():
+    """Negative control of the slow simulator: a host that launches before it has enqueued the op gives another time."""
+    shape = group(tap=0, num_dense_ops=2)
+    costs = PassCosts(ops=(5, 1, 3), calls=(call_costs(**dict.fromkeys(("route", *CHUNK_OPS, *LAUNCH), 3)),))
+    work, plan = forward_work(shape, ((2,),), behind={0}), Plan(((2,),), behind=True)
+    sooner = dataclasses.replace(costs, calls=(dataclasses.replace(costs.calls[0], enqueue=1),))
+    assert clock_ticks(work, costs, 1) == predicted_s(shape, both(costs), plan, forward_only=True)
+    assert clock_ticks(work, sooner, 1) < clock_ticks(work, costs, 1)
 
 
 # ---- timelines
 
 
-def dependencies(shape: SpanShape, plan: Plan) -> set[tuple]:
+def dependencies(shape: SpanShape, plan: Plan, *, backward: bool) -> set[tuple]:
     """Pairs of (name, at, call) in forward, of which the second needs the first, with the order the slots demand."""
+    behind = shape.launched_behind(plan)
     pairs = set(itertools.pairwise([("op", place, None) for place in range(shape.num_ops)]))
     for number, call in enumerate(shape.calls):
         chain = [("route", 0, number)]
         if call.tap:
             pairs.add((("op", call.tap - 1, None), chain[0]))
+        if not backward and number in behind:
+            wait = ("wait", 0, number)
+            pairs |= {(("op", call.tap, None), wait), (wait, ("op", call.tap + 1, None))}
+        elif not backward:
+            wait = ("wait", 0, number)
+            pairs |= {(("encode", 0, number), wait), (wait, ("dispatch", 0, number))}
         for chunk, slot in enumerate(plan.slots[number]):
             steps = [*chain, *((op, chunk, number) for op in CHUNK_OPS), ("op", call.landing, None)]
             pairs |= set(itertools.pairwise(steps))
@@ -241,16 +283,19 @@ def faults(spans, pairs, *, backward: bool) -> list[str]:
 @given(st.data())
 def test_timeline_is_legal(data):
     shape = data.draw(shapes())
-    costs = data.draw(some_costs(shape))
+    costs = data.draw(some_costs(shape, launches=True))
     plan = dataclasses.replace(data.draw(plans(shape)), blocking=data.draw(st.booleans()))
     for backward in (False, True):
         spans = schedule(shape, costs, plan, backward=backward)
-        assert faults(spans, dependencies(shape, plan), backward=backward) == []
+        assert faults(spans, dependencies(shape, plan, backward=backward), backward=backward) == []
         assert all(span.backward is backward for span in spans)
         for span in spans:
             assert (span.lane is Lane.COMMUNICATION) == (span.name in ("dispatch", "combine"))
             its_costs = costs.ops[span.at] if span.call is None else getattr(costs.calls[span.call], span.name)
-            assert span.end_s - span.start_s == its_costs
+            if span.name == "wait" and span.call in shape.launched_behind(plan):  # beside the op at the tap
+                assert span.end_s - span.start_s <= its_costs + costs.calls[span.call].enqueue
+            else:
+                assert span.end_s - span.start_s == its_costs
 
 
 LATE_AND_DGMOE = SpanShape(
@@ -263,10 +308,10 @@ LATE_AND_DGMOE = SpanShape(
 @pytest.mark.parametrize("shape", [group(1, 3), group(1, 3, second_gate=True), LATE_AND_DGMOE], ids=str)
 def test_broken_timeline_is_found(backward, shape):
     """Negative control: with any one span begun a second earlier, or left out, the timeline has a fault."""
-    seconds = call_costs(**dict.fromkeys(("route", *CHUNK_OPS), 2))
+    seconds = call_costs(**dict.fromkeys(("route", *CHUNK_OPS, *LAUNCH), 2))
     costs = PassCosts(ops=(2,) * shape.num_ops, calls=(seconds,) * len(shape.calls))
     plan = Plan(tuple((1, call.num_slots) for call in shape.calls))
-    pairs = dependencies(shape, plan)
+    pairs = dependencies(shape, plan, backward=backward)
     spans = schedule(shape, costs, plan, backward=backward)
     assert faults(spans, pairs, backward=backward) == []
     for index, span in enumerate(spans):
@@ -281,7 +326,7 @@ def test_broken_timeline_is_found(backward, shape):
 def test_blocking_plan_takes_the_sum_of_everything(data):
     shape = data.draw(shapes())
     costs = data.draw(span_costs(shape))
-    plan = dataclasses.replace(data.draw(plans(shape)), blocking=True)
+    plan = dataclasses.replace(data.draw(plans(shape)), blocking=True, behind=False)
     forward, backward = (sum_of_all(c, plan.chunks) for c in (costs.forward, costs.backward))
     assert predicted_s(shape, costs, plan, forward_only=True) == forward
     assert predicted_s(shape, costs, plan) == costs.forward_runs * forward + backward
@@ -368,6 +413,43 @@ def test_a_late_landing_hides_a_combine_behind_the_next_group():
         assert (found.plan, found.predicted_s, found.hidden_share) == (plan, seconds, share)
 
 
+def test_a_launch_behind_the_op_at_the_tap_hides_the_hosts_wait():
+    """Two ops of 4 s behind the tap; the host waits 2 s for the counts, and takes 1 s to enqueue an op::
+
+        before          | wait   | op 0         | experts      | op 1         |
+                                 | dispatch                    | combine
+        behind          | op 0         | experts      | op 1         |
+                                 | dispatch           | combine
+
+    Where the host takes as long for the op as the lane, it waits in any case, and launches 4 s later.
+    """
+    shape = group(tap=0, num_dense_ops=2)
+    costs = both(pass_costs(4, 4, dispatch=1, experts=4, combine=3, wait=2, enqueue=1))
+    before, behind = Plan(((2,),)), Plan(((2,),), behind=True)
+    assert predicted_s(shape, costs, before, forward_only=True) == 14
+    assert predicted_s(shape, costs, behind, forward_only=True) == 12
+    found = solve(shape, {1: costs}, forward_only=True)
+    assert (found.plan, found.predicted_s, found.hidden_share, found.exact) == (behind, 12, 1, True)
+    busy_host = both(pass_costs(4, 4, dispatch=1, experts=4, combine=3, wait=2, enqueue=4))
+    assert predicted_s(shape, busy_host, behind, forward_only=True) == 15
+    assert solve(shape, {1: busy_host}, forward_only=True).plan == before
+
+
+def test_a_launch_has_a_place_behind_an_op_where_nothing_comes_between():
+    def may(*calls: RoutedCall, **changes: bool) -> list[int]:
+        return sorted(SpanShape(6, calls, **changes).may_launch_behind)
+
+    assert may(RoutedCall(0, 2)) == [0]
+    assert may(RoutedCall(0, 2), waits_to_pack=True) == []
+    assert may(RoutedCall(2, 2)) == []  # its experts run before the op
+    assert may(RoutedCall(0, 2), RoutedCall(2, 2)) == [0]  # dgmoe
+    assert may(RoutedCall(0, 2), RoutedCall(3, 5)) == [0, 1]  # two groups
+    assert may(RoutedCall(0, 4, late=True), RoutedCall(3, 5)) == [0]  # the first is under way at the second's tap
+    assert may(RoutedCall(0, 3, late=True), RoutedCall(3, 5)) == [0, 1]  # it has landed before
+    assert may(RoutedCall(0, 3), RoutedCall(3, 5)) == [0]  # it lands in that op
+    assert may(RoutedCall(1, 3), RoutedCall(1, 5)) == []
+
+
 def test_forward_alone_and_recompute_choose_for_themselves():
     """Forward wants the experts late, for its long dispatch; backward early, for its long reverse combine.
 
@@ -423,7 +505,7 @@ def test_costs_that_no_clock_shows_are_refused(op, wrong):
 def test_the_solver_plays_the_order_that_a_span_runs(data):
     shape = data.draw(shapes())
     plan = data.draw(plans(shape))
-    costs = data.draw(some_costs(shape))
+    costs = data.draw(some_costs(shape, launches=True))
     for backward, order in ((False, forward_order), (True, backward_order)):
         expected = [
             step._replace(name=step.name.removeprefix("start "))

@@ -11,6 +11,8 @@ from megatron_scmoe.overlap.solver import CallCosts, PassCosts, SpanCosts
 
 CHUNK_OPS = ("encode", "dispatch", "experts", "combine", "decode")
 """What a call does for each chunk; ``route`` is done once."""
+LAUNCH = ("wait", "enqueue")
+"""What a launch costs, in forward alone."""
 
 
 def group(tap: int, num_dense_ops: int, *, second_gate: bool = False) -> SpanShape:
@@ -49,7 +51,7 @@ def cut_span(costs: SpanCosts, chunks: int) -> SpanCosts:
 def sum_of_all(costs: PassCosts, chunks: int) -> float:
     """All work of a pass, one thing at a time."""
     per_chunk = sum(getattr(call, op) for call in costs.calls for op in CHUNK_OPS)
-    return sum(costs.ops) + sum(call.route for call in costs.calls) + chunks * per_chunk
+    return sum(costs.ops) + sum(call.route + call.wait for call in costs.calls) + chunks * per_chunk
 
 
 @st.composite
@@ -63,23 +65,29 @@ def shapes(draw: st.DrawFn, max_ops: int = 5, max_calls: int = 3) -> SpanShape:
     return SpanShape(num_ops, tuple(calls))
 
 
-def some_costs(shape: SpanShape, smallest: int = 0, largest: int = 9) -> st.SearchStrategy[PassCosts]:
+def some_costs(
+    shape: SpanShape, smallest: int = 0, largest: int = 9, *, launches: bool = False
+) -> st.SearchStrategy[PassCosts]:
     """Of one pass, in whole seconds."""
     seconds = st.integers(smallest, largest)
     ops = st.lists(seconds, min_size=shape.num_ops, max_size=shape.num_ops).map(tuple)
-    calls = st.tuples(*[st.builds(CallCosts, **dict.fromkeys(("route", *CHUNK_OPS), seconds)) for _ in shape.calls])
+    costs = ("route", *CHUNK_OPS, *(LAUNCH if launches else ()))
+    calls = st.tuples(*[st.builds(CallCosts, **dict.fromkeys(costs, seconds)) for _ in shape.calls])
     return st.builds(PassCosts, ops=ops, calls=calls)
 
 
 def span_costs(shape: SpanShape, **limits: int) -> st.SearchStrategy[SpanCosts]:
     """Of both passes, with and without full recompute."""
-    one_pass = some_costs(shape, **limits)
-    return st.builds(SpanCosts, forward=one_pass, backward=one_pass, forward_runs=st.sampled_from([1.0, 2.0]))
+    forward, backward = (some_costs(shape, **limits, launches=launches) for launches in (True, False))
+    return st.builds(SpanCosts, forward=forward, backward=backward, forward_runs=st.sampled_from([1.0, 2.0]))
 
 
 @st.composite
 def plans(draw: st.DrawFn, shape: SpanShape, max_chunks: int = 4) -> Plan:
     """Any plan of a span."""
     chunks = draw(st.integers(1, max_chunks))
-    slots = [st.lists(st.integers(1, c.num_slots), min_size=chunks, max_size=chunks) for c in shape.calls]
-    return Plan(tuple(tuple(sorted(draw(its))) for its in slots))
+    behind = bool(shape.may_launch_behind) and draw(st.booleans())
+    late = shape.may_launch_behind if behind else ()
+    places = [st.integers(1 + (number in late), call.num_slots) for number, call in enumerate(shape.calls)]
+    slots = [st.lists(its, min_size=chunks, max_size=chunks) for its in places]
+    return Plan(tuple(tuple(sorted(draw(its))) for its in slots), behind=behind)

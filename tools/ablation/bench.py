@@ -28,8 +28,8 @@ from megatron_scmoe.layers.pipelined import PipelinedMoELayer
 from megatron_scmoe.layers.span import GroupSpan
 from megatron_scmoe.models.gpt import ScMoEGPTModelBuilder, ScMoEGPTModelConfig, with_chunks, with_shortcut
 from megatron_scmoe.overlap import observe
-from megatron_scmoe.overlap.adaptive import Plans
 from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs, pass_costs_of, passes_of
+from megatron_scmoe.overlap.kept import Plans
 from megatron_scmoe.overlap.plan import sequential_plan
 from megatron_scmoe.overlap.recording import Recording
 from megatron_scmoe.overlap.solver import PassCosts, SpanCosts
@@ -270,7 +270,7 @@ class Bench:
 
 def compute_s(costs: PassCosts) -> float:
     """What the compute ops of an MoE layer take, route to decode."""
-    return sum(call.route + call.encode + call.experts + call.decode for call in costs.calls)
+    return sum(call.route + call.encode + call.wait + call.experts + call.decode for call in costs.calls)
 
 
 def gathered(mine: Any) -> list[Any]:

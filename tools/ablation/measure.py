@@ -12,8 +12,8 @@ from ablation.bench import KINDS, Bench, gathered
 from ablation.link import Link
 from megatron_scmoe.contracts import Plan, SpanShape
 from megatron_scmoe.overlap import observe
-from megatron_scmoe.overlap.adaptive import Plans
 from megatron_scmoe.overlap.costs import passes_of
+from megatron_scmoe.overlap.kept import Plans
 from megatron_scmoe.overlap.limit import limit_s
 from megatron_scmoe.overlap.plan import sequential_plan
 from megatron_scmoe.overlap.solver import SpanCosts, predicted_s, solve
