@@ -21,7 +21,7 @@ import torch.distributed as dist
 from cases import cases
 from models import Case
 from stream_order import Fault, Kind
-from stream_stand_ins import Event, Work, checked
+from stream_stand_ins import Event, Stream, Work, checked
 
 EP2 = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 OBSERVE = "megatron_scmoe.overlap.observe"
@@ -53,6 +53,11 @@ class Seen(NamedTuple):
 def train(case: Case) -> None:
     """A step with two micro-batches in flight."""
     models.losses_and_gradients(case, num_micro_batches=2)
+
+
+def launch_behind(case: Case) -> None:
+    """The same, with dispatches launched by the side stream, behind the ops at their taps."""
+    models.losses_and_gradients(case, num_micro_batches=2, behind=True)
 
 
 def evaluate(case: Case) -> None:
@@ -100,6 +105,7 @@ def train_stock(case: Case) -> None:
 
 STEPS: dict[str, Callable[[Case], None]] = {
     "train": train,
+    "launch behind": launch_behind,
     "evaluate": evaluate,
     "record": record,
     "measure": functools.partial(record, sequential=True),
@@ -140,6 +146,9 @@ QUICK = {
     "late landing": Run("train", LATE),
     "two chunks, bf16": Run("train", Case(chunks=2, dtype=torch.bfloat16)),
     "four chunks": Run("train", Case(chunks=4)),
+    "launched behind": Run("launch behind"),
+    "launched behind, late landing": Run("launch behind", LATE),
+    "launched behind, full recompute": Run("launch behind", Case(recompute="full")),
     "nothing overlaps": Run("train", Case(overlap="off")),
     "a wire that holds nothing": Run("train", Case(chunks=2), stash=False),
     "full recompute": Run("train", Case(recompute="full")),
@@ -170,6 +179,8 @@ FULL = {
     "attention recompute": Run("train", Case(recompute="core_attn", chunks=2)),
     "shared expert recompute": Run("train", Case(recompute="shared_experts")),
     "prediction layer": Run("train", Case(predictions=1)),
+    "launched behind, pos1": Run("launch behind", Case(position=("pos1",))),
+    "launched behind, dgmoe": Run("launch behind", DGMOE),
     "lsh, dgmoe": Run("train", LSH.replace(shortcut="dgmoe")),
     "lsh, no compensation, four chunks": Run("train", LSH.replace(compensation="none", chunks=4)),
     "lsh, full recompute": Run("train", LSH.replace(recompute="full")),
@@ -284,6 +295,25 @@ def wait_elsewhere() -> Iterator[None]:
         yield
 
 
+def side_stream_waits_for_nothing() -> Any:
+    wait = Stream.wait_event
+    return mock.patch.object(Stream, "wait_event", lambda one, event: None if one.priority else wait(one, event))
+
+
+def received_is_not_recorded() -> Any:
+    return mock.patch.object(torch.Tensor, "record_stream", lambda _tensor, _stream: None)
+
+
+def received_is_of_the_main_stream() -> Any:
+    new_empty = torch.Tensor.new_empty
+
+    def mutant(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            return new_empty(tensor, *args, **options)
+
+    return mock.patch.object(torch.Tensor, "new_empty", mutant)
+
+
 MUTANTS: dict[str, Callable[[], Any]] = {
     "wait dropped in forward": functools.partial(no_wait, backward=False),
     "wait dropped in backward": functools.partial(no_wait, backward=True),
@@ -291,6 +321,9 @@ MUTANTS: dict[str, Callable[[], Any]] = {
     "counts read before their copy arrived": counts_not_waited_for,
     "launch on the wrong stream": launch_elsewhere,
     "wait on the launching side stream (pytorch 188655)": wait_elsewhere,
+    "side stream waits for nothing": side_stream_waits_for_nothing,
+    "what a launch aside receives is not recorded": received_is_not_recorded,
+    "what a launch aside receives lies in memory of the main stream's": received_is_of_the_main_stream,
 }
 
 
@@ -318,6 +351,15 @@ FINDINGS = {
         {Kind.MEMORY},
         {Kind.MEMORY},
         "main gets memory that was freed, and may still be used by all_to_all, which reads on nccl",
+    ),
+    "side stream waits for nothing": Finding(
+        {Kind.RACE}, set(), "all_to_all, which reads on nccl", Run("launch behind")
+    ),
+    "what a launch aside receives is not recorded": Finding(
+        {Kind.MEMORY}, set(), "gets memory that was freed, and may still be used by", Run("launch behind")
+    ),
+    "what a launch aside receives lies in memory of the main stream's": Finding(
+        {Kind.MEMORY}, set(), "main may still use memory, from before it was given to all_to_all", Run("launch behind")
     ),
 }
 

@@ -414,7 +414,7 @@ def simulated(shape: SpanShape, costs: SpanCosts, plan: Plan, group: int = 0) ->
         total_s = max(span.end_s for span in spans)
         enqueued = zip(shape.calls, costs.forward.calls, strict=True)
         enqueue_s = {} if backward else {call.tap: its.enqueue for call, its in enqueued}
-        passes.append(GroupPass(group, backward, tuple(spans), total_s, 0, enqueue_s))
+        passes.append(GroupPass(group, backward, tuple(spans), total_s, 0, enqueue_s=enqueue_s))
     return passes
 
 
