@@ -31,7 +31,7 @@ TESTED += $(sort $(foreach kind,py sh sbatch yaml html css,$(shell find megatron
 PASSED := tests/full-passed.sha256
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain test test-full test-ci lint format docs package clean distclean
+.PHONY: help install pretrain test test-full test-gpu test-ci lint format docs package clean distclean
 
 help: ## this text
 	@echo "make TARGET [VARIABLE=value ...]"; echo
@@ -66,6 +66,10 @@ test-full: test ## the test suite, and every other case
 	$(PYTEST) -m full
 	sha256sum $(TESTED) > $(PASSED).new && mv $(PASSED).new $(PASSED)
 
+# Whatever Python there is: a container that brings its own torch has no .venv.
+test-gpu: ## what a GPU has to show, at most 400 s on one; without any, a dry run of it. ARGS='--only late_wire'
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) tests/gpu/run.py $(ARGS)
+
 test-ci: test ## what CI runs: test; and it says whether test-full has passed with the same sources
 	@sha256sum $(TESTED) | cmp -s - $(PASSED) || echo "NOTE: make test-full has not passed with these sources ($(PASSED))"
 
@@ -78,10 +82,12 @@ format: $(INSTALLED) ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED) ## draw docs/timeline.svg, write docs/flags.md and docs/refused.md anew
+docs: $(INSTALLED) ## draw docs/timeline.svg, write flags.md, refused.md, launches.md and gpu.md of docs/ anew
 	$(BIN)/python docs/draw_timeline.py
 	$(BIN)/python docs/flags_table.py
 	$(BIN)/python docs/refused_table.py
+	$(BIN)/python docs/gpu_results.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/support/launches.py
 
 package: $(INSTALLED) ## build sdist and wheel into dist/, and import the package from the wheel
 	rm -rf dist *.egg-info  # an old list of sources would bring files into the wheel that pyproject.toml forgets

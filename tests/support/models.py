@@ -21,6 +21,7 @@ VOCAB_SIZE = 31
 SEQ_LENGTH = 6
 BATCH_SIZE = 4
 ROUTED_SCALING = 2.5  # of LongCat-Flash's router; its own is 6
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,7 @@ def build(case: Case):
     model = ScMoEGPTModelBuilder(with_shortcut(config, scmoe)).build_model(
         ProcessGroupCollection.use_mpu_process_groups()
     )
-    model = model.to(case.dtype)
+    model = model.to(DEVICE, case.dtype)
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(parameter(global_name(name), tuple(value.shape)))
@@ -258,8 +259,8 @@ def global_name(local_name: str) -> str:
 def my_batch(num_micro_batches: int = 1) -> list[tuple[Tensor, Tensor, Tensor]]:
     """This data-parallel rank's part of the batch, as micro-batches of tokens, labels and positions."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    tokens, labels = (ids.chunk(size)[rank].contiguous() for ids in batch())
-    positions = torch.arange(SEQ_LENGTH).expand_as(tokens)
+    tokens, labels = (ids.chunk(size)[rank].to(DEVICE).contiguous() for ids in batch())
+    positions = torch.arange(SEQ_LENGTH, device=DEVICE).expand_as(tokens)
     parts = [part.chunk(num_micro_batches) for part in (tokens, labels, positions)]
     return list(zip(*parts, strict=True))
 

@@ -1,0 +1,57 @@
+"""Kernels, copies and host waits of a group beside Megatron's own layer: docs/launches.md says what is counted now."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import launches
+import pytest
+import ranks
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Counts = dict[str, tuple[launches.Count, launches.Count]]
+
+
+@pytest.fixture(scope="module")
+def counts() -> Counts:
+    return ranks.run(launches.all_counts, 1, distributed=False)[0]
+
+
+def test_the_document_says_what_is_counted(counts):
+    assert launches.document(counts) == launches.DOCUMENT.read_text(), "run make docs"
+
+
+def test_another_count_is_noticed(counts):
+    """Negative control of the test above: one kernel more."""
+    forward, backward = counts["scmoe"]
+    more = dataclasses.replace(forward, kernels=forward.kernels + 1)
+    assert launches.document(counts | {"scmoe": (more, backward)}) != launches.DOCUMENT.read_text()
+
+
+def test_backward_waits_for_nothing(counts):
+    assert all(backward.waits == 0 for _, backward in counts.values())
+
+
+def test_one_exchange_each_where_core_has_two_for_the_dispatch(counts):
+    """And the counts' gather in forward."""
+    core, ours = counts[launches.STOCK], counts["scmoe"]
+    assert [one.collectives - other.collectives for one, other in zip(ours, core, strict=True)] == [-1, -1]
+
+
+def found(run) -> tuple[int, int]:
+    """Kernels and copies of what runs."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        run()
+    names = launches.launches(list(seen.events()))
+    copies = names.pop("copy_", 0)
+    return names.total(), copies
+
+
+def test_the_count_knows_kernels_from_views():
+    one = torch.ones(4, 4)
+    assert found(lambda: one.t().view(2, 8) if one.t().is_contiguous() else one.view(2, 8)) == (0, 0)
+    assert found(lambda: one.add(1).mul_(2)) == (2, 0)
+    assert found(lambda: one.t().contiguous()) == (0, 1)
+    assert found(lambda: torch.matmul(one, one)) == (1, 0)
+    assert found(lambda: torch.nn.functional.pad(one, (0, 1))) == (1, 1)

@@ -1,0 +1,293 @@
+#!/usr/bin/env python3
+"""What a GPU has to show, in parts: `make test-gpu`.
+
+    python tests/gpu/run.py                           every part, most valuable first, within 400 s
+    python tests/gpu/run.py --only late_wire,kernels --limit-s 120
+
+Each part is a process group of its own with a time limit, so that one that hangs costs its limit and nothing else, and
+prints one JSON line. Then comes a table of what is proven and what is not. On a machine with CUDA the results are
+written to docs/results/gpu.json, from which `make docs` makes docs/gpu.md and a paragraph of README.md.
+
+Without CUDA this is a dry run: parts that have a stand-in for the GPU run on it, the others do not, and nothing is
+written. It shows that the parts work, and nothing about GPUs.
+
+Needed: torch, the package, a megatron-core wheel. Exit code: 0 if every part that could run has passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = ROOT / "docs" / "results" / "gpu.json"
+BUDGET_S = 400.0
+PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+TAIL_CHARS = 3000
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process of its own.
+
+    Attributes:
+        name: of the module in parts/.
+        limit_s: after which it is killed with all that it started.
+        proves: what is known when it has passed on a GPU.
+        dry: whether it has something to run without CUDA.
+    """
+
+    name: str
+    limit_s: float
+    proves: str
+    dry: bool = False
+
+
+# In the order of their worth, so that a run that is cut short has shown what matters most. Seconds on one H200, by
+# arithmetic (none of it has been timed on one): a process that imports torch and Megatron and makes a CUDA context
+# takes ~12 s, and each limit is 1.5 to 2 times the sum below.
+#   late_wire       12 + 40 small steps, of which 16 exchanges of 20 ms each sleep 0.3 s and the host takes 0.1: 16 =  28
+#   sanitizer       12 + 12 small steps of 4000 operations, each with a stack trace of 0.1 ms: 6 =  18
+#   work_nccl       12 + 5 for the communicators + 20 exchanges of 1 GiB with 8 ahead of them, 10 ms: 1 =  18
+#   kernels         12 + the reference, a Python loop per token on the CPU, 8 x 1 s + our steps 8 x 0.2 + codec 2 =  24
+#   pretrain        two starts of two ranks, 20 each, 6 iterations, torch.compile 15 =  60
+#   overlap         12 + 2 settings of connections x (12 + profiled steps, 6 plans x 10 steps x 30 ms + traces 5) =  50
+#   host_syncs      12 + 8 small steps: 2 =  14
+# together ~212 s; the limits add up to 400. Parts for several GPUs or for Transformer Engine come on top where there
+# are such, with limits of their own.
+PARTS = (
+    Part(
+        "late_wire",
+        60,
+        "no wait is missing, forward or backward: with an all-to-all that arrives 20 ms late, and nobody but the "
+        "exchange to keep its input alive, losses and gradients are those of a prompt one, bit for bit",
+        dry=True,
+    ),
+    Part(
+        "sanitizer",
+        45,
+        "the same by order instead of numbers: no two streams access a tensor without an event between them",
+        dry=True,
+    ),
+    Part(
+        "work_nccl",
+        45,
+        "one exchange over torch's own WorkNCCL: its payload lives long enough under a full allocator, its future and "
+        "its events mark its end, a high-priority communicator works (one rank)",
+    ),
+    Part(
+        "kernels",
+        50,
+        "CUDA's kernels compute what the reference computes on the CPU: groups, gates, codec",
+        dry=True,
+    ),
+    Part(
+        "pretrain",
+        90,
+        "the whole trainer with CUDA tensors on two gloo ranks that share the GPU: batches, DDP, optimizer, checkpoint "
+        "of a CPU run, torch.compile; losses are those of the CPU",
+        dry=True,
+    ),
+    Part(
+        "overlap",
+        80,
+        "how much of an all-to-all kernel the profiler sees beside computation, per plan, and what the halves cost",
+    ),
+    Part(
+        "host_syncs", 30, "the host waits for the GPU as often as docs say: once a chunk in forward, never in backward"
+    ),
+)
+EXTRA_PARTS = (
+    Part(
+        "nccl_ranks",
+        300,
+        "several GPUs: losses and gradient norms on real NCCL ranks with overlap on and off, with "
+        "--overlap-grad-reduce, EP 2, and layouts that fit",
+    ),
+    Part("transformer_engine", 120, "Transformer Engine's spec computes what the local spec computes"),
+)
+NEVER = (
+    "NCCL between nodes; bandwidth of InfiniBand; more GPUs than there were",
+    "FP8 and FP4, context parallelism by Transformer Engine's ring, FSDP, CUDA graphs: refused or untried",
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the parts that are asked for, print a line for each and a table, and keep the results of a GPU."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [part.name for part in (*PARTS, *EXTRA_PARTS)]
+    parser.add_argument("--only", metavar="NAME,...", default=",".join(names), help=f"of {', '.join(names)}")
+    parser.add_argument("--limit-s", type=float, default=None, help=f"of all parts together; {BUDGET_S:g} on one GPU")
+    parser.add_argument("--results", metavar="FILE", type=Path, default=RESULTS, help="where a GPU's results go")
+    parser.add_argument("--commit", default=None, help="of these sources, where there is no git to ask")
+    args = parser.parse_args(argv)
+    chosen = args.only.split(",")
+    if unknown := set(chosen) - set(names):
+        parser.error(f"--only: there is no part {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    parts = [part for part in (*PARTS, *EXTRA_PARTS) if part.name in chosen]
+    limit_s = args.limit_s or (BUDGET_S if torch.cuda.device_count() < 2 else sum(part.limit_s for part in parts))
+    if not torch.cuda.is_available():
+        print("no CUDA here: a DRY RUN of the parts, on the CPU with stand-ins. It shows nothing about GPUs.")
+    results = run_all(parts, limit_s)
+    print(table(results))
+    if torch.cuda.is_available():
+        keep(results, args.results, args.commit or commit_of_sources())
+        print(f"written to {args.results}; `make docs` puts docs/results/gpu.json into docs/gpu.md and README.md")
+    ran = [result for result in results if result["status"] != NOT_RUN]
+    return int(not ran or any(result["status"] != PASSED for result in ran))
+
+
+def run_all(parts: list[Part], limit_s: float) -> list[dict]:
+    """A result for each part, printed when it is there."""
+    end = time.monotonic() + limit_s
+    results = []
+    for part in parts:
+        left_s = end - time.monotonic()
+        if reason := cannot_run(part):
+            result = {"part": part.name, "status": NOT_RUN, "reason": reason}
+        elif left_s < 5:
+            result = {"part": part.name, "status": NOT_RUN, "reason": f"{limit_s:g} s were over"}
+        else:
+            result = run_part(part, min(part.limit_s, left_s))
+        print(json.dumps(result), flush=True)
+        results.append(result)
+    return results
+
+
+def cannot_run(part: Part) -> str:
+    """Why a part has nothing to run on this machine; empty where it has."""
+    if not torch.cuda.is_available():
+        return "" if part.dry else "no CUDA"
+    if part.name == "nccl_ranks" and torch.cuda.device_count() < 2:
+        return "one GPU: NCCL takes no two ranks on a device"
+    if part.name == "transformer_engine":
+        try:
+            importlib.metadata.version("transformer-engine")
+        except importlib.metadata.PackageNotFoundError:
+            return "Transformer Engine is not installed"
+    return ""
+
+
+def run_part(part: Part, limit_s: float) -> dict:
+    """Run one part in a process group of its own; whatever it leaves behind is killed."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
+        wrote, log = Path(folder, "result.json"), Path(folder, "log")
+        with log.open("w") as output:
+            # -P: the folder of a script would come first on the path, and our names before those of packages.
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", f"parts.{part.name}", str(wrote)],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE, HERE.parent / "support")))},
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            code: int | None = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            kill_group(process)
+        return judged(part, code, wrote, log, limit_s) | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """End a part with all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def judged(part: Part, code: int | None, wrote: Path, log: Path, limit_s: float) -> dict:
+    """What a part wrote, and whether it is a pass: it ended by itself, with checks, mutants included, that all hold."""
+    found = json.loads(wrote.read_text()) if wrote.exists() else {}
+    result = {"part": part.name, "status": FAILED, **found}
+    ended = code == 0 and found.get("ended", False)
+    if ended and found["checks"] and set(found["checks"].values()) == {PASSED}:
+        result["status"] = PASSED
+    elif ended and not found["checks"] and found["not_run"]:
+        result |= {"status": NOT_RUN, "reason": "; ".join(found["not_run"].values())}
+    elif code is None:
+        result["reason"] = f"took more than {limit_s:g} s"
+    elif not ended:
+        result["reason"] = f"ended with code {code}"
+    else:
+        bad = [name for name, outcome in found["checks"].items() if outcome != PASSED]
+        result["reason"] = f"failed: {', '.join(bad)}" if bad else "has checked nothing"
+    if result["status"] == FAILED:
+        result["log"] = log.read_text(errors="replace")[-TAIL_CHARS:]
+    return result
+
+
+def table(results: list[dict]) -> str:
+    """What is proven and what is not, a line each."""
+    proves = {part.name: part.proves for part in (*PARTS, *EXTRA_PARTS)}
+    on = "on this GPU" if torch.cuda.is_available() else "DRY RUN on the CPU: proves nothing about GPUs"
+    lines = ["", f"what each part proves ({on})"]
+    for result in results:
+        reason = f" ({result['reason']})" if "reason" in result else ""
+        lines.append(f"  {result['status']:8} {result['part']}: {proves[result['part']]}{reason}")
+        lines += [f"           not run: {name}: {why}" for name, why in result.get("not_run", {}).items()]
+    return "\n".join([*lines, "what no part proves", *(f"  {line}" for line in NEVER), ""])
+
+
+def commit_of_sources() -> str:
+    """By git, with a word where files have changed since; "unknown" where git cannot say."""
+    answers = []
+    for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", ".", ":!docs"]):
+        try:
+            answers.append(subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+    commit, changed = answers
+    return commit.strip() + (", with changes" if changed.strip() else "")
+
+
+def keep(results: list[dict], path: Path, commit: str) -> None:
+    """Write down what ran where; a part that was not asked for keeps what is known of it, if the commit is the same."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    same = before.get("commit") == commit and commit.isalnum() and commit != "unknown"
+    known = {result["part"]: result for result in before["parts"]} if same else {}
+    known |= {result["part"]: {k: v for k, v in result.items() if k != "log"} for result in results}
+    order = [part.name for part in (*PARTS, *EXTRA_PARTS)]
+    versions = {"torch": torch.__version__, "CUDA": torch.version.cuda, "NCCL": ".".join(map(str, nccl_version()))}
+    for package in ("megatron-core", "transformer-engine", "triton"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    document = {
+        "device": torch.cuda.get_device_name(0),
+        "devices": torch.cuda.device_count(),
+        "versions": versions,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit,
+        "parts": sorted(known.values(), key=lambda result: order.index(result["part"])),
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def nccl_version() -> tuple[int, ...]:
+    """Of the NCCL that torch has."""
+    from torch.cuda import nccl
+
+    return nccl.version()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""`make test-gpu` without a GPU: its parts run with stand-ins, its runner judges, and documents say what it found."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import run as gpu_run
+from checks import Checks
+from test_repository import load
+from training import ROOT, train
+
+PARTS = [part.name for part in gpu_run.PARTS if part.dry and part.name != "pretrain"]
+
+
+def dry(name: str, path: str) -> dict:
+    """What a part finds, in a process that has done the slow imports."""
+    checks = Checks(path)
+    importlib.import_module(f"parts.{name}").part(checks)
+    return checks.found
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_pass_on_the_cpu_and_notice_their_mutants(tmp_path, name):
+    (found,) = ranks.run(dry, 1, name, str(tmp_path / "result.json"), distributed=False)
+    assert {check: outcome for check, outcome in found["checks"].items() if outcome != "passed"} == {}
+    assert len([check for check in found["checks"] if check.startswith("mutant: ")]) >= 2
+    assert len(found["checks"]) >= 8
+
+
+def test_trainings_agree(tmp_path):
+    """The part that trains, with ranks of the pool in the place of processes of their own."""
+    from parts import pretrain
+    from trainings import Trained, parsed
+
+    def on_pool(flags: list[str], _folder: Path, _cuda: bool) -> Trained:
+        return parsed(ranks.run(train, 2, [*flags, "--distributed-backend", "gloo"]))
+
+    checks = Checks(str(tmp_path / "result.json"))
+    pretrain.compare(checks, tmp_path, on_pool)
+    assert len(checks.found["checks"]) == 3 and set(checks.found["checks"].values()) == {"passed"}
+    assert checks.found["not_run"] == {"recompilations": "on the CPU nothing is compiled"}
+
+
+def test_recompilations_are_counted():
+    from trainings import parsed
+
+    text = """V1 torch/_dynamo/guards.py:1] [0/1] [__recompiles] Recompiling function weighted_bias_swiglu in a.py:1
+ W1 torch/_dynamo/convert_frame.py:9] [0/8] torch._dynamo hit config.recompile_limit (8)
+ iteration        2/       4 | lm loss: 4.1E+00 | loss scale: 1.0 | grad norm: 0.5 |"""
+    trained = parsed([text, text.replace("2/", "3/")])
+    assert trained.losses == {2: 4.1, 3: 4.1} and trained.grad_norms == {2: 0.5, 3: 0.5}
+    assert trained.recompiled == ("weighted_bias_swiglu",) * 2 and trained.gave_up == 2
+
+
+# ---- the runner
+
+
+def part_of(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str, limit_s: float = 60) -> dict:
+    """The result of a part with this code."""
+    package = folder / "parts"
+    package.mkdir()
+    (package / "made.py").write_text(f"import sys, checks\n{body}\n")
+    monkeypatch.setattr(gpu_run, "HERE", folder)
+    (folder / "checks.py").write_text((ROOT / "tests" / "gpu" / "checks.py").read_text())
+    return gpu_run.run_part(gpu_run.Part("made", limit_s, "nothing", dry=True), limit_s)
+
+
+CHECKED = "def part(found):\n    found.holds('one', lambda: None)\n    {}\nchecks.run_part(part)"
+
+
+def test_a_part_passes(tmp_path, monkeypatch):
+    result = part_of(tmp_path, monkeypatch, CHECKED.format("found.must_fail('m', lambda: exec('assert 0'))"))
+    assert result["status"] == "passed" and result["checks"] == {"one": "passed", "mutant: m": "passed"}
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (CHECKED.format("found.must_fail('m', lambda: None)"), "failed: mutant: m"),
+        (CHECKED.format("found.must_fail('m', lambda: 1 / 0)"), "failed: mutant: m"),
+        (CHECKED.format("found.holds('two', lambda: exec('assert 0'))"), "failed: two"),
+        (CHECKED.format("sys.exit(0)"), "ended with code 0"),
+        (CHECKED.format("1 / 0"), "ended with code 1"),
+        ("checks.run_part(lambda found: None)", "has checked nothing"),
+        ("pass", "ended with code 0"),
+    ],
+)
+def test_what_is_no_pass(tmp_path, monkeypatch, body, reason):
+    result = part_of(tmp_path, monkeypatch, body)
+    assert (result["status"], result["reason"]) == ("failed", reason)
+
+
+def test_what_cannot_run_is_no_pass(tmp_path, monkeypatch):
+    result = part_of(tmp_path, monkeypatch, "checks.run_part(lambda found: found.not_run('one', 'no such device'))")
+    assert (result["status"], result["reason"]) == ("not run", "no such device")
+
+
+def test_a_part_that_hangs_is_killed_with_all_that_it_started(tmp_path, monkeypatch):
+    alive = tmp_path / "child"
+    body = CHECKED.format(
+        f"import subprocess, time; c = subprocess.Popen(['sleep', '300']); open({str(alive)!r}, 'w').write(str(c.pid));"
+        " time.sleep(300)"
+    )
+    result = part_of(tmp_path, monkeypatch, body, limit_s=15)
+    assert result["status"] == "failed" and result["reason"] == "took more than 15 s"
+    assert result["checks"] == {"one": "passed"}  # what it had found by then
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{alive.read_text()}/cmdline").exists() and time.monotonic() < deadline:
+        if "sleep" not in Path(f"/proc/{alive.read_text()}/cmdline").read_text():
+            break  # a zombie that nobody has reaped yet
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{alive.read_text()}/cmdline").exists()
+
+
+def test_it_says_that_it_is_a_dry_run_and_writes_nothing(tmp_path):
+    """As a user calls it, with the parts that take no time here."""
+    before = gpu_run.RESULTS.exists()
+    done = subprocess.run(
+        [sys.executable, "tests/gpu/run.py", "--only", "work_nccl,nccl_ranks"],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr  # nothing ran: no evidence
+    assert "a DRY RUN" in done.stdout and "proves nothing about GPUs" in done.stdout
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [(line["part"], line["status"]) for line in lines] == [("work_nccl", "not run"), ("nccl_ranks", "not run")]
+    assert gpu_run.RESULTS.exists() == before
+
+
+def test_an_unknown_part_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        gpu_run.main(["--only", "late_wire,early_wire"])
+    assert "there is no part early_wire" in capsys.readouterr().err
+
+
+def test_limits_fit_into_the_budget():
+    assert sum(part.limit_s for part in gpu_run.PARTS) <= gpu_run.BUDGET_S
+
+
+# ---- what documents say of it
+
+documents = load(ROOT / "docs" / "gpu_results.py")
+
+
+def agrees(readme: str, document: str, results: dict | None) -> bool:
+    """Whether README and docs/gpu.md are those of the results."""
+    return readme == documents.readme(readme, results) and document == documents.document(results)
+
+
+def test_documents_say_what_the_results_say():
+    assert agrees(documents.README.read_text(), documents.DOCUMENT.read_text(), documents.found()), "run make docs"
+
+
+RESULTS = {
+    "device": "NVIDIA H200",
+    "devices": 1,
+    "versions": {"torch": "2.13.0"},
+    "date": "2026-12-01",
+    "commit": "0123456789abcdef",
+    "parts": [
+        {
+            "part": "late_wire",
+            "status": "passed",
+            "checks": {"one": "passed", "mutant: m": "passed"},
+            "figures": {"f": 1},
+        },
+        {"part": "kernels", "status": "failed", "reason": "failed: two", "checks": {"two": "AssertionError"}},
+        {"part": "nccl_ranks", "status": "not run", "reason": "one GPU"},
+    ],
+}
+
+
+def test_other_results_are_noticed_in_the_documents():
+    """Negative control of the test above, and what a GPU's results would look like."""
+    readme, document = documents.README.read_text(), documents.DOCUMENT.read_text()
+    assert not agrees(readme, document, RESULTS)
+    said = documents.readme(readme, RESULTS)
+    assert "Nothing here has run on a GPU" not in said
+    assert "passed: `late_wire`; failed: `kernels`; not run: `nccl_ranks`" in " ".join(said.split())
+    table = documents.document(RESULTS)
+    assert "| passed | 1 of 1 | 1 of 1 |" in table and "| failed: failed: two | 0 of 1 | 0 of 0 |" in table
+    assert "1 x NVIDIA H200, 2026-12-01" in table and "commit 0123456789abcdef." in table
+    assert agrees(said, table, RESULTS) and not agrees(said, table, documents.found())
+
+
+def test_results_of_one_commit_are_put_together(tmp_path, monkeypatch):
+    """Those of another one, or of changed files, are not."""
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _index: "NVIDIA H200")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(gpu_run, "nccl_version", lambda: (2, 28))
+    path = tmp_path / "gpu.json"
+
+    def kept(part: str, commit: str) -> list[str]:
+        gpu_run.keep([{"part": part, "status": "passed", "log": "long"}], path, commit)
+        found = json.loads(path.read_text())
+        assert "log" not in found["parts"][0] and found["commit"] == commit
+        return [result["part"] for result in found["parts"]]
+
+    assert kept("kernels", "abc") == ["kernels"]
+    assert kept("late_wire", "abc") == ["late_wire", "kernels"]  # in the order of their worth
+    assert kept("kernels", "abd") == ["kernels"]
+    for changed in ("abd, with changes", "unknown"):
+        assert kept("kernels", changed) == ["kernels"]
+        assert kept("late_wire", changed) == ["late_wire"]
+
+
+def test_lanes_of_a_trace():
+    """Two transfers of 10 us, one of them beside a kernel for 6: 0.3 hidden; 5 us idle."""
+    import overlap_steps
+
+    def event(name: str, stream: int, begin: float, duration: float) -> dict:
+        return {"name": name, "args": {"stream": stream}, "ts": begin, "dur": duration}
+
+    events = [event("gemm", 7, 0, 10), event("spin_kernel", 20, 4, 8), event("copy", 20, 12, 2)]
+    events += [event("gemm", 7, 19, 1), event("spin_kernel", 20, 20, 10), event("gemm", 7, 30, 2)]
+    found = overlap_steps.lanes(events)
+    assert found["hidden_share"] == pytest.approx(0.3) and found["idle_ms"] == pytest.approx(0.005)
+    assert found["kernels"] == 3
+    with pytest.raises(AssertionError, match="sleeps on streams"):
+        overlap_steps.lanes([event("gemm", 7, 0, 10)])

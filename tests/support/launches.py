@@ -1,0 +1,250 @@
+#!/usr/bin/env python3
+"""Write docs/launches.md: kernels, copies and host waits of a group, beside Megatron's own MoE layer.
+
+    python tests/support/launches.py
+
+Counted on the CPU by torch's profiler: an ATen operation that calls no other one and is neither a view nor an
+allocation is a kernel that a GPU would be given, but for those that CUDA fuses or cuts otherwise. Host waits are
+``Event.synchronize``, which the CPU's stand-ins have, and ``item``. One rank of two, of which the other does not exist.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tests" / "gpu")]
+
+import device
+import models
+import torch
+import torch.distributed as dist
+import wire
+from models import Case
+from torch import Tensor
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from megatron_scmoe.overlap import observe
+from megatron_scmoe.overlap.plan import ROUTE
+
+DOCUMENT = ROOT / "docs" / "launches.md"
+STOCK = "Megatron's two blocks"
+CASES = {
+    STOCK: Case(combine="add", num_groups=1),
+    "scmoe": Case(combine="add", num_groups=1),
+    "scmoe, no overlap": Case(combine="add", num_groups=1, overlap="off"),
+    "scmoe, two chunks": Case(combine="add", num_groups=1, chunks=2),
+    "scmoe, four chunks": Case(combine="add", num_groups=1, chunks=4),
+    "scmoe, lsh": Case(combine="add", num_groups=1, codec="lsh"),
+    "dgmoe": Case(shortcut="dgmoe", num_groups=1),
+}
+# Nothing that a GPU would be given: views, allocations, questions.
+NO_KERNEL = [
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "_reshape_alias",
+    "transpose",
+    "t",
+    "permute",
+    "expand",
+    "expand_as",
+    "as_strided",
+    "slice",
+    "select",
+    "narrow",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "tensor_split",
+    "unsqueeze",
+    "unsqueeze_",
+    "squeeze",
+    "detach",
+    "detach_",
+    "alias",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "resize_",
+    "unbind",
+    "view_as",
+    "flatten",
+    "ravel",
+    "contiguous",
+    "to",
+    "lift_fresh",
+    "set_",
+    "result_type",
+    "item",
+    "_local_scalar_dense",
+    "is_nonzero",
+    "broadcast_tensors",
+    "unflatten",
+    "movedim",
+]
+COLLECTIVE = "all-to-all"
+
+HEAD = """\
+# Kernels, copies and host waits
+
+Written by `make docs` (`tests/support/launches.py`); do not edit. What the host launches for one group of two blocks, beside
+Megatron's own two blocks with the same parameters (the local spec, top-1, two ranks), counted by torch's profiler on the
+CPU: operations that are neither views nor allocations. A GPU cuts some of them otherwise; nothing here is a time, and nothing
+has run on a GPU. Embedding, output layer and loss count in every row alike. "more" is more than Megatron's.
+
+"before dense" are host waits between the tap and the launch of the dense operation behind it: the GPU is idle behind them. Core
+waits once a layer for its counts.
+
+"""
+
+
+@dataclass(frozen=True)
+class Count:
+    """Of one pass, forward or backward."""
+
+    kernels: int
+    copies: int
+    collectives: int
+    waits: int
+    waits_before_dense: int
+
+
+class Waits:
+    """Host waits, and behind which mark each of them came."""
+
+    def __init__(self) -> None:
+        self.behind: list[str] = []
+
+
+@contextmanager
+def counted_waits(recorded: observe.Recording) -> Iterator[Waits]:
+    """``Event.synchronize`` of the stand-ins, which wait for nothing, or of CUDA."""
+    waits, event = Waits(), torch.cuda.Event
+    original = event.synchronize
+
+    def synchronize(self: object) -> None:
+        waits.behind.append(recorded._marks[-1][0] if recorded._marks else "")
+        original(self)
+
+    event.synchronize = synchronize
+    try:
+        yield waits
+    finally:
+        event.synchronize = original
+
+
+def launches(events: list[FunctionEvent]) -> Counter[str]:
+    """Names of operations that reach a GPU, of a profile; what a collective does inside is one of its own."""
+    found: Counter[str] = Counter()
+
+    def visit(event: FunctionEvent) -> bool:
+        """Whether ``event`` or one that it calls was counted."""
+        if event.name == COLLECTIVE or event.name.startswith("c10d::"):
+            found[COLLECTIVE] += 1
+            return True
+        below = [visit(child) for child in event.cpu_children]
+        name = event.name.removeprefix("aten::")
+        if any(below) or name == event.name or name in NO_KERNEL:
+            return any(below)
+        found[name] += 1
+        return True
+
+    for event in events:
+        if event.cpu_parent is None:
+            visit(event)
+    return found
+
+
+def profiled(run: Callable[[], Tensor | None]) -> tuple[Tensor | None, Count]:
+    """What ``run`` returns, and what it launched."""
+    with (
+        observe.recording() as recorded,
+        counted_waits(recorded) as waits,
+        profile(activities=[ProfilerActivity.CPU]) as seen,
+    ):
+        result = run()
+    found = launches(list(seen.events()))
+    collectives, copies = found.pop(COLLECTIVE, 0), found.pop("copy_", 0)
+    items = sum(event.name == "aten::_local_scalar_dense" for event in seen.events())
+    tapped = [name for name in waits.behind if name == ROUTE or name in ("encode", "start dispatch")]
+    return result, Count(found.total(), copies, collectives, len(waits.behind) + items, len(tapped))
+
+
+def counts_of(name: str) -> tuple[Count, Count]:
+    """Of a forward and of its backward, of the model of one case."""
+    case = CASES[name]
+    model = stock(case) if name == STOCK else models.build(case)
+    ((tokens, labels, positions),) = models.my_batch()
+
+    def forward() -> Tensor:
+        return model(tokens, positions, None, labels=labels).sum()
+
+    prompt = wire.Wire(0, spoils=False)
+
+    def all_to_all_single(*args: object, **kwargs: object) -> object:
+        with record_function(COLLECTIVE):
+            return prompt.all_to_all_single(*args, **kwargs)
+
+    original, dist.all_to_all_single = dist.all_to_all_single, all_to_all_single
+    try:
+        forward().backward()  # what is made once has been made
+        loss, there = profiled(forward)
+        assert loss is not None
+        _, back = profiled(loss.backward)
+    finally:
+        dist.all_to_all_single = original
+    return there, back
+
+
+def stock(case: Case) -> torch.nn.Module:
+    """Megatron's own model of the same sizes."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+    config = GPTModelConfig(
+        transformer=models.transformer_config(case),
+        vocab_size=models.VOCAB_SIZE,
+        seq_length=models.SEQ_LENGTH,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+    return GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups()).to(models.DEVICE)
+
+
+def all_counts() -> dict[str, tuple[Count, Count]]:
+    """Of every case."""
+    device.prepare()
+    torch.use_deterministic_algorithms(False)  # which fills every new tensor
+    with device.fake_ranks(2):
+        return {name: counts_of(name) for name in CASES}
+
+
+def document(counts: dict[str, tuple[Count, Count]]) -> str:
+    """The head and a table for each direction."""
+    text = HEAD
+    for number, direction in enumerate(("forward", "backward")):
+        rows = ["| | kernels | more | copies | more | collectives | host waits | before dense |", "|---" * 8 + "|"]
+        core = counts[STOCK][number]
+        for name, both in counts.items():
+            one = both[number]
+            more = one.kernels - core.kernels, one.copies - core.copies
+            rows.append(
+                f"| {name} | {one.kernels} | {more[0]:+} | {one.copies} | {more[1]:+} | {one.collectives} | {one.waits}"
+                f" | {one.waits_before_dense} |"
+            )
+        text += "\n".join([f"## {direction.capitalize()}", "", *rows, "", ""])
+    return text.rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document(all_counts()))
+    print(f"wrote {DOCUMENT}")
