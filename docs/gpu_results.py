@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,15 +30,15 @@ make test-gpu                                         # one H100 or H200: at mos
 make test-gpu ARGS='--only late_wire,work_nccl --limit-s 120'
 ```
 
-It needs torch, this package and a megatron-core wheel. Each part is a process of its own with a time limit and prints a JSON line.
-Its checks have negative controls, mutants, which have to fail. On a machine without CUDA it is a dry run of the parts that
-have stand-ins (`make test` has it too), says so, and writes nothing.
+It needs torch, this package and a megatron-core wheel. Each part is a process of its own with a time limit and prints a
+JSON line. Its checks have negative controls, mutants, which have to fail. On a machine without CUDA it is a dry run of
+the parts that have stand-ins (`make test` has it too), says so, and writes nothing.
 
 """
 NOTHING = (
     "**Nothing here has run on a GPU yet**: not NCCL, not CUDA streams, not Transformer Engine's modules in a forward "
-    "pass, not `torch.compile`. `make test-gpu` tries them on one GPU in at most 400 s, and more of NCCL on several; what it "
-    "finds is written here and in [docs/gpu.md](docs/gpu.md)."
+    "pass, not `torch.compile`. `make test-gpu` tries them on one GPU in at most 400 s, and more of NCCL on several; "
+    "what it finds is written here and in [docs/gpu.md](docs/gpu.md)."
 )
 
 
@@ -46,6 +47,7 @@ def runner() -> ModuleType:
     spec = importlib.util.spec_from_file_location("gpu_run", ROOT / "tests" / "gpu" / "run.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look for it
     spec.loader.exec_module(module)
     return module
 

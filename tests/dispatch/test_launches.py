@@ -30,7 +30,7 @@ def test_another_count_is_noticed(counts):
 
 
 def test_backward_waits_for_nothing(counts):
-    assert all(backward.waits == 0 for _, backward in counts.values())
+    assert all(backward.waits == backward.values_read == 0 for _, backward in counts.values())
 
 
 def test_one_exchange_each_where_core_has_two_for_the_dispatch(counts):

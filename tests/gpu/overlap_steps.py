@@ -45,7 +45,6 @@ PLANS = {
     "off": Case(overlap="off"),
     "fixed": Case(),
     "2 chunks": Case(chunks=2),
-    "4 chunks": Case(chunks=4),
     "dgmoe": Case(shortcut="dgmoe"),
 }
 

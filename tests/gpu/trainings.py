@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def parsed(texts: list[str]) -> Trained:
     )
 
 
-def assert_agree(one: Trained, other: Trained, iterations: range, tolerance: float, *, shift: int = 0) -> None:
+def assert_agree(one: Trained, other: Trained, iterations: Sequence[int], tolerance: float, *, shift: int = 0) -> None:
     """Losses and gradient norms of the same iterations; with a ``shift``, a negative control, of others."""
     for iteration in iterations:
         for name in ("losses", "grad_norms"):

@@ -28,16 +28,26 @@ class Wire:
         delay_s: how long each transfer takes on a GPU; 0 for one that is as fast as a copy, on the CPU at once.
         drops_wait: mutant: "forward" or "backward", where a wait does nothing.
         keeps_order: whether a transfer waits for what was launched before it; False is a mutant.
+        by_streams: whether transfers run on a stream, on the CPU one of the stand-ins of stream_stand_ins.py.
         spoils: whether what has not arrived is NaN; it takes a pass over the payload, which no NCCL makes.
 
     Attributes:
         launched, waited: numbers of transfers.
     """
 
-    def __init__(self, delay_s: float, *, drops_wait: str = "", keeps_order: bool = True, spoils: bool = True) -> None:
+    def __init__(
+        self,
+        delay_s: float,
+        *,
+        drops_wait: str = "",
+        keeps_order: bool = True,
+        spoils: bool = True,
+        by_streams: bool = HAS_CUDA,
+    ) -> None:
         self.delay_s, self.drops_wait, self.keeps_order, self.spoils = delay_s, drops_wait, keeps_order, spoils
         self.launched = self.waited = 0
-        if HAS_CUDA:
+        self._work = _StreamWork if by_streams else _HostWork
+        if by_streams:
             self.stream = torch.cuda.Stream()
             self.cycles = int(delay_s * cycles_per_s()) if delay_s else 0
 
@@ -54,7 +64,7 @@ class Wire:
         for tensor, parts in ((output, output_split_sizes), (input, input_split_sizes)):
             assert parts is None or sum(parts) == len(tensor)
         self.launched += 1
-        work = (_StreamWork if HAS_CUDA else _HostWork)(self, output, input)
+        work = self._work(self, output, input)
         if async_op:
             return work
         work.wait()

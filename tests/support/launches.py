@@ -5,7 +5,7 @@
 
 Counted on the CPU by torch's profiler: an ATen operation that calls no other one and is neither a view nor an
 allocation is a kernel that a GPU would be given, but for those that CUDA fuses or cuts otherwise. Host waits are
-``Event.synchronize``, which the CPU's stand-ins have, and ``item``. One rank of two, of which the other does not exist.
+``Event.synchronize``, which the CPU's stand-ins have; values read, ``item``. One rank of two, of which the other does not exist.
 """
 
 from __future__ import annotations
@@ -96,13 +96,16 @@ COLLECTIVE = "all-to-all"
 HEAD = """\
 # Kernels, copies and host waits
 
-Written by `make docs` (`tests/support/launches.py`); do not edit. What the host launches for one group of two blocks, beside
-Megatron's own two blocks with the same parameters (the local spec, top-1, two ranks), counted by torch's profiler on the
-CPU: operations that are neither views nor allocations. A GPU cuts some of them otherwise; nothing here is a time, and nothing
-has run on a GPU. Embedding, output layer and loss count in every row alike. "more" is more than Megatron's.
+Written by `make docs` (`tests/support/launches.py`); do not edit. What the host launches for one group of two blocks,
+beside Megatron's own two blocks with the same parameters (the local spec, top-1, two ranks), counted by torch's
+profiler on the CPU: operations that are neither views nor allocations. A GPU cuts some of them otherwise; nothing here
+is a time, and nothing of it has run on a GPU. Embedding, output layer and loss count in every row alike. "more" is
+more than Megatron's; `dgmoe` has two routed calls, and no shared expert.
 
-"before dense" are host waits between the tap and the launch of the dense operation behind it: the GPU is idle behind them. Core
-waits once a layer for its counts.
+Host waits are waits for an event, `Event.synchronize`; where it is over, as that of the second wait of a flight, they
+take no time. Those "before dense" come between the tap and the launch of the dense operation behind it, and leave a
+GPU idle behind them. Core waits once a layer for its counts. Values read, by `item`, are those beyond Megatron's, which
+compares states of the CPU's generator so.
 
 """
 
@@ -116,6 +119,7 @@ class Count:
     collectives: int
     waits: int
     waits_before_dense: int
+    values_read: int
 
 
 class Waits:
@@ -174,9 +178,9 @@ def profiled(run: Callable[[], Tensor | None]) -> tuple[Tensor | None, Count]:
         result = run()
     found = launches(list(seen.events()))
     collectives, copies = found.pop(COLLECTIVE, 0), found.pop("copy_", 0)
-    items = sum(event.name == "aten::_local_scalar_dense" for event in seen.events())
+    values = sum(event.name == "aten::_local_scalar_dense" for event in seen.events())
     tapped = [name for name in waits.behind if name == ROUTE or name in ("encode", "start dispatch")]
-    return result, Count(found.total(), copies, collectives, len(waits.behind) + items, len(tapped))
+    return result, Count(found.total(), copies, collectives, len(waits.behind), len(tapped), values)
 
 
 def counts_of(name: str) -> tuple[Count, Count]:
@@ -232,14 +236,15 @@ def document(counts: dict[str, tuple[Count, Count]]) -> str:
     """The head and a table for each direction."""
     text = HEAD
     for number, direction in enumerate(("forward", "backward")):
-        rows = ["| | kernels | more | copies | more | collectives | host waits | before dense |", "|---" * 8 + "|"]
+        rows = ["| | kernels | more | copies | more | collectives | host waits | before dense | values read |"]
+        rows.append("|---" * 9 + "|")
         core = counts[STOCK][number]
         for name, both in counts.items():
             one = both[number]
-            more = one.kernels - core.kernels, one.copies - core.copies
+            more = one.kernels - core.kernels, one.copies - core.copies, one.values_read - core.values_read
             rows.append(
                 f"| {name} | {one.kernels} | {more[0]:+} | {one.copies} | {more[1]:+} | {one.collectives} | {one.waits}"
-                f" | {one.waits_before_dense} |"
+                f" | {one.waits_before_dense} | {more[2]:+} |"
             )
         text += "\n".join([f"## {direction.capitalize()}", "", *rows, "", ""])
     return text.rstrip() + "\n"

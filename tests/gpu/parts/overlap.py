@@ -19,7 +19,7 @@ from pathlib import Path
 
 import checks
 
-LIMIT_S = 70.0
+LIMIT_S = 76.0
 CONNECTIONS = (1, 32)
 
 

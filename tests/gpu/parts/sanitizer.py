@@ -1,15 +1,20 @@
 """No two streams access a tensor without an order between them, by torch's own CUDA sanitizer.
 
-The models of `late_wire.py`, with a prompt wire: the sanitizer looks at the order of kernels, not at when they run, so
+Models as in `late_wire.py`, with a prompt wire: the sanitizer looks at the order of kernels, not at when they run, so
 it finds what luck hides. It sees ATen's kernels, events and streams; not Triton's kernels, and not memory that is given
-free too early, for which late_wire.py has a mutant.
+free too early, for which late_wire.py has a mutant. Without CUDA, the same steps and the same wire run on stand-ins of
+streams and events (tests/support/stream_stand_ins.py), which tell the sanitizer's own rules of them.
 
 Mutants: no wait in forward, none in backward, a transfer that does not wait for what it sends.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import checks
+import device
 import models
 import torch
 import wire
@@ -24,8 +29,6 @@ CASES = {
     "lsh": Case(codec="lsh"),
     "full recompute": Case(recompute="full"),
 }
-
-
 MUTANTS = {
     "no wait in forward": {"drops_wait": "forward"},
     "no wait in backward": {"drops_wait": "backward"},
@@ -33,26 +36,52 @@ MUTANTS = {
 }
 
 
-def step_on_gpu(case: Case, prompt: wire.Wire) -> None:
-    """One step under the sanitizer, which raises at the first access that nothing orders."""
-    from torch.cuda._sanitizer import cuda_sanitizer
+class Unordered(Exception):
+    """Two streams access a tensor, and nothing says which of them comes first."""
+
+
+@contextlib.contextmanager
+def sanitized() -> Iterator[None]:
+    """Raise Unordered where something is. On a GPU that ends what runs at its first such access."""
+    if not device.HAS_CUDA:
+        from stream_stand_ins import checked
+
+        with checked(stash=False) as order:
+            yield
+        if order.faults:
+            raise Unordered(f"{len(order.faults)} faults, the first: {order.faults[0]}")
+        return
+    from torch.cuda._sanitizer import CUDASanitizerErrors, cuda_sanitizer
 
     torch.cuda.synchronize()
     cuda_sanitizer.enable()
     try:
-        torch.cuda.synchronize()  # told of: what came before is over
-        with wire.in_place_of_torch(prompt):
-            models.losses_and_gradients(case)
-        assert prompt.launched, "nothing was exchanged"
+        torch.cuda.synchronize()  # now the sanitizer knows that what came before is over
+        yield
+    except CUDASanitizerErrors as errors:
+        raise Unordered(f"{errors}, the first: {errors.errors[0]}") from None
     finally:
         cuda_sanitizer.disable()
 
 
-def part_on_gpu(found: checks.Checks) -> None:
-    """The cases, then the mutants."""
-    from torch.cuda._sanitizer import CUDASanitizerErrors
+def step(case: Case, **mutant: object) -> None:
+    """Forward and backward, sanitized."""
+    with sanitized():
+        prompt = wire.Wire(0, by_streams=True, **mutant)
+        with wire.in_place_of_torch(prompt):
+            models.losses_and_gradients(case)
+    assert prompt.launched, "nothing was exchanged"
 
-    for name, case in CASES.items():
-        found.holds(name, lambda case=case: step_on_gpu(case, wire.Wire(0)))
-    for name, change in MUTANTS.items():
-        found.must_fail(name, lambda change=change: step_on_gpu(Case(), wire.Wire(0, **change)), by=CUDASanitizerErrors)
+
+def part(found: checks.Checks) -> None:
+    """All cases, then the mutants."""
+    device.prepare()
+    with device.fake_ranks(2):
+        for name, case in CASES.items():
+            found.holds(name, lambda case=case: step(case))
+        for name, mutant in MUTANTS.items():
+            found.must_fail(name, lambda mutant=mutant: step(Case(), **mutant), by=Unordered)
+
+
+if __name__ == "__main__":
+    checks.run_part(part)
