@@ -3,13 +3,15 @@
 
     python tests/support/launches.py
 
-Counted on the CPU by torch's profiler: an ATen operation that calls no other one and is neither a view nor an
-allocation is a kernel that a GPU would be given, but for those that CUDA fuses or cuts otherwise. Host waits are
-``Event.synchronize``, which the CPU's stand-ins have; values read, ``item``. One rank of two, of which the other does not exist.
+Counted on the CPU by torch's profiler: an ATen operation with a kernel of its own that is neither a view nor an
+allocation is one that a GPU would be given, but for those that CUDA fuses or cuts otherwise. Host waits are
+``Event.synchronize``, which the CPU's stand-ins have; values read, ``item``. One rank of two, of which the other does
+not exist.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -90,6 +92,9 @@ NO_KERNEL = [
     "broadcast_tensors",
     "unflatten",
     "movedim",
+    "resolve_conj",
+    "resolve_neg",
+    "is_same_size",
 ]
 COLLECTIVE = "all-to-all"
 
@@ -146,6 +151,13 @@ def counted_waits(recorded: observe.Recording) -> Iterator[Waits]:
         event.synchronize = original
 
 
+@functools.cache
+def has_kernel(operator: str) -> bool:
+    """Whether an operator has a kernel of its own, and is not put together from others."""
+    overloads = [name for name in torch._C._dispatch_get_all_op_names() if name.partition(".")[0] == operator]
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU") for name in overloads)
+
+
 def launches(events: list[FunctionEvent]) -> Counter[str]:
     """Names of operations that reach a GPU, of a profile; what a collective does inside is one of its own."""
     found: Counter[str] = Counter()
@@ -155,12 +167,15 @@ def launches(events: list[FunctionEvent]) -> Counter[str]:
         if event.name == COLLECTIVE or event.name.startswith("c10d::"):
             found[COLLECTIVE] += 1
             return True
-        below = [visit(child) for child in event.cpu_children]
         name = event.name.removeprefix("aten::")
-        if any(below) or name == event.name or name in NO_KERNEL:
-            return any(below)
-        found[name] += 1
-        return True
+        counts = name != event.name and name not in NO_KERNEL
+        if counts and has_kernel(event.name):  # what it calls are scalars that it turns into tensors, and the like
+            found[name] += 1
+            return True
+        below = [visit(child) for child in event.cpu_children]
+        if counts and not any(below):
+            found[name] += 1
+        return counts or any(below)
 
     for event in events:
         if event.cpu_parent is None:
