@@ -34,7 +34,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_scmoe.overlap import observe
-from megatron_scmoe.overlap.plan import ROUTE
+from megatron_scmoe.overlap.plan import ENCODE, ROUTE, START_DISPATCH
 
 DOCUMENT = ROOT / "docs" / "launches.md"
 STOCK = "Megatron's two blocks"
@@ -95,6 +95,8 @@ NO_KERNEL = [
     "resolve_conj",
     "resolve_neg",
     "is_same_size",
+    "new_zeros",
+    "zeros",
 ]
 COLLECTIVE = "all-to-all"
 
@@ -127,26 +129,20 @@ class Count:
     values_read: int
 
 
-class Waits:
-    """Host waits, and behind which mark each of them came."""
-
-    def __init__(self) -> None:
-        self.behind: list[str] = []
-
-
 @contextmanager
-def counted_waits(recorded: observe.Recording) -> Iterator[Waits]:
-    """``Event.synchronize`` of the stand-ins, which wait for nothing, or of CUDA."""
-    waits, event = Waits(), torch.cuda.Event
+def counted_waits(recorded: observe.Recording) -> Iterator[list[str]]:
+    """Behind which mark each ``Event.synchronize`` came, of the stand-ins, which wait for nothing, or of CUDA."""
+    behind: list[str] = []
+    event = torch.cuda.Event
     original = event.synchronize
 
     def synchronize(self: object) -> None:
-        waits.behind.append(recorded._marks[-1][0] if recorded._marks else "")
+        behind.append(recorded._marks[-1][0] if recorded._marks else "")
         original(self)
 
     event.synchronize = synchronize
     try:
-        yield waits
+        yield behind
     finally:
         event.synchronize = original
 
@@ -156,6 +152,11 @@ def has_kernel(operator: str) -> bool:
     """Whether an operator has a kernel of its own, and is not put together from others."""
     overloads = [name for name in torch._C._dispatch_get_all_op_names() if name.partition(".")[0] == operator]
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU") for name in overloads)
+
+
+def fills_nothing(event: FunctionEvent) -> bool:
+    """Whether a new tensor without elements is filled: that between the halves of an exchange."""
+    return event.name in ("aten::zero_", "aten::fill_") and 0 in (event.input_shapes[0] or ())
 
 
 def launches(events: list[FunctionEvent]) -> Counter[str]:
@@ -168,7 +169,7 @@ def launches(events: list[FunctionEvent]) -> Counter[str]:
             found[COLLECTIVE] += 1
             return True
         name = event.name.removeprefix("aten::")
-        counts = name != event.name and name not in NO_KERNEL
+        counts = name != event.name and name not in NO_KERNEL and not fills_nothing(event)
         if counts and has_kernel(event.name):  # what it calls are scalars that it turns into tensors, and the like
             found[name] += 1
             return True
@@ -183,19 +184,27 @@ def launches(events: list[FunctionEvent]) -> Counter[str]:
     return found
 
 
-def profiled(run: Callable[[], Tensor | None]) -> tuple[Tensor | None, Count]:
-    """What ``run`` returns, and what it launched."""
-    with (
-        observe.recording() as recorded,
-        counted_waits(recorded) as waits,
-        profile(activities=[ProfilerActivity.CPU]) as seen,
-    ):
+def launched(run: Callable[[], Tensor | None]) -> tuple[Tensor | None, Counter[str], int]:
+    """What ``run`` returns, what it launched, and how many values it read."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
         result = run()
-    found = launches(list(seen.events()))
-    collectives, copies = found.pop(COLLECTIVE, 0), found.pop("copy_", 0)
     values = sum(event.name == "aten::_local_scalar_dense" for event in seen.events())
-    tapped = [name for name in waits.behind if name == ROUTE or name in ("encode", "start dispatch")]
-    return result, Count(found.total(), copies, collectives, len(waits.behind), len(tapped), values)
+    return result, launches(list(seen.events())), values
+
+
+def waited(run: Callable[[], Tensor | None]) -> tuple[Tensor | None, list[str]]:
+    """What ``run`` returns, and the mark behind which each host wait came; whoever records launches more."""
+    with observe.recording() as recorded, counted_waits(recorded) as behind:
+        result = run()
+    return result, behind
+
+
+def count(names: Counter[str], values: int, behind: list[str]) -> Count:
+    """Put together what two runs of a pass have shown."""
+    names = names.copy()
+    collectives, copies = names.pop(COLLECTIVE, 0), names.pop("copy_", 0)
+    before_dense = sum(name in (ROUTE, ENCODE, START_DISPATCH) for name in behind)
+    return Count(names.total(), copies, collectives, len(behind), before_dense, values)
 
 
 def counts_of(name: str) -> tuple[Count, Count]:
@@ -216,12 +225,13 @@ def counts_of(name: str) -> tuple[Count, Count]:
     original, dist.all_to_all_single = dist.all_to_all_single, all_to_all_single
     try:
         forward().backward()  # what is made once has been made
-        loss, there = profiled(forward)
-        assert loss is not None
-        _, back = profiled(loss.backward)
+        loss, *there = launched(forward)
+        _, *back = launched(loss.backward)
+        loss, waits_there = waited(forward)
+        _, waits_back = waited(loss.backward)
     finally:
         dist.all_to_all_single = original
-    return there, back
+    return count(*there, waits_there), count(*back, waits_back)
 
 
 def stock(case: Case) -> torch.nn.Module:
