@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "gpu.md"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- from docs/results/gpu.json, by make docs -->\n", "<!-- end -->\n"
+BEGIN, END = "<!-- written by make docs from what make test-gpu found -->\n", "<!-- end -->\n"
 WIDTH = 118
 
 HEAD = """\

@@ -63,13 +63,13 @@ def build(case: Case) -> torch.nn.Module:
         position_embedding_type="rope",
     )
     builder = ScMoEGPTModelBuilder(with_shortcut(config, models.settings(case)))
-    return builder.build_model(ProcessGroupCollection.use_mpu_process_groups()).to("cuda", torch.bfloat16)
+    return builder.build_model(ProcessGroupCollection.use_mpu_process_groups()).to(models.DEVICE, torch.bfloat16)
 
 
 def stepper(model: torch.nn.Module) -> Callable[[], None]:
     """One forward and backward of the same batch."""
-    tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE), device="cuda")
-    positions = torch.arange(SEQUENCE, device="cuda").expand_as(tokens)
+    tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE), device=models.DEVICE)
+    positions = torch.arange(SEQUENCE, device=models.DEVICE).expand_as(tokens)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)

@@ -106,10 +106,13 @@ PARTS = (
     Part(
         "overlap",
         80,
-        "how much of an all-to-all kernel the profiler sees beside computation, per plan, and what the halves cost",
+        "how much of an all-to-all torch's profiler sees beside computation and what a step takes, per plan, for one "
+        "queue of CUDA and 32; that the report of hidden time agrees",
     ),
     Part(
-        "host_syncs", 30, "the host waits for the GPU as often as docs say: once a chunk in forward, never in backward"
+        "host_syncs",
+        30,
+        "in forward the host waits for the counts of rows alone, with padded capacity and in backward for nothing",
     ),
 )
 EXTRA_PARTS = (
@@ -123,6 +126,7 @@ EXTRA_PARTS = (
 )
 NEVER = (
     "NCCL between nodes; bandwidth of InfiniBand; more GPUs than there were",
+    "what NCCL's multiprocessors take from matrix products, and what lower priorities cost; times of encode and decode",
     "FP8 and FP4, context parallelism by Transformer Engine's ring, FSDP, CUDA graphs: refused or untried",
 )
 

@@ -131,7 +131,7 @@ def ends_are_marked(group: OfTwo, found: checks.Checks, *, too_early: bool = Fal
     (transfer,) = transfers if too_early else recorded.transfers
     lasted_ms, all_ms = (transfer.end_s - transfer.start_s) * 1e3, begin.elapsed_time(end)
     found.figure("recorded transfer, ms, and all of it", [round(lasted_ms, 3), round(all_ms, 3)])
-    assert 0.5 * all_ms < lasted_ms <= all_ms, f"recorded {lasted_ms:.3f} ms of {all_ms:.3f}"
+    assert 0.5 * all_ms < lasted_ms <= all_ms + 0.01, f"recorded {lasted_ms:.3f} ms of {all_ms:.3f}"
 
 
 def high_priority() -> None:
