@@ -14,18 +14,13 @@ import torch
 HAS_CUDA = torch.cuda.is_available()
 
 
-def prepare(*, compiles: bool = False) -> None:
-    """Make Megatron importable; sums come in the same order each time.
-
-    Args:
-        compiles: whether Core's fused functions go through torch.compile, as in a training; else they run as written.
-    """
+def prepare() -> None:
+    """Make Megatron importable; its compiled functions run as written, and sums come in the same order each time."""
     if HAS_CUDA:
         from megatron_scmoe.mcore import wheel
 
         wheel.mend()
-        if not compiles:
-            torch.compiler.set_stance("force_eager")
+        torch.compiler.set_stance("force_eager")
     else:
         from megatron_scmoe.cpu import backend
 
@@ -36,7 +31,7 @@ def prepare(*, compiles: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def fake_ranks(size: int, **layout: int) -> Iterator[None]:
+def fake_ranks(size: int) -> Iterator[None]:
     """Process groups of a world of ``size`` expert-parallel ranks, of which this is the first, and the others are none.
 
     Gathers answer with copies of what this rank gave, sums leave it as it is. All-to-alls are the wire's.
@@ -47,8 +42,9 @@ def fake_ranks(size: int, **layout: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    layout = {"expert_model_parallel_size": size, "expert_tensor_parallel_size": 1} | layout
-    parallel_state.initialize_model_parallel(**layout, create_gloo_process_groups=False)
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=size, expert_tensor_parallel_size=1, create_gloo_process_groups=False
+    )
     model_parallel_cuda_manual_seed(1234)
     try:
         yield

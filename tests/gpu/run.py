@@ -204,11 +204,12 @@ def run_part(part: Part, limit_s: float) -> dict:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
         wrote, log = Path(folder, "result.json"), Path(folder, "log")
+        path = [str(ROOT), str(HERE), str(HERE.parent / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
         with log.open("w") as output:
             # -P: the folder of a script would come first on the path, and our names before those of packages.
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", f"parts.{part.name}", str(wrote)],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE, HERE.parent / "support")))},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
                 cwd=ROOT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -233,7 +234,8 @@ def kill_group(process: subprocess.Popen) -> None:
 def judged(part: Part, code: int | None, wrote: Path, log: Path, limit_s: float) -> dict:
     """What a part wrote, and whether it is a pass: it ended by itself, with checks, mutants included, that all hold."""
     found = json.loads(wrote.read_text()) if wrote.exists() else {}
-    result = {"part": part.name, "status": FAILED, **found}
+    on = "GPU" if torch.cuda.is_available() else "CPU, with stand-ins: a dry run"
+    result = {"part": part.name, "status": FAILED, "on": on, **found}
     ended = code == 0 and found.get("ended", False)
     if ended and found["checks"] and set(found["checks"].values()) == {PASSED}:
         result["status"] = PASSED
@@ -258,8 +260,9 @@ def table(results: list[dict]) -> str:
     lines = ["", f"what each part proves ({on})"]
     for result in results:
         reason = f" ({result['reason']})" if "reason" in result else ""
-        lines.append(f"  {result['status']:8} {result['part']}: {proves[result['part']]}{reason}")
-        lines += [f"           not run: {name}: {why}" for name, why in result.get("not_run", {}).items()]
+        status = result["status"] if torch.cuda.is_available() or "on" not in result else f"dry run {result['status']}"
+        lines.append(f"  {status:14} {result['part']}: {proves[result['part']]}{reason}")
+        lines += [f"                 not run: {name}: {why}" for name, why in result.get("not_run", {}).items()]
     return "\n".join([*lines, "what no part proves", *(f"  {line}" for line in NEVER), ""])
 
 
