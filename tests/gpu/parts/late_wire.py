@@ -92,7 +92,7 @@ def sent_is_freed_at_launch() -> Iterator[None]:
     def launch_and_free(leg: exchange._Leg, *args: object) -> None:
         launch(leg, *args)
         assert hasattr(leg, "_sent")
-        leg._sent = None
+        leg._sent = ()
 
     exchange._Leg.launch = launch_and_free
     try:

@@ -45,6 +45,13 @@ def keep_busy(group: OfTwo, payload: torch.Tensor) -> list[Any]:
     return [*works, landing, payload]
 
 
+def started(group: OfTwo, *tensors: torch.Tensor) -> tuple[Exchange, torch.Tensor]:
+    """An exchange of all rows of ``tensors`` that is under way, and its token."""
+    tag = Tag(observe.Marker(0), "dispatch")
+    exchange = Exchange(tag=tag, group=group, send_rows=[ROWS], receive_rows=[ROWS], blocking=False)
+    return exchange, exchange.start(*tensors)
+
+
 def take_freed_memory(like: torch.Tensor) -> None:
     """Fill whatever the allocator gives for the payload's size: what it thinks is free."""
     blocks = [torch.full_like(like, float("nan")) for _ in range(4)]
@@ -59,11 +66,8 @@ def round_trip(group: OfTwo, seed: int) -> None:
     grads = torch.randn(ROWS, WIDTH, device="cuda", generator=generator), torch.randn(ROWS, device="cuda")
     ahead = torch.randn(ROWS, WIDTH, device="cuda", generator=generator)
     torch.cuda.synchronize()
-    exchange = Exchange(
-        tag=Tag(observe.Marker(0), "dispatch"), group=group, send_rows=[ROWS], receive_rows=[ROWS], blocking=False
-    )
     busy = keep_busy(group, ahead)
-    token = exchange.start(rows * 1, weights * 1)  # products that nobody else keeps
+    exchange, token = started(group, rows * 1, weights * 1)  # products that nobody else keeps
     take_freed_memory(rows)
     arrived = exchange.finish(token)
     assert torch.equal(arrived[0], rows) and torch.equal(arrived[1], weights), "forward: something else has arrived"
@@ -117,10 +121,8 @@ def ends_are_marked(group: OfTwo, found: checks.Checks, *, too_early: bool = Fal
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     with observe.recording() as recorded:
-        tag = Tag(observe.Marker(0), "dispatch")
-        exchange = Exchange(tag=tag, group=group, send_rows=[ROWS], receive_rows=[ROWS], blocking=False)
         busy = keep_busy(group, payload)
-        token = exchange.start(payload)
+        exchange, token = started(group, payload)
         if too_early:
             observe._listeners[0]._flying[-1].end = observe._now()
             transfers = recorded.transfers
