@@ -24,7 +24,7 @@ from stream_order import Fault, Kind
 from stream_stand_ins import Event, Stream, Work, checked
 
 EP2 = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
-OBSERVE = "megatron_scmoe.overlap.observe"
+RECORDERS = ("megatron_scmoe.overlap.observe", "megatron_scmoe.overlap.recording")
 
 
 class Run(NamedTuple):
@@ -80,7 +80,7 @@ def record(case: Case, *, sequential: bool = False) -> None:
     with observe.recording() as recorded:
         for tokens, labels, positions in models.my_batch(2):
             model(tokens, positions, None, labels=labels).sum().backward()
-    assert isinstance(recorded._began, Event) and recorded.transfers and passes_of(recorded)
+    assert isinstance(recorded._began.event, Event) and recorded.transfers and passes_of(recorded)
 
 
 def hold_rate(case: Case) -> None:
@@ -118,7 +118,7 @@ def seen_on_rank(runs: dict[str, Run], mutant: str = "") -> dict[str, Seen]:
     """Check each of ``runs``, with a fault in the package or without."""
     found = {}
     for name, (step, case, stash) in runs.items():
-        with checked(stash=stash, cuda_for=[OBSERVE]) as order, MUTANTS[mutant]() if mutant else nullcontext():
+        with checked(stash=stash, cuda_for=RECORDERS) as order, MUTANTS[mutant]() if mutant else nullcontext():
             try:
                 STEPS[step](case)
             except Exception as error:

@@ -34,13 +34,14 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_scmoe.overlap import observe
-from megatron_scmoe.overlap.plan import ENCODE, ROUTE, START_DISPATCH
+from megatron_scmoe.overlap.plan import ENCODE, ROUTE, START_DISPATCH, WAIT
 
 DOCUMENT = ROOT / "docs" / "launches.md"
-STOCK = "Megatron's two blocks"
+STOCK, BEHIND = "Megatron's two blocks", "scmoe, launched behind the op"
 CASES = {
     STOCK: Case(combine="add", num_groups=1),
     "scmoe": Case(combine="add", num_groups=1),
+    BEHIND: Case(combine="add", num_groups=1),
     "scmoe, no overlap": Case(combine="add", num_groups=1, overlap="off"),
     "scmoe, two chunks": Case(combine="add", num_groups=1, chunks=2),
     "scmoe, four chunks": Case(combine="add", num_groups=1, chunks=4),
@@ -131,13 +132,13 @@ class Count:
 
 @contextmanager
 def counted_waits(recorded: observe.Recording) -> Iterator[list[str]]:
-    """Behind which mark each ``Event.synchronize`` came, of the stand-ins, which wait for nothing, or of CUDA."""
+    """Behind which mark but WAIT each ``Event.synchronize`` came, of CUDA or of the stand-ins, which wait for nothing."""
     behind: list[str] = []
     event = torch.cuda.Event
     original = event.synchronize
 
     def synchronize(self: object) -> None:
-        behind.append(recorded._marks[-1][0] if recorded._marks else "")
+        behind.append(next((step[0] for step, _ in reversed(recorded._lane) if step and step[0] != WAIT), ""))
         original(self)
 
     event.synchronize = synchronize
@@ -211,6 +212,8 @@ def counts_of(name: str) -> tuple[Count, Count]:
     """Of a forward and of its backward, of the model of one case."""
     case = CASES[name]
     model = stock(case) if name == STOCK else models.build(case)
+    if name == BEHIND:
+        models.launch_behind(model)
     ((tokens, labels, positions),) = models.my_batch()
 
     def forward() -> Tensor:

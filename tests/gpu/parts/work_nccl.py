@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_scmoe.dispatch.exchange import Exchange, Tag
 from megatron_scmoe.overlap import observe
+from megatron_scmoe.overlap.recording import Moment
 
 ROWS, WIDTH = 1 << 16, 4096  # 1 GiB in fp32
 AHEAD = 8
@@ -45,11 +46,15 @@ def keep_busy(group: OfTwo, payload: torch.Tensor) -> list[Any]:
     return [*works, landing, payload]
 
 
-def started(group: OfTwo, *tensors: torch.Tensor) -> tuple[Exchange, torch.Tensor]:
-    """An exchange of all rows of ``tensors`` that is under way, and its token."""
+def started(group: OfTwo, *tensors: torch.Tensor, aside: bool = False) -> tuple[Exchange, torch.Tensor]:
+    """An exchange of all rows of ``tensors`` that is under way, launched by a side stream or not, and its token."""
     tag = Tag(observe.Marker(0), "dispatch")
-    exchange = Exchange(tag=tag, group=group, send_rows=[ROWS], receive_rows=[ROWS], blocking=False)
-    return exchange, exchange.start(*tensors)
+    exchange = Exchange(tag=tag, group=group, blocking=False, apart=False, aside=aside)
+    token = exchange.announce(*tensors)
+    if aside:
+        take_freed_memory(tensors[0])  # as the op at the tap does meanwhile
+    exchange.launch([ROWS], [ROWS])
+    return exchange, token
 
 
 def take_freed_memory(like: torch.Tensor) -> None:
@@ -58,7 +63,7 @@ def take_freed_memory(like: torch.Tensor) -> None:
     del blocks
 
 
-def round_trip(group: OfTwo, seed: int) -> None:
+def round_trip(group: OfTwo, seed: int, *, aside: bool = False) -> None:
     """Tokens and their weights there, and their gradients back, are what was sent."""
     generator = torch.Generator("cuda").manual_seed(seed)
     rows = torch.randn(ROWS, WIDTH, device="cuda", generator=generator).requires_grad_()
@@ -67,7 +72,7 @@ def round_trip(group: OfTwo, seed: int) -> None:
     ahead = torch.randn(ROWS, WIDTH, device="cuda", generator=generator)
     torch.cuda.synchronize()
     busy = keep_busy(group, ahead)
-    exchange, token = started(group, rows * 1, weights * 1)  # products that nobody else keeps
+    exchange, token = started(group, rows * 1, weights * 1, aside=aside)  # products that nobody else keeps
     take_freed_memory(rows)
     arrived = exchange.finish(token)
     assert torch.equal(arrived[0], rows) and torch.equal(arrived[1], weights), "forward: something else has arrived"
@@ -124,7 +129,7 @@ def ends_are_marked(group: OfTwo, found: checks.Checks, *, too_early: bool = Fal
         busy = keep_busy(group, payload)
         exchange, token = started(group, payload)
         if too_early:
-            observe._listeners[0]._flying[-1].end = observe._now()
+            observe._listeners[0]._flying[-1].end = Moment.now()
             transfers = recorded.transfers
         exchange.finish(token)
     end.record()
@@ -152,6 +157,7 @@ def part(found: checks.Checks) -> None:
     round_trip(group, seed=0)  # starts the communicator
     for seed in (1, 2):
         found.holds(f"payloads under a full allocator, {seed}", lambda seed=seed: round_trip(group, seed))
+    found.holds("launched by a side stream", lambda: round_trip(group, seed=3, aside=True))
     found.holds("the future marks the end", lambda: ends_are_marked(group, found))
     found.must_fail("an end that is marked at launch", lambda: ends_are_marked(group, found, too_early=True))
     found.holds("a high-priority communicator", high_priority)
