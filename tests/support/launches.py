@@ -132,7 +132,7 @@ class Count:
 
 @contextmanager
 def counted_waits(recorded: observe.Recording) -> Iterator[list[str]]:
-    """Behind which mark but WAIT each ``Event.synchronize`` came, of CUDA or of the stand-ins, which wait for nothing."""
+    """Behind which mark but WAIT each ``Event.synchronize`` came, of CUDA or of stand-ins, which wait for nothing."""
     behind: list[str] = []
     event = torch.cuda.Event
     original = event.synchronize
