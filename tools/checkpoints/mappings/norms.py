@@ -41,7 +41,7 @@ def norm_names(args: Namespace, spec: str, block: int) -> Mapping[str, str]:
 def renamed_norms(then: Namespace, now: Namespace) -> dict[str, str]:
     """Names of all norms' parameters with the arguments ``now``, by those with the arguments ``then``.
 
-    The two have the same blocks, whose MLPs and specs may differ.
+    The two, ``complete``, have the same blocks, whose MLPs and specs may differ.
     """
     names: dict[str, str] = {}
     for layers in zip(layers_of(then), layers_of(now), strict=True):

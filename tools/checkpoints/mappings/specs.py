@@ -6,6 +6,7 @@ from argparse import Namespace
 
 from checkpoints.disk.torch_dist import MegatronCheckpoint
 from checkpoints.mappings.links import expected_tensors
+from checkpoints.mappings.megatron_settings import complete
 from checkpoints.mappings.norms import SPECS, renamed_norms
 from checkpoints.plan import Conversion, Piece, Read, Target
 from checkpoints.tensors import CheckpointError
@@ -20,7 +21,7 @@ def convert(source: MegatronCheckpoint, *, transformer_impl: str) -> Target:
             f"use --transformer-impl {SPECS[1 - SPECS.index(transformer_impl)]}"
         )
     new_args = {**vars(args), "transformer_impl": transformer_impl}
-    renamed = renamed_norms(args, Namespace(**new_args))
+    renamed = renamed_norms(complete(args), complete(Namespace(**new_args)))
     pieces = tuple(
         Piece(name=renamed.get(name, name), info=info, reads=(Read(name),)) for name, info in source.infos.items()
     )

@@ -129,7 +129,7 @@ def _upcycled(there: list[Piece], args: Namespace, options: Upcycling, dropped: 
     if then_moe:
         _check_stays(args, options, then_moe, list(moe_blocks))
     new_args = _args(args, options, stock_moe=bool(then_moe))
-    renamed = renamed_norms(args, Namespace(**new_args))
+    renamed = renamed_norms(complete(args), complete(Namespace(**new_args)))
     made: dict[str, list[Piece]] = {}
     for piece in there:
         made.setdefault(name := renamed.get(piece.name, piece.name), []).append(replace(piece, name=name))
