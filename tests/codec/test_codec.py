@@ -197,6 +197,7 @@ def evaluated(case: Case) -> list[torch.Tensor]:
 
 
 EVALUATED = ("pos2", "dgmoe", "low rank", "lloyd, low rank")
+ROUNDING = 1e-5
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,8 @@ def test_evaluation_sends_tokens(name, chunks):
     expected = ranks.run(evaluated, 2, case.replace(codec="none"), layout=EP[2])
     for (losses, others), (its_losses, _) in zip(found, expected, strict=True):
         assert torch.equal(losses, its_losses)
-        assert torch.equal(losses[:, :-1], others[:, :-1]) and not torch.equal(losses, others)
+        apart = (losses - others).abs()  # another token moves rows between experts, and so their products' rounding
+        assert apart[:, :-1].max() <= ROUNDING and apart[:, -1].min() > 0.1
 
 
 @pytest.mark.parametrize("name", EVALUATED)
@@ -220,7 +222,7 @@ def test_evaluation_with_centroids_sees_later_tokens(name):
     """What the other test is there for; and it is what training computes."""
     case = CASES[name].replace(evaluation="centroids")
     ((losses, others),) = ranks.run(evaluated, 1, case, layout=EP[1])
-    assert not torch.equal(losses[:, :-1], others[:, :-1])
+    assert (losses - others)[:, :-1].abs().max() > 100 * ROUNDING
     ((trained, _),) = ranks.run(models.losses_and_gradients, 1, case.replace(evaluation="tokens"), layout=EP[1])
     assert torch.equal(losses, trained)
 
