@@ -110,10 +110,10 @@ profiler on the CPU: operations that are neither views nor allocations. A GPU cu
 is a time, and nothing of it has run on a GPU. Embedding, output layer and loss count in every row alike. "more" is
 more than Megatron's; `dgmoe` has two routed calls, and no shared expert.
 
-Host waits are waits for an event, `Event.synchronize`; where it is over, as that of the second wait of a flight, they
-take no time. Those "before dense" come between the tap and the launch of the dense operation behind it, and leave a
-GPU idle behind them. Core waits once a layer for its counts. Values read, by `item`, are those beyond Megatron's, which
-compares states of the CPU's generator so.
+Host waits are waits for an event, `Event.synchronize`: one for the counts of each routing, whatever its chunks. Those
+"before dense" come between the tap and the launch of the dense operation behind it, and leave a GPU idle behind them.
+Core waits once a layer for its counts. Values read, by `item`, are those beyond Megatron's, which compares states of
+the CPU's generator so.
 
 """
 

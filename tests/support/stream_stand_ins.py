@@ -419,3 +419,6 @@ def _stand_ins(host: _Host, cuda_for: Collection[str]) -> Iterator[tuple[Any, st
             yield module, "maybe_move_tensor_to_cpu", maybe_move_tensor_to_cpu
     if module := sys.modules.get("megatron.core.transformer.moe.token_dispatcher"):
         yield module.MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", Stream(name="counts")
+    if module := sys.modules.get("megatron_scmoe.dispatch.exchange"):  # which keeps the first one that it made
+        aside = Stream(priority=-1, name="aside")
+        yield module, "_aside", lambda: aside

@@ -99,14 +99,14 @@ def forward_waits_for_nothing(case: Case, *, item: bool = False) -> None:
 
 
 def forward_waits_for_counts_alone(case: Case, name: str, found: checks.Checks) -> None:
-    """Nothing but events, and few of them: Core asks for its own once more where it sorts."""
+    """Nothing but one event for each routing, whatever its chunks."""
     model, batch = model_and_batch(case)
     with wire.in_place_of_torch(wire.Wire(0)) as prompt, no_waits(events=False) as waits:
         torch.cuda._sleep(int(2e-3 * wire.cycles_per_s()))  # so that the host is ahead, as in a training
         loss_of(model, batch)
-    flights = prompt.launched // 2
-    found.figure(f"{name}: flights, events asked for, waited for", [flights, len(waits), waits.count("waited for")])
-    assert 0 < len(waits) <= 3 * flights, f"{len(waits)} events for {flights} flights"
+    routings = prompt.launched // (2 * case.chunks)  # a dispatch and a combine for each chunk
+    found.figure(f"{name}: routings, events asked for, waited for", [routings, len(waits), waits.count("waited for")])
+    assert len(waits) == routings, f"{len(waits)} events for {routings} routings"
 
 
 def part(found: checks.Checks) -> None:

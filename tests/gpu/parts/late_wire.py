@@ -46,16 +46,23 @@ CASES = {
     "full recompute": Case(recompute="full"),
     "dgmoe, full recompute": Case(shortcut="dgmoe", recompute="full"),
 }
+BEHIND = {
+    "launched behind": Case(),
+    "launched behind in chunks": Case(chunks=2, expert_slot=("2,3",)),
+    "launched behind, a late landing": Case(span=2, landing=1),
+    "launched behind, full recompute": Case(recompute="full"),
+}
+"""Dispatches that the side stream launches, when the host has enqueued the op at the tap."""
 
 
 class Differs(AssertionError):
     """A late wire changed something: what mutants have to raise, and nothing else."""
 
 
-def step(case: Case, late: wire.Wire, num_micro_batches: int = 1) -> list[torch.Tensor]:
+def step(case: Case, late: wire.Wire, num_micro_batches: int = 1, behind: bool = False) -> list[torch.Tensor]:
     """Losses and gradients of one step with the all-to-alls of ``late``."""
     with wire.in_place_of_torch(late):
-        losses, gradients = models.losses_and_gradients(case, num_micro_batches=num_micro_batches)
+        losses, gradients = models.losses_and_gradients(case, num_micro_batches=num_micro_batches, behind=behind)
         found = [losses.cpu(), *(gradient.cpu() for gradient in gradients.values())]
     assert late.launched, "nothing was exchanged"
     assert late.waited == late.launched, f"{late.launched} launched, {late.waited} waited for"
@@ -76,10 +83,11 @@ def without_overlap(case: Case) -> Case:
     return case if case.chunks > 1 else case.replace(overlap="off", expert_slot=())
 
 
-def compare(case: Case, late: wire.Wire, num_micro_batches: int = 1) -> None:
+def compare(case: Case, late: wire.Wire, num_micro_batches: int = 1, *, behind: bool = False) -> None:
     """Raise Differs where a late wire changes a bit."""
     prompt = prompt_step(without_overlap(case), num_micro_batches)
-    for number, (one, other) in enumerate(zip(step(case, late, num_micro_batches), prompt, strict=True)):
+    found = step(case, late, num_micro_batches, behind)
+    for number, (one, other) in enumerate(zip(found, prompt, strict=True)):
         if not torch.equal(one, other):
             raise Differs(f"tensor {number} of {len(prompt)} differs")
 
@@ -110,6 +118,8 @@ def part(found: checks.Checks) -> None:
                 found.not_run(name, "Core builds the projections from Transformer Engine's linear")
                 continue
             found.holds(name, lambda case=case: compare(case, wire.Wire(DELAY_S)))
+        for name, case in BEHIND.items():
+            found.holds(name, lambda case=case: compare(case, wire.Wire(DELAY_S), behind=True))
         found.holds("two micro-batches in flight", lambda: compare(Case(), wire.Wire(DELAY_S), 2))
         for where in ("forward", "backward"):
             late = wire.Wire(DELAY_S, drops_wait=where)

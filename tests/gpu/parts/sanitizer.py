@@ -5,13 +5,15 @@ it finds what luck hides. It sees ATen's kernels, events and streams; not Triton
 free too early, for which late_wire.py has a mutant. Without CUDA, the same steps and the same wire run on stand-ins of
 streams and events (tests/support/stream_stand_ins.py), which tell the sanitizer's own rules of them.
 
-Mutants: no wait in forward, none in backward, a transfer that does not wait for what it sends.
+Mutants: no wait in forward, none in backward, a transfer that does not wait for what it sends, a side stream that
+launches without waiting for the packing.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from unittest import mock
 
 import checks
 import device
@@ -29,6 +31,7 @@ CASES = {
     "lsh": Case(codec="lsh"),
     "full recompute": Case(recompute="full"),
 }
+BEHIND = {"launched behind": Case(), "launched behind, full recompute": Case(recompute="full")}
 MUTANTS = {
     "no wait in forward": {"drops_wait": "forward"},
     "no wait in backward": {"drops_wait": "backward"},
@@ -64,12 +67,21 @@ def sanitized() -> Iterator[None]:
         cuda_sanitizer.disable()
 
 
-def step(case: Case, **mutant: object) -> None:
-    """Forward and backward, sanitized."""
+def side_streams_wait_for_nothing() -> contextlib.AbstractContextManager[object]:
+    """Mutant: what is launched aside does not wait for what was packed. Of all streams here that one has priority."""
+    wait = torch.cuda.Stream.wait_event
+    return mock.patch.object(
+        torch.cuda.Stream, "wait_event", lambda one, event: None if one.priority < 0 else wait(one, event)
+    )
+
+
+def step(case: Case, *, behind: bool = False, aside_waits: bool = True, **mutant: object) -> None:
+    """Forward and backward, sanitized; ``aside_waits`` False and ``mutant`` are mutants."""
     with sanitized():
         prompt = wire.Wire(0, by_streams=True, **mutant)
-        with wire.in_place_of_torch(prompt):
-            models.losses_and_gradients(case)
+        aside = contextlib.nullcontext() if aside_waits else side_streams_wait_for_nothing()
+        with wire.in_place_of_torch(prompt), aside:
+            models.losses_and_gradients(case, behind=behind)
     assert prompt.launched, "nothing was exchanged"
 
 
@@ -79,8 +91,13 @@ def part(found: checks.Checks) -> None:
     with device.fake_ranks(2):
         for name, case in CASES.items():
             found.holds(name, lambda case=case: step(case))
+        for name, case in BEHIND.items():
+            found.holds(name, lambda case=case: step(case, behind=True))
         for name, mutant in MUTANTS.items():
             found.must_fail(name, lambda mutant=mutant: step(Case(), **mutant), by=Unordered)
+        found.must_fail(
+            "a side stream that waits for nothing", lambda: step(Case(), behind=True, aside_waits=False), by=Unordered
+        )
 
 
 if __name__ == "__main__":
