@@ -327,6 +327,14 @@ def test_plans():
     assert words.plan({"plans": {"0": two_calls}}, "training") == "3+3/1+2"
     assert words.plan({"plans": {"0": two_calls, "1": other}}, "training") == "3+3/1+2 | 1+2"
     assert words.plan({"plans": {"0": {**group, "blocking": True}}}, "forward") == "off"
+    from ablation import measure  # which imports torch
+
+    from megatron_scmoe.contracts import Plan
+
+    behind = measure._written({"training": Plan(((3, 3),), behind=True), "forward": Plan(((2,),))})
+    assert words.plan({"plans": {"0": behind, "1": group}}, "training") == "3+3 behind | 3+3"
+    assert words.plan({"plans": {"0": behind}}, "forward") == "2"
+    assert measure._written(dict.fromkeys(("training", "forward"), Plan(((2,),)))).keys() == group.keys()
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
