@@ -69,7 +69,7 @@ class Part:
 #   overlap     52 = 2 settings of CUDA's queues x (12 + 120 steps of 30 ms: 4 + 8 traces: 6 + 4 models: 4)
 #   host_syncs  16 = 12 + 11 small models and 22 steps: 4
 # Together ~225 s; the limits add up to 400. On one GPU Transformer Engine's part gets what is left of them. On several,
-# all limits count: of nccl_ranks that of up to 12 trainings, each 25 = 20 to start + 5, and torch.compile's first: 20.
+# all limits count: of nccl_ranks that of up to 11 trainings, each 25 = 20 to start + 5, and torch.compile's first: 20.
 PARTS = (
     Part(
         "late_wire",

@@ -1,7 +1,8 @@
 """Real NCCL ranks, a GPU each: the same losses and gradient norms with overlap on and off, and in layouts that fit.
 
-One rank trains six iterations and saves the third; every layout goes on from there, and its losses and gradient
-norms agree to a thousandth. Overlap on and off in the same layout agree in all digits that the log has.
+Two ranks (EP 2) train six iterations and save the third; every layout goes on from there, and its losses and gradient
+norms agree to a thousandth. Overlap on and off in the same layout agree in all digits that the log has. Layouts in
+which experts are split like the dense layers are left out: Core loads no moments of the others there.
 
 Mutant: the losses of another iteration.
 """
@@ -21,9 +22,10 @@ LIMIT_S = 90.0
 SAVED, ITERATIONS, TOLERANCE = 3, 6, 1e-3
 BOTH = (SAVED + 1, SAVED + 3)  # of the second one Megatron logs the mean of the first two
 
-ONE = with_flags(FLAGS, "--expert-model-parallel-size 1", "--use-distributed-optimizer")
-ONE += ["--dist-ckpt-optim-fully-reshardable", "--override-opt-param-scheduler", "--make-vocab-size-divisible-by", "8"]
-TP2 = ("--tensor-model-parallel-size 2", "--sequence-parallel", "--expert-tensor-parallel-size 1")
+TWO = with_flags(FLAGS, "--expert-model-parallel-size 2", "--use-distributed-optimizer")
+TWO += ["--dist-ckpt-optim-fully-reshardable", "--override-opt-param-scheduler", "--make-vocab-size-divisible-by", "8"]
+SPLIT = ("--tensor-model-parallel-size 2", "--sequence-parallel", "--expert-tensor-parallel-size 1")
+TP2 = (*SPLIT, "--expert-model-parallel-size 1")
 EP2 = ("--expert-model-parallel-size 2",)
 PP2 = ("--pipeline-model-parallel-size 2",)
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -34,22 +36,21 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "EP 2, two chunks": (2, (*EP2, "--overlap-chunks 2")),
     "EP 2, ep at high priority": (2, (*EP2, "--high-priority-stream-groups ep")),
     "TP 2": (2, TP2),
-    "PP 2": (2, PP2),
     "EP 4": (4, ("--expert-model-parallel-size 4",)),
-    "TP 2, EP 2": (4, (*TP2, *EP2)),
+    "TP 2, EP 2": (4, (*SPLIT, *EP2)),
     "PP 2, EP 2": (4, (*PP2, *EP2)),
-    "TP 2, PP 2, EP 2": (8, (*TP2, *PP2, *EP2)),
+    "TP 2, PP 2, EP 2": (8, (*SPLIT, *PP2, *EP2)),
 }
 
 
 def part(found: checks.Checks) -> None:
-    """One rank, then every layout that this machine has the GPUs for."""
+    """Two ranks, then every layout that this machine has the GPUs for."""
     with tempfile.TemporaryDirectory(prefix="gpu-nccl-") as name:
         folder = Path(name)
         length = f"--train-iters {ITERATIONS}"
-        saving = with_flags(ONE, length, f"--save-interval {SAVED}", f"--save {folder}/checkpoints")
-        one = trainings.train(saving, 1, backend="nccl", folder=folder, limit_s=LIMIT_S)
-        loading = with_flags(ONE, length, f"--load {folder}/checkpoints", f"--ckpt-step {SAVED}", "--no-load-rng")
+        saving = with_flags(TWO, length, f"--save-interval {SAVED}", f"--save {folder}/checkpoints")
+        one = trainings.train(saving, 2, backend="nccl", folder=folder, limit_s=LIMIT_S)
+        loading = with_flags(TWO, length, f"--load {folder}/checkpoints", f"--ckpt-step {SAVED}", "--no-load-rng")
         trained: dict[str, Trained] = {}
 
         def compare(layout: str) -> None:
