@@ -145,6 +145,23 @@ def test_an_unknown_part_is_refused(capsys):
     assert "there is no part early_wire" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "text"])
+def test_a_limit_that_is_no_time_is_refused(capsys, text):
+    with pytest.raises(SystemExit):
+        gpu_run.main(["--only", "nccl_ranks", "--limit-s", text])
+    assert "argument --limit-s: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("limit_s", "code"), [("60", 0), ("4", 1)])
+def test_a_part_for_which_no_time_was_left_has_not_passed(monkeypatch, capsys, limit_s, code):
+    """Though it has not failed: parts in front of it that passed are not all that could run."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    passed = {"status": "passed", "on": "CPU"}
+    monkeypatch.setattr(gpu_run, "run_part", lambda part, _limit_s: {"part": part.name, **passed})
+    assert gpu_run.main(["--only", "late_wire,work_nccl", "--limit-s", limit_s]) == code
+    assert (gpu_run.TOO_LATE in capsys.readouterr().out) == bool(code)
+
+
 def test_limits_fit_into_the_budget():
     assert sum(part.limit_s for part in gpu_run.PARTS) <= gpu_run.BUDGET_S
 
