@@ -20,6 +20,7 @@ from cases import cases
 from checkpoint_files import TOOLS, assert_same, opened, read_all
 from test_hf_scmoe import CASES as GPT_CASES
 from test_hf_scmoe import TOKENS, build_and_save, greedily_decoded, loaded, logits_of
+from test_settings import changed_args
 from training import SCMOE, STOCK, STOCK_SHARED_EXPERT, with_flags, without_flag
 
 sys.path.insert(0, str(TOOLS))
@@ -375,6 +376,48 @@ def test_what_a_hybrid_model_cannot_hold_is_refused(saved, tmp_path):
     source, _ = saved(tuple(GPT_CASES["latent"]))
     convert(source, tmp_path / "te", *to_hybrid[:4], "--transformer-impl", "transformer_engine")
     assert "have no norms of queries, keys and latents" in refused(tmp_path / "te", tmp_path / "new", *to_hybrid)
+
+
+CONTRADICTING = {
+    "fewer predictions": ("gpt", {"mtp_num_layers": 1}, "has no place for, or not in this shape: 'mtp.layers.1."),
+    "none": ("gpt", {"mtp_num_layers": None}, "has no place for, or not in this shape: 'mtp.layers.0."),
+    "more": ("gpt", {"mtp_num_layers": 3}, "tensors that the target would lack: 'mtp.layers.2."),
+    "a count": ("gpt", {"mtp_num_layers": 10**9}, "mtp_num_layers is 1000000000 in"),
+    "one layer predicts twice": (
+        "hybrid",
+        {"mtp_use_repeated_layer": True},
+        "has no place for, or not in this shape: 'mtp.layers.1.",
+    ),
+    "one slash": ("hybrid", {"hybrid_layer_pattern": "*-*E*-*E/*E"}, "and mtp_num_layers is 2; correct it"),
+    "fewer layers": (
+        "hybrid",
+        {"hybrid_layer_pattern": "*-*E/*E/*E", "num_layers": 4},
+        "has no place for, or not in this shape: 'decoder.layers.4.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTING)
+def test_arguments_that_contradict_the_tensors_are_refused(saved, tmp_path, case):
+    """In one line, and nothing is dropped."""
+    container, changes, words = CONTRADICTING[case]
+    source, _ = saved(tuple(CASES["predicting"]))
+    release = to_container(source, tmp_path / "hybrid", "hybrid")
+    if container == "gpt":
+        release = to_container(release, tmp_path / "gpt", "gpt")
+    other = {"gpt": "hybrid", "hybrid": "gpt"}[container]
+    to_other = ("--from", "megatron", "--to", "megatron", "--container", other)
+    assert words in refused(changed_args(release, tmp_path / "changed", changes), tmp_path / "new", *to_other)
+
+
+def test_a_checkpoint_from_before_layers_predicted_twice_changes_its_spec(saved, tmp_path):
+    source, _ = saved(tuple(CASES["predicting"]))
+    release = to_container(to_container(source, tmp_path / "hybrid", "hybrid"), tmp_path / "gpt", "gpt")
+    older = changed_args(release, tmp_path / "older", {}, without=("mtp_use_repeated_layer",))
+    words = ("--from", "megatron", "--to", "megatron", "--transformer-impl", "transformer_engine")
+    convert(older, tmp_path / "older-te", *words)
+    convert(release, tmp_path / "te", *words)
+    assert_same(read_all(opened(tmp_path / "older-te")), read_all(opened(tmp_path / "te")))
 
 
 def test_odd_requests_are_refused(saved, tmp_path):

@@ -71,10 +71,11 @@ def changed_config(folder: Path, copy: Path, changes: dict[str, object]) -> Path
     return copy
 
 
-def changed_args(folder: Path, copy: Path, changes: dict[str, object]) -> Path:
-    """A copy of a Megatron checkpoint with other saved arguments."""
+def changed_args(folder: Path, copy: Path, changes: dict[str, object], without: tuple[str, ...] = ()) -> Path:
+    """A copy of a Megatron checkpoint with other saved arguments, and ``without`` some."""
     shutil.copytree(folder, copy)
     args = vars(MegatronCheckpoint(folder).args) | changes
+    args = {name: value for name, value in args.items() if name not in without}
     replace_common(copy / "release", [{"args": Namespace(**args), "iteration": 0}])
     return copy
 

@@ -106,7 +106,7 @@ def check_multiple(origin: str, settings: Mapping[str, Any], whole_name: str, pa
 
 def check_layers(origin: str, settings: Mapping[str, Any], name: str, infos: Mapping[str, TensorInfo]) -> None:
     """Refuse more layers than there are tensors: nobody should count up to them."""
-    if settings[name] > len(infos):
+    if (settings[name] or 0) > len(infos):
         raise CheckpointError(
             f"{name} is {settings[name]} in {origin}, and with {len(infos)} tensors in all there are too few; {_FIX}"
         )

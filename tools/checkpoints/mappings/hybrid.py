@@ -161,14 +161,14 @@ def gpt_args(args: Namespace) -> dict[str, Any]:
 
 
 def _names_in_gpt(args: Namespace) -> Callable[[str], str]:
-    """From names in a hybrid model to those in the GPT model of ``args``."""
+    """From names in a hybrid model to those in the GPT model of ``args``; those of other layers stay."""
     norms = {hybrid: name for name, hybrid in _hybrid_norms(args).items()}
     final = {hybrid: name for name, hybrid in _FINAL_NORM.items()}
 
     block_of = {layer: block for block, layers in _layers_of_blocks(args).items() for layer in layers}
 
     def renamed(name: str) -> str:
-        if not (found := _LAYER.fullmatch(name)):
+        if not (found := _LAYER.fullmatch(name)) or found[1] not in block_of:
             return _with_prefix(name, final)
         name = block_of[found[1]] + found[2]
         return norms.get(name, name)
@@ -241,12 +241,12 @@ def _check_norms(args: Namespace) -> None:
 
 
 def _names_in_hybrid(args: Namespace) -> Callable[[str], str]:
-    """From names in the GPT model of ``args`` to those in a hybrid model."""
+    """From names in the GPT model of ``args`` to those in a hybrid model; those of other blocks stay."""
     norms, layers_of_block = _hybrid_norms(args), _layers_of_blocks(args)
 
     def renamed(name: str) -> str:
         name = norms.get(name, name)
-        if not (found := _BLOCK.fullmatch(name)):
+        if not (found := _BLOCK.fullmatch(name)) or found[1] not in layers_of_block:
             return _with_prefix(name, _FINAL_NORM)
         attention, feed_forward = layers_of_block[found[1]]
         return (attention if found[2].startswith(_OF_ATTENTION) else feed_forward) + found[2]

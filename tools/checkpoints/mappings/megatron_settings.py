@@ -107,7 +107,8 @@ def check_args(origin: str, args: Namespace, infos: Mapping[str, TensorInfo]) ->
     """Refuse arguments that no model has, or none with these tensors, of a checkpoint or of what becomes one."""
     rules.check(origin, vars(args), RULES, needed=tuple(_NEEDED.split()))
     settings = vars(complete(args))
-    rules.check_layers(origin, settings, "num_layers", infos)
+    for name in ("num_layers", "mtp_num_layers"):
+        rules.check_layers(origin, settings, name, infos)
     _check_heads(origin, settings)
     if settings["hybrid_layer_pattern"]:
         _check_pattern(origin, settings)
