@@ -51,6 +51,8 @@ source "$here/recipes/$recipe.sh"
 nodes=${NNODES:-${SLURM_NNODES:-$nodes}}
 gpus=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
 node_rank=${NODE_RANK:-${SLURM_NODEID:-0}}
+[[ $nodes =~ ^[1-9][0-9]*$ ]] || refuse "there is a node at least: NNODES is $nodes; give a number from 1"
+[[ $gpus =~ ^[1-9][0-9]*$ ]] || refuse "a node has a GPU at least: GPUS_PER_NODE is $gpus; give a number from 1"
 if [[ $dry_run == 0 ]]; then
   [[ ${DATA:-} ]] || refuse "there is nothing to read: DATA is not set; set it to a folder that tools/preprocess_data.py wrote"
   [[ ${SAVE:-} ]] || refuse "there is nowhere to write: SAVE is not set; set it to a folder for checkpoints"

@@ -29,6 +29,7 @@ def run() -> None:
     if os.environ.get("RANK", "0") != "0":
         return  # under torchrun one of them says it for all
     try:
+        _check_world_size()
         with _in_silence():
             args, stages, gone = estimate()
     except ConfigError as error:
@@ -47,6 +48,12 @@ def estimate() -> tuple[Namespace, list[Stage], list[str]]:
         if local_spec.TRANSFORMER_ENGINE in gone:
             local_spec.with_flash_attention(config)
         return args, find_stages(args, config), gone
+
+
+def _check_world_size() -> None:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or int(size) < 1:
+        raise ConfigError(f"a model is on a GPU at least: WORLD_SIZE is {size} in a dry run; give a number from 1")
 
 
 def _check_known(args: Namespace, scmoe: ScMoEConfig) -> None:

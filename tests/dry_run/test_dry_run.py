@@ -242,3 +242,10 @@ def test_what_a_training_refuses(name):
     done = dry_run(with_flags(BASE, *changes))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and words in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("size", ["0", "-8", "x"])
+def test_a_world_of_no_gpu_is_refused(size):
+    done = dry_run(BASE, WORLD_SIZE=size)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and f"WORLD_SIZE is {size} in a dry run" in done.stderr, done.stderr

@@ -362,6 +362,8 @@ def test_it_trains_at_a_tenth_of_its_width(tmp_path, recipe, form):
         (["scmoe-8b"], {"DATA": "d", "SAVE": "s"}, "there are 8 and MASTER_ADDR is not set"),
         (["gpt2-moe-small"], {"DATA": "d", "SAVE": "s", "SLURM_NTASKS_PER_NODE": "8"}, "use --ntasks-per-node 1"),
         (["scmoe-8b"], {"DRY_RUN": "1", "ARCH": "top-3"}, "top-3 is no form"),
+        (["scmoe-8b"], {"DRY_RUN": "1", "NNODES": "0"}, "NNODES is 0; give a number from 1"),
+        (["scmoe-8b"], {"DRY_RUN": "1", "GPUS_PER_NODE": "h100:8"}, "GPUS_PER_NODE is h100:8; give a number from 1"),
         (["longcat-flash"], {"DRY_RUN": "1", "ARCH": "top-2"}, "longcat-flash has one form"),
     ],
 )
