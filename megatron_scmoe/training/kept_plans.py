@@ -130,6 +130,7 @@ def conditions(args: Namespace, stage: dist.ProcessGroup) -> dict[str, Any]:
         *("tensor_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"),
         *("context_parallel_size", "micro_batch_size", "seq_length", "transformer_impl", "bf16", "fp16"),
         *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
+        *("moe_permute_fusion", "moe_router_fusion", "moe_grouped_gemm", "sequence_parallel"),
     )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     found = {name: getattr(args, name) for name in names} | {"device": ", ".join(sorted(set(gathered(device, stage))))}

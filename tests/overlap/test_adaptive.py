@@ -392,6 +392,7 @@ OTHER_CONDITIONS = (
     *("tensor_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"),
     *("context_parallel_size", "micro_batch_size", "seq_length", "transformer_impl", "bf16", "fp16"),
     *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
+    *("moe_permute_fusion", "moe_router_fusion", "moe_grouped_gemm", "sequence_parallel"),
 )
 THERE = {"seq_length": 16, "a2a_codec": "none", "device": "cpu"}
 

@@ -153,21 +153,21 @@ def train(flags: list[str]) -> Result:
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
     from megatron.training import get_args
+
+    from megatron_scmoe.mcore.token_dispatcher import Counts
 
     os.environ.update(ONE_QUEUE)
     splits: list[list[int]] = []
     counts: list[list[int]] = []
     logits_of: dict[tuple[int, ...], torch.Tensor] = {}
-    preprocess, compute_loss = MoEAlltoAllTokenDispatcher.preprocess, LanguageModule.compute_language_model_loss
+    tell, compute_loss = Counts.tell, LanguageModule.compute_language_model_loss
 
-    def recorded_preprocess(self, *args):
-        result = preprocess(self, *args)
-        if self.tp_size > 1:
-            splits.append(self.output_splits_tp.tolist())
-            counts.append(result.tolist())
-        return result
+    def recorded_tell(self, dispatcher, chunk):
+        tell(self, dispatcher, chunk)
+        if dispatcher.tp_size > 1:
+            splits.append(dispatcher.output_splits_tp.tolist())
+            counts.append(dispatcher.tokens_per_expert.tolist())
 
     def recorded_loss(self, labels, logits):
         whole = gather_from_tensor_model_parallel_region(logits.detach())
@@ -176,7 +176,7 @@ def train(flags: list[str]) -> Result:
                 logits_of[get_args().curr_iteration, *row.tolist()] = sample.clone()
         return compute_loss(self, labels, logits)
 
-    MoEAlltoAllTokenDispatcher.preprocess = recorded_preprocess
+    Counts.tell = recorded_tell
     LanguageModule.compute_language_model_loss = recorded_loss
     printed = training.train(flags)
     return Result(printed, 0 if "exit code" in printed else get_num_microbatches(), splits, counts, logits_of)
