@@ -68,7 +68,7 @@ test-full: test ## the test suite, and every other case
 
 # Whatever Python there is: a container that brings its own torch has no .venv.
 test-gpu: ## what a GPU has to show, at most 400 s on one; without any, a dry run of it. ARGS='--only late_wire'
-	@$(or $(wildcard $(BIN)/python),$(PYTHON)) tests/gpu/run.py $(ARGS)
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) tests/gpu/run_parts.py $(ARGS)
 
 test-ci: test ## what CI runs: test; and it says whether test-full has passed with the same sources
 	@sha256sum $(TESTED) | cmp -s - $(PASSED) || echo "NOTE: make test-full has not passed with these sources ($(PASSED))"

@@ -43,8 +43,8 @@ NOTHING = (
 
 
 def runner() -> ModuleType:
-    """tests/gpu/run.py, which knows the parts and where their results are."""
-    spec = importlib.util.spec_from_file_location("gpu_run", ROOT / "tests" / "gpu" / "run.py")
+    """tests/gpu/run_parts.py, which knows the parts and where their results are."""
+    spec = importlib.util.spec_from_file_location("gpu_run", ROOT / "tests" / "gpu" / "run_parts.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look for it

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import ranks
-import run as gpu_run
+import run_parts as gpu_run
 from checks import Checks
 from test_repository import load
 from training import ROOT, train
@@ -125,7 +125,7 @@ def test_it_says_that_it_is_a_dry_run_and_writes_nothing(tmp_path):
     """As a user calls it, with the parts that take no time here."""
     before = gpu_run.RESULTS.exists()
     done = subprocess.run(
-        [sys.executable, "tests/gpu/run.py", "--only", "work_nccl,nccl_ranks"],
+        [sys.executable, "tests/gpu/run_parts.py", "--only", "work_nccl,nccl_ranks"],
         cwd=ROOT,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

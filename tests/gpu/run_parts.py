@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What a GPU has to show, in parts: `make test-gpu`.
 
-    python tests/gpu/run.py                           every part, most valuable first, within 400 s
-    python tests/gpu/run.py --only late_wire,kernels --limit-s 120
+    python tests/gpu/run_parts.py                                  every part, most valuable first, within 400 s
+    python tests/gpu/run_parts.py --only late_wire,kernels --limit-s 120
 
 Each part is a process group of its own with a time limit, so that one that hangs costs its limit and nothing else, and
 prints one JSON line. Then comes a table of what is proven and what is not. On a machine with CUDA the results are
