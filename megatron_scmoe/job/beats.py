@@ -16,10 +16,12 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 BEAT_S = 3.0
-SILENT_S = {"step": 25.0, "setup": 120.0, "checkpointing": 120.0, "between": 120.0}
+SILENT_S = {"step": 25.0, "setup": 120.0, "checkpointing": 40.0, "between": 40.0}
 """How long a rank may say nothing, by the section that it was in last. A thread of its own speaks, so silence means a
 stopped or dead process, an unreachable node, or a call that keeps Python's lock. Where data are indexed such calls take
 minutes: the section ``data`` has no limit."""
+ASKED_AGAIN_S = 15.0
+"""Between two looks at all ranks where a step takes too long: several signs of life."""
 PATIENCE = 10.0
 _BEAT = "beat/"
 
@@ -119,7 +121,7 @@ def diagnosis(before: Mapping[int, Beat], after: Mapping[int, Beat], limit_s: fl
 
     Args:
         before: a sign of life of every rank.
-        after: another one, at least ``SILENT_S["step"]`` later.
+        after: another one, at least ``ASKED_AGAIN_S`` later.
         limit_s: of a step; elsewhere a rank may stand still for ``PATIENCE`` times as long.
 
     Returns:
@@ -127,7 +129,7 @@ def diagnosis(before: Mapping[int, Beat], after: Mapping[int, Beat], limit_s: fl
     """
     silent = [rank for rank, beat in after.items() if beat == before.get(rank) and beat.section != "ended"]
     if silent:
-        words = f"silent for {SILENT_S['step']:.0f} s or more, {after[silent[0]].in_words()}"
+        words = f"silent for {ASKED_AGAIN_S:.0f} s or more, {after[silent[0]].in_words()}"
         return Finding(silent, words, are_silent=True)
     allowed_s = {"step": limit_s}
     if any(beat.still_s < allowed_s.get(beat.section, PATIENCE * limit_s) for beat in after.values()):

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_scmoe.job import last_words
-from megatron_scmoe.job.beats import BEAT_S, SILENT_S, Beat, Ear, Finding, Pulse, diagnosis, heard
+from megatron_scmoe.job.beats import ASKED_AGAIN_S, BEAT_S, SILENT_S, Beat, Ear, Finding, Pulse, diagnosis, heard
 from megatron_scmoe.job.roll_call import in_words
 from megatron_scmoe.mcore import save_helpers
 
@@ -175,7 +175,7 @@ class HangWatch:
             self._asked = None
         elif self._asked is None or self._asked.began_s != began_s:
             self._asked = _Asked(began_s, now_s, self._everyone())
-        elif now_s - self._asked.at_s >= SILENT_S["step"]:
+        elif now_s - self._asked.at_s >= ASKED_AGAIN_S:
             if found := diagnosis(self._asked.beats, self._everyone(), limit_s):
                 self._end(found)
             self._asked = None

@@ -83,6 +83,14 @@ def test_a_main_thread_that_moves_is_told_from_one_that_stands_still():
     assert moved is not None and moved.still_s < 0.05
 
 
+def test_a_rank_that_falls_silent_ends_the_job_within_a_minute():
+    """In a step of any length that was seen before, between steps and in a save, by what each look takes at most."""
+    leaving_s = 2 * hangs.BEAT_S  # for stacks
+    heard_s = max(beats.SILENT_S[section] for section in ("step", "checkpointing", "between")) + 2 * beats.BEAT_S
+    asked_s = hangs.FLOOR_S + beats.ASKED_AGAIN_S + 2 * beats.BEAT_S
+    assert max(heard_s, asked_s) + leaving_s < 60
+
+
 def test_silence_counts_but_where_data_are_indexed(monkeypatch):
     for section in ("setup", "step"):
         monkeypatch.setitem(beats.SILENT_S, section, 0.05)
@@ -170,7 +178,7 @@ def _rank(rank: int, what_rank_1_does: str, folder: Path) -> None:
     os.dup2(os.open(folder / f"{rank}.err", os.O_WRONLY | os.O_CREAT), 2)
     sys.stderr = os.fdopen(2, "w")
     hangs.BEAT_S = 0.2
-    beats.SILENT_S["step"] = 2.0
+    beats.SILENT_S["step"] = hangs.ASKED_AGAIN_S = 2.0
     hangs.ENDS_WITHIN_S = 0.5
     args = Namespace(rank=rank, world_size=2, save=str(folder), curr_iteration=6)
     store = dist.FileStore(str(folder / "store"), 2)
