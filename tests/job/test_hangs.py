@@ -32,7 +32,7 @@ def beat(number: int = 1, step: int = 7, section: str = "step", still_s: float =
 @pytest.mark.parametrize(
     ("after", "words", "named"),
     [
-        ({0: beat(2), 1: beat(1)}, "silent for 25 s or more, in step 7", [1]),
+        ({0: beat(2), 1: beat(1)}, "silent for 15 s or more, in step 7", [1]),
         ({0: beat(2), 1: beat(2)}, "standing still for 30 s or more, in step 7, as all ranks do", [0, 1]),
         ({0: beat(2, step=8), 1: beat(2)}, "in step 7, behind all others", [1]),
         # another rank computes, saves for less than ten times as long, or has ended and says nothing more
