@@ -80,5 +80,11 @@ def layers_of_pattern(pattern: str) -> str:
     return _of_all_stages(pattern).replace(CUT, "")
 
 
+def predicted_by_pattern(pattern: str) -> list[str]:
+    """The symbols of the layers in each prediction layer of ``pattern``, which follow all stages."""
+    parts = pattern.replace(CUT, "").split(BEHIND)[1:]
+    return [part for part in parts if part]
+
+
 def _of_all_stages(pattern: str) -> str:
     return pattern.split(BEHIND, maxsplit=1)[0]

@@ -114,7 +114,7 @@ class GroupSpan:
                 begin(ROUTE, call=number)
                 source, normed = self._groups[shape.calls[number].group].read(op, stream)
                 source = blocks.by_sample(source, inputs.packed_seq_params)
-                flying[number] = self._take_off(number, source, routings, padding_mask, plan)
+                flying[number] = self._take_off(number, source, routings, padding_mask, plan, behind=number in behind)
             for number, tokens in flying.items():
                 tokens.run_experts(slot=place - shape.calls[number].tap + 1)
             if landing := shape.landing_in(place):
@@ -139,9 +139,11 @@ class GroupSpan:
         routings: dict[int, tuple[Any, ...]],
         padding_mask: Tensor | None,
         plan: Plan,
+        *,
+        behind: bool,
     ) -> Flying:
         """Route what the experts of call ``number`` read, [s, b, h], and send it off, or announce it."""
-        part, behind = self.shape.calls[number].group, number in self.shape.launched_behind(plan)
+        part = self.shape.calls[number].group
         group, marker, slots = self._groups[part], self._marker, plan.slots[number]
         moe, before = group.moe, routings.get(part, ())
         routing = moe.router(source, padding_mask, *before)

@@ -7,7 +7,7 @@ from argparse import Namespace
 from megatron.training.utils import print_rank_0
 
 from megatron_scmoe.config import ConfigError, Router, ScMoEConfig
-from megatron_scmoe.config.groups import BEHIND, CUT, MOE
+from megatron_scmoe.config.groups import BEHIND, CUT, MOE, predicted_by_pattern
 from megatron_scmoe.mcore.packing import packs_sequences
 
 _LAYOUT_SYMBOL = "m"  # of a prediction layer in --pipeline-model-parallel-layout
@@ -16,7 +16,7 @@ _LAYOUT_SYMBOL = "m"  # of a prediction layer in --pipeline-model-parallel-layou
 def check_early(args: Namespace) -> None:
     """Raise ConfigError for prediction layers beside cut or packed sequences, and where pattern and flag differ."""
     pattern = args.hybrid_layer_pattern or ""
-    depths = [part for part in pattern.split(BEHIND)[1:] if part]
+    depths = predicted_by_pattern(pattern)
     if pattern and args.mtp_num_layers not in (None, len(depths)):
         raise ConfigError(
             f"prediction layers of a hybrid model stand behind its {BEHIND}: --mtp-num-layers is {args.mtp_num_layers} "

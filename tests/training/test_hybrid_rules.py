@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from argparse import Namespace
+from collections.abc import Callable
 
 import entry
 import pytest
@@ -76,6 +77,18 @@ def test_accepted():
     entry.assert_accepted([*commands, with_flags(hybrid(SCMOE, "MEM*E"), "--shortcut-position pos1")])
 
 
+def assert_said(check: Callable[[Namespace], None], args: Namespace, words: str) -> None:
+    """A refusal in one line, or none where there are no words."""
+    from megatron_scmoe.config import ConfigError
+
+    if not words:
+        check(args)
+        return
+    with pytest.raises(ConfigError) as refused:
+        check(args)
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
 ARGS = Namespace(
     hidden_size=32,
     use_checkpoint_args=False,
@@ -100,18 +113,11 @@ ARGS = Namespace(
 )
 def test_what_a_machine_with_a_gpu_may_lack(monkeypatch, pattern, missing, words):
     """The last ones are negative controls: all is there that is needed."""
-    from megatron_scmoe.config import ConfigError
     from megatron_scmoe.training import hybrid_rules
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing.split() else name)
-    args = Namespace(**vars(ARGS), hybrid_layer_pattern=pattern)
-    if not words:
-        hybrid_rules.check_layers(args)
-        return
-    with pytest.raises(ConfigError) as refused:
-        hybrid_rules.check_layers(args)
-    assert words in str(refused.value) and "\n" not in str(refused.value)
+    assert_said(hybrid_rules.check_layers, Namespace(**vars(ARGS), hybrid_layer_pattern=pattern), words)
 
 
 @pytest.mark.parametrize(
@@ -127,14 +133,7 @@ def test_what_a_machine_with_a_gpu_may_lack(monkeypatch, pattern, missing, words
 )
 def test_norms_that_are_left_out(set_to, words):
     """The last ones are negative controls: such norms are there, or nothing asks for them."""
-    from megatron_scmoe.config import ConfigError
     from megatron_scmoe.training import hybrid_rules
 
     asked = {"qk_layernorm": False, "qk_l2_norm": False, "latent_scaling": "none", "hybrid_layer_pattern": "+-*E"}
-    args = Namespace(**{**vars(ARGS), **asked, **set_to})
-    if not words:
-        hybrid_rules.check_norms(args)
-        return
-    with pytest.raises(ConfigError) as refused:
-        hybrid_rules.check_norms(args)
-    assert words in str(refused.value) and "\n" not in str(refused.value)
+    assert_said(hybrid_rules.check_norms, Namespace(**{**vars(ARGS), **asked, **set_to}), words)

@@ -18,8 +18,6 @@ from typing import Any
 from checkpoints.disk.torch_dist import MegatronCheckpoint
 from checkpoints.mappings.layers import (
     ATTENTION,
-    BEHIND,
-    CUT,
     LATENT_ATTENTION,
     MAMBA,
     MLP,
@@ -37,6 +35,7 @@ from checkpoints.mappings.norms import renamed_norms
 from checkpoints.plan import Conversion, Piece, Read, Target
 from checkpoints.tensors import Checkpoint, CheckpointError
 from megatron_scmoe.config import MOE_EVERY_CHOICES
+from megatron_scmoe.config.groups import BEHIND, CUT
 
 GPT, HYBRID = "gpt", "hybrid"
 

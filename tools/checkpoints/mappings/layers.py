@@ -6,8 +6,9 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from megatron_scmoe.config.groups import layers_of_pattern, predicted_by_pattern
+
 ATTENTION, LATENT_ATTENTION, MAMBA, MLP, MOE = "*", "+", "M", "-", "E"
-CUT, BEHIND = "|", "/"
 SYMBOLS = f"{MAMBA}{ATTENTION}{LATENT_ATTENTION}{MLP}{MOE}"
 """Of --hybrid-layer-pattern, those whose tensors are known here."""
 
@@ -41,16 +42,16 @@ def pattern_of(args: Namespace) -> str:
 
     Without its prediction layers: those are ``prediction_patterns(args)``.
     """
-    return _patterns(args)[0]
+    return layers_of_pattern(_whole_pattern(args))
 
 
 def prediction_patterns(args: Namespace) -> list[str]:
     """The layers in each prediction layer of a hybrid model."""
-    return [pattern for pattern in _patterns(args)[1:] if pattern]
+    return predicted_by_pattern(_whole_pattern(args))
 
 
-def _patterns(args: Namespace) -> list[str]:
-    return (getattr(args, "hybrid_layer_pattern", None) or "").replace(CUT, "").split(BEHIND)
+def _whole_pattern(args: Namespace) -> str:
+    return getattr(args, "hybrid_layer_pattern", None) or ""
 
 
 def layers_of(args: Namespace) -> Iterator[Layer]:

@@ -18,10 +18,11 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments, validate_args
 
 from checkpoints.disk.torch_dist import MegatronCheckpoint
-from checkpoints.mappings.layers import BEHIND, pattern_of
+from checkpoints.mappings.layers import pattern_of
 from checkpoints.running.scores import USUAL_LENGTH
 from checkpoints.tensors import CheckpointError
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, ConfigError, ScMoEConfig
+from megatron_scmoe.config.groups import BEHIND
 from megatron_scmoe.training import refusals, stage_rules
 from megatron_scmoe.training.arguments import CORE_FORGETS, add_scmoe_arguments, scmoe_config_from_args
 
