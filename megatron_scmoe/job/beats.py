@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -10,20 +11,24 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+import psutil
 import torch.distributed as dist
 
 BEAT_S = 3.0
 SILENT_S = {"step": 25.0, "setup": 120.0, "checkpointing": 40.0, "between": 40.0}
 """How long a rank may say nothing, by the section that it was in last. A thread of its own speaks, so silence means a
 stopped or dead process, an unreachable node, or a call that keeps Python's lock. Where data are indexed such calls take
-minutes: the section ``data`` has no limit."""
+minutes: the section ``data`` has no limit. A process of this machine that is seen to be stopped or dead has the time of
+a step wherever it was."""
 ASKED_AGAIN_S = 15.0
 """Between two looks at all ranks where a step takes too long: several signs of life."""
 PATIENCE = 10.0
 _BEAT = "beat/"
+_SILENT_STATES = {psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}  # one that is debugged speaks again
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Beat:
         section: ``setup`` until the first step has ended, but for ``data``; ``step``, ``checkpointing``, ``between``
             or ``ended``.
         still_s: seconds since the main thread was last seen at another place of its code.
-        host: where it runs.
+        machine: where it runs, and where its ``pid`` means a process.
         pid: its process.
     """
 
@@ -44,7 +49,7 @@ class Beat:
     step: int
     section: str
     still_s: float
-    host: str
+    machine: str
     pid: int
 
     def in_words(self) -> str:
@@ -69,7 +74,7 @@ class Pulse:
         if place != self._place:
             self._place, self._moved_s = place, now_s
         self._number += 1
-        beat = Beat(self._number, step, section, now_s - self._moved_s, socket.gethostname(), os.getpid())
+        beat = Beat(self._number, step, section, now_s - self._moved_s, this_machine(), os.getpid())
         self._store.set(f"{_BEAT}{self._rank}", json.dumps(asdict(beat)))
 
 
@@ -80,6 +85,23 @@ def _place(frame: FrameType | None) -> list[tuple[int, int]]:
         place.append((id(frame.f_code), frame.f_lasti))
         frame = frame.f_back
     return place
+
+
+def this_machine() -> str:
+    """Host and, where containers have them, namespace of processes."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
+    return socket.gethostname()
+
+
+def _cannot_speak(beat: Beat) -> bool:
+    """Whether the rank's process can be seen from here, and is stopped or gone."""
+    if beat.machine != this_machine():
+        return False
+    try:
+        return psutil.Process(beat.pid).status() in _SILENT_STATES
+    except psutil.NoSuchProcess:
+        return True
 
 
 def heard(store: dist.Store, rank: int) -> Beat | None:
@@ -111,7 +133,9 @@ class Ear:
         if beat != self._last:
             self._last, self._heard_s = beat, now_s
         silent_s = now_s - self._heard_s
-        if beat is None or silent_s <= SILENT_S.get(beat.section, float("inf")):
+        if beat is None or beat.section == "ended" or silent_s <= SILENT_S["step"]:
+            return None
+        if silent_s <= SILENT_S.get(beat.section, float("inf")) and not _cannot_speak(beat):
             return None
         return Finding([self.rank], f"silent for {silent_s:.0f} s, last heard of {beat.in_words()}", are_silent=True)
 

@@ -1,9 +1,9 @@
 """A job in which a rank hangs ends, and says which rank and where: a thread on every rank watches.
 
 Each rank says in the job's store every few seconds that it lives and where it is (``beats.py``), and listens to the
-next rank. Where that one falls silent, or this rank's own step takes too long and all ranks stand still, every rank
-writes its stacks and the job ends. Ranks that compute, such as in a compilation, stand still nowhere. Where a rank has
-ended and said why (``last_words.py``), the others end as well.
+next rank, of the job and of its machine. Where one falls silent, or this rank's own step takes too long and all ranks
+stand still, every rank writes its stacks and the job ends. Ranks that compute, such as in a compilation, stand still
+nowhere. Where a rank has ended and said why (``last_words.py``), the others end as well.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import faulthandler
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -25,7 +24,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_scmoe.job import last_words
-from megatron_scmoe.job.beats import ASKED_AGAIN_S, BEAT_S, SILENT_S, Beat, Ear, Finding, Pulse, diagnosis, heard
+from megatron_scmoe.job.beats import (
+    ASKED_AGAIN_S,
+    BEAT_S,
+    SILENT_S,
+    Beat,
+    Ear,
+    Finding,
+    Pulse,
+    diagnosis,
+    heard,
+    this_machine,
+)
 from megatron_scmoe.job.roll_call import in_words
 from megatron_scmoe.mcore import save_helpers
 
@@ -130,15 +140,16 @@ class HangWatch:
         """The thread."""
         try:
             pulse = Pulse(self._store, self._args.rank)
-            ear = Ear(self._store, (self._args.rank + 1) % self._args.world_size)
+            ears = [Ear(self._store, rank) for rank in _next_to(self._args.rank, self._args.world_size)]
             pulse.say(self._step, self._section)  # at once: who was never heard is not missed
             while not self._stopped.wait(BEAT_S):
                 pulse.say(self._step, self._section)
                 self._obey()
                 self._heed()
                 self._mind_writer()
-                if found := ear.silence():
-                    self._end(found)
+                for ear in ears:
+                    if found := ear.silence():
+                        self._end(found)
                 self._judge()
             pulse.say(self._step, "ended")
         except dist.DistError as error:
@@ -210,9 +221,15 @@ class HangWatch:
     def _kill(self, rank: int) -> None:
         """A stopped process ends by SIGKILL alone, for which launchers wait half a minute."""
         beat = heard(self._store, rank)
-        if beat is not None and beat.host == socket.gethostname() and rank != self._args.rank:
+        if beat is not None and beat.machine == this_machine() and rank != self._args.rank:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(beat.pid, signal.SIGKILL)
+
+
+def _next_to(rank: int, world_size: int) -> set[int]:
+    """Whom a rank listens to: the next of the job, and of its machine, whose process it can see."""
+    place, ranks_here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return {(rank + 1) % world_size, rank - place + (place + 1) % ranks_here} - {rank}
 
 
 def write_stacks(folder: Path, rank: int) -> None:

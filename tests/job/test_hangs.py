@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,6 +107,41 @@ def test_silence_counts_but_where_data_are_indexed(monkeypatch):
         assert (found is not None) is bool(words)
         if found is not None:
             assert found.ranks == [0] and f"last heard of {words}" in found.words
+
+
+@pytest.mark.parametrize("section", ["setup", "data", "step"])
+@pytest.mark.parametrize("how", ["stopped", "gone", "lives", "elsewhere"])
+def test_a_stopped_process_is_missed_after_the_time_of_a_step_wherever_it_was(section, how, monkeypatch):
+    """One that lives may keep Python's lock for long; of one on another machine nobody here can tell."""
+    monkeypatch.setitem(beats.SILENT_S, "step", 0.05)
+    process = subprocess.Popen(["sleep", "60"])
+    machine = "elsewhere" if how == "elsewhere" else beats.this_machine()
+    store = dist.HashStore()
+    store.set("beat/0", json.dumps(asdict(Beat(1, 3, section, 0.0, machine, process.pid))))
+    ear = Ear(store, 0)
+    assert ear.silence() is None
+    if how in ("stopped", "elsewhere"):
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    if how == "gone":
+        process.kill()
+        process.wait()
+    time.sleep(0.1)
+    assert (ear.silence() is not None) is (section == "step" or how in ("stopped", "gone"))
+    process.kill()
+    process.wait()
+
+
+def test_a_rank_listens_to_the_next_of_the_job_and_of_its_machine(monkeypatch):
+    listens = {}
+    for rank in range(6):
+        monkeypatch.setenv("LOCAL_RANK", str(rank % 3))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+        listens[rank] = hangs._next_to(rank, 6)
+    assert listens == {0: {1}, 1: {2}, 2: {3, 0}, 3: {4}, 4: {5}, 5: {0, 3}}
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert hangs._next_to(1, 2) == {0} and hangs._next_to(0, 1) == set()
 
 
 def test_data_are_indexed_in_a_section_of_their_own(tmp_path):

@@ -47,7 +47,7 @@ MOST_FAULTS = 5
 START_S = 240.0
 """Until a job has done some steps, on a machine with other work."""
 END_S = 300.0
-"""Until a struck job has ended; its own watch waits 120 s for one that stops before its first step has ended."""
+"""Until a struck job has ended; its own watch ends it within a minute."""
 STRIKE_S = 0.3
 """Within which an obstacle comes after a step: about as long as a step or a save takes."""
 LONGEST_WAIT_STEPS = 4
