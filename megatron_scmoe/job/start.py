@@ -36,6 +36,7 @@ def joined(args: Namespace, meeting: Meeting, hang_limit_s: float) -> Iterator[N
             fault_hooks.follow_sections(watch)
             watch.start()
             stack.callback(watch.stop)
+        last_words.dismiss_witness()
         with _speaking():
             yield
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict
 
 import pytest
@@ -201,6 +202,39 @@ def test_a_rank_says_why_it_ends(code):
     assert rank_that_ends(code, server.port) == exit_code
     said = last_words.of_rank(server, 1)
     assert said == (None if words is None else LastWords(1, words, is_refusal="is_refusal" in code))
+
+
+KILL = "import os; os.kill(os.getpid(), 9)"
+
+
+def said_soon(look: Callable[[], LastWords | None]) -> LastWords | None:
+    """What a witness says, who speaks after the rank has ended."""
+    deadline_s = time.monotonic() + 10
+    while (said := look()) is None and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    return said
+
+
+def test_a_witness_speaks_for_a_rank_that_is_killed():
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    assert rank_that_ends(KILL, server.port, restarts=1) == -9
+    said = said_soon(lambda: last_words.of_rank(server, 1))
+    assert said is not None and said.words.startswith("a signal has ended it") and said.comes_back
+
+
+def test_a_witness_speaks_to_the_attempt_that_a_killed_rank_took_part_in():
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    rank_that_ends(f"last_words.takes_part('attempt'); {KILL}", server.port)
+    said = said_soon(lambda: last_words.heard(dist.PrefixStore("attempt", server)))
+    assert said is not None and said.rank == 1
+
+
+@pytest.mark.parametrize("code", ["last_words.dismiss_witness()", "last_words.all_is_said()"])
+def test_a_witness_that_is_dismissed_says_nothing(code):
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    assert rank_that_ends(f"{code}; {KILL}", server.port) == -9
+    time.sleep(1)
+    assert last_words.of_rank(server, 1) is None
 
 
 @pytest.mark.parametrize("is_refusal", [False, True])

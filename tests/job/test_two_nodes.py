@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,16 @@ def test_a_node_that_ends_alone_before_all_have_met_ends_the_job(flag, line, tmp
         assert f"pretrain_gpt_scmoe.py: {line}" in started.logs[0].read_text()
 
 
+def test_a_rank_that_is_killed_before_all_have_met_ends_the_job(tmp_path):
+    with job(tmp_path) as started:
+        while not started.ranks(1):
+            time.sleep(0.05)
+        time.sleep(2)  # its imports take longer, and have not begun before its witness is there
+        os.kill(started.ranks(1)[0], signal.SIGKILL)
+        assert started.exit_codes(within_s=60) == [1, 1]
+        assert "pretrain_gpt_scmoe.py: ended: rank 1 has ended: a signal has ended it" in started.logs[0].read_text()
+
+
 def test_a_stopped_rank_ends_the_job_and_is_named(tmp_path):
     with job(tmp_path) as started:
         started.wait_for_step(20)
@@ -66,7 +77,7 @@ def test_a_rank_that_is_stopped_before_its_first_step_ends_the_job_and_is_named(
     with job(tmp_path) as started:
         started.wait_for("building GPT")
         os.kill(started.ranks(1)[0], signal.SIGSTOP)
-        assert all(started.exit_codes(within_s=240))
+        assert all(started.exit_codes(within_s=60))
         assert re.search(r"hang: rank 1: silent for \d+ s, last heard of setup, step 1;", started.printed())
 
 
