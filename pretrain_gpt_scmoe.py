@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import signal
 
+from megatron_scmoe.job import witness
 from megatron_scmoe.job.orphans import die_with_launcher, end_with_rank
 
 if __name__ == "__main__":  # before the slow imports
     die_with_launcher()
+    witness.begin()
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that ^C ends
 elif __name__ == "__mp_main__":  # a process that Core starts beside a rank imports this, too

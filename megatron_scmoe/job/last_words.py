@@ -1,8 +1,8 @@
 """What a rank that ends leaves in the job's store for the others, which would wait for it in vain.
 
-Only under torchrun, whose store is there before the ranks and after them. A killed process leaves nothing: until the
-watch begins a witness speaks for it, and from then on its silence is noticed (``beats.py``). Called before the slow
-imports, so nothing of Megatron is imported here.
+Only under torchrun, whose store is there before the ranks and after them. A killed process leaves nothing: its witness
+speaks for it (``witness.py``), and once the watch has begun its silence is noticed (``beats.py``). Called before the
+slow imports, so nothing of Megatron is imported here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import atexit
 import contextlib
 import json
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -20,36 +19,14 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from megatron_scmoe.job import witness
+
 EXIT_ENDED = 3
 PLACE = "megatron_scmoe"
 """Where keys of ours begin in the job's store."""
 _SAY_WITHIN = timedelta(seconds=5)
 _LEFT = f"{PLACE}/left"
 _OVER = "over"
-_DISMISSED = b"\n"
-
-
-class _Witness:
-    """A small process that says a word for this one where a signal ends it, as the kernel does when memory is short.
-
-    It reads the attempt that its parent takes part in from a pipe, which the kernel closes with the parent.
-    """
-
-    def __init__(self) -> None:
-        ends, self._to_witness = os.pipe()
-        self._pid = os.fork()
-        if self._pid == 0:
-            os.close(self._to_witness)
-            _attest(ends)
-        os.close(ends)
-
-    def takes_part(self, attempt: str) -> None:
-        os.write(self._to_witness, attempt.encode())
-
-    def dismiss(self) -> None:
-        os.write(self._to_witness, _DISMISSED)
-        os.close(self._to_witness)
-        os.waitpid(self._pid, 0)
 
 
 @dataclass
@@ -59,12 +36,10 @@ class _Voice:
     Attributes:
         is_expected: whether its end is one to be told of.
         attempt: with what the keys begin of the attempt that it takes part in; None before there is one.
-        witness: of its end by a signal, until others watch it.
     """
 
     is_expected: bool = False
     attempt: str | None = None
-    witness: _Witness | None = None
 
 
 _OWN = _Voice()
@@ -92,31 +67,21 @@ class LastWords:
 
 
 def begin() -> None:
-    """From now on this process does not end without a word, be it in an import, or by a signal."""
+    """From now on this process does not end without a word, be it in an import; what a signal ends does."""
     _OWN.is_expected = True
-    if _is_under_torchrun():
-        _OWN.witness = _Witness()
     atexit.register(_at_exit)
 
 
 def takes_part(attempt: str) -> None:
     """The ranks have met: what is said from now on is for those of this ``attempt``, whose keys begin so."""
     _OWN.attempt = attempt
-    if _OWN.witness is not None:
-        _OWN.witness.takes_part(attempt)
-
-
-def dismiss_witness() -> None:
-    """Others watch this process now, or nobody will."""
-    if _OWN.witness is not None:
-        _OWN.witness.dismiss()
-        _OWN.witness = None
+    witness.takes_part(attempt)
 
 
 def all_is_said() -> None:
     """This process ends without a word."""
     _OWN.is_expected = False
-    dismiss_witness()
+    witness.dismiss()
 
 
 def leave(words: str, *, is_refusal: bool = False) -> None:
@@ -126,32 +91,28 @@ def leave(words: str, *, is_refusal: bool = False) -> None:
         words: why; the first line counts.
         is_refusal: whether a restart would end so again.
     """
-    if not _OWN.is_expected or not _is_under_torchrun():
+    if not _OWN.is_expected or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     all_is_said()
+    say(words, is_refusal=is_refusal, attempt=_OWN.attempt)
+
+
+def say(words: str, *, is_refusal: bool = False, attempt: str | None) -> None:
+    """Write in the job's store why the rank of this process, or of the one that it is a witness of, ends.
+
+    Args:
+        words: why; the first line counts.
+        is_refusal: whether a restart would end so again.
+        attempt: with what the keys begin of the attempt that it took part in, if any.
+    """
     line = (words.splitlines() or ["without words"])[0]
     said = LastWords(int(os.environ["RANK"]), line, is_refusal, not is_refusal and _has_restarts())
     with contextlib.suppress(dist.DistError, ValueError):
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, timeout=_SAY_WITHIN, wait_for_workers=False)
         store.set(f"{_LEFT}/{said.rank}", json.dumps(asdict(said)))
-        if _OWN.attempt is not None:
-            end(dist.PrefixStore(_OWN.attempt, store), said)
-
-
-def _attest(ends: int) -> NoReturn:
-    """The witness: wait for the end of its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for ranks; it comes to all of a terminal
-    with os.fdopen(ends, "rb") as pipe:
-        heard_of = pipe.read()
-    if not heard_of.endswith(_DISMISSED):
-        _OWN.attempt = heard_of.decode() or None
-        leave("a signal has ended it: see what its torchrun printed; -9 may be the kernel, short of memory")
-    os._exit(0)
-
-
-def _is_under_torchrun() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if attempt is not None:
+            end(dist.PrefixStore(attempt, store), said)
 
 
 def _has_restarts() -> bool:

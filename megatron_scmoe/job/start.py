@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_scmoe.config import ConfigError
-from megatron_scmoe.job import last_words, sameness, writer
+from megatron_scmoe.job import last_words, sameness, witness, writer
 from megatron_scmoe.job.hangs import HangWatch, StepLimit
 from megatron_scmoe.job.meeting import Meeting
 from megatron_scmoe.mcore import fault_hooks
@@ -36,7 +36,7 @@ def joined(args: Namespace, meeting: Meeting, hang_limit_s: float) -> Iterator[N
             fault_hooks.follow_sections(watch)
             watch.start()
             stack.callback(watch.stop)
-        last_words.dismiss_witness()
+        witness.dismiss()
         with _speaking():
             yield
 

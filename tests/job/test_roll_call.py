@@ -188,7 +188,8 @@ def rank_that_ends(code: str, port: int, restarts: int = 0) -> int:
     environment = {"RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
     environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"}
     environment |= {"TORCHELASTIC_MAX_RESTARTS": str(2 + restarts)}
-    program = f"from megatron_scmoe.job import last_words; last_words.begin(); {code}"
+    program = "from megatron_scmoe.job import witness; witness.begin()\n"
+    program += f"from megatron_scmoe.job import last_words; last_words.begin(); {code}"
     return subprocess.run(
         [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, timeout=120
     ).returncode
@@ -229,7 +230,7 @@ def test_a_witness_speaks_to_the_attempt_that_a_killed_rank_took_part_in():
     assert said is not None and said.rank == 1
 
 
-@pytest.mark.parametrize("code", ["last_words.dismiss_witness()", "last_words.all_is_said()"])
+@pytest.mark.parametrize("code", ["witness.dismiss()", "last_words.all_is_said()"])
 def test_a_witness_that_is_dismissed_says_nothing(code):
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     assert rank_that_ends(f"{code}; {KILL}", server.port) == -9
