@@ -9,7 +9,9 @@ so that settings can be checked before torch is there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -52,11 +54,14 @@ class DenseOp:
             nothing reads one.
         run: ``run(stream, norm(stream), inputs)`` is the stream behind the op; ``inputs`` is what Core hands to every
             block beside it (``mcore.blocks.AttentionInputs``).
+        cut: a ``run`` within ``cut(act)`` calls ``act`` once, behind an attention's projections, before its core
+            attention; None where there is no such place.
     """
 
     name: str
     norm: Callable[[Stream], Tensor] | None
     run: Callable[[Stream, Any, Any], Stream]
+    cut: Callable[[Callable[[], None]], AbstractContextManager[None]] | None = None
 
 
 class RowCounts(Protocol):
@@ -136,24 +141,38 @@ class RoutedCall:
         return self.landing - self.tap + 1
 
 
+class Launch(StrEnum):
+    """Where the dispatches of a call are launched, by the op at its tap."""
+
+    BEFORE = "before"
+    """As soon as they are packed, before the op: the transfer begins as early as it can."""
+    WITHIN = "within"
+    """Between an attention's projections and its core attention: the host has enqueued the former."""
+    BEHIND = "behind"
+    """Behind the op: the host has enqueued all of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class SpanShape:
     """What a plan has to know of a span.
 
     At one place, before op p, things have this order: late calls that land there run the experts that are left, and
     land; the calls tapped there take off; experts whose slot this is run, by the number of their call; calls that land
-    in op p finish their combine; op p runs; what was tapped there and only announced is launched.
+    in op p finish their combine; op p runs; what was tapped there and only announced is launched, within the op or
+    behind it.
 
     Attributes:
         num_ops: ops of the span, the ends of its groups among them.
         calls: in the order of their taps.
         waits_to_pack: whether the host has to know the counts before it can pack, as with a codec, a capacity or zero
             experts: there is nothing to announce then.
+        attentions: indices of the ops that have a place within them for a launch, before their core attention.
     """
 
     num_ops: int
     calls: tuple[RoutedCall, ...]
     waits_to_pack: bool = False
+    attentions: frozenset[int] = frozenset()
 
     def first_call_of(self, part: int) -> int:
         """Number of the first call of the span's group ``part``."""
@@ -171,29 +190,35 @@ class SpanShape:
         """Numbers of the calls whose outputs op ``place``, the end of their group, adds."""
         return [number for number, call in enumerate(self.calls) if not call.late and call.landing == place]
 
-    @property
-    def may_launch_behind(self) -> frozenset[int]:
-        """Numbers of the calls whose dispatches may be launched behind the op at their tap.
+    def launched_aside(self, launch: Launch) -> frozenset[int]:
+        """Numbers of the calls that plans of this launch only announce before the op at their tap.
 
         Their experts may run behind that op, and no other call is under way there, whose experts or landing would come
-        between.
+        between. Other calls of the span are launched before the op, whatever the plan says.
         """
-        if self.waits_to_pack:
+        if launch is Launch.BEFORE or self.waits_to_pack:
             return frozenset()
-        return frozenset(n for n, call in enumerate(self.calls) if call.num_slots > 1 and self._alone_at_tap(call))
+        return frozenset(
+            number
+            for number, call in enumerate(self.calls)
+            if call.num_slots > 1
+            and self._alone_at_tap(call)
+            and (launch is Launch.BEHIND or call.tap in self.attentions)
+        )
 
-    def launched_behind(self, plan: Plan) -> frozenset[int]:
-        """Numbers of the calls that ``plan`` launches there."""
-        return self.may_launch_behind if plan.behind else frozenset()
+    @property
+    def cut(self) -> frozenset[int]:
+        """Indices of the ops that run in two steps in forward: a plan may launch between them."""
+        return frozenset(self.calls[number].tap for number in self.launched_aside(Launch.WITHIN))
 
     def has(self, plan: Plan) -> bool:
-        """Whether ``plan`` is for these calls, and each slot one of theirs."""
-        behind = self.launched_behind(plan)
+        """Whether ``plan`` is for these calls, each slot is one of theirs, and its launch has a place."""
+        aside = self.launched_aside(plan.launch)
         return (
             len(plan.slots) == len(self.calls)
             and all(slots[-1] <= call.num_slots for slots, call in zip(plan.slots, self.calls, strict=True))
-            and (bool(behind) or not plan.behind)
-            and all(plan.slots[number][0] > 1 for number in behind)
+            and (bool(aside) or plan.launch is Launch.BEFORE)
+            and all(plan.slots[number][0] > 1 for number in aside)
         )
 
     def _alone_at_tap(self, call: RoutedCall) -> bool:
@@ -204,15 +229,15 @@ class SpanShape:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Where the experts of one span run.
+    """Where the experts of one span run, and where dispatches are launched.
 
     Attributes:
         slots: for each routed call, and each token chunk of it, the place where its experts run: slot k lies before the
             k-th op from the tap on (from 1), the last one where the call lands. Chunks travel in order, so that slots
             never decrease; all calls have the same number of chunks.
         blocking: every collective is waited for where it starts: the sequential reference.
-        behind: dispatches are launched behind the op at their tap, where that can be (``SpanShape.launched_behind``):
-            the host has enqueued it before it waits for the counts. Else before it.
+        launch: where dispatches are launched, where that can be (``SpanShape.launched_aside``): what the host has
+            enqueued before it waits for the counts.
 
     Raises:
         ValueError: for no call, no chunk, calls of different numbers of chunks, a slot below 1, or a chunk before the
@@ -221,7 +246,7 @@ class Plan:
 
     slots: tuple[tuple[int, ...], ...]
     blocking: bool = False
-    behind: bool = False
+    launch: Launch = Launch.BEFORE
 
     def __post_init__(self) -> None:
         for slots in self.slots:

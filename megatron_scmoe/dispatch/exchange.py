@@ -185,7 +185,7 @@ class Exchange:
         changes.
         apart: each tensor travels as a collective of its own; else all of them side by side in one. The same on all
         ranks.
-        aside: ``launch`` comes behind ops that were enqueued since ``announce``, and on a GPU does not wait for them.
+        aside: ``launch`` comes behind what was enqueued since ``announce``, and on a GPU does not wait for it.
     """
 
     def __init__(

@@ -23,16 +23,16 @@ class Flight:
         moe: the layer whose experts run.
         cargo: what flies, of which this flight has the chunk of its tag.
         blocking: wait for each exchange where it starts.
-        behind: the dispatch is launched behind what was enqueued since it was announced.
+        aside: the dispatch is launched later than it is announced, and waits for nothing that was enqueued since.
         tag: whose flight it is, and which chunk; its name is replaced.
     """
 
-    def __init__(self, moe: MoELayer, cargo: Cargo, tag: Tag, *, blocking: bool, behind: bool) -> None:
+    def __init__(self, moe: MoELayer, cargo: Cargo, tag: Tag, *, blocking: bool, aside: bool) -> None:
         self._moe = moe
         self._cargo = cargo
         self._dispatcher = cargo.dispatchers[tag.chunk]
         self._tag = tag
-        self._blocking, self._behind = blocking, behind
+        self._blocking, self._aside = blocking, aside
         self._exchange: Exchange | None = None
         self._token: Tensor | None = None
 
@@ -41,7 +41,7 @@ class Flight:
         self._begin(ENCODE)
         packed = self._cargo.pack(self._tag.chunk)
         self._begins_backward(ENCODE, packed[0])
-        self._announce("dispatch", packed, aside=self._behind)
+        self._announce("dispatch", packed, aside=self._aside)
 
     def launch_dispatch(self) -> None:
         """Send the cargo off; the host waits for the counts of all chunks before the first one."""
@@ -113,7 +113,7 @@ class Flights:
         cargo: of all tokens.
         slots: of each chunk's experts.
         blocking: wait for every collective where it starts.
-        behind: they take off when ``launch`` is called; else at once, each as soon as it is packed.
+        aside: they take off when ``launch`` is called; else at once, each as soon as it is packed.
         tag: whose flights they are; its name and chunk are replaced.
         at_home: what zero experts made of the tokens, which did not travel, [s, b, h]; None where there are none.
     """
@@ -125,22 +125,21 @@ class Flights:
         *,
         slots: tuple[int, ...],
         blocking: bool,
-        behind: bool,
+        aside: bool,
         tag: Tag,
         at_home: Tensor | None = None,
     ) -> None:
         self._slots, self._cargo, self._at_home = slots, cargo, at_home
         self._flights = [
-            Flight(moe, cargo, tag._replace(chunk=chunk), blocking=blocking, behind=behind)
-            for chunk in range(len(slots))
+            Flight(moe, cargo, tag._replace(chunk=chunk), blocking=blocking, aside=aside) for chunk in range(len(slots))
         ]
         for flight in self._flights:
             flight.announce_dispatch()
-            if not behind:
+            if not aside:
                 flight.launch_dispatch()
 
     def launch(self) -> None:
-        """Send off what was only announced, behind the op at the tap: by now the host has enqueued that one."""
+        """Send off what was only announced: by now the host has enqueued the op at the tap, or its projections."""
         for flight in self._flights:
             flight.launch_dispatch()
 

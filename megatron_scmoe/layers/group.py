@@ -224,7 +224,8 @@ def _residual_ops(layer: TransformerLayer | MambaLayer) -> list[DenseOp]:
     ops = []
     if not isinstance(layer.self_attention, IdentityOp):
         run = partial(_run, blocks.attention_residual, layer)
-        ops.append(DenseOp(ATTENTION, partial(_norm, blocks.attention_norm, layer), run))
+        cut = partial(blocks.at_core_attention, layer)
+        ops.append(DenseOp(ATTENTION, partial(_norm, blocks.attention_norm, layer), run, cut))
     if isinstance(layer.mlp, MLP):
         run = partial(_run, blocks.mlp_residual, layer)
         ops.append(DenseOp(MLP_OP, partial(_norm, blocks.mlp_norm, layer), run))

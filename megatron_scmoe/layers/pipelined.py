@@ -69,14 +69,14 @@ class PipelinedMoELayer(MoELayer):
         marker.load(probs, routing_map, self.router.topk)
         tag = Tag(marker)
         cargo = self.cargo_maker.cargo(self, hidden_states, probs, routing_map, chunks=plan.chunks, tag=tag)
-        behind = bool(self.shape.launched_behind(plan))
-        flights = Flights(self, cargo, slots=plan.slots[0], blocking=plan.blocking, behind=behind, tag=tag)
+        aside = bool(self.shape.launched_aside(plan.launch))  # behind the shared expert: there is no attention here
+        flights = Flights(self, cargo, slots=plan.slots[0], blocking=plan.blocking, aside=aside, tag=tag)
         shared = None
         if self.use_shared_expert:
             flights.run_experts(slot=1)
             marker.now(SHARED_EXPERT)
             shared = self.shared_experts_compute(hidden_states)
-            if behind:
+            if aside:
                 flights.launch()
             marker.in_backward(SHARED_EXPERT, shared)
         flights.run_experts(slot=self._call.num_slots)

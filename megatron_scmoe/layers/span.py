@@ -16,6 +16,7 @@ of every group but the last behind the K-th op of the next one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -24,13 +25,13 @@ from torch import Tensor
 
 from megatron_scmoe.codec.maker import CargoMaker
 from megatron_scmoe.config import Group, ScMoEConfig
-from megatron_scmoe.contracts import DenseOp, Flying, Plan, Stream
+from megatron_scmoe.contracts import DenseOp, Flying, Launch, Plan, Stream
 from megatron_scmoe.dispatch.exchange import Tag
 from megatron_scmoe.dispatch.flights import Flights
 from megatron_scmoe.layers.router import ZeroRouting
 from megatron_scmoe.mcore import blocks
 from megatron_scmoe.overlap.observe import BEGIN, END, Marker
-from megatron_scmoe.overlap.plan import ROUTE
+from megatron_scmoe.overlap.plan import CORE_ATTENTION, ROUTE
 
 
 class Member(Protocol):
@@ -78,9 +79,13 @@ class GroupSpan:
         self._ops = tuple(op for group in groups for op in group.ops)
         self.group_index = groups[0].group_index
         sizes = [group.group.num_ops for group in groups]
-        waits_to_pack = any(group.cargo_maker.waits_to_pack for group in groups)
-        self.shape = replace(scmoe.span_shape(self.group_index, sizes), waits_to_pack=waits_to_pack)
+        self.shape = replace(
+            scmoe.span_shape(self.group_index, sizes),
+            waits_to_pack=any(group.cargo_maker.waits_to_pack for group in groups),
+            attentions=frozenset(place for place, op in enumerate(self._ops) if op.cut is not None),
+        )
         assert self.shape.num_ops == len(self._ops)
+        self._cut = self.shape.cut
         self.plan = self.forward_plan = scmoe.plan(self.group_index, sizes)
         self._marker = Marker(self.group_index)
 
@@ -96,10 +101,10 @@ class GroupSpan:
             hidden_states: the residual stream.
             inputs: what Core hands to every block beside it (``mcore.blocks.AttentionInputs``).
             padding_mask: True where a token is padding, [s, b]; of packed samples as routers read them.
-            plan: where the experts run.
+            plan: where the experts run, and dispatches are launched.
         """
         shape, begin, begin_backward = self.shape, self._marker.now, self._marker.in_backward
-        behind = shape.launched_behind(plan)
+        aside = shape.launched_aside(plan.launch)
         flying: dict[int, Flying] = {}
         routings: dict[int, tuple[Any, ...]] = {}  # of each group's calls: a second gate is told of the first one
         begin(BEGIN)
@@ -114,7 +119,7 @@ class GroupSpan:
                 begin(ROUTE, call=number)
                 source, normed = self._groups[shape.calls[number].group].read(op, stream)
                 source = blocks.by_sample(source, inputs.packed_seq_params)
-                flying[number] = self._take_off(number, source, routings, padding_mask, plan, behind=number in behind)
+                flying[number] = self._take_off(number, source, routings, padding_mask, plan, aside=number in aside)
             for number, tokens in flying.items():
                 tokens.run_experts(slot=place - shape.calls[number].tap + 1)
             if landing := shape.landing_in(place):
@@ -122,9 +127,8 @@ class GroupSpan:
             begin(op.name, place)
             if normed is None and op.norm is not None:
                 normed = op.norm(stream)
-            stream = op.run(stream, normed, inputs)
-            for number in behind.intersection(shape.tapped_at(place)):
-                flying[number].launch()
+            announced = [flying[number] for number in aside.intersection(shape.tapped_at(place))]
+            stream = self._run(place, stream, normed, inputs, announced=announced, launch=plan.launch)
             if place == shape.num_ops - 1:
                 begin_backward(BEGIN, stream.hidden)
             begin_backward(op.name, stream.newest, place)
@@ -140,7 +144,7 @@ class GroupSpan:
         padding_mask: Tensor | None,
         plan: Plan,
         *,
-        behind: bool,
+        aside: bool,
     ) -> Flying:
         """Route what the experts of call ``number`` read, [s, b, h], and send it off, or announce it."""
         part = self.shape.calls[number].group
@@ -154,7 +158,31 @@ class GroupSpan:
         marker.load(probs, routing_map, moe.router.topk if at_home is None else None, part=part)
         tag = Tag(marker, call=number)
         cargo = group.cargo_maker.cargo(moe, source, probs, routing_map, chunks=len(slots), tag=tag)
-        return Flights(moe, cargo, slots=slots, blocking=plan.blocking, behind=behind, tag=tag, at_home=at_home)
+        return Flights(moe, cargo, slots=slots, blocking=plan.blocking, aside=aside, tag=tag, at_home=at_home)
+
+    def _run(
+        self,
+        place: int,
+        stream: Stream,
+        normed: Tensor | None,
+        inputs: Any,
+        *,
+        announced: Sequence[Flying],
+        launch: Launch,
+    ) -> Stream:
+        """Run op ``place``, and launch what was announced before it, at its core attention or behind it."""
+        op = self._ops[place]
+
+        def at_core() -> None:
+            if launch is Launch.WITHIN:
+                _launch(announced)
+            self._marker.now(CORE_ATTENTION, place)
+
+        with op.cut(at_core) if op.cut is not None and place in self._cut else nullcontext():
+            stream = op.run(stream, normed, inputs)
+        if launch is Launch.BEHIND:
+            _launch(announced)
+        return stream
 
     def _land(self, stream: Stream, landing: dict[int, Flying], place: int) -> Stream:
         """Add what lands before op ``place``, behind the end of its group."""
@@ -163,6 +191,11 @@ class GroupSpan:
             tokens.run_experts(slot=place - calls[number].tap + 1)
         (part,) = {calls[number].group for number in landing}
         return self._groups[part].land(stream, _arrived(stream, landing.values()))
+
+
+def _launch(announced: Iterable[Flying]) -> None:
+    for tokens in announced:
+        tokens.launch()
 
 
 def _arrived(stream: Stream, landing: Iterable[Flying]) -> tuple[Tensor, ...]:

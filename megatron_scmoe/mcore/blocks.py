@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +45,24 @@ def attention_residual(
     bias_dropout_add = layer.self_attn_bda(layer.training, layer.config.bias_dropout_fusion)
     with layer.bias_dropout_add_exec_handler():
         return bias_dropout_add(attention_output, _residual(layer, hidden_states), layer.hidden_dropout)
+
+
+@contextmanager
+def at_core_attention(layer: TransformerLayer, act: Callable[[], None]) -> Iterator[None]:
+    """Within the block, call ``act`` once: when the attention of ``layer`` is about to call its core attention.
+
+    Where core attention is recomputed it is called a second time in backward, by when nobody listens.
+    """
+
+    def first(*_: Any) -> None:
+        listening.remove()
+        act()
+
+    listening = layer.self_attention.core_attention.register_forward_pre_hook(first)
+    try:
+        yield
+    finally:
+        listening.remove()
 
 
 def mlp_norm(layer: TransformerLayer, hidden_states: Tensor) -> Tensor:

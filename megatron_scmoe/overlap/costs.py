@@ -17,6 +17,7 @@ from megatron_scmoe.contracts import SpanShape
 from megatron_scmoe.overlap.launch import ONCE
 from megatron_scmoe.overlap.observe import BEGIN, END
 from megatron_scmoe.overlap.plan import (
+    CORE_ATTENTION,
     DECODE,
     ENCODE,
     EXPERTS,
@@ -50,6 +51,7 @@ class GroupPass:
         sent_bytes: what this rank sent to other ranks.
         idle: when the compute lane may have had nothing enqueued (``Recording.idle``); None without a GPU.
         enqueue_s: what the host took for each dense op: on a GPU to enqueue it, else to compute it.
+        enqueue_core_s: the part of it from the core attention on, of ops that are cut there.
     """
 
     group: int
@@ -59,6 +61,7 @@ class GroupPass:
     sent_bytes: int
     idle: tuple[Interval, ...] | None = None
     enqueue_s: Mapping[int, float] = field(default_factory=dict)
+    enqueue_core_s: Mapping[int, float] = field(default_factory=dict)
 
 
 def passes_of(recording: Recording) -> list[GroupPass]:
@@ -96,10 +99,7 @@ def _group_pass(marks: Sequence[Mark], transfers: Iterable[Transfer], idle: Sequ
         Span(t.name, Lane.COMMUNICATION, t.start_s, max(t.start_s, t.end_s), t.backward, t.index, t.call)
         for t in mine.values()
     ]
-    enqueue_s: dict[int, float] = defaultdict(float)
-    for mark, following in pairwise(marks):
-        if mark.call is None and mark.name != BEGIN:
-            enqueue_s[mark.index] += following.host_s - mark.host_s
+    dense = [pair for pair in pairwise(marks) if pair[0].call is None and pair[0].name != BEGIN]
     return GroupPass(
         first.group,
         first.backward,
@@ -107,8 +107,17 @@ def _group_pass(marks: Sequence[Mark], transfers: Iterable[Transfer], idle: Sequ
         total_s=last.time_s - first.time_s,
         sent_bytes=sum(t.sent_bytes for t in mine.values()),
         idle=None if idle is None else tuple(_beginning_within(first.time_s, last.time_s, idle)),
-        enqueue_s=enqueue_s,
+        enqueue_s=_host_s(dense),
+        enqueue_core_s=_host_s([pair for pair in dense if pair[0].name == CORE_ATTENTION]),
     )
+
+
+def _host_s(pairs: Iterable[tuple[Mark, Mark]]) -> dict[int, float]:
+    """From a mark to the one behind it, by the host's clock, of each op."""
+    total_s: dict[int, float] = defaultdict(float)
+    for mark, following in pairs:
+        total_s[mark.index] += following.host_s - mark.host_s
+    return total_s
 
 
 def _beginning_within(start_s: float, end_s: float, intervals: Sequence[Interval]) -> Sequence[Interval]:
@@ -160,18 +169,23 @@ def mean_costs(costs: Sequence[SpanCosts]) -> SpanCosts:
 
 def _pass_costs(one: GroupPass, shape: SpanShape, chunks: int) -> PassCosts:
     ops = [0.0] * shape.num_ops
+    cores = {} if one.backward else dict.fromkeys(shape.cut, 0.0)
     calls: list[dict[str, float]] = [defaultdict(float) for _ in shape.calls]
     for span in one.spans:
         seconds = span.end_s - span.start_s
         if span.call is None:
             ops[span.at] += seconds
+            if span.name == CORE_ATTENTION:
+                cores[span.at] += seconds
         else:
             calls[span.call][_OP_OF[one.backward].get(span.name, span.name)] += seconds
     if not one.backward:
         for call, its in zip(shape.calls, calls, strict=True):
             its["enqueue"] = one.enqueue_s.get(call.tap, 0.0)
+            its["enqueue_core"] = one.enqueue_core_s.get(call.tap, 0.0)
     cut = {field.name: 1 if field.name in ONCE else chunks for field in fields(CallCosts)}
-    return PassCosts(ops=tuple(ops), calls=tuple(CallCosts(**{op: call[op] / cut[op] for op in cut}) for call in calls))
+    costs = tuple(CallCosts(**{op: call[op] / cut[op] for op in cut}) for call in calls)
+    return PassCosts(ops=tuple(ops), calls=costs, cores=cores)
 
 
 def _combined(costs: Sequence[PassCosts], average: Callable[[Iterable[float]], float]) -> PassCosts:
@@ -180,4 +194,5 @@ def _combined(costs: Sequence[PassCosts], average: Callable[[Iterable[float]], f
         CallCosts(**{field.name: average([getattr(call, field.name) for call in same]) for field in fields(CallCosts)})
         for same in zip(*(one.calls for one in costs), strict=True)
     )
-    return PassCosts(ops=ops, calls=calls)
+    cores = {place: average([one.cores[place] for one in costs]) for place in costs[0].cores}
+    return PassCosts(ops=ops, calls=calls, cores=cores)

@@ -48,13 +48,12 @@ class Event(NamedTuple):
         return counts[:here] + counts[here + 1 :] if self.kind is Kind.LAND else counts
 
 
-def events_of(shape: SpanShape, behind: Collection[int] = ()) -> list[Event]:
+def events_of(shape: SpanShape, aside: Collection[int] = ()) -> list[Event]:
     """The events of a span from its start, in the order that ``SpanShape`` says.
 
     Args:
         shape: of the span.
-        behind: numbers of the calls whose dispatches are launched behind the op at their tap, before which no experts
-            run.
+        aside: numbers of the calls that are not launched before the op at their tap: experts run behind it.
     """
     events: list[Event] = []
     for place in range(shape.num_ops):
@@ -64,7 +63,7 @@ def events_of(shape: SpanShape, behind: Collection[int] = ()) -> list[Event]:
         for call in shape.tapped_at(place):
             events += [Event(Kind.OP, shape.num_ops + call), Event(Kind.SET_OFF, call)]
         for call, routed in enumerate(shape.calls):
-            if call not in late and routed.tap + (call in behind) <= place <= routed.landing:
+            if call not in late and routed.tap + (call in aside) <= place <= routed.landing:
                 events.append(_gap(shape, call, place))
         events += [Event(Kind.LAND, call) for call in shape.landing_in(place)]
         events.append(Event(Kind.OP, place))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from megatron_scmoe.contracts import Plan
+from megatron_scmoe.contracts import Launch, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,8 @@ def described(plans: Mapping[int, Plans]) -> str:
         else:
             name += f" {', '.join(map(str, groups))}"
         slots = " | ".join(",".join(map(str, of_call)) for of_call in plan.slots)
-        parts.append(f"{name} slots {slots}" + " (launched behind the op at the tap)" * plan.behind)
+        launched = "" if plan.launch is Launch.BEFORE else f" (launched {plan.launch} the op at the tap)"
+        parts.append(f"{name} slots {slots}{launched}")
     return "; ".join(parts)
 
 
@@ -49,18 +50,18 @@ def saved_form(plans: Mapping[int, Plans], **beside: Any) -> dict[str, dict[str,
 def from_saved_form(saved: Mapping[str, Mapping[str, Any]]) -> dict[int, Plans]:
     """The inverse of ``saved_form``, without what is beside the plans.
 
-    Plans of versions before there was a choice of the launch, lists of slots, are left out.
+    Plans of versions that had another choice of launches, or none, are left out.
     """
     return {
         int(group): Plans(_plan(one["training"]), _plan(one["forward"]))
         for group, one in saved.items()
-        if all(isinstance(one[kind], Mapping) for kind in ("training", "forward"))
+        if all("launch" in one[kind] for kind in ("training", "forward"))
     }
 
 
 def _builtin(plan: Plan) -> dict[str, Any]:
-    return {"slots": [list(slots) for slots in plan.slots], "behind": plan.behind}
+    return {"slots": [list(slots) for slots in plan.slots], "launch": str(plan.launch)}
 
 
 def _plan(saved: Mapping[str, Any]) -> Plan:
-    return Plan(tuple(tuple(slots) for slots in saved["slots"]), behind=saved["behind"])
+    return Plan(tuple(tuple(slots) for slots in saved["slots"]), launch=Launch(saved["launch"]))

@@ -16,7 +16,7 @@ from the other end: when something is ready, and how long it takes from there. W
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from megatron_scmoe.overlap.events import Counts, Event
@@ -42,7 +42,7 @@ class _Call:
         received: from the first combine's begin until k chunks are decoded.
     """
 
-    def __init__(self, costs: CallCosts, chunks: int, *, from_the_end: bool, behind: bool) -> None:
+    def __init__(self, costs: CallCosts, chunks: int, *, from_the_end: bool, aside_s: float | None) -> None:
         there = (costs.encode, costs.dispatch)
         back = (costs.decode, costs.combine)
         (encode, self.dispatch), (decode, self.combine) = (back, there) if from_the_end else (there, back)
@@ -54,9 +54,8 @@ class _Call:
         self.decodes = [k * decode for k in numbers]
         self.sent = [max(encode + k * self.dispatch, k * encode + self.dispatch) for k in numbers]
         self.received = [max(self.combine + k * decode, k * self.combine + decode) for k in numbers]
-        if behind:  # all chunks are packed by then
-            launched = chunks * costs.encode + costs.launched_behind
-            dispatched = [launched + k * costs.dispatch for k in numbers]
+        if aside_s is not None:  # all chunks are packed by then
+            dispatched = [chunks * costs.encode + aside_s + k * costs.dispatch for k in numbers]
             if from_the_end:
                 self.received = dispatched
             else:
@@ -70,14 +69,14 @@ class Played:
         costs: of the pass.
         chunks: n.
         from_the_end: whether the events come from the last to the first.
-        behind: numbers of the calls whose dispatches are launched behind the op at their tap.
+        aside_s: of the calls that are not launched before the op at their tap, from its begin to the launch.
     """
 
-    def __init__(self, costs: PassCosts, chunks: int, *, from_the_end: bool, behind: Collection[int]) -> None:
+    def __init__(self, costs: PassCosts, chunks: int, *, from_the_end: bool, aside_s: Mapping[int, float]) -> None:
         self._chunks = chunks
         self._ops = (*costs.ops, *(call.route for call in costs.calls))
         self._calls = [
-            _Call(call, chunks, from_the_end=from_the_end, behind=number in behind)
+            _Call(call, chunks, from_the_end=from_the_end, aside_s=aside_s.get(number))
             for number, call in enumerate(costs.calls)
         ]
         self._by_kind = (self._op, self._set_off, self._run, self._land)  # in the order of Kind

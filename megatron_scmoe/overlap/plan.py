@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from megatron_scmoe.contracts import Plan, SpanShape
+from megatron_scmoe.contracts import Launch, Plan, SpanShape
 
 ATTENTION = "attention"
+CORE_ATTENTION = "core attention"
 MLP = "MLP"
 MAMBA = "Mamba"
 SHARED_EXPERT = "shared expert"
@@ -38,7 +39,7 @@ class Step(NamedTuple):
     """One step of a span.
 
     Attributes:
-        name: what runs: a dense op, or one of ``OF_A_CALL``.
+        name: what runs: a dense op, the rest of one that is cut (CORE_ATTENTION), or one of ``OF_A_CALL``.
         at: which dense op, or which token chunk.
         call: number of the routed call; None for a dense op.
     """
@@ -69,10 +70,10 @@ def forward_order(op_names: Sequence[str], shape: SpanShape, plan: Plan) -> list
     Args:
         op_names: names of the ops in order, the ends of the groups among them.
         shape: of the span; ``SpanShape`` says what comes first at one place.
-        plan: where the experts run.
+        plan: where the experts run, and dispatches are launched.
     """
     chunks = range(plan.chunks)
-    behind = shape.launched_behind(plan)
+    aside, cut = shape.launched_aside(plan.launch), shape.cut
     steps: list[Step] = []
     for place, name in enumerate(op_names):
         late = shape.landing_before(place)
@@ -83,16 +84,17 @@ def forward_order(op_names: Sequence[str], shape: SpanShape, plan: Plan) -> list
             steps.append(Step(ROUTE, 0, call))
             for chunk in chunks:
                 steps.append(Step(ENCODE, chunk, call))
-                if call not in behind:
+                if call not in aside:
                     steps += _launch(call, chunk)
         for call in range(len(shape.calls)):
             if call not in late:
                 steps += _experts(shape, plan, call, place)
         for call in shape.landing_in(place):
             steps += [Step(half, chunk, call) for chunk in chunks for half in (FINISH_COMBINE, DECODE)]
-        steps.append(Step(name, place))
-        for call in behind.intersection(shape.tapped_at(place)):
-            steps += [step for chunk in chunks for step in _launch(call, chunk)]
+        op, rest = [Step(name, place)], [Step(CORE_ATTENTION, place)] * (place in cut)
+        here = aside.intersection(shape.tapped_at(place))
+        launches = [step for call in here for chunk in chunks for step in _launch(call, chunk)]
+        steps += op + launches + rest if plan.launch is Launch.WITHIN else op + rest + launches
     return steps
 
 
@@ -101,8 +103,9 @@ def backward_order(op_names: Sequence[str], shape: SpanShape, plan: Plan) -> lis
 
     Where forward launches a dispatch makes no difference: backward waits for its gradient where it was packed.
     """
-    steps = forward_order(op_names, shape, replace(plan, behind=False))
-    return [step._replace(name=_mirrored(step.name)) for step in reversed(steps) if step.name != WAIT]
+    steps = forward_order(op_names, shape, replace(plan, launch=Launch.BEFORE))
+    only_forward = (WAIT, CORE_ATTENTION)
+    return [step._replace(name=_mirrored(step.name)) for step in reversed(steps) if step.name not in only_forward]
 
 
 def _launch(call: int, chunk: int) -> list[Step]:

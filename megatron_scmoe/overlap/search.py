@@ -23,10 +23,10 @@ from dataclasses import asdict, replace
 from operator import add, mul, sub
 from typing import TYPE_CHECKING, Any
 
-from megatron_scmoe.contracts import Plan, SpanShape
+from megatron_scmoe.contracts import Launch, Plan, SpanShape
 from megatron_scmoe.overlap.events import Counts, Event, Kind, events_of, from_the_end, num_points
 from megatron_scmoe.overlap.lanes import Mirrored, Played, Vector
-from megatron_scmoe.overlap.launch import ONCE, with_launches
+from megatron_scmoe.overlap.launch import ONCE, launched_s, with_launches
 from megatron_scmoe.overlap.limit import limit_s
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Search:
         costs: of the span at this number of chunks.
         chunks: of each call.
         forward_only: leave backward out.
-        behind: launch dispatches behind the ops at their taps, where that may be.
+        launch: of dispatches, where that can be.
 
     Attributes:
         least_s: what no plan beats.
@@ -60,23 +60,21 @@ class Search:
         steps: how many were taken.
     """
 
-    def __init__(
-        self, shape: SpanShape, costs: SpanCosts, chunks: int, *, forward_only: bool, behind: bool = False
-    ) -> None:
+    def __init__(self, shape: SpanShape, costs: SpanCosts, chunks: int, *, forward_only: bool, launch: Launch) -> None:
         self.chunks = chunks
         self.block = 1
         self.weights = (1.0,) if forward_only else (costs.forward_runs, 1.0)
-        self.behind = behind
-        late = shape.may_launch_behind if behind else frozenset()
-        costs = replace(costs, forward=with_launches(costs.forward, shape, late))
-        self.events = events_of(shape, late)
-        passes = [(costs.forward, late)] if forward_only else [(costs.forward, late), (costs.backward, frozenset())]
+        self.launch = launch
+        aside_s = launched_s(costs.forward, shape, launch)
+        costs = replace(costs, forward=with_launches(costs.forward, shape, launch))
+        self.events = events_of(shape, aside_s)
+        passes = [(costs.forward, aside_s)] if forward_only else [(costs.forward, aside_s), (costs.backward, {})]
         here, there = (Played, Mirrored), (Mirrored, Played)
         self.from_start = [
-            kind(c, chunks, from_the_end=False, behind=its) for kind, (c, its) in zip(here, passes, strict=False)
+            kind(c, chunks, from_the_end=False, aside_s=its) for kind, (c, its) in zip(here, passes, strict=False)
         ]
         self.from_end = [
-            kind(c, chunks, from_the_end=True, behind=its) for kind, (c, its) in zip(there, passes, strict=False)
+            kind(c, chunks, from_the_end=True, aside_s=its) for kind, (c, its) in zip(there, passes, strict=False)
         ]
         self.start: State = ((0.0, 0.0),) * len(passes)
         self.least_s = limit_s(shape, _in_one_chunk(costs, chunks), forward_only=forward_only)
@@ -116,7 +114,7 @@ class Search:
         beginnings = _Beginnings(self, self._endings.kept, limit_s, self._num_calls)
         beginnings.read((((),) * self._num_calls, self.start))
         slots, _ = min(beginnings.last())
-        return Plan(slots, behind=self.behind)
+        return Plan(slots, launch=self.launch)
 
     def seconds(self, state: State, other: State | None = None) -> float:
         """Time of the passes by two states of one point, read from either end; by one where all is read."""

@@ -16,12 +16,19 @@ are smallest at the same slots.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 
-from megatron_scmoe.contracts import Plan, SpanShape
-from megatron_scmoe.overlap.launch import gained_behind_s
-from megatron_scmoe.overlap.plan import START_DISPATCH, WAIT, Step, backward_order, forward_order
+from megatron_scmoe.contracts import Launch, Plan, SpanShape
+from megatron_scmoe.overlap.launch import gained_s, launched_s
+from megatron_scmoe.overlap.plan import (
+    CORE_ATTENTION,
+    START_DISPATCH,
+    WAIT,
+    Step,
+    backward_order,
+    forward_order,
+)
 from megatron_scmoe.overlap.search import Search
 from megatron_scmoe.overlap.spans import Lane, Span, communication_s, exposed_s, hidden_share
 
@@ -46,6 +53,7 @@ class CallCosts:
         decode: unpacking and weighing one chunk's results, projecting them back, and adding them where they land late.
         wait: before the first launch, where the host waits for the counts of all chunks; in forward alone.
         enqueue: what the host takes for the op at the tap; in forward alone.
+        enqueue_core: part of that, from its core attention on, where the op is cut there.
     """
 
     route: float
@@ -56,11 +64,7 @@ class CallCosts:
     decode: float
     wait: float = 0.0
     enqueue: float = 0.0
-
-    @property
-    def launched_behind(self) -> float:
-        """From the begin of the op at the tap to a launch behind it."""
-        return self.enqueue + self.wait
+    enqueue_core: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +74,7 @@ class PassCosts:
     Attributes:
         ops: each op, in forward order, the ends of the groups among them.
         calls: each routed call.
+        cores: part of the ops that are cut, by their index: from their core attention on; in forward alone.
 
     Raises:
         ValueError: for a cost that is no finite number from 0.
@@ -77,9 +82,11 @@ class PassCosts:
 
     ops: tuple[float, ...]
     calls: tuple[CallCosts, ...]
+    cores: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         named = [(f"op {index}", seconds) for index, seconds in enumerate(self.ops)]
+        named += [(f"core of op {index}", seconds) for index, seconds in self.cores.items()]
         named += [(f"{op} of call {n}", s) for n, call in enumerate(self.calls) for op, s in asdict(call).items()]
         for name, seconds in named:
             if not (math.isfinite(seconds) and seconds >= 0):
@@ -88,7 +95,8 @@ class PassCosts:
     def seconds(self, step: Step) -> float:
         """What a step costs on the lane that it occupies; a start or finish is that of its collective."""
         if step.call is None:
-            return self.ops[step.at]
+            core = self.cores.get(step.at, 0.0)
+            return core if step.name == CORE_ATTENTION else self.ops[step.at] - core
         return getattr(self.calls[step.call], step.name.removeprefix("start ").removeprefix("finish "))
 
 
@@ -132,8 +140,8 @@ def solve(shape: SpanShape, costs: Mapping[int, SpanCosts], *, forward_only: boo
     """The plan with the smallest predicted time (``search.py`` says how it is found).
 
     Of plans whose times differ by less than ``TIE`` it takes the one with the fewest chunks, among those one that
-    launches before the ops at the taps, and among those the earliest slots, compared call by call and chunk by chunk:
-    rounding does not decide.
+    launches before the ops at the taps, or else within them, and among those the earliest slots, compared call by call
+    and chunk by chunk: rounding does not decide.
 
     Args:
         shape: the span.
@@ -141,9 +149,10 @@ def solve(shape: SpanShape, costs: Mapping[int, SpanCosts], *, forward_only: boo
         forward_only: choose for evaluation, where no backward follows.
     """
     searches = [
-        Search(shape, costs[chunks], chunks, forward_only=forward_only, behind=behind)
+        Search(shape, costs[chunks], chunks, forward_only=forward_only, launch=launch)
         for chunks in sorted(costs)
-        for behind in ((False, True) if _gains_behind(shape, costs[chunks].forward) else (False,))
+        for launch in Launch
+        if launch is Launch.BEFORE or _gains(shape, costs[chunks].forward, launch)
     ]
     chosen, limit_s, steps = searches[0], math.inf, MAX_STEPS
     for number, search in enumerate(searches):
@@ -163,8 +172,8 @@ def solve(shape: SpanShape, costs: Mapping[int, SpanCosts], *, forward_only: boo
     )
 
 
-def _gains_behind(shape: SpanShape, costs: PassCosts) -> bool:
-    return gained_behind_s(costs, shape) > TIE * sum(costs.ops)
+def _gains(shape: SpanShape, costs: PassCosts, launch: Launch) -> bool:
+    return gained_s(costs, shape, launch) > TIE * sum(costs.ops)
 
 
 def predicted_s(shape: SpanShape, costs: SpanCosts, plan: Plan, *, forward_only: bool = False) -> float:
@@ -204,27 +213,26 @@ def schedule(shape: SpanShape, costs: PassCosts, plan: Plan, *, backward: bool) 
     """
     return [
         Span(name, lane, start_s, end_s, backward, at, call)
-        for (name, at, call), lane, start_s, end_s in _play(_steps(shape, plan, backward=backward), costs, plan)
+        for (name, at, call), lane, start_s, end_s in _play(shape, costs, plan, backward=backward)
     ]
 
 
-def _steps(shape: SpanShape, plan: Plan, *, backward: bool) -> list[Step]:
+def _play(
+    shape: SpanShape, costs: PassCosts, plan: Plan, *, backward: bool
+) -> Iterator[tuple[Step, Lane, float, float]]:
+    """Every op and collective of a pass with its lane, start and end."""
     assert shape.has(plan), (plan, shape)
-    return (backward_order if backward else forward_order)(["op"] * shape.num_ops, shape, plan)
-
-
-def _play(steps: Iterable[Step], costs: PassCosts, plan: Plan) -> Iterator[tuple[Step, Lane, float, float]]:
-    """Every op and collective of the steps with its lane, start and end."""
-    compute_free_s = communication_free_s = start_s = 0.0
+    steps = (backward_order if backward else forward_order)(["op"] * shape.num_ops, shape, plan)
+    aside_s = launched_s(costs, shape, plan.launch)
+    compute_free_s = communication_free_s = op_start_s = 0.0
     arrival_s: dict[Step, float] = {}
-    launch_s: dict[int | None, float] = {}  # of calls that are launched behind the op at their tap
-    last: Step | None = None  # on the compute lane, where it began at start_s
+    launch_s: dict[int | None, float] = {}  # of calls that are not launched before the op at their tap
     for step in steps:
         half, _, collective = step.name.partition(" ")
         if half == "start":
             carried = step._replace(name=collective)
-            launched_s = launch_s.get(step.call, compute_free_s) if step.name == START_DISPATCH else compute_free_s
-            sent_s = max(launched_s, communication_free_s)
+            ready_s = launch_s.get(step.call, compute_free_s) if step.name == START_DISPATCH else compute_free_s
+            sent_s = max(ready_s, communication_free_s)
             communication_free_s = arrival_s[carried] = sent_s + costs.seconds(step)
             yield carried, Lane.COMMUNICATION, sent_s, communication_free_s
             if plan.blocking:
@@ -232,13 +240,14 @@ def _play(steps: Iterable[Step], costs: PassCosts, plan: Plan) -> Iterator[tuple
         elif half == "finish":
             compute_free_s = max(compute_free_s, arrival_s[step._replace(name=collective)])
         else:
-            end_s = compute_free_s + costs.seconds(step)
-            if step.name == WAIT and last is not None and last.call is None:
-                launch_s[step.call] = start_s + costs.calls[step.call or 0].launched_behind
-                end_s = max(compute_free_s, launch_s[step.call])
-            last, start_s, compute_free_s = step, compute_free_s, end_s
+            start_s, compute_free_s = compute_free_s, compute_free_s + costs.seconds(step)
+            if step.call is None and step.name != CORE_ATTENTION:
+                op_start_s = start_s
+            if step.name == WAIT and step.call in aside_s:
+                launch_s[step.call] = op_start_s + aside_s[step.call]
+                compute_free_s = max(start_s, launch_s[step.call])
             yield step, Lane.COMPUTE, start_s, compute_free_s
 
 
 def _time_of_pass(shape: SpanShape, costs: PassCosts, plan: Plan, *, backward: bool) -> float:
-    return max(end_s for _, _, _, end_s in _play(_steps(shape, plan, backward=backward), costs, plan))
+    return max(end_s for _, _, _, end_s in _play(shape, costs, plan, backward=backward))

@@ -16,7 +16,7 @@ from statistics import fmean
 
 import torch
 
-from megatron_scmoe.contracts import Plan
+from megatron_scmoe.contracts import Launch, Plan
 from megatron_scmoe.overlap.costs import GroupPass
 from megatron_scmoe.overlap.recording import Compression, Load, Recording
 from megatron_scmoe.overlap.spans import communication_s, exposed_s, hidden_share, length
@@ -43,6 +43,7 @@ class GroupRow:
     Attributes:
         group: index of its first group over the whole model.
         slots: of its plan, for each call and chunk.
+        launch: of its dispatches, where that can be: before, within or behind the op at the tap.
         communication_ms: time in which a collective was under way, all micro-batches.
         exposed_ms: the part of it beside which nothing was computed.
         hidden_share: 1 - exposed / communication.
@@ -59,6 +60,7 @@ class GroupRow:
 
     group: int
     slots: tuple[tuple[int, ...], ...]
+    launch: Launch
     communication_ms: float
     exposed_ms: float
     hidden_share: float
@@ -104,6 +106,7 @@ def _row(
     return GroupRow(
         group=group,
         slots=plan.slots,
+        launch=plan.launch,
         communication_ms=communication * 1e3,
         exposed_ms=exposed * 1e3,
         hidden_share=hidden_share(exposed, communication),

@@ -23,6 +23,8 @@ from models import Case
 from stream_order import Fault, Kind
 from stream_stand_ins import Event, Stream, Work, checked
 
+from megatron_scmoe.contracts import Launch
+
 EP2 = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 RECORDERS = ("megatron_scmoe.overlap.observe", "megatron_scmoe.overlap.recording")
 
@@ -55,9 +57,9 @@ def train(case: Case) -> None:
     models.losses_and_gradients(case, num_micro_batches=2)
 
 
-def launch_behind(case: Case) -> None:
-    """The same, with dispatches launched by the side stream, behind the ops at their taps."""
-    models.losses_and_gradients(case, num_micro_batches=2, behind=True)
+def launch_aside(case: Case, launch: Launch) -> None:
+    """The same, with dispatches launched by the side stream, within or behind the ops at their taps."""
+    models.losses_and_gradients(case, num_micro_batches=2, launch=launch)
 
 
 def evaluate(case: Case) -> None:
@@ -105,7 +107,8 @@ def train_stock(case: Case) -> None:
 
 STEPS: dict[str, Callable[[Case], None]] = {
     "train": train,
-    "launch behind": launch_behind,
+    "launch within": functools.partial(launch_aside, launch=Launch.WITHIN),
+    "launch behind": functools.partial(launch_aside, launch=Launch.BEHIND),
     "evaluate": evaluate,
     "record": record,
     "measure": functools.partial(record, sequential=True),
@@ -130,6 +133,7 @@ def seen_on_rank(runs: dict[str, Run], mutant: str = "") -> dict[str, Seen]:
 
 # ---- right ----------------------------------------------------------------------------------------------------------
 
+POS1 = Case(position=("pos1",))
 LATE = Case(span=2, landing=1)
 FARSKIP = LATE.replace(moe_every=1, position=("farskip",))
 DGMOE = Case(shortcut="dgmoe")
@@ -138,7 +142,7 @@ LLOYD = LSH.replace(refinement="lloyd", topk=2, hashes=2)
 LONGCAT = Case(router="longcat", zero_experts=3, topk=3, combine="add")
 
 QUICK = {
-    "pos1": Run("train", Case(position=("pos1",))),
+    "pos1": Run("train", POS1),
     "pos2": Run("train"),
     "pos3": Run("train", Case(position=("pos3",), topk=2)),
     "farskip": Run("train", FARSKIP),
@@ -149,6 +153,8 @@ QUICK = {
     "launched behind": Run("launch behind"),
     "launched behind, late landing": Run("launch behind", LATE),
     "launched behind, full recompute": Run("launch behind", Case(recompute="full")),
+    "launched within": Run("launch within", POS1),
+    "launched within, attention recompute": Run("launch within", POS1.replace(recompute="core_attn")),
     "nothing overlaps": Run("train", Case(overlap="off")),
     "a wire that holds nothing": Run("train", Case(chunks=2), stash=False),
     "full recompute": Run("train", Case(recompute="full")),
@@ -179,8 +185,12 @@ FULL = {
     "attention recompute": Run("train", Case(recompute="core_attn", chunks=2)),
     "shared expert recompute": Run("train", Case(recompute="shared_experts")),
     "prediction layer": Run("train", Case(predictions=1)),
-    "launched behind, pos1": Run("launch behind", Case(position=("pos1",))),
+    "launched behind, pos1": Run("launch behind", POS1),
     "launched behind, dgmoe": Run("launch behind", DGMOE),
+    "launched within, dgmoe": Run("launch within", DGMOE.replace(position=("pos3",))),
+    "launched within, late landing": Run("launch within", POS1.replace(span=2, landing=2)),
+    "launched within, full recompute": Run("launch within", POS1.replace(recompute="full")),
+    "launched within, chunks": Run("launch within", POS1.replace(chunks=2, expert_slot=("2,3",))),
     "lsh, dgmoe": Run("train", LSH.replace(shortcut="dgmoe")),
     "lsh, no compensation, four chunks": Run("train", LSH.replace(compensation="none", chunks=4)),
     "lsh, full recompute": Run("train", LSH.replace(recompute="full")),
@@ -322,6 +332,7 @@ MUTANTS: dict[str, Callable[[], Any]] = {
     "launch on the wrong stream": launch_elsewhere,
     "wait on the launching side stream (pytorch 188655)": wait_elsewhere,
     "side stream waits for nothing": side_stream_waits_for_nothing,
+    "side stream waits for nothing, within attention": side_stream_waits_for_nothing,
     "what a launch aside receives is not recorded": received_is_not_recorded,
     "what a launch aside receives lies in memory of the main stream's": received_is_of_the_main_stream,
 }
@@ -354,6 +365,9 @@ FINDINGS = {
     ),
     "side stream waits for nothing": Finding(
         {Kind.RACE}, set(), "all_to_all, which reads on nccl", Run("launch behind")
+    ),
+    "side stream waits for nothing, within attention": Finding(
+        {Kind.RACE}, set(), "all_to_all, which reads on nccl", Run("launch within", POS1)
     ),
     "what a launch aside receives is not recorded": Finding(
         {Kind.MEMORY}, set(), "gets memory that was freed, and may still be used by", Run("launch behind")

@@ -16,7 +16,7 @@ from models import BATCH_SIZE, SEQ_LENGTH, VOCAB_SIZE, Case
 from test_overlap import assert_close, order_of
 from training import STOCK, with_flags, without_flag
 
-from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
+from megatron_scmoe.contracts import Launch, Plan, RoutedCall, SpanShape
 from megatron_scmoe.overlap.plan import ADD, SHARED_EXPERT, backward_order, forward_order
 
 EP = {size: {"expert_model_parallel_size": size, "expert_tensor_parallel_size": 1} for size in (1, 2, 4)}
@@ -84,12 +84,13 @@ def build(kind: str, chunks: int, **settings):
     return model
 
 
-def losses_and_gradients(kind: str, chunks: int, behind: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def losses_and_gradients(
+    kind: str, chunks: int, launch: Launch = Launch.BEFORE
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     import torch.distributed as dist
 
     model = build(kind, chunks)
-    if behind:
-        models.launch_behind(model)
+    models.launch_at(model, launch)
     ((tokens, labels, positions),) = models.my_batch()
     loss = model(tokens, positions, None, labels=labels)
     (loss.sum() / (BATCH_SIZE * SEQ_LENGTH)).backward()
@@ -138,15 +139,14 @@ def test_names_and_keys_are_those_of_stock(kind):
     assert any("experts" in key for key in stock[0][1])
 
 
-def orders(kind: str, chunks: int, trains: bool, behind: bool = False) -> tuple[list, list]:
+def orders(kind: str, chunks: int, trains: bool, launch: Launch = Launch.BEFORE) -> tuple[list, list]:
     from megatron_scmoe.overlap import observe
 
     model = build(kind, chunks)
     model.train(trains)
+    models.launch_at(model, launch)
     for layer in model.decoder.layers[1::2]:
         layer.mlp.forward_plan = Plan(((1,),))
-    if behind:
-        models.launch_behind(model)
     ((tokens, labels, positions),) = models.my_batch()
     with observe.recording() as recorded:
         model(tokens, positions, None, labels=labels).sum().backward()
@@ -168,13 +168,14 @@ def test_recorded_order_is_the_plans(kind):
 def test_launched_behind_the_shared_expert():
     """The same numbers bit for bit, in another order."""
     kind = "shared expert, gated"
-    results = [ranks.run(losses_and_gradients, 2, kind, 2, behind, layout=EP[2]) for behind in (False, True)]
+    launches = (Launch.BEFORE, Launch.BEHIND)
+    results = [ranks.run(losses_and_gradients, 2, kind, 2, launch, layout=EP[2]) for launch in launches]
     for (loss, gradients), (other_loss, others) in zip(*results, strict=True):
         assert torch.equal(loss, other_loss)
         assert all(torch.equal(gradient, others[name]) for name, gradient in gradients.items())
-    plan = Plan(((2, 2),), behind=True)
+    plan = Plan(((2, 2),), launch=Launch.BEHIND)
     ops, shape = [SHARED_EXPERT, ADD], SpanShape(2, (RoutedCall(tap=0, landing=1),))
-    for forward, backward in ranks.run(orders, 2, kind, 2, True, True, layout=EP[2]):
+    for forward, backward in ranks.run(orders, 2, kind, 2, True, Launch.BEHIND, layout=EP[2]):
         assert forward == forward_order(ops, shape, plan)
         assert backward == backward_order(ops, shape, plan)
 

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from models import Case
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_scmoe.contracts import Launch
+
 LAYOUTS = {
     "one rank": (1, 1, 1),
     "ep2": (2, 2, 1),
@@ -164,21 +166,34 @@ def test_a_second_wait_is_counted():
     assert found["waits"] > 2 and found["exchanges"] == 2
 
 
-def steps_of_a_forward(behind: bool) -> list[str]:
-    """The op at the tap, and the host's wait, in the order in which they come."""
+def steps_of_a_forward(position: str, launch: Launch) -> list[str]:
+    """What the host does of the op at the tap, and its wait for the counts, in the order in which they come."""
     from megatron_scmoe.cpu.stand_ins import InertEvent
 
     steps: list[str] = []
-    model = models.build(Case(num_groups=1, expert_slot=(2,)))
-    if behind:
-        models.launch_behind(model)
+    model = models.build(Case(num_groups=1, position=(position,), expert_slot=(2,)))
+    models.launch_at(model, launch)
     InertEvent.synchronize = lambda _event: steps.append("wait")
-    model.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_: steps.append("MLP"))
+    first, last = model.decoder.layers
+    op = first.mlp if position == "pos2" else last.self_attention
+    op.register_forward_pre_hook(lambda *_: steps.append("begin"))
+    op.register_forward_hook(lambda *_: steps.append("end"))
+    if position == "pos1":
+        op.linear_qkv.register_forward_hook(lambda *_: steps.append("projections"))
     ((tokens, labels, positions),) = models.my_batch()
     model(tokens, positions, None, labels=labels)
     return steps
 
 
-@pytest.mark.parametrize(("behind", "steps"), [(False, ["wait", "MLP"]), (True, ["MLP", "wait"])])
-def test_behind_the_op_at_the_tap_the_host_has_waited_for_nothing(behind, steps):
-    assert ranks.run(steps_of_a_forward, 2, behind, layout=layout(2, 1)) == [steps] * 2
+@pytest.mark.parametrize(
+    ("position", "launch", "steps"),
+    [
+        ("pos2", Launch.BEFORE, ["wait", "begin", "end"]),
+        ("pos2", Launch.BEHIND, ["begin", "end", "wait"]),
+        ("pos1", Launch.BEFORE, ["wait", "begin", "projections", "end"]),
+        ("pos1", Launch.WITHIN, ["begin", "projections", "wait", "end"]),
+        ("pos1", Launch.BEHIND, ["begin", "projections", "end", "wait"]),
+    ],
+)
+def test_the_host_waits_where_the_plan_launches(position, launch, steps):
+    assert ranks.run(steps_of_a_forward, 2, position, launch, layout=layout(2, 1)) == [steps] * 2

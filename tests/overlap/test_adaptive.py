@@ -26,7 +26,7 @@ from test_overlap import OPS, order_of
 from training import SCMOE, with_flags
 
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, Overlap, ScMoEConfig, Shortcut
-from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
+from megatron_scmoe.contracts import Launch, Plan, RoutedCall, SpanShape
 from megatron_scmoe.overlap.adaptive import (
     CHECK_STEPS,
     MEASURE_STEPS,
@@ -101,7 +101,7 @@ def run_step(
     """
     passes: list[GroupPass] = []
     for group, plans in one.plans.items():
-        measured = simulated(SHAPE, worlds[group][plans.training.chunks], plans.training, group)
+        measured = simulated(one._shapes[group], worlds[group][plans.training.chunks], plans.training, group)
         passes += [dataclasses.replace(p, total_s=p.total_s + slower(plans.training)) for p in measured]
     one.take(passes)
     if not one.advance():
@@ -264,18 +264,38 @@ def test_it_launches_behind_the_op_at_the_tap_where_that_is_faster():
     one = tuner()
     texts = run_until_settled(one, {0: waiting(enqueue=1)})
     plan = one.plans[0].training
-    assert plan.behind and one.plans[0].forward.behind
+    assert plan.launch is one.plans[0].forward.launch is Launch.BEHIND
     assert predicted_s(SHAPE, waiting(1)[1], plan) < best_s(waiting(1), (1,))  # than any that launches before it
     assert all("slots 2 (launched behind the op at the tap), predicted" in text for text in texts)
     # A host that computes the op itself has nothing to run ahead of.
     busy = tuner()
     run_until_settled(busy, {0: waiting(enqueue=9)})
-    assert not busy.plans[0].training.behind and not busy.plans[0].forward.behind
+    assert busy.plans[0].training.launch is busy.plans[0].forward.launch is Launch.BEFORE
+
+
+def test_it_launches_within_attention_where_that_is_faster():
+    """The lane is busy with the projections while the host waits, and the dispatch leaves sooner than behind it."""
+    shape = dataclasses.replace(SHAPE, attentions=frozenset({1}))
+    whole = waiting(enqueue=4)[1]
+    (call,) = whole.forward.calls
+    call = dataclasses.replace(call, enqueue_core=3, dispatch=12)
+    forward = dataclasses.replace(whole.forward, calls=(call,), cores={1: 3})
+    one_world = {1: dataclasses.replace(whole, forward=forward)}
+    one = tuner(shapes={0: shape})
+    texts = run_until_settled(one, {0: one_world})
+    plan = one.plans[0].training
+    assert plan.launch is one.plans[0].forward.launch is Launch.WITHIN
+    same = [dataclasses.replace(plan, launch=launch) for launch in (Launch.BEFORE, Launch.BEHIND)]
+    assert predicted_s(shape, one_world[1], plan) < min(predicted_s(shape, one_world[1], other) for other in same)
+    assert all(f"slots {plan.slots[0][0]} (launched within the op at the tap), predicted" in text for text in texts)
+    # Where the op cannot be cut, there is no such place.
+    run_until_settled(uncut := tuner(), {0: one_world})
+    assert uncut.plans[0].training.launch is not Launch.WITHIN
 
 
 def test_it_launches_before_again_where_behind_was_slower():
     one = tuner()
-    texts = run_until_settled(one, {0: waiting(enqueue=1)}, slower=lambda plan: 50.0 * plan.behind)
+    texts = run_until_settled(one, {0: waiting(enqueue=1)}, slower=lambda plan: 50.0 * (plan.launch is Launch.BEHIND))
     assert one.plans[0].training == FIRST[0].training
     assert "stays: group 0 slots 2 (launched behind the op at the tap) was not faster" in texts[-1]
 
@@ -352,24 +372,24 @@ def test_without_a_measured_backward_the_plan_stays_and_says_why():
 
 def test_plans_are_saved_as_builtin_types_and_come_back():
     plans = {
-        0: Plans(Plan(((1, 2), (1, 1))), Plan(((3,), (1,)), behind=True)),
+        0: Plans(Plan(((1, 2), (1, 1))), Plan(((3,), (1,)), launch=Launch.WITHIN)),
         11: Plans(Plan(((2,),)), Plan(((1, 1, 4, 4),))),
     }
     saved = saved_form(plans)
     assert saved["0"] == {
-        "training": {"slots": [[1, 2], [1, 1]], "behind": False},
-        "forward": {"slots": [[3], [1]], "behind": True},
+        "training": {"slots": [[1, 2], [1, 1]], "launch": "before"},
+        "forward": {"slots": [[3], [1]], "launch": "within"},
     }
     assert from_saved_form(json.loads(json.dumps(saved))) == plans
     assert saved_form(plans, hidden_share=0.5)["11"] == {**saved["11"], "hidden_share": 0.5}
     assert from_saved_form(saved_form(plans, hidden_share=0.5)) == plans
 
 
-def continued(monkeypatch, now: dict[str, Any], settled_at: int = 5, older: bool = False, **beside: Any) -> Any:
+def continued(monkeypatch, now: dict[str, Any], settled_at: int = 5, older: str = "", **beside: Any) -> Any:
     """A session that continues from a checkpoint with ``beside`` beside its plans, under the conditions ``now``.
 
     Args:
-        older: write the plans as versions did that always launched before the op at the tap.
+        older: write the plans as versions did that launched before the op at the tap, or before and behind it.
     """
     from megatron_scmoe.mcore import stages
     from megatron_scmoe.training import session
@@ -377,8 +397,10 @@ def continued(monkeypatch, now: dict[str, Any], settled_at: int = 5, older: bool
     monkeypatch.setattr(stages, "is_stage_root", lambda: True)
     scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE, overlap=Overlap.ADAPTIVE)
     saved = saved_form(FIRST, iteration=settled_at, **beside)
-    if older:
-        saved["0"] |= {kind: saved["0"][kind]["slots"] for kind in ("training", "forward")}
+    for kind in ("training", "forward"):
+        slots = saved["0"][kind]["slots"]
+        forms = {"before": slots, "before and behind": {"slots": slots, "behind": False}}
+        saved["0"][kind] = forms.get(older, saved["0"][kind])
     one = session.OverlapSession(Namespace(overlap_plans=saved), scmoe)
     one._kept.conditions = now
     one._planned[0] = SimpleNamespace(group_index=0, shape=SHAPE, plan=Plan(((3,),)), forward_plan=Plan(((3,),)))
@@ -417,7 +439,7 @@ def test_plans_of_a_checkpoint_hold_under_its_conditions(monkeypatch, capsys, he
     assert capsys.readouterr().out == (said if why else "")
 
 
-@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("older", ["", "before", "before and behind"])
 def test_plans_of_an_older_version_are_measured_anew(monkeypatch, capsys, older):
     one = continued(monkeypatch, THERE, older=older, hidden_share=0.9, conditions=THERE)
     assert one._tuner.phase is (Phase.WARM_UP if older else Phase.SETTLED)
@@ -515,8 +537,9 @@ def test_plans_in_few_words():
     assert described({0: one, 1: one, 2: one, 3: other}) == "groups 0 to 2 slots 2; group 3 slots 1,3"
     two_calls = Plans(Plan(((1, 3), (1, 1))), Plan(((1,), (1,))))
     assert described({0: two_calls, 2: one}) == "group 0 slots 1,3 | 1,1; group 2 slots 2"
-    behind = Plans(Plan(((2,),), behind=True), Plan(((1,),)))
+    within, behind = (Plans(Plan(((2,),), launch=launch), one.forward) for launch in (Launch.WITHIN, Launch.BEHIND))
     assert described({0: behind, 1: one}) == "group 0 slots 2 (launched behind the op at the tap); group 1 slots 2"
+    assert described({0: within, 1: within}) == "groups 0 to 1 slots 2 (launched within the op at the tap)"
 
 
 # ---- on ranks, through the entry script -------------------------------------------------------------------------

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from models import Case
 from span_cases import CHUNK_OPS
 
-from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
+from megatron_scmoe.contracts import Launch, Plan, RoutedCall, SpanShape
 from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs, passes_of
-from megatron_scmoe.overlap.launch import gained_behind_s
+from megatron_scmoe.overlap.launch import gained_s
 from megatron_scmoe.overlap.observe import BEGIN, END
 from megatron_scmoe.overlap.plan import OF_A_CALL, sequential_plan
 from megatron_scmoe.overlap.recording import Mark, Transfer
@@ -349,8 +349,28 @@ def test_a_host_that_is_ahead_of_its_gpu_by_hand():
     (call,) = costs.forward.calls
     assert call == dataclasses.replace(FORWARD_COSTS.calls[0], enqueue=3.5)
     assert costs.backward == BACKWARD_COSTS
-    assert gained_behind_s(costs.forward, SHAPE) == 2  # of 7 s the lane is busy for 3.5 more
-    assert gained_behind_s(FORWARD_COSTS, SHAPE) == 0  # where the host computes itself
+    assert gained_s(costs.forward, SHAPE, Launch.BEHIND) == 2  # of 7 s the lane is busy for 3.5 more
+    assert gained_s(FORWARD_COSTS, SHAPE, Launch.BEHIND) == 0  # where the host computes itself
+
+
+def test_an_attention_at_the_tap_is_measured_in_two_parts():
+    """Its core attention is a step of its own in forward, and the host's clock tells what it took to enqueue either."""
+    shape = SpanShape(4, (RoutedCall(tap=1, landing=3),), attentions=frozenset({0, 1}))
+    in_two = "forward 53 attention 1\n    forward 58 core attention 1\n"
+    forward = FORWARD_BLOCKING.replace("forward 53 MLP 1\n", in_two)
+    recorded = recording(forward, BACKWARD_BLOCKING)
+    recorded.marks = [dataclasses.replace(mark, host_s=mark.time_s / 2) for mark in recorded.marks]
+    costs = costs_of(passes_of(recorded), shape, chunks=1)
+    assert costs is not None
+    (call,) = costs.forward.calls
+    assert (costs.forward.ops, costs.forward.cores) == (FORWARD_COSTS.ops, {1: 2})
+    assert (call.enqueue, call.enqueue_core) == (3.5, 1)
+    assert costs.backward == BACKWARD_COSTS
+    # Of the 5 s of its projections the lane is busy for 2.5 more, of all 7 s for 3.5 more.
+    assert gained_s(costs.forward, shape, Launch.WITHIN) == gained_s(costs.forward, shape, Launch.BEHIND) == 2
+    waits_longer = dataclasses.replace(costs.forward, calls=(dataclasses.replace(call, wait=9),))
+    assert gained_s(waits_longer, shape, Launch.WITHIN) == 2.5 and gained_s(waits_longer, shape, Launch.BEHIND) == 3.5
+    assert mean_costs([costs, costs]) == costs
 
 
 def test_a_launch_aside_by_hand():
@@ -412,9 +432,12 @@ def simulated(shape: SpanShape, costs: SpanCosts, plan: Plan, group: int = 0) ->
     for backward in (False, True):
         spans = schedule(shape, costs.backward if backward else costs.forward, plan, backward=backward)
         total_s = max(span.end_s for span in spans)
-        enqueued = zip(shape.calls, costs.forward.calls, strict=True)
-        enqueue_s = {} if backward else {call.tap: its.enqueue for call, its in enqueued}
-        passes.append(GroupPass(group, backward, tuple(spans), total_s, 0, enqueue_s=enqueue_s))
+        at_taps = [] if backward else list(zip(shape.calls, costs.forward.calls, strict=True))
+        host_s = {
+            "enqueue_s": {call.tap: its.enqueue for call, its in at_taps},
+            "enqueue_core_s": {call.tap: its.enqueue_core for call, its in at_taps},
+        }
+        passes.append(GroupPass(group, backward, tuple(spans), total_s, 0, **host_s))
     return passes
 
 
@@ -426,7 +449,7 @@ def shapes(draw):
     for tap in sorted(draw(st.lists(st.integers(0, num_ops - 1), min_size=1, max_size=3))):
         late = tap < num_ops - 1 and draw(st.booleans())
         calls.append(RoutedCall(tap, draw(st.integers(tap + late, num_ops - 1)), late))
-    return SpanShape(num_ops, tuple(calls))
+    return SpanShape(num_ops, tuple(calls), attentions=draw(st.frozensets(st.integers(0, num_ops - 1))))
 
 
 @st.composite
@@ -439,11 +462,15 @@ def worlds(draw):
     )
     costs = draw(st.builds(SpanCosts, forward=one_pass, backward=one_pass))
     enqueue = draw(st.tuples(*[seconds] * shape.num_ops))
+    enqueue_core = {at: draw(st.integers(0, enqueue[at])) for at in shape.cut}
     calls = tuple(
-        dataclasses.replace(its, wait=draw(seconds), enqueue=enqueue[call.tap])
+        dataclasses.replace(
+            its, wait=draw(seconds), enqueue=enqueue[call.tap], enqueue_core=enqueue_core.get(call.tap, 0)
+        )
         for call, its in zip(shape.calls, costs.forward.calls, strict=True)
     )
-    return shape, dataclasses.replace(costs, forward=dataclasses.replace(costs.forward, calls=calls))
+    cores = {at: draw(st.integers(0, costs.forward.ops[at])) for at in shape.cut}
+    return shape, dataclasses.replace(costs, forward=dataclasses.replace(costs.forward, calls=calls, cores=cores))
 
 
 @given(world=worlds(), chunks=st.sampled_from((1, 2, 4)))
@@ -549,7 +576,7 @@ def test_known_times_are_measured(chunks):
                 assert 0 < cheap < 0.03
             assert (call.wait, call.enqueue) == ((0, 0) if backward else (call.wait, pytest.approx(dense[1])))
             assert call.wait < 0.03
-            assert gained_behind_s(measured, SHAPE_OF_POS2) < 1e-9  # a host that computes has nothing to run ahead of
+            assert gained_s(measured, SHAPE_OF_POS2, Launch.BEHIND) < 1e-9  # the host computes
 
 
 def hooks_of_a_step(case: Case, listen: bool) -> tuple[int, int, int]:

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from cases import cases
 from models import Case
 
-from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
+from megatron_scmoe.contracts import Launch, Plan, RoutedCall, SpanShape
 from megatron_scmoe.overlap.plan import (
     ADD,
     ATTENTION,
+    CORE_ATTENTION,
     DECODE,
     ENCODE,
     EXPERTS,
@@ -231,7 +232,9 @@ def shape_of(shortcut: str, position: str) -> SpanShape:
     """Of one group of two blocks: dgmoe's second gate reads at its end."""
     end = len(OPS[shortcut]) - 1
     taps = (TAP[position], end) if shortcut == "dgmoe" else (TAP[position],)
-    return SpanShape(num_ops=end + 1, calls=tuple(RoutedCall(tap, landing=end) for tap in taps))
+    calls = tuple(RoutedCall(tap, landing=end) for tap in taps)
+    attentions = frozenset(place for place, name in enumerate(OPS[shortcut]) if name == ATTENTION)
+    return SpanShape(end + 1, calls, attentions=attentions)
 
 
 def plan_of(shortcut: str, *slots: int) -> Plan:
@@ -248,12 +251,11 @@ def order_of(marks, *, backward: bool) -> list[Step]:
     return [Step(mark.name, mark.index, mark.call) for mark in steps]
 
 
-def recorded_order(case: Case, behind: bool = False) -> tuple[list[Step], list[Step]]:
+def recorded_order(case: Case, launch: Launch = Launch.BEFORE) -> tuple[list[Step], list[Step]]:
     from megatron_scmoe.overlap import observe
 
     model = models.build(case)
-    if behind:
-        models.launch_behind(model)
+    models.launch_at(model, launch)
     ((tokens, labels, positions),) = models.my_batch()
     with observe.recording() as recorded:
         model(tokens, positions, None, labels=labels).sum().backward()
@@ -464,7 +466,7 @@ def test_more_chunks_than_tokens():
     assert_close(run(case, 4), run(case.replace(chunks=1, overlap="off"), 4))
 
 
-# --- launched behind the op at the tap ---------------------------------------------------------------------------
+# --- launched within or behind the op at the tap -----------------------------------------------------------------
 
 FARSKIP = {"position": ("farskip",), "moe_every": 1, "span": 2, "landing": 1, "expert_slot": (2,)}
 LAUNCHED_BEHIND = {
@@ -480,18 +482,31 @@ LAUNCHED_BEHIND = {
     "recompute": {"recompute": "full", "expert_slot": (2,)},
     "latents": {"latent": 8, "chunks": 2, "expert_slot": ("2,3",)},
 }
+LAUNCHED_WITHIN = {
+    "pos1": {"position": ("pos1",), "expert_slot": (2,)},
+    "pos3, chunks": {"position": ("pos3",), "chunks": 3, "expert_slot": ("2,2,5",)},
+    "dgmoe": {"shortcut": "dgmoe", "position": ("pos1",), "expert_slot": (2,)},
+    "a late landing": {"position": ("pos1",), "span": 2, "landing": 2, "expert_slot": (2,)},
+    "recompute": {"position": ("pos1",), "recompute": "full", "expert_slot": (2,)},
+    "recompute of core attention": {"position": ("pos1",), "recompute": "core_attn", "expert_slot": (2,)},
+}
+LAUNCHED_ASIDE = [
+    pytest.param(launch, changes, id=f"{launch}, {name}")
+    for launch, kinds in ((Launch.BEHIND, LAUNCHED_BEHIND), (Launch.WITHIN, LAUNCHED_WITHIN))
+    for name, changes in kinds.items()
+]
 
 
-@pytest.mark.parametrize("changes", LAUNCHED_BEHIND.values(), ids=LAUNCHED_BEHIND)
-def test_launched_behind_equals_launched_before(changes):
+@pytest.mark.parametrize(("launch", "changes"), LAUNCHED_ASIDE)
+def test_launched_elsewhere_equals_launched_before(launch, changes):
     case = Case(**changes)
-    assert_bit_equal(run(case, 2, behind=True), run(case, 2))
+    assert_bit_equal(run(case, 2, launch=launch), run(case, 2))
 
 
 def test_several_micro_batches_launched_behind_equal_off():
     case = Case(shortcut="dgmoe", expert_slot=(2,))
     off = case.replace(overlap="off", expert_slot=())
-    assert_bit_equal(run(case, 2, num_micro_batches=2, behind=True), run(off, 2, num_micro_batches=2))
+    assert_bit_equal(run(case, 2, num_micro_batches=2, launch=Launch.BEHIND), run(off, 2, num_micro_batches=2))
 
 
 def test_what_has_to_know_the_counts_is_never_launched_behind():
@@ -510,26 +525,41 @@ def shapes_of_spans() -> dict[str, bool]:
     found = {}
     for name, case in cases.items():
         shape = models.build(case).decoder.layers[-1].span.shape
-        assert bool(shape.may_launch_behind) != shape.waits_to_pack
-        assert shape.has(Plan(((2,),), behind=True)) != shape.waits_to_pack
+        assert bool(shape.launched_aside(Launch.BEHIND)) != shape.waits_to_pack
+        assert shape.has(Plan(((2,),), launch=Launch.BEHIND)) != shape.waits_to_pack
+        assert not shape.has(Plan(((2,),), launch=Launch.WITHIN))  # an MLP has no place for it
         found[name] = shape.waits_to_pack
     return found
 
 
-@pytest.mark.parametrize(("shortcut", "slots"), [("scmoe", (2,)), ("scmoe", (2, 4)), ("dgmoe", (3, 3))])
-def test_recorded_order_of_a_launch_behind_is_the_plans(shortcut, slots):
-    case = Case(shortcut=shortcut, num_groups=1, expert_slot=(",".join(map(str, slots)),), chunks=len(slots))
-    plan = dataclasses.replace(plan_of(shortcut, *slots), behind=True)
-    of_plan = OPS[shortcut], shape_of(shortcut, "pos2"), plan
-    before = OPS[shortcut], shape_of(shortcut, "pos2"), dataclasses.replace(plan, behind=False)
-    for forward, backward in ranks.run(recorded_order, 2, case, True, layout=EP[2]):
-        assert forward == forward_order(*of_plan) != forward_order(*before)
-        assert backward == backward_order(*of_plan) == backward_order(*before)
+@pytest.mark.parametrize(
+    ("shortcut", "position", "slots", "launch"),
+    [
+        ("scmoe", "pos2", (2,), Launch.BEHIND),
+        ("scmoe", "pos1", (2,), Launch.BEHIND),
+        ("scmoe", "pos2", (2, 4), Launch.BEHIND),
+        ("dgmoe", "pos2", (3, 3), Launch.BEHIND),
+        ("scmoe", "pos1", (2, 3), Launch.WITHIN),
+        ("dgmoe", "pos3", (3,), Launch.WITHIN),
+    ],
+)
+def test_recorded_order_of_a_launch_is_the_plans(shortcut, position, slots, launch):
+    slot = (",".join(map(str, slots)),)
+    case = Case(shortcut=shortcut, position=(position,), num_groups=1, expert_slot=slot, chunks=len(slots))
+    plan = plan_of(shortcut, *slots)
+    of_plan, *others = (
+        (OPS[shortcut], shape_of(shortcut, position), dataclasses.replace(plan, launch=its))
+        for its in (launch, *(set(Launch) - {launch}))
+    )
+    for forward, backward in ranks.run(recorded_order, 2, case, launch, layout=EP[2]):
+        assert forward == forward_order(*of_plan)
+        assert forward not in [forward_order(*other) for other in others if other[1].has(other[2])]
+        assert backward == backward_order(*of_plan) == backward_order(*others[0])
 
 
 def test_order_of_a_launch_behind_by_hand():
     shape = SpanShape(3, (RoutedCall(tap=0, landing=2),))
-    assert forward_order(["MLP", "shared expert", "add"], shape, Plan(((2, 3),), behind=True)) == [
+    assert forward_order(["MLP", "shared expert", "add"], shape, Plan(((2, 3),), launch=Launch.BEHIND)) == [
         (ROUTE, 0, 0),
         (ENCODE, 0, 0),
         (ENCODE, 1, 0),
@@ -550,6 +580,77 @@ def test_order_of_a_launch_behind_by_hand():
         (DECODE, 1, 0),
         ("add", 2, None),
     ]
+
+
+def test_order_of_a_launch_within_by_hand():
+    """The op at the tap is two steps in forward, whatever the plan, and one in backward; other attentions are one."""
+    ops, shape = ["attention", "attention", "add"], SpanShape(3, (RoutedCall(0, 2),), attentions=frozenset({0, 1}))
+    within, before, behind = (
+        [step.name for step in forward_order(ops, shape, Plan(((2,),), launch=launch))]
+        for launch in (Launch.WITHIN, Launch.BEFORE, Launch.BEHIND)
+    )
+    launch, rest = [WAIT, START_DISPATCH], [FINISH_DISPATCH, EXPERTS, START_COMBINE, "attention", FINISH_COMBINE]
+    rest += [DECODE, "add"]
+    assert within == [ROUTE, ENCODE, "attention", *launch, CORE_ATTENTION, *rest]
+    assert before == [ROUTE, ENCODE, *launch, "attention", CORE_ATTENTION, *rest]
+    assert behind == [ROUTE, ENCODE, "attention", CORE_ATTENTION, *launch, *rest]
+    backward = [step.name for step in backward_order(ops, shape, Plan(((2,),), launch=Launch.WITHIN))]
+    assert backward[-4:] == ["attention", FINISH_DISPATCH, ENCODE, ROUTE] and CORE_ATTENTION not in backward
+
+
+def launches_of_a_step(recompute: str | None) -> list[str]:
+    """What a step with a launch within attention did, in its order, and whether anybody listens afterwards."""
+    from megatron_scmoe.dispatch.flights import Flights
+
+    model = models.build(Case(num_groups=1, position=("pos1",), expert_slot=(2,), recompute=recompute))
+    models.launch_at(model, Launch.WITHIN)
+    attention = model.decoder.layers[1].self_attention
+    steps: list[str] = []
+    launch = Flights.launch
+    Flights.launch = lambda flights: (steps.append("launch"), launch(flights))[1]
+    attention.linear_qkv.register_forward_hook(lambda *_: steps.append("projections"))
+    core_attention = type(attention.core_attention).forward
+    type(attention.core_attention).forward = lambda core, *args, **options: (
+        steps.append("core") if core is attention.core_attention else None,
+        core_attention(core, *args, **options),
+    )[1]
+    ((tokens, labels, positions),) = models.my_batch()
+    loss = model(tokens, positions, None, labels=labels).sum()
+    steps.append("backward")
+    loss.backward()
+    assert not attention.core_attention._forward_pre_hooks
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("recompute", "in_backward"),
+    [(None, []), ("core_attn", ["core"]), ("full", ["projections", "launch", "core"])],
+)
+def test_attention_launches_once_a_forward(recompute, in_backward):
+    """Core attention that runs again alone launches nothing; a group that does so launches as it did."""
+    once = ["projections", "launch", "core"]
+    assert ranks.run(launches_of_a_step, 2, recompute, layout=EP[2]) == [[*once, "backward", *in_backward]] * 2
+
+
+def attention_without_its_core() -> str:
+    from megatron_scmoe.dispatch.exchange import ExchangeOrderError
+
+    model = models.build(Case(num_groups=1, position=("pos1",), expert_slot=(2,)))
+    models.launch_at(model, Launch.WITHIN)
+    core = model.decoder.layers[1].self_attention.core_attention
+    type(core).__call__ = type(core).forward  # no hooks, as of a kernel that is called directly
+    ((tokens, labels, positions),) = models.my_batch()
+    try:
+        model(tokens, positions, None, labels=labels)
+    except ExchangeOrderError as error:
+        return str(error)
+    return ""
+
+
+def test_an_attention_that_passes_by_its_core_attention_is_noticed():
+    """Negative control: it launches nothing, and what waits for that says so instead of hanging."""
+    words = "dispatch of call 0 (forward) is announced and cannot become finished"
+    assert all(words in text for text in ranks.run(attention_without_its_core, 2, layout=EP[2]))
 
 
 class NamedStream:
@@ -573,7 +674,7 @@ STREAM_LOG: list[tuple[str, str]] = []
 """What was done, and the stream that was current."""
 
 
-def streams_of_a_forward(behind: bool) -> tuple[list[tuple[str, str]], list[str]]:
+def streams_of_a_forward(launch: Launch) -> tuple[list[tuple[str, str]], list[str]]:
     """What a forward did under which stream, and what the stream beside the main one waited for."""
     from megatron_scmoe.dispatch import exchange
 
@@ -604,8 +705,7 @@ def streams_of_a_forward(behind: bool) -> tuple[list[tuple[str, str]], list[str]
     )[1]
     case = Case(num_groups=1, expert_slot=(2,))
     model = models.build(case)
-    if behind:
-        models.launch_behind(model)
+    models.launch_at(model, launch)
     model.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_: log("MLP"))
     model.decoder.layers[1].mlp.experts.register_forward_pre_hook(lambda *_: log("experts"))
     ((tokens, labels, positions),) = models.my_batch()
@@ -624,11 +724,11 @@ class LoggedWork:
 
 def test_a_launch_behind_goes_by_a_stream_that_waits_for_what_was_packed_alone():
     combine = [("allocate", "main"), ("all-to-all", "main"), ("wait", "main")]
-    for log, waited_for in ranks.run(streams_of_a_forward, 2, True, layout=EP[2]):
+    for log, waited_for in ranks.run(streams_of_a_forward, 2, Launch.BEHIND, layout=EP[2]):
         dispatch = [("allocate", "aside"), ("all-to-all", "aside"), ("used by main", "main")]
         assert log == [("MLP", "main"), *dispatch, ("wait", "main"), ("experts", "main"), *combine]
         assert waited_for == ["event of main behind 0 steps"]  # before the MLP
-    for log, waited_for in ranks.run(streams_of_a_forward, 2, False, layout=EP[2]):
+    for log, waited_for in ranks.run(streams_of_a_forward, 2, Launch.BEFORE, layout=EP[2]):
         dispatch = [("allocate", "main"), ("all-to-all", "main")]
         assert log == [*dispatch, ("MLP", "main"), ("wait", "main"), ("experts", "main"), *combine]
         assert waited_for == []

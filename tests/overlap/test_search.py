@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from span_cases import CHUNK_OPS, both, call_costs, cut_span, group, pass_costs, shapes, some_costs, span_costs
 
 from megatron_scmoe.config.architecture import ArchitectureConfig, Position, Shortcut
-from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
+from megatron_scmoe.contracts import Launch, Plan, RoutedCall, SpanShape
 from megatron_scmoe.overlap import solver
 from megatron_scmoe.overlap.limit import limit_s
 from megatron_scmoe.overlap.solver import TIE, CallCosts, PassCosts, SpanCosts, predicted_s, solve
@@ -27,18 +27,22 @@ SCMOE, DGMOE = Shortcut.SCMOE, Shortcut.DGMOE
 def span(shortcut: Shortcut, position: str, **settings: int) -> SpanShape:
     """The first span of a model."""
     config = ArchitectureConfig(shortcut=shortcut, shortcut_position=(Position(position),), **settings)
-    return config.span_shape(0, [2 * config.moe_every - 1] * config.shortcut_span)
+    shape = config.span_shape(0, [2 * config.moe_every - 1] * config.shortcut_span)
+    num_ops = shape.num_ops // config.shortcut_span
+    in_group = range(0, 2 * config.moe_every, 2)
+    attentions = frozenset(at for at in range(shape.num_ops) if at % num_ops in in_group)
+    return dataclasses.replace(shape, attentions=attentions)
 
 
 # ---- against all plans
 
 
 def all_plans(shape: SpanShape, chunk_counts) -> list[Plan]:
-    """The fewest chunks first, then launches before ops, then the earliest slots, compared call by call."""
+    """The fewest chunks first, then the earliest launches, then the earliest slots, compared call by call."""
     plans = (
-        Plan(slots, behind=behind)
+        Plan(slots, launch=launch)
         for chunks in sorted(chunk_counts)
-        for behind in (False, True)
+        for launch in Launch
         for slots in itertools.product(
             *[itertools.combinations_with_replacement(range(1, c.num_slots + 1), chunks) for c in shape.calls]
         )
@@ -121,8 +125,10 @@ def random_costs(shape: SpanShape, chunks: int, draw: random.Random, communicati
                    (("encode", 0.1), ("experts", 1), ("decode", 0.1))}  # fmt: skip
             calls.append(CallCosts(route=about(0.05), dispatch=there, combine=back, **its))
         if factor == 1:  # forward
-            calls = [dataclasses.replace(call, wait=about(0.2), enqueue=about(0.3)) for call in calls]
-        return PassCosts(ops=tuple(about(factor) for _ in range(shape.num_ops)), calls=tuple(calls))
+            calls = [dataclasses.replace(call, wait=about(0.2), enqueue=about(0.3), enqueue_core=0.1) for call in calls]
+        ops = tuple(about(factor) for _ in range(shape.num_ops))
+        cores = {at: ops[at] / 3 for at in shape.cut if factor == 1}
+        return PassCosts(ops=ops, calls=tuple(calls), cores=cores)
 
     return SpanCosts(forward=one_pass(1), backward=one_pass(2))
 
@@ -151,7 +157,8 @@ def test_rounding_does_not_decide(data):
 
     def all_shaken(costs: PassCosts) -> PassCosts:
         calls = tuple(CallCosts(**{op: shaken(s) for op, s in dataclasses.asdict(c).items()}) for c in costs.calls)
-        return PassCosts(ops=tuple(map(shaken, costs.ops)), calls=calls)
+        cores = {at: shaken(seconds) for at, seconds in costs.cores.items()}
+        return PassCosts(ops=tuple(map(shaken, costs.ops)), calls=calls, cores=cores)
 
     exact = {chunks: cut_span(whole, chunks) for chunks in (1, 2, 4)}
     near = {

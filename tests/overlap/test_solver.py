@@ -28,7 +28,7 @@ from span_cases import (
     sum_of_all,
 )
 
-from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
+from megatron_scmoe.contracts import Launch, Plan, RoutedCall, SpanShape
 from megatron_scmoe.overlap.limit import limit_s
 from megatron_scmoe.overlap.plan import Step, backward_order, forward_order
 from megatron_scmoe.overlap.solver import (
@@ -51,7 +51,7 @@ class Work:
     """One op on the compute lane: it waits for ``needs`` and launches ``launches``.
 
     Where dispatches of the call ``aside`` are launched behind it, the host enqueues it, waits for the counts and
-    launches them; only then it can enqueue what comes next.
+    launches them; only then it can enqueue what comes next, ``within`` an attention that is its core attention.
     """
 
     op: str
@@ -59,10 +59,11 @@ class Work:
     needs: tuple | None = None
     launches: tuple | None = None
     aside: int | None = None
+    within: bool = False
 
 
-def forward_work(shape: SpanShape, slots, behind=()) -> list[Work]:
-    work = []
+def forward_work(shape: SpanShape, slots, launch=Launch.BEFORE) -> list[Work]:
+    work, late = [], shape.launched_aside(launch)
     chunks = range(len(slots[0]))
 
     def experts(call, place):
@@ -83,7 +84,7 @@ def forward_work(shape: SpanShape, slots, behind=()) -> list[Work]:
         for call, its in numbered:
             if its.tap == place:
                 work.append(Work("route", (call,)))
-                if call in behind:
+                if call in late:
                     work += [Work("encode", (call, chunk)) for chunk in chunks]
                     continue
                 work += [Work("encode", (call, 0)), Work("wait", (call,), launches=("dispatch", call, 0))]
@@ -94,8 +95,9 @@ def forward_work(shape: SpanShape, slots, behind=()) -> list[Work]:
         for call, its in numbered:
             if not its.late and its.landing == place:
                 land(call)
-        aside = [call for call, its in numbered if its.tap == place and call in behind]
-        work.append(Work("op", (place,), aside=aside[0] if aside else None))
+        aside = [call for call, its in numbered if its.tap == place and call in late]
+        within = launch is Launch.WITHIN
+        work.append(Work("op", (place,), aside=aside[0], within=within) if aside else Work("op", (place,)))
     return work
 
 
@@ -155,8 +157,10 @@ def clock_ticks(work: list[Work], costs: PassCosts, chunks: int) -> int:
             continue
         until = seconds(current.op, *current.of)
         if current.aside is not None:
-            launched = seconds("enqueue", current.aside) + seconds("wait", current.aside)
-            until = max(until, launched)
+            rest = costs.cores[current.of[0]] if current.within else 0
+            host = seconds("enqueue", current.aside) - (seconds("enqueue_core", current.aside) if current.within else 0)
+            launched = host + seconds("wait", current.aside)
+            until = max(until - rest, launched) + rest
             if at_work == launched:
                 sent.extend(("dispatch", current.aside, chunk) for chunk in range(chunks))
         if at_work == until:
@@ -168,9 +172,9 @@ def clock_ticks(work: list[Work], costs: PassCosts, chunks: int) -> int:
     return now
 
 
-def slow_time(shape: SpanShape, costs: SpanCosts, slots, *, forward_only: bool, behind=()) -> float:
+def slow_time(shape: SpanShape, costs: SpanCosts, slots, *, forward_only: bool, launch: Launch) -> float:
     chunks = len(slots[0])
-    forward = clock_ticks(forward_work(shape, slots, behind), costs.forward, chunks)
+    forward = clock_ticks(forward_work(shape, slots, launch), costs.forward, chunks)
     if forward_only:
         return forward
     return costs.forward_runs * forward + clock_ticks(backward_work(shape, slots), costs.backward, chunks)
@@ -183,8 +187,7 @@ def test_prediction_equals_the_slow_simulator(data):
     costs = data.draw(span_costs(shape, smallest=1))
     plan = data.draw(plans(shape))
     for forward_only in (True, False):
-        behind = shape.launched_behind(plan)
-        slow = slow_time(shape, costs, plan.slots, forward_only=forward_only, behind=behind)
+        slow = slow_time(shape, costs, plan.slots, forward_only=forward_only, launch=plan.launch)
         assert predicted_s(shape, costs, plan, forward_only=forward_only) == slow
 
 
@@ -197,24 +200,25 @@ def test_solution_equals_the_slow_simulators_best(data):
     costs = {chunks: data.draw(span_costs(shape, smallest=1, largest=7)) for chunks in chunk_counts}
     forward_only = data.draw(st.booleans())
 
-    def placements(chunks, behind):
+    def placements(chunks, launch):
+        aside = shape.launched_aside(launch)
         return itertools.product(
             *[
-                itertools.product(range(1 + (number in behind), call.num_slots + 1), repeat=chunks)
+                itertools.product(range(1 + (number in aside), call.num_slots + 1), repeat=chunks)
                 for number, call in enumerate(shape.calls)
             ]
         )
 
     best = min(
-        slow_time(shape, costs[chunks], slots, forward_only=forward_only, behind=behind)
+        slow_time(shape, costs[chunks], slots, forward_only=forward_only, launch=launch)
         for chunks in costs
-        for behind in {frozenset(), shape.may_launch_behind}
-        for slots in placements(chunks, behind)
+        for launch in Launch
+        for slots in placements(chunks, launch)
     )
     solution = solve(shape, costs, forward_only=forward_only)
     assert solution.predicted_s == best
-    chosen, behind = costs[solution.plan.chunks], shape.launched_behind(solution.plan)
-    assert slow_time(shape, chosen, solution.plan.slots, forward_only=forward_only, behind=behind) == best
+    chosen, launch = costs[solution.plan.chunks], solution.plan.launch
+    assert slow_time(shape, chosen, solution.plan.slots, forward_only=forward_only, launch=launch) == best
 
 
 def test_simulator_notices_a_missing_wait():
@@ -231,7 +235,7 @@ def test_simulator_notices_a_launch_that_waits_for_nothing():
     """Negative control of the slow simulator: a host that launches before it has enqueued the op gives another time."""
     shape = group(tap=0, num_dense_ops=2)
     costs = PassCosts(ops=(5, 1, 3), calls=(call_costs(**dict.fromkeys(("route", *CHUNK_OPS, *LAUNCH), 3)),))
-    work, plan = forward_work(shape, ((2,),), behind={0}), Plan(((2,),), behind=True)
+    work, plan = forward_work(shape, ((2,),), Launch.BEHIND), Plan(((2,),), launch=Launch.BEHIND)
     sooner = dataclasses.replace(costs, calls=(dataclasses.replace(costs.calls[0], enqueue=1),))
     assert clock_ticks(work, costs, 1) == predicted_s(shape, both(costs), plan, forward_only=True)
     assert clock_ticks(work, sooner, 1) < clock_ticks(work, costs, 1)
@@ -242,25 +246,28 @@ def test_simulator_notices_a_launch_that_waits_for_nothing():
 
 def dependencies(shape: SpanShape, plan: Plan, *, backward: bool) -> set[tuple]:
     """Pairs of (name, at, call) in forward, of which the second needs the first, with the order the slots demand."""
-    behind = shape.launched_behind(plan)
-    pairs = set(itertools.pairwise([("op", place, None) for place in range(shape.num_ops)]))
+    aside, cut = shape.launched_aside(plan.launch), frozenset() if backward else shape.cut
+    ops = [[("op", place, None), *[("core attention", place, None)] * (place in cut)] for place in range(shape.num_ops)]
+    pairs = set(itertools.pairwise(itertools.chain(*ops)))
     for number, call in enumerate(shape.calls):
         chain = [("route", 0, number)]
         if call.tap:
-            pairs.add((("op", call.tap - 1, None), chain[0]))
-        if not backward and number in behind:
+            pairs.add((ops[call.tap - 1][-1], chain[0]))
+        if not backward:
             wait = ("wait", 0, number)
-            pairs |= {(("op", call.tap, None), wait), (wait, ("op", call.tap + 1, None))}
-        elif not backward:
-            wait = ("wait", 0, number)
-            pairs |= {(("encode", 0, number), wait), (wait, ("dispatch", 0, number))}
+            if number not in aside:
+                pairs |= {(("encode", 0, number), wait), (wait, ("dispatch", 0, number))}
+            elif plan.launch is Launch.WITHIN:
+                pairs |= {(ops[call.tap][0], wait), (wait, ops[call.tap][1])}
+            else:
+                pairs |= {(ops[call.tap][-1], wait), (wait, ops[call.tap + 1][0])}
         for chunk, slot in enumerate(plan.slots[number]):
-            steps = [*chain, *((op, chunk, number) for op in CHUNK_OPS), ("op", call.landing, None)]
+            steps = [*chain, *((op, chunk, number) for op in CHUNK_OPS), ops[call.landing][0]]
             pairs |= set(itertools.pairwise(steps))
             place = call.tap + slot - 1
-            pairs.add((("experts", chunk, number), ("op", place, None)))
+            pairs.add((("experts", chunk, number), ops[place][0]))
             if place:
-                pairs.add((("op", place - 1, None), ("experts", chunk, number)))
+                pairs.add((ops[place - 1][-1], ("experts", chunk, number)))
     return pairs
 
 
@@ -286,13 +293,14 @@ def test_timeline_is_legal(data):
     costs = data.draw(some_costs(shape, launches=True))
     plan = dataclasses.replace(data.draw(plans(shape)), blocking=data.draw(st.booleans()))
     for backward in (False, True):
-        spans = schedule(shape, costs, plan, backward=backward)
+        one_way = dataclasses.replace(costs, cores={}) if backward else costs
+        spans = schedule(shape, one_way, plan, backward=backward)
         assert faults(spans, dependencies(shape, plan, backward=backward), backward=backward) == []
         assert all(span.backward is backward for span in spans)
         for span in spans:
             assert (span.lane is Lane.COMMUNICATION) == (span.name in ("dispatch", "combine"))
-            its_costs = costs.ops[span.at] if span.call is None else getattr(costs.calls[span.call], span.name)
-            if span.name == "wait" and span.call in shape.launched_behind(plan):  # beside the op at the tap
+            its_costs = one_way.seconds(Step(span.name, span.at, span.call))
+            if span.name == "wait" and span.call in shape.launched_aside(plan.launch):  # beside the op at the tap
                 assert span.end_s - span.start_s <= its_costs + costs.calls[span.call].enqueue
             else:
                 assert span.end_s - span.start_s == its_costs
@@ -303,13 +311,16 @@ LATE_AND_DGMOE = SpanShape(
 )
 """Two groups of two ops and an end. The first one's calls land behind the first op of the second."""
 
+CUT = dataclasses.replace(group(1, 3), attentions=frozenset({1}))
+
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("shape", [group(1, 3), group(1, 3, second_gate=True), LATE_AND_DGMOE], ids=str)
+@pytest.mark.parametrize("shape", [group(1, 3), group(1, 3, second_gate=True), CUT, LATE_AND_DGMOE], ids=str)
 def test_broken_timeline_is_found(backward, shape):
     """Negative control: with any one span begun a second earlier, or left out, the timeline has a fault."""
     seconds = call_costs(**dict.fromkeys(("route", *CHUNK_OPS, *LAUNCH), 2))
-    costs = PassCosts(ops=(2,) * shape.num_ops, calls=(seconds,) * len(shape.calls))
+    cores = {} if backward else dict.fromkeys(shape.cut, 1)
+    costs = PassCosts(ops=(2,) * shape.num_ops, calls=(seconds,) * len(shape.calls), cores=cores)
     plan = Plan(tuple((1, call.num_slots) for call in shape.calls))
     pairs = dependencies(shape, plan, backward=backward)
     spans = schedule(shape, costs, plan, backward=backward)
@@ -326,7 +337,7 @@ def test_broken_timeline_is_found(backward, shape):
 def test_blocking_plan_takes_the_sum_of_everything(data):
     shape = data.draw(shapes())
     costs = data.draw(span_costs(shape))
-    plan = dataclasses.replace(data.draw(plans(shape)), blocking=True, behind=False)
+    plan = dataclasses.replace(data.draw(plans(shape)), blocking=True, launch=Launch.BEFORE)
     forward, backward = (sum_of_all(c, plan.chunks) for c in (costs.forward, costs.backward))
     assert predicted_s(shape, costs, plan, forward_only=True) == forward
     assert predicted_s(shape, costs, plan) == costs.forward_runs * forward + backward
@@ -425,7 +436,7 @@ def test_a_launch_behind_the_op_at_the_tap_hides_the_hosts_wait():
     """
     shape = group(tap=0, num_dense_ops=2)
     costs = both(pass_costs(4, 4, dispatch=1, experts=4, combine=3, wait=2, enqueue=1))
-    before, behind = Plan(((2,),)), Plan(((2,),), behind=True)
+    before, behind = Plan(((2,),)), Plan(((2,),), launch=Launch.BEHIND)
     assert predicted_s(shape, costs, before, forward_only=True) == 14
     assert predicted_s(shape, costs, behind, forward_only=True) == 12
     found = solve(shape, {1: costs}, forward_only=True)
@@ -435,9 +446,34 @@ def test_a_launch_behind_the_op_at_the_tap_hides_the_hosts_wait():
     assert solve(shape, {1: busy_host}, forward_only=True).plan == before
 
 
+def test_a_launch_within_attention_starts_a_long_dispatch_sooner():
+    """Two ops of 4 s, of which the first one's core attention takes 2 s; the host waits 2 s, and takes 1 s for a half::
+
+                    0       2   3   4   5       7   8   9   10          13  14
+    before          | wait  | op 0          | op 1          | experts       |
+                            | dispatch              |
+    within          | op 0  |   | core  | op 1          | experts       |
+                                | dispatch              |
+    behind          | op 0          | op 1          |       | experts       |
+                                    | dispatch              |
+    """
+    shape = dataclasses.replace(group(tap=0, num_dense_ops=2), attentions=frozenset({0}))
+    whole = pass_costs(4, 4, dispatch=6, experts=4, wait=2, enqueue=2, enqueue_core=1)
+    costs = SpanCosts(forward=dataclasses.replace(whole, cores={0: 2}), backward=pass_costs(4, 4))
+    by_launch = [Plan(((3,),), launch=launch) for launch in Launch]
+    assert [predicted_s(shape, costs, plan, forward_only=True) for plan in by_launch] == [14, 13, 14]
+    found = solve(shape, {1: costs}, forward_only=True)
+    assert (found.plan, found.predicted_s, found.exact) == (by_launch[1], 13, True)
+    timeline = schedule(shape, costs.forward, found.plan, backward=False)
+    starts_s = {span.name: span.start_s for span in timeline if span.at == 0}
+    assert (starts_s["wait"], starts_s["dispatch"], starts_s["core attention"]) == (2, 3, 3)
+    late_host = dataclasses.replace(costs.forward, calls=(dataclasses.replace(whole.calls[0], enqueue=4),))
+    assert predicted_s(shape, both(late_host), by_launch[1], forward_only=True) == 15  # projections took it 3 s
+
+
 def test_a_launch_has_a_place_behind_an_op_where_nothing_comes_between():
     def may(*calls: RoutedCall, **changes: bool) -> list[int]:
-        return sorted(SpanShape(6, calls, **changes).may_launch_behind)
+        return sorted(SpanShape(6, calls, **changes).launched_aside(Launch.BEHIND))
 
     assert may(RoutedCall(0, 2)) == [0]
     assert may(RoutedCall(0, 2), waits_to_pack=True) == []
@@ -448,6 +484,11 @@ def test_a_launch_has_a_place_behind_an_op_where_nothing_comes_between():
     assert may(RoutedCall(0, 3, late=True), RoutedCall(3, 5)) == [0, 1]  # it has landed before
     assert may(RoutedCall(0, 3), RoutedCall(3, 5)) == [0]  # it lands in that op
     assert may(RoutedCall(1, 3), RoutedCall(1, 5)) == []
+    within = SpanShape(6, (RoutedCall(0, 2), RoutedCall(3, 5)), attentions=frozenset({1, 3}))
+    assert sorted(within.launched_aside(Launch.WITHIN)) == [1] and within.cut == {3}  # the first op is no attention
+    assert within.has(Plan(((1,), (2,)), launch=Launch.WITHIN)) and within.has(Plan(((2,), (2,)), launch=Launch.BEHIND))
+    assert not within.has(Plan(((1,), (1,)), launch=Launch.WITHIN))  # experts of what is not launched yet
+    assert not SpanShape(6, within.calls).has(Plan(((2,), (2,)), launch=Launch.WITHIN))
 
 
 def test_forward_alone_and_recompute_choose_for_themselves():

@@ -15,7 +15,7 @@ from training import SCMOE as FLAGS
 from training import with_flags
 
 from megatron_scmoe.contracts import Plan
-from megatron_scmoe.overlap.plan import OF_A_CALL, Step, backward_order, forward_order
+from megatron_scmoe.overlap.plan import CORE_ATTENTION, OF_A_CALL, Step, backward_order, forward_order
 
 SCMOE = Case(span=2, landing=1)
 LATE = Case(position=("pos3",), span=2, landing=3)
@@ -101,7 +101,7 @@ def recorded(case: Case) -> tuple[list[Step], list[Step], list[str], object, Pla
     with observe.recording() as marks:
         model(tokens, positions, None, labels=labels).sum().backward()
     of_span = [mark for mark in marks.marks if mark.group == span.group_index]
-    names = {*OF_A_CALL, *span.op_names}
+    names = {*OF_A_CALL, *span.op_names, CORE_ATTENTION}
     forward, backward = (
         [Step(mark.name, mark.index, mark.call) for mark in of_span if mark.name in names and mark.backward is way]
         for way in (False, True)

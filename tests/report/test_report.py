@@ -17,7 +17,7 @@ import training
 from test_arguments import DGMOE
 from training import SCMOE, with_flags
 
-from megatron_scmoe.contracts import Plan
+from megatron_scmoe.contracts import Launch, Plan
 from megatron_scmoe.overlap.costs import GroupPass
 from megatron_scmoe.overlap.recording import Compression, Load, Recording
 from megatron_scmoe.overlap.spans import Lane, Span
@@ -54,6 +54,7 @@ def compression(group: int, rows: int, clusters: int, largest: int, residual: fl
 def row(group: int, **changes: Any) -> GroupRow:
     values = {
         "slots": ((1,),),
+        "launch": Launch.BEFORE,
         "communication_ms": 10.0,
         "exposed_ms": 4.0,
         "hidden_share": 0.6,
@@ -80,11 +81,12 @@ def test_rows_by_hand():
         ],
         compressions=[compression(4, 12, 3, 5, 0.25), compression(4, 4, 1, 4, 0.75)],
     )
-    rows = rows_of(passes, recording, {7: Plan(((1,),)), 4: Plan(((1, 3), (1, 1)))})
+    rows = rows_of(passes, recording, {7: Plan(((1,),)), 4: Plan(((1, 3), (1, 1)), launch=Launch.BEHIND)})
     assert rows == [
         GroupRow(
             group=4,
             slots=((1, 3), (1, 1)),
+            launch=Launch.BEHIND,
             communication_ms=10_000,
             exposed_ms=6_000,
             hidden_share=1 - 6 / 10,
@@ -99,6 +101,7 @@ def test_rows_by_hand():
         GroupRow(
             group=7,
             slots=((1,),),
+            launch=Launch.BEFORE,
             communication_ms=2_000,
             exposed_ms=0,
             hidden_share=1,

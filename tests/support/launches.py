@@ -33,15 +33,20 @@ from torch import Tensor
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from megatron_scmoe.contracts import Launch
 from megatron_scmoe.overlap import observe
 from megatron_scmoe.overlap.plan import ENCODE, ROUTE, START_DISPATCH, WAIT
 
 DOCUMENT = ROOT / "docs" / "launches.md"
-STOCK, BEHIND = "Megatron's two blocks", "scmoe, launched behind the op"
+STOCK = "Megatron's two blocks"
+BEHIND, WITHIN = "scmoe, launched behind the op", "scmoe at pos1, launched within attention"
+LAUNCHES = {BEHIND: Launch.BEHIND, WITHIN: Launch.WITHIN}
 CASES = {
     STOCK: Case(combine="add", num_groups=1),
     "scmoe": Case(combine="add", num_groups=1),
     BEHIND: Case(combine="add", num_groups=1),
+    "scmoe at pos1": Case(combine="add", num_groups=1, position=("pos1",)),
+    WITHIN: Case(combine="add", num_groups=1, position=("pos1",)),
     "scmoe, no overlap": Case(combine="add", num_groups=1, overlap="off"),
     "scmoe, two chunks": Case(combine="add", num_groups=1, chunks=2),
     "scmoe, four chunks": Case(combine="add", num_groups=1, chunks=4),
@@ -212,8 +217,8 @@ def counts_of(name: str) -> tuple[Count, Count]:
     """Of a forward and of its backward, of the model of one case."""
     case = CASES[name]
     model = stock(case) if name == STOCK else models.build(case)
-    if name == BEHIND:
-        models.launch_behind(model)
+    if name in LAUNCHES:
+        models.launch_at(model, LAUNCHES[name])
     ((tokens, labels, positions),) = models.my_batch()
 
     def forward() -> Tensor:

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_scmoe.contracts import Launch
+
 VOCAB_SIZE = 31
 SEQ_LENGTH = 6
 BATCH_SIZE = 4
@@ -265,32 +267,31 @@ def my_batch(num_micro_batches: int = 1) -> list[tuple[Tensor, Tensor, Tensor]]:
     return list(zip(*parts, strict=True))
 
 
-def launch_behind(model: torch.nn.Module) -> None:
-    """Let everything in ``model`` that has a plan launch its dispatches behind the ops at their taps."""
+def launch_at(model: torch.nn.Module, launch: Launch) -> None:
+    """Let everything in ``model`` that has a plan launch its dispatches there."""
     for module in model.modules():
         planned = getattr(module, "span", None) or module
         if hasattr(planned, "forward_plan"):
-            planned.plan = planned.forward_plan = dataclasses.replace(planned.plan, behind=True)
+            planned.plan = planned.forward_plan = dataclasses.replace(planned.plan, launch=launch)
             assert planned.shape.has(planned.plan)
 
 
 def losses_and_gradients(
-    case: Case, *, num_micro_batches: int = 1, behind: bool = False
+    case: Case, *, num_micro_batches: int = 1, launch: Launch = Launch.BEFORE
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One step of ``case`` on the ranks of an expert-parallel group.
 
     Args:
         case: what is built.
         num_micro_batches: that the step has.
-        behind: dispatches are launched behind the ops at their taps.
+        launch: where dispatches are launched by the ops at their taps.
 
     Returns:
         The loss of every token of this rank's part of the batch, [b, s], and every gradient of the mean loss over the
         whole batch, by global name; experts that live elsewhere are missing.
     """
     model = build(case)
-    if behind:
-        launch_behind(model)
+    launch_at(model, launch)
     losses = [
         model(tokens, positions, None, labels=labels) for tokens, labels, positions in my_batch(num_micro_batches)
     ]

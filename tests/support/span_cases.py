@@ -6,13 +6,13 @@ import dataclasses
 
 from hypothesis import strategies as st
 
-from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
+from megatron_scmoe.contracts import Launch, Plan, RoutedCall, SpanShape
 from megatron_scmoe.overlap.solver import CallCosts, PassCosts, SpanCosts
 
 CHUNK_OPS = ("encode", "dispatch", "experts", "combine", "decode")
 """What a call does for each chunk; ``route`` is done once."""
 LAUNCH = ("wait", "enqueue")
-"""What a launch costs, in forward alone."""
+"""What a launch costs, in forward alone; ``enqueue_core`` is part of the second."""
 
 
 def group(tap: int, num_dense_ops: int, *, second_gate: bool = False) -> SpanShape:
@@ -62,18 +62,25 @@ def shapes(draw: st.DrawFn, max_ops: int = 5, max_calls: int = 3) -> SpanShape:
     for tap in sorted(draw(st.lists(st.integers(0, num_ops - 1), min_size=1, max_size=max_calls))):
         late = tap + 1 < num_ops and draw(st.booleans())
         calls.append(RoutedCall(tap, draw(st.integers(tap + late, num_ops - 1)), late))
-    return SpanShape(num_ops, tuple(calls))
+    attentions = draw(st.frozensets(st.integers(0, num_ops - 1)))
+    return SpanShape(num_ops, tuple(calls), attentions=attentions)
 
 
+@st.composite
 def some_costs(
-    shape: SpanShape, smallest: int = 0, largest: int = 9, *, launches: bool = False
-) -> st.SearchStrategy[PassCosts]:
-    """Of one pass, in whole seconds."""
+    draw: st.DrawFn, shape: SpanShape, smallest: int = 0, largest: int = 9, *, launches: bool = False
+) -> PassCosts:
+    """Of one pass, in whole seconds; with ``launches`` of a forward pass."""
     seconds = st.integers(smallest, largest)
-    ops = st.lists(seconds, min_size=shape.num_ops, max_size=shape.num_ops).map(tuple)
     costs = ("route", *CHUNK_OPS, *(LAUNCH if launches else ()))
-    calls = st.tuples(*[st.builds(CallCosts, **dict.fromkeys(costs, seconds)) for _ in shape.calls])
-    return st.builds(PassCosts, ops=ops, calls=calls)
+    ops = tuple(draw(seconds) for _ in range(shape.num_ops))
+    calls = [draw(st.builds(CallCosts, **dict.fromkeys(costs, seconds))) for _ in shape.calls]
+    cut = shape.cut if launches else ()
+    for number, call in enumerate(shape.calls):
+        if call.tap in cut:
+            enqueue_core = draw(st.integers(0, calls[number].enqueue))
+            calls[number] = dataclasses.replace(calls[number], enqueue_core=enqueue_core)
+    return PassCosts(ops=ops, calls=tuple(calls), cores={at: draw(st.integers(0, ops[at])) for at in cut})
 
 
 def span_costs(shape: SpanShape, **limits: int) -> st.SearchStrategy[SpanCosts]:
@@ -86,8 +93,8 @@ def span_costs(shape: SpanShape, **limits: int) -> st.SearchStrategy[SpanCosts]:
 def plans(draw: st.DrawFn, shape: SpanShape, max_chunks: int = 4) -> Plan:
     """Any plan of a span."""
     chunks = draw(st.integers(1, max_chunks))
-    behind = bool(shape.may_launch_behind) and draw(st.booleans())
-    late = shape.may_launch_behind if behind else ()
-    places = [st.integers(1 + (number in late), call.num_slots) for number, call in enumerate(shape.calls)]
+    launch = draw(st.sampled_from([one for one in Launch if one is Launch.BEFORE or shape.launched_aside(one)]))
+    aside = shape.launched_aside(launch)
+    places = [st.integers(1 + (number in aside), call.num_slots) for number, call in enumerate(shape.calls)]
     slots = [st.lists(its, min_size=chunks, max_size=chunks) for its in places]
-    return Plan(tuple(tuple(sorted(draw(its))) for its in slots), behind=behind)
+    return Plan(tuple(tuple(sorted(draw(its))) for its in slots), launch=launch)

@@ -317,7 +317,7 @@ def test_figures(written, expected):
 
 
 def test_plans():
-    group = {"training": [[3, 3]], "forward": [[2]], "blocking": False}
+    group = {"training": [[3, 3]], "forward": [[2]], "blocking": False}  # as written before launches had a choice
     other = {**group, "training": [[1, 2]]}
     two_calls = {**group, "training": [[3, 3], [1, 2]]}
     assert words.plan({"plans": {}}, "training") == "-"
@@ -329,12 +329,14 @@ def test_plans():
     assert words.plan({"plans": {"0": {**group, "blocking": True}}}, "forward") == "off"
     from ablation import measure  # which imports torch
 
-    from megatron_scmoe.contracts import Plan
+    from megatron_scmoe.contracts import Launch, Plan
 
-    behind = measure._written({"training": Plan(((3, 3),), behind=True), "forward": Plan(((2,),))})
-    assert words.plan({"plans": {"0": behind, "1": group}}, "training") == "3+3 behind | 3+3"
-    assert words.plan({"plans": {"0": behind}}, "forward") == "2"
-    assert measure._written(dict.fromkeys(("training", "forward"), Plan(((2,),)))).keys() == group.keys()
+    written = measure._written({"training": Plan(((3, 3),), launch=Launch.BEHIND), "forward": Plan(((2,),))})
+    assert written["launches"] == {"training": "behind", "forward": "before"}
+    assert words.plan({"plans": {"0": written, "1": group}}, "training") == "3+3 behind | 3+3"
+    assert words.plan({"plans": {"0": written}}, "forward") == "2"
+    written["launches"]["forward"] = "within"
+    assert words.plan({"plans": {"0": written}}, "forward") == "2 within"
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])

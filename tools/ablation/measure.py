@@ -29,8 +29,8 @@ class ArmResult:
 
     Attributes:
         arm: what was timed.
-        plans: by group: slots of each call for training and forward, whether they block, and, if in any, in which of
-            the two dispatches are launched behind the op at the tap; empty for Megatron's own layers.
+        plans: by group: slots of each call for training and forward, whether they block, and where, in each of the
+            two, dispatches are launched by the op at the tap; empty for Megatron's own layers.
         seconds: of the slowest rank, by kind.
         limit_s: what no plan beats, by kind: the step without its groups, and the groups' limits. None for stock.
         predicted_s: the same with the solver's prediction for its plans, in the place of the limits.
@@ -122,9 +122,9 @@ def _solve(bench: Bench, model: str, results: list[ArmResult], plans: dict[str, 
 
 def _written(plans: dict[str, Plan]) -> dict[str, Any]:
     """A group's plans, by kind, as ``ArmResult.plans`` has them."""
-    behind = [kind for kind, plan in plans.items() if plan.behind]
     slots = {kind: list(plan.slots) for kind, plan in plans.items()}
-    return {**slots, "blocking": plans["training"].blocking} | ({"behind": behind} if behind else {})
+    launches = {kind: str(plan.launch) for kind, plan in plans.items()}
+    return {**slots, "blocking": plans["training"].blocking, "launches": launches}
 
 
 def _plan(arm: Arm, shape: SpanShape, costs: dict[int, SpanCosts], *, forward_only: bool) -> Plan:

@@ -157,7 +157,7 @@ def timelines(lanes: Mapping[str, Mapping[bool, Sequence[Bar]]], salt: str) -> s
 
 
 def _draw_bar(axis: Axes, bar: Bar) -> None:
-    colour = OPS.get(bar.op, OPS[OTHER])
+    colour = OPS.get(bar.op.removeprefix("core "), OPS[OTHER])  # an attention at a tap is two spans
     height = 0.8 / bar.rows
     middle = bar.lane - 0.4 + height * (bar.row + 0.5)
     length_ms = bar.end_ms - bar.start_ms

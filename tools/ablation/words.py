@@ -56,18 +56,21 @@ def plan(arm: Mapping[str, Any], kind: str) -> str:
     """Slots of an arm's chunks, by group where groups differ: ``2``, ``1+3``, ``3+3 | 2+2``; ``off`` where it waits.
 
     Those of a second call of the same group stand behind a stroke: ``3/1``, ``3+3/1+2``; ``2 behind`` launches its
-    dispatch behind the op at the tap.
+    dispatch behind the op at the tap, ``2 within`` in its midst.
     """
     groups = arm["plans"].values()
     if not groups:
         return "-"
     if any(group["blocking"] for group in groups):
         return "off"
-    slots = [
-        "/".join("+".join(map(str, call)) for call in group[kind]) + " behind" * (kind in group.get("behind", ()))
-        for group in groups
-    ]
+    slots = [_of_group(group, kind) for group in groups]
     return slots[0] if len(set(slots)) == 1 else " | ".join(slots)
+
+
+def _of_group(group: Mapping[str, Any], kind: str) -> str:
+    slots = "/".join("+".join(map(str, call)) for call in group[kind])
+    launch = group.get("launches", {}).get(kind, "before")  # results of before there was a choice have none
+    return slots if launch == "before" else f"{slots} {launch}"
 
 
 def link(point: Mapping[str, Any]) -> str:

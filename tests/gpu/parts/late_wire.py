@@ -22,6 +22,7 @@ import torch
 import wire
 from models import Case
 
+from megatron_scmoe.contracts import Launch
 from megatron_scmoe.dispatch import exchange
 
 DELAY_S = 0.02
@@ -46,23 +47,26 @@ CASES = {
     "full recompute": Case(recompute="full"),
     "dgmoe, full recompute": Case(shortcut="dgmoe", recompute="full"),
 }
-BEHIND = {
-    "launched behind": Case(),
-    "launched behind in chunks": Case(chunks=2, expert_slot=("2,3",)),
-    "launched behind, a late landing": Case(span=2, landing=1),
-    "launched behind, full recompute": Case(recompute="full"),
+POS1 = Case(position=("pos1",))
+ASIDE = {
+    "launched behind": (Case(), Launch.BEHIND),
+    "launched behind in chunks": (Case(chunks=2, expert_slot=("2,3",)), Launch.BEHIND),
+    "launched behind, a late landing": (Case(span=2, landing=1), Launch.BEHIND),
+    "launched behind, full recompute": (Case(recompute="full"), Launch.BEHIND),
+    "launched within attention": (POS1, Launch.WITHIN),
+    "launched within attention that is recomputed": (POS1.replace(recompute="core_attn"), Launch.WITHIN),
 }
-"""Dispatches that the side stream launches, when the host has enqueued the op at the tap."""
+"""Dispatches that the side stream launches, when the host has enqueued the op at the tap, or its projections."""
 
 
 class Differs(AssertionError):
     """A late wire changed something: what mutants have to raise, and nothing else."""
 
 
-def step(case: Case, late: wire.Wire, num_micro_batches: int = 1, behind: bool = False) -> list[torch.Tensor]:
+def step(case: Case, late: wire.Wire, num_micro_batches: int = 1, launch: Launch = Launch.BEFORE) -> list[torch.Tensor]:
     """Losses and gradients of one step with the all-to-alls of ``late``."""
     with wire.in_place_of_torch(late):
-        losses, gradients = models.losses_and_gradients(case, num_micro_batches=num_micro_batches, behind=behind)
+        losses, gradients = models.losses_and_gradients(case, num_micro_batches=num_micro_batches, launch=launch)
         found = [losses.cpu(), *(gradient.cpu() for gradient in gradients.values())]
     assert late.launched, "nothing was exchanged"
     assert late.waited == late.launched, f"{late.launched} launched, {late.waited} waited for"
@@ -83,10 +87,10 @@ def without_overlap(case: Case) -> Case:
     return case if case.chunks > 1 else case.replace(overlap="off", expert_slot=())
 
 
-def compare(case: Case, late: wire.Wire, num_micro_batches: int = 1, *, behind: bool = False) -> None:
+def compare(case: Case, late: wire.Wire, num_micro_batches: int = 1, launch: Launch = Launch.BEFORE) -> None:
     """Raise Differs where a late wire changes a bit."""
     prompt = prompt_step(without_overlap(case), num_micro_batches)
-    found = step(case, late, num_micro_batches, behind)
+    found = step(case, late, num_micro_batches, launch)
     for number, (one, other) in enumerate(zip(found, prompt, strict=True)):
         if not torch.equal(one, other):
             raise Differs(f"tensor {number} of {len(prompt)} differs")
@@ -118,8 +122,9 @@ def part(found: checks.Checks) -> None:
                 found.not_run(name, "Core builds the projections from Transformer Engine's linear")
                 continue
             found.holds(name, lambda case=case: compare(case, wire.Wire(DELAY_S)))
-        for name, case in BEHIND.items():
-            found.holds(name, lambda case=case: compare(case, wire.Wire(DELAY_S), behind=True))
+        for name, (case, launch) in ASIDE.items():
+            late = wire.Wire(DELAY_S)
+            found.holds(name, functools.partial(compare, case, late, launch=launch))
         found.holds("two micro-batches in flight", lambda: compare(Case(), wire.Wire(DELAY_S), 2))
         for where in ("forward", "backward"):
             late = wire.Wire(DELAY_S, drops_wait=where)

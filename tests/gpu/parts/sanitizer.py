@@ -12,6 +12,7 @@ launches without waiting for the packing.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from unittest import mock
 
@@ -22,6 +23,8 @@ import torch
 import wire
 from models import Case
 
+from megatron_scmoe.contracts import Launch
+
 CASES = {
     "scmoe": Case(),
     "dgmoe": Case(shortcut="dgmoe"),
@@ -31,7 +34,13 @@ CASES = {
     "lsh": Case(codec="lsh"),
     "full recompute": Case(recompute="full"),
 }
-BEHIND = {"launched behind": Case(), "launched behind, full recompute": Case(recompute="full")}
+POS1 = Case(position=("pos1",))
+ASIDE = {
+    "launched behind": (Case(), Launch.BEHIND),
+    "launched behind, full recompute": (Case(recompute="full"), Launch.BEHIND),
+    "launched within attention": (POS1, Launch.WITHIN),
+    "launched within attention that is recomputed": (POS1.replace(recompute="core_attn"), Launch.WITHIN),
+}
 MUTANTS = {
     "no wait in forward": {"drops_wait": "forward"},
     "no wait in backward": {"drops_wait": "backward"},
@@ -75,13 +84,13 @@ def side_streams_wait_for_nothing() -> contextlib.AbstractContextManager[object]
     )
 
 
-def step(case: Case, *, behind: bool = False, aside_waits: bool = True, **mutant: object) -> None:
+def step(case: Case, launch: Launch = Launch.BEFORE, *, aside_waits: bool = True, **mutant: object) -> None:
     """Forward and backward, sanitized; ``aside_waits`` False and ``mutant`` are mutants."""
     with sanitized():
         prompt = wire.Wire(0, by_streams=True, **mutant)
         aside = contextlib.nullcontext() if aside_waits else side_streams_wait_for_nothing()
         with wire.in_place_of_torch(prompt), aside:
-            models.losses_and_gradients(case, behind=behind)
+            models.losses_and_gradients(case, launch=launch)
     assert prompt.launched, "nothing was exchanged"
 
 
@@ -91,13 +100,13 @@ def part(found: checks.Checks) -> None:
     with device.fake_ranks(2):
         for name, case in CASES.items():
             found.holds(name, lambda case=case: step(case))
-        for name, case in BEHIND.items():
-            found.holds(name, lambda case=case: step(case, behind=True))
+        for name, (case, launch) in ASIDE.items():
+            found.holds(name, functools.partial(step, case, launch))
         for name, mutant in MUTANTS.items():
             found.must_fail(name, lambda mutant=mutant: step(Case(), **mutant), by=Unordered)
-        found.must_fail(
-            "a side stream that waits for nothing", lambda: step(Case(), behind=True, aside_waits=False), by=Unordered
-        )
+        for name in ("launched behind", "launched within attention"):
+            mutant = functools.partial(step, *ASIDE[name], aside_waits=False)
+            found.must_fail(f"{name} by a side stream that waits for nothing", mutant, by=Unordered)
 
 
 if __name__ == "__main__":
