@@ -62,14 +62,15 @@ class Part:
 # In the order of their worth, so that a run that is cut short has shown what matters most. Seconds on one H200, by
 # arithmetic (none of it has been timed on one): a process that imports torch and Megatron and makes a CUDA context
 # takes ~12 s, and each limit is 1.4 to 2.5 times the sum.
-#   late_wire   29 = 12 + 368 exchanges of 20 ms, one behind the other: 7 + 49 small steps of the host, 0.2 each: 10
-#   sanitizer   20 = 12 + 13 small steps of ~4000 operations, each with a stack trace of 0.1 ms: 5 + the models: 3
+#   late_wire   30 = 12 + 392 exchanges of 20 ms, one behind the other: 8 + 52 small steps of the host, 0.2 each: 10
+#   sanitizer   21 = 12 + 16 small steps of ~4000 operations, each with a stack trace of 0.1 ms: 5 + the models: 3
 #   work_nccl   18 = 8 (no Megatron) + communicators: 5 + 7 round trips, each behind 16 copies of 1 GiB: 5
 #   kernels     25 = 12 + the reference, a Python loop over tokens on the CPU: 8 + our steps: 3 + codec: 2
 #   pretrain    65 = two trainings of two ranks that start at once: 2 x 20 + 9 iterations: 5 + torch.compile: 20
-#   overlap     52 = 2 settings of CUDA's queues x (12 + 120 steps of 30 ms: 4 + 8 traces: 6 + 4 models: 4)
+#   overlap     58 = 12 + 18 plans and transfers x (15 steps of 30 ms: 0.5 + a trace: 0.75): 22 + 4 models and costs: 6
+#               and with one queue of CUDA 12 + 4 x 1.25 + 1
 #   host_syncs  16 = 12 + 11 small models and 22 steps: 4
-# Together ~225 s; the limits add up to 400. On one GPU Transformer Engine's part gets what is left of them. On several,
+# Together ~235 s; the limits add up to 400. On one GPU Transformer Engine's part gets what is left of them. On several,
 # all limits count: of nccl_ranks that of up to 11 trainings, each 25 = 20 to start + 5, and torch.compile's first: 20.
 PARTS = (
     Part(
@@ -106,13 +107,15 @@ PARTS = (
     ),
     Part(
         "overlap",
-        80,
+        84,
         "how much of an all-to-all torch's profiler sees beside computation and what a step takes, per plan, for one "
-        "queue of CUDA and 32; that the report of hidden time agrees",
+        "queue of CUDA and 32, and with transfers that hold multiprocessors at either priority; what encode, decode, "
+        "launches and the host take; that plans run in their order and the report of hidden time agrees",
+        dry=True,
     ),
     Part(
         "host_syncs",
-        30,
+        26,
         "in forward the host waits for the counts of rows alone, with padded capacity and in backward for nothing",
     ),
 )
@@ -127,7 +130,7 @@ EXTRA_PARTS = (
 )
 NEVER = (
     "NCCL between nodes; bandwidth of InfiniBand; more GPUs than there were",
-    "what NCCL's multiprocessors take from matrix products, and what lower priorities cost; times of encode and decode",
+    "what NCCL's own kernels take from matrix products: in `overlap` another kernel holds as many multiprocessors",
     "FP8 and FP4, context parallelism by Transformer Engine's ring, FSDP, CUDA graphs: refused or untried",
 )
 

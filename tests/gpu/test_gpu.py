@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ranks
 import run_parts as gpu_run
+import torch
 from checks import Checks
 from test_repository import load
 from training import ROOT, train
@@ -240,10 +242,98 @@ def test_lanes_of_a_trace():
     def event(name: str, stream: int, begin: float, duration: float) -> dict:
         return {"name": name, "args": {"stream": stream}, "ts": begin, "dur": duration}
 
-    events = [event("gemm", 7, 0, 10), event("spin_kernel", 20, 4, 8), event("copy", 20, 12, 2)]
-    events += [event("gemm", 7, 19, 1), event("spin_kernel", 20, 20, 10), event("gemm", 7, 30, 2)]
-    found = overlap_steps.lanes(events)
-    assert found["hidden_share"] == pytest.approx(0.3) and found["idle_ms"] == pytest.approx(0.005)
-    assert found["kernels"] == 3
-    with pytest.raises(AssertionError, match="sleeps on streams"):
+    for transfer in ("spin_kernel", "paced_copy"):
+        events = [event("gemm", 7, 0, 10), event(transfer, 20, 4, 8), event("copy", 20, 12, 2)]
+        events += [event("gemm", 7, 19, 1), event(transfer, 20, 20, 10), event("gemm", 7, 30, 2)]
+        found = overlap_steps.lanes(events)
+        assert found["hidden_share"] == pytest.approx(0.3) and found["idle_ms"] == pytest.approx(0.005)
+        assert found["kernels"] == 3
+    with pytest.raises(AssertionError, match="transfers on streams"):
         overlap_steps.lanes([event("gemm", 7, 0, 10)])
+
+
+def test_what_the_host_takes_for_a_group():
+    """5 us and 3 us in the forwards of two groups, the waits in them apart; what lies between two passes is of none."""
+    import overlap_steps
+
+    from megatron_scmoe.overlap.recording import Mark
+
+    def mark(name: str, host_us: float, group: int = 0, backward: bool = False) -> Mark:
+        return Mark(name, 0, None, group, backward, 0.0, host_us * 1e-6)
+
+    marks = [mark("begin", 0), mark("wait", 2), mark("MLP", 12), mark("end", 15)]
+    marks += [mark("begin", 20, 1), mark("wait", 21, 1), mark("MLP", 23, 1), mark("end", 25, 1)]
+    marks += [mark("begin", 30, 1, True), mark("end", 36, 1, True)]
+    marks += [mark("begin", 40, 0, True), mark("end", 48, 0, True)]
+    found = overlap_steps.host_us(SimpleNamespace(marks=marks))
+    expected = {"host_forward_us": 4.0, "host_backward_us": 7.0, "host_waits_us": 6.0}
+    assert found == pytest.approx(expected)
+
+
+def test_transfers_that_keep_no_pace_are_noticed():
+    from parts import overlap
+
+    overlap.transfers_last({"transfers_ms": 3.7, "transfers_asked_ms": 3.6})
+    for numbers in ({"transfers_ms": 3.7, "transfers_asked_ms": 1.8}, {"transfers_ms": 1.8, "transfers_asked_ms": 3.6}):
+        with pytest.raises(AssertionError, match="transfers last"):
+            overlap.transfers_last(numbers)
+
+
+def test_a_setting_that_ended_early_leaves_its_figures(tmp_path):
+    """And no traceback for what it had not found yet."""
+    from parts import overlap
+
+    checks = Checks(str(tmp_path / "result.json"))
+    found = {"steps": {"off, 450 us": {"step_ms": 1.0}}, "orders": {"off": ([], [])}, "costs": {}}
+    overlap.judge(checks, "here", found)
+    assert checks.found["figures"] == {"here: steps of off, 450 us": {"step_ms": 1.0}}
+    assert checks.found["checks"] == {"here: off runs in its order": "passed"}
+
+
+def test_a_payload_takes_its_part_of_the_time(monkeypatch):
+    """On a link: half of the bytes take half of the time; and what is large is carried by multiprocessors."""
+    import paced
+    import wire
+
+    carried: list[tuple[int, float]] = []
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: carried.append((0, cycles / 1e9)))
+    monkeypatch.setattr(paced, "copy", lambda _output, _input, seconds, ctas: carried.append((ctas, seconds)))
+    line = wire.Wire(1e-3, full_bytes=4 << 20, ctas=8)
+    line._cycles_per_s = 1e9
+    for rows in (1 << 18, 1 << 17, 1 << 10):
+        payload = torch.zeros(rows, 4)
+        line.carry(torch.empty_like(payload), payload)
+    assert carried == [(8, 1e-3), (8, 0.5e-3), (0, pytest.approx(1e-3 / 256, rel=1e-3))]
+    assert line.asked_s == pytest.approx(sum(seconds for _, seconds in carried), rel=1e-3)
+
+
+def test_the_paced_copy_is_a_kernel():
+    """NVRTC makes one for an H100 of it, where torch brings it; and none of other words."""
+    import paced
+    from torch.cuda._utils import _nvrtc_compile
+
+    code, name = _nvrtc_compile(paced.SOURCE, paced.KERNEL, "90")
+    assert name == paced.KERNEL and len(code) > 1000
+    with pytest.raises(RuntimeError):
+        _nvrtc_compile(paced.SOURCE.replace("int4*", "int5*"), paced.KERNEL, "90")
+
+
+def test_ranks_compute_the_same_twice(tmp_path, monkeypatch):
+    """Each rank of a training has cuBLAS in a deterministic form."""
+    import trainings
+
+    started: list[dict[str, str]] = []
+
+    class Ended:
+        def __init__(self, _command: list[str], *, env: dict[str, str], **_options: object) -> None:
+            started.append(env)
+
+        def poll(self) -> int:
+            return 0
+
+        kill = wait = poll
+
+    monkeypatch.setattr(trainings.subprocess, "Popen", Ended)
+    trainings.train([], 2, backend="nccl", folder=tmp_path, limit_s=9)
+    assert [env["CUBLAS_WORKSPACE_CONFIG"] for env in started] == [":4096:8"] * 2
+    assert [env["LOCAL_RANK"] for env in started] == ["0", "1"]

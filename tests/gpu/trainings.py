@@ -58,6 +58,7 @@ def train(
     """
     common = {"WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": 1}
     common |= {"TORCH_LOGS": "recompiles", "CUDA_DEVICE_MAX_CONNECTIONS": 1}
+    common |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # cuBLAS computes the same twice
     common |= {} if cuda else {"CUDA_VISIBLE_DEVICES": ""}
     logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
     script = Path(__file__).parent / "rank.py"

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import paced
 import torch
 import torch.distributed as dist
 from device import HAS_CUDA
@@ -30,9 +31,13 @@ class Wire:
         keeps_order: whether a transfer waits for what was launched before it; False is a mutant.
         by_streams: whether transfers run on a stream, on the CPU one of the stand-ins of stream_stand_ins.py.
         spoils: whether what has not arrived is NaN; it takes a pass over the payload, which no NCCL makes.
+        full_bytes: payload that takes ``delay_s``; smaller ones take as much less. 0: each takes all of it.
+        ctas: multiprocessors that a transfer holds (``paced.py``); 0: it sleeps in one thread, and copies.
+        priority: of the stream, as torch counts it.
 
     Attributes:
         launched, waited: numbers of transfers.
+        asked_s: what those on streams should have taken in all.
     """
 
     def __init__(
@@ -43,13 +48,18 @@ class Wire:
         keeps_order: bool = True,
         spoils: bool = True,
         by_streams: bool = HAS_CUDA,
+        full_bytes: int = 0,
+        ctas: int = 0,
+        priority: int = 0,
     ) -> None:
         self.delay_s, self.drops_wait, self.keeps_order, self.spoils = delay_s, drops_wait, keeps_order, spoils
+        self.full_bytes, self.ctas = full_bytes, ctas
         self.launched = self.waited = 0
+        self.asked_s = 0.0
         self._work = _StreamWork if by_streams else _HostWork
         if by_streams:
-            self.stream = torch.cuda.Stream()
-            self.cycles = int(delay_s * cycles_per_s()) if delay_s else 0
+            self.stream = torch.cuda.Stream(priority=priority)
+            self._cycles_per_s = cycles_per_s() if delay_s else 0.0  # which waits
 
     def all_to_all_single(
         self,
@@ -69,6 +79,17 @@ class Wire:
             return work
         work.wait()
         return None
+
+    def carry(self, output: Tensor, input: Tensor) -> None:
+        """Copy the rows on the current stream, which takes as long as it should."""
+        seconds = self.delay_s * (min(1.0, input.nbytes / self.full_bytes) if self.full_bytes else 1.0)
+        self.asked_s += seconds
+        if self.ctas and paced.takes(input):
+            paced.copy(output, input, seconds, self.ctas)
+            return
+        if seconds:
+            torch.cuda._sleep(int(seconds * self._cycles_per_s))
+        copy_rows(output, input)
 
 
 class _Work:
@@ -98,9 +119,7 @@ class _StreamWork(_Work):
         if wire.keeps_order:
             wire.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(wire.stream):
-            if wire.cycles:
-                torch.cuda._sleep(wire.cycles)
-            copy_rows(output, input)
+            wire.carry(output, input)
         self._done = wire.stream.record_event()
 
     def get_future(self) -> torch.futures.Future:
