@@ -41,8 +41,8 @@ examples:
   inspect_checkpoint.py checkpoints/iter_0000100 checkpoints/iter_0000200 --json change.json
 
 words:
-  active     parameters that one token meets: all but those of routed experts that it does not visit (where there are
-             zero experts: if all experts are chosen alike)
+  active     parameters that one token meets in training, those of prediction layers too: all but those of routed
+             experts that it does not visit (where there are zero experts: if all experts are chosen alike)
   relative   norm of the difference of two tensors over the norm of the first one
 
 exit codes: 0 done; 1 --scan found NaN or Inf, or two checkpoints differ, or failed; 2 bad request or checkpoint; 130 /

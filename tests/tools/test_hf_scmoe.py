@@ -28,6 +28,7 @@ import convert_checkpoint  # noqa: E402
 from checkpoints.disk.hf_folder import HFFolder  # noqa: E402
 from checkpoints.disk.torch_dist import MegatronCheckpoint  # noqa: E402
 from checkpoints.mappings import longcat, megatron_settings, scmoe_settings  # noqa: E402
+from checkpoints.mappings.megatron_settings import complete  # noqa: E402
 from checkpoints.mappings.norms import norm_names  # noqa: E402
 from checkpoints.mappings.scmoe_names import from_megatron, to_megatron  # noqa: E402
 from checkpoints.plan import check  # noqa: E402
@@ -683,6 +684,31 @@ def test_every_setting_is_one_that_megatron_saves(exported):
     assert megatron_settings.DEFAULTS.keys() - saved.keys() == {
         *("original_max_position_embeddings", "beta_fast", "beta_slow"),  # of Core's configuration, without a flag
     }
+
+
+OTHER_VALUES = {
+    **{"overlap": "adaptive", "overlap_chunks": 4, "expert_slot": ["1,3"], "a2a_weights_apart_above": 2.5},
+    **{"overlap_interval": 7, "overlap_report": "/home/somebody/report", "a2a_codec": "lsh"},
+    **{"lsh_kind": "spherical", "lsh_hashes": 5, "lsh_width": 3, "lsh_refinement": "lloyd", "lsh_seed": 99},
+    **{"lsh_compensation": "paper", "lsh_rank": 3, "lsh_target_rate": 0.3, "lsh_evaluation": "centroids"},
+}
+
+
+def test_every_setting_of_overlap_and_codec_comes_back(exported):
+    """But for the report's folder, a path of somebody's machine."""
+    from checkpoints.mappings.hf_scmoe.configuration_scmoe import ScMoEConfig
+
+    from megatron_scmoe.config.codec import CodecConfig
+    from megatron_scmoe.config.overlap import OverlapConfig
+
+    defaults = vars(OverlapConfig()) | vars(CodecConfig())
+    assert OTHER_VALUES.keys() == defaults.keys(), "a new setting: does it come back?"
+    assert not [name for name, value in OTHER_VALUES.items() if value == defaults[name]]
+    args = complete(Namespace(**(vars(exported("pos2")[0].args) | OTHER_VALUES)))
+    written = json.loads(json.dumps(scmoe_settings.config_of(args)))
+    back = scmoe_settings.args_of(ScMoEConfig(**written), torch.float32)
+    assert {name for name, value in OTHER_VALUES.items() if back.get(name) != value} == {"overlap_report"}
+    assert "somebody" not in json.dumps(written)
 
 
 def test_capacity_is_a_note(exported):

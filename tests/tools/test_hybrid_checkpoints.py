@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
 import json
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -376,6 +378,18 @@ def test_what_a_hybrid_model_cannot_hold_is_refused(saved, tmp_path):
     source, _ = saved(tuple(GPT_CASES["latent"]))
     convert(source, tmp_path / "te", *to_hybrid[:4], "--transformer-impl", "transformer_engine")
     assert "have no norms of queries, keys and latents" in refused(tmp_path / "te", tmp_path / "new", *to_hybrid)
+    source, _ = saved(tuple(with_flags(SCMOE, "--qk-l2-norm")))
+    line = refused(source, tmp_path / "new", *to_hybrid)
+    assert "no norms of queries and keys without weights: the checkpoint has --qk-l2-norm True" in line
+
+
+def test_the_converter_refuses_what_the_entry_script_would():
+    """Every flag that Core's hybrid layers leave out is a row of the converter's, or has a rule of its own there."""
+    from megatron_scmoe.training import hybrid_rules
+
+    norms = set(re.findall(r"qk_\w+norm", inspect.getsource(hybrid_rules.check_norms)))
+    known = {*hybrid._NOT_IN_HYBRID, "use_rope_scaling", "qk_layernorm"}
+    assert {*hybrid_rules._UNREAD, *norms} <= known and norms == {"qk_l2_norm", "qk_layernorm"}
 
 
 CONTRADICTING = {

@@ -11,6 +11,7 @@ import pytest
 import ranks
 import torch
 import training
+from test_hf_scmoe import build_and_save
 from training import ROOT, SCMOE, with_flags
 
 TOOL = ROOT / "tools" / "inspect_checkpoint.py"
@@ -112,6 +113,32 @@ def test_every_tensor_of_our_models_has_a_kind(trained, tmp_path):
     assert counts["norms"] == (2 * 4 + 1) * hidden
     assert counts["router"] == 2 * experts * hidden and counts["gates"] == 2 * hidden
     assert result["parameters"]["active"] == result["parameters"]["total"] - counts["routed experts"] * 3 // 4
+
+
+def test_active_parameters_with_prediction_layers(tmp_path):
+    """By hand: each is a block like the last one, of whose four experts a token visits one, and a projection."""
+    folder = tmp_path / "predicting"
+    flags = with_flags(SCMOE, "--mtp-num-layers 2", "--untie-embeddings-and-output-weights")
+    ranks.run(build_and_save, 1, flags, folder, torch.zeros(1, 4, dtype=torch.long), layout={})
+    code, result = inspect(tmp_path, folder)
+    assert code == 0
+    hidden, ffn, experts, vocabulary = 32, 24, 4, 128
+    moes, blocks, predictions = 2 + 2, 4 + 2, 2
+    by_hand = {
+        "norms": (2 * blocks + 1 + 3 * predictions) * hidden,
+        "embedding": vocabulary * hidden,
+        "output layer": vocabulary * hidden,
+        "gates": moes * hidden,
+        "router": moes * experts * hidden,
+        "shared experts": moes * 3 * hidden * ffn,
+        "routed experts": moes * experts * 3 * hidden * ffn,
+        "prediction projections": predictions * 2 * hidden * hidden,
+        "attention": blocks * 4 * hidden * hidden,
+        "dense MLP": 2 * 3 * hidden * 48,
+    }
+    counts = result["parameters"]
+    assert counts["by_kind"] == by_hand and counts["total"] == sum(by_hand.values())
+    assert counts["active"] == counts["total"] - moes * 3 * 3 * hidden * ffn
 
 
 def test_words_of_a_megatron_checkpoint(trained, tmp_path, capsys):

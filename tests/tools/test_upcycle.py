@@ -284,6 +284,23 @@ def test_what_has_a_shortcut_already_is_refused(dense_folder, tmp_path):
     assert done.returncode == 2 and "has a shortcut already" in done.stderr
 
 
+def test_a_dense_model_that_predicts_further_tokens_is_refused(dense_folder):
+    """Its prediction layer is a block with an MLP, and Megatron's would be one with experts."""
+    from checkpoints.disk.torch_dist import MegatronCheckpoint
+    from checkpoints.mappings import upcycle
+    from checkpoints.tensors import CheckpointError
+
+    source = MegatronCheckpoint(dense_folder)
+    source.args.mtp_num_layers = 1
+    with pytest.raises(CheckpointError) as refused:
+        upcycle.from_megatron(source, upcycle.Upcycling(experts=2))
+    line = str(refused.value)
+    assert "a prediction layer is a block like the last one, which gets experts" in line and "\n" not in line
+    assert "--mtp-num-layers 1" in line
+    source.args.mtp_num_layers = None  # negative control
+    upcycle.from_megatron(source, upcycle.Upcycling(experts=2))
+
+
 @pytest.mark.parametrize("how", ["upcycled", "for the other spec"])
 def test_a_tensor_that_the_source_lacks_is_missed(dense_folder, how):
     """What there should be comes from the settings, not from what there is."""

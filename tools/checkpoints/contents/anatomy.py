@@ -24,6 +24,7 @@ _KINDS = (
     ("shared experts", r"\.shared_experts?\."),
     (ROUTED, r"\.experts\."),
     ("latent projections", r"\.fc[12]_latent_proj\."),
+    ("prediction projections", r"\.eh_proj\."),
     ("attention", r"attention\.|attn\."),
     ("Mamba", r"\.(mixer|mamba)\."),
     ("dense MLP", r"\.mlps?\."),

@@ -49,6 +49,7 @@ _MOE_EVERY = 2  # the default of the flag, which a hybrid model has to have
 # the rule.
 _OFF = (None, False, 0)
 _NOT_IN_HYBRID: dict[str, tuple[tuple[object, ...], str]] = {
+    "qk_l2_norm": (_OFF, "its layers have no norms of queries and keys without weights"),
     "rotary_interleaved": (_OFF, "its channels turn in halves"),
     "no_rope_freq": (_OFF, "its layers have other numbers than blocks"),
     "window_attn_skip_freq": (_OFF, "its layers have other numbers than blocks"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from checkpoints.mappings.layers import MAMBA, carries_moe, pattern_of
 from checkpoints.mappings.mamba import heads_of
 from checkpoints.mappings.norms import SPECS
 from checkpoints.tensors import CheckpointError
+from megatron_scmoe.config.codec import CodecConfig
+from megatron_scmoe.config.overlap import OverlapConfig
 
 LLAMA3_ROPE = {
     **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
@@ -91,13 +94,10 @@ _KEPT = (
     *("attention_dropout", "hidden_dropout", "init_method_std", "rotary_scaling_factor", "mscale"),
     *("mscale_all_dim", "moe_token_dispatcher_type", "moe_router_load_balancing_type", "moe_aux_loss_coeff"),
     *("moe_z_loss_coeff", "moe_router_bias_update_rate", "moe_expert_capacity_factor", "moe_token_drop_policy"),
-    *("moe_pad_expert_input_to_capacity", "moe_grouped_gemm", "num_query_groups", "overlap", "overlap_chunks"),
-    *("expert_slot", "hf_config"),
+    *("moe_pad_expert_input_to_capacity", "moe_grouped_gemm", "num_query_groups", "hf_config"),
+    *(field.name for field in fields(OverlapConfig) if field.name != "overlap_report"),
 )
-_CODEC = (
-    *("a2a_codec", "lsh_kind", "lsh_hashes", "lsh_width", "lsh_refinement", "lsh_compensation", "lsh_rank"),
-    *("lsh_target_rate", "lsh_seed"),
-)
+_CODEC = tuple(field.name for field in fields(CodecConfig))
 
 
 def has_residual_maps(args: Namespace) -> bool:

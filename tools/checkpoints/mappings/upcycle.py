@@ -128,6 +128,11 @@ def _upcycled(there: list[Piece], args: Namespace, options: Upcycling, dropped: 
     then_moe = [block for block in range(args.num_layers) if carries_moe(args, block)]
     if then_moe:
         _check_stays(args, options, then_moe, list(moe_blocks))
+    elif predictions := getattr(args, "mtp_num_layers", None):
+        raise CheckpointError(
+            "a prediction layer is a block like the last one, which gets experts, and a dense model's have MLPs: "
+            f"the checkpoint has --mtp-num-layers {predictions}; no way known"
+        )
     new_args = _args(args, options, stock_moe=bool(then_moe))
     renamed = renamed_norms(complete(args), complete(Namespace(**new_args)))
     made: dict[str, list[Piece]] = {}
