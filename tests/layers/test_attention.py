@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -70,3 +71,41 @@ def test_a_group_trains_with_multi_latent_attention(tmp_path, shortcut):
     assert runs["fixed"] == runs["off"]
     losses = runs["fixed"]["lm loss"]
     assert losses[8] < losses[1] - 0.1
+
+
+def train_within(flags: list[str]) -> tuple[str, int]:
+    """Train with dispatches launched within attention; what was printed, and the number of such launches."""
+    from megatron_scmoe.config import ScMoEConfig
+    from megatron_scmoe.contracts import Launch
+    from megatron_scmoe.dispatch.flights import Flights
+
+    plan, launch, launched = ScMoEConfig.plan, Flights.launch, []
+    ScMoEConfig.plan = lambda scmoe, *args: dataclasses.replace(plan(scmoe, *args), launch=Launch.WITHIN)
+    Flights.launch = lambda flights: (launched.append(flights), launch(flights))[1]
+    return training.train(flags), len(launched)
+
+
+WITHIN = {
+    "latent, core attention recomputed": [
+        *LATENT,
+        "--recompute-granularity selective",
+        "--recompute-modules core_attn",
+    ],
+    "hybrid": ["--hybrid-layer-pattern *-*E*-*E"],
+}
+
+
+@pytest.mark.parametrize("case", WITHIN)
+def test_a_launch_within_attention_changes_no_digit(tmp_path, case):
+    """In Core's other attention and its other container, too: one launch for each forward of a group."""
+    flags = with_flags(SCMOE, "--shortcut-position pos1", "--expert-model-parallel-size 2", "--train-iters 3")
+    if case == "hybrid":
+        flags = training.without_flag(flags, "--num-layers")
+    flags = with_flags(flags, *WITHIN[case])
+    scalars = []
+    for name, train in (("before", training.train), ("within", train_within)):
+        found = ranks.run(train, 2, with_flags(flags, f"--tensorboard-dir {tmp_path / name}"))
+        assert "exit code" not in str(found[0]), str(found[0])[-3000:]
+        scalars.append(training.scalars(tmp_path / name, "lm loss", "grad-norm"))
+    assert scalars[0] == scalars[1] and len(scalars[0]["lm loss"]) == 3
+    assert all(launches % 2 == 0 and launches >= 2 * 3 * 2 for _, launches in found)
