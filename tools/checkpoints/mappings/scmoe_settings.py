@@ -99,6 +99,9 @@ _KEPT = (
 )
 _CODEC = tuple(field.name for field in fields(CodecConfig))
 
+_INFINITE = "inf"
+"""What stands for a number that JSON does not have, as its flag takes it."""
+
 
 def has_residual_maps(args: Namespace) -> bool:
     """Whether the codec of ``args`` has parameters of its own."""
@@ -117,7 +120,7 @@ def config_of(args: Namespace) -> dict[str, Any]:
         **_layers(args),
         **_groups(args),
         **(_experts(args) if args.num_experts else {"num_experts": 0}),
-        "megatron": {name: getattr(args, name) for name in kept if _is_plain(getattr(args, name, None))},
+        "megatron": {name: _in_json(getattr(args, name)) for name in kept if _is_plain(getattr(args, name, None))},
     }
 
 
@@ -159,6 +162,10 @@ def check_computed(args: Namespace) -> None:
 def _is_plain(value: object) -> bool:
     """Whether JSON keeps it as it is; nothing is worth keeping."""
     return all(isinstance(item, bool | int | float | str) for item in (value if isinstance(value, list) else [value]))
+
+
+def _in_json(value: object) -> object:
+    return _INFINITE if value == math.inf else value
 
 
 def _grouped_query_attention(args: Namespace) -> dict[str, Any]:
@@ -242,7 +249,8 @@ def _experts(args: Namespace) -> dict[str, Any]:
 def args_of(config: Any, dtype: torch.dtype) -> dict[str, Any]:
     """The saved arguments of a Megatron checkpoint of a ``ScMoEConfig``, with weights of ``dtype``."""
     kept = config.megatron if isinstance(config.megatron, Mapping) else {}
-    kept = {name: value for name, value in kept.items() if name in (*_KEPT, *_CODEC) and _is_plain(value)}
+    known = {name: value for name, value in kept.items() if name in (*_KEPT, *_CODEC) and _is_plain(value)}
+    kept = {name: math.inf if value == _INFINITE else value for name, value in known.items()}
     theta = config.rope_parameters["rope_theta"]
     return {
         "transformer_impl": "local",
