@@ -204,7 +204,10 @@ class Exchange:
         self.backward_leg = _Leg(tag, backward=True)
 
     def announce(self, *tensors: Tensor) -> Tensor:
-        """Pack ``tensors`` ([rows, ...] each) to be exchanged, and return the token that ``finish`` takes."""
+        """Pack ``tensors`` ([rows, ...] each) to be exchanged, and return the token that ``finish`` takes.
+
+        Integers come last: they have no gradients, and nothing of them travels in backward.
+        """
         return _Announce.apply(self, *tensors)
 
     def launch(self, send_rows: Rows, receive_rows: Rows) -> None:
@@ -239,13 +242,14 @@ class _Announce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, exchange, *tensors):
         ctx.exchange = exchange
+        ctx.num_integers = sum(not tensor.is_floating_point() for tensor in tensors)
         exchange.forward_leg.announce(exchange, tensors)
         return tensors[0].new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _token_grad):
-        return None, *ctx.exchange.backward_leg.finish()
+        return None, *ctx.exchange.backward_leg.finish(), *(None,) * ctx.num_integers
 
 
 class _Finish(torch.autograd.Function):
@@ -258,6 +262,6 @@ class _Finish(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         exchange = ctx.exchange
-        exchange.backward_leg.announce(exchange, grads)
+        exchange.backward_leg.announce(exchange, tuple(grad for grad in grads if grad.is_floating_point()))
         exchange.backward_leg.launch(exchange, exchange.receive_rows, exchange.send_rows)
         return None, grads[0].new_zeros(0)

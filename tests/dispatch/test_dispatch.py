@@ -93,6 +93,31 @@ def test_tokens_and_weights_are_one_payload_unless_apart(apart, each_way):
     assert ranks.run(collectives, 2, apart) == [2 * each_way] * 2
 
 
+def with_ids(apart: bool) -> dict[str, object]:
+    """An exchange whose rows carry three small numbers beside their weights; widths of what travels, in bytes."""
+    exchange, rows, weights = make_exchange(apart=apart)
+    ids = rows.detach().to(torch.int16)
+    widths = []
+    original = dist.all_to_all_single
+    dist.all_to_all_single = lambda output, sent, *args, **kwargs: (
+        widths.append(sent[:1].nbytes) or original(output, sent, *args, **kwargs)
+    )
+    try:
+        received, _, received_ids = exchange.finish(start(exchange, rows, weights, ids))
+        assert not received_ids.requires_grad
+        (received * received_ids).sum().backward()
+    finally:
+        dist.all_to_all_single = original
+    same = torch.equal(received.detach().to(torch.int16), received_ids)
+    return {"arrived": same, "back": torch.equal(rows.grad, ids.float()), "widths": widths}
+
+
+@pytest.mark.parametrize(("apart", "widths"), [(False, [16 + 16 + 16, 16 + 16]), (True, [12, 8, 6, 12, 8])])
+def test_integers_travel_there_and_nothing_of_them_back(apart, widths):
+    for found in ranks.run(with_ids, 4, apart):
+        assert found == {"arrived": True, "back": True, "widths": widths}
+
+
 def interleaved(order: tuple[str, ...]) -> dict[str, object]:
     """Two exchanges in flight, announced (A), launched (L), finished (F) in the given order; b's tensors are apart."""
     exchanges = {name: make_exchange(name, apart=name == "b", aside=True) for name in "ab"}
