@@ -94,10 +94,13 @@ class Cargo(Protocol):
         """Of all chunks, on their way since the cargo was made."""
 
     def pack(self, chunk: int) -> tuple[Tensor, ...]:
-        """What travels to the experts, [rows, ...] each, in the order of the experts."""
+        """What travels to the experts, [rows, ...] each, in the order of experts, or of their ranks; integers last."""
 
     def unpack(self, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Rows for the experts, [rows, w], and the weight of each row's output, [rows], from what arrived."""
+        """Rows for the experts, [rows, w], and the weight of each row's output, from what arrived.
+
+        Weights are [rows], or [rows, experts of this rank] where the dispatcher spreads rows to these.
+        """
 
     def deliver(self, chunk: int, outputs: Tensor) -> Tensor:
         """What can be done at home with the outputs of one chunk, [rows, w], before the others are there."""
@@ -164,8 +167,8 @@ class SpanShape:
     Attributes:
         num_ops: ops of the span, the ends of its groups among them.
         calls: in the order of their taps.
-        waits_to_pack: whether the host has to know the counts before it can pack, as with a codec, a capacity or zero
-            experts: there is nothing to announce then.
+        waits_to_pack: whether the host has to know the counts before it can pack, as with a codec, unique tokens, a
+            capacity or zero experts: there is nothing to announce then.
         attentions: indices of the ops that have a place within them for a launch, before their core attention.
     """
 

@@ -1,4 +1,4 @@
-"""Who makes what the flights of a group carry: tokens as they are, or centroids of them."""
+"""Who makes what the flights of a group carry: tokens, for each expert or each rank once, or centroids of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from megatron_scmoe.config import Codec, Compensation, Evaluation, HashKind, ScM
 from megatron_scmoe.contracts import Cargo
 from megatron_scmoe.dispatch.exchange import Tag
 from megatron_scmoe.dispatch.tokens import Tokens
+from megatron_scmoe.dispatch.unique import UniqueTokens
 from megatron_scmoe.mcore import blocks
 
 
@@ -38,7 +39,9 @@ class CargoMaker:
         self._compensation, self._residual_map = scmoe.lsh_compensation, residual_map
         self._refinement = scmoe.lsh_refinement
         self._travels_topk = not scmoe.zero_experts
-        self.waits_to_pack = scmoe.compresses or not self._travels_topk or config.moe_expert_capacity_factor is not None
+        self._sends_once = scmoe.sends_once
+        keeps_some = not self._travels_topk or config.moe_expert_capacity_factor is not None
+        self.waits_to_pack = scmoe.compresses or scmoe.sends_once or keeps_some
         self._apart_above = scmoe.a2a_weights_apart_above * 2**20
         self._tokens_in_evaluation = scmoe.lsh_evaluation is Evaluation.TOKENS
         self._hasher: Hasher | None = None
@@ -53,6 +56,8 @@ class CargoMaker:
         self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, routing_map: Tensor, *, chunks: int, tag: Tag
     ) -> Cargo:
         """The cargo of one routing, whose counts are exchanged here; see ``Centroids`` for the arguments."""
+        if self._sends_once:
+            return UniqueTokens(moe, hidden_states, probs, chunks=chunks, apart_above=self._apart_above)
         routed = moe, hidden_states, probs, routing_map
         if self._hasher is None or (self._tokens_in_evaluation and not moe.training):
             return Tokens(*routed, chunks=chunks, travels_topk=self._travels_topk, apart_above=self._apart_above)

@@ -9,11 +9,12 @@ from megatron_scmoe.config.architecture import (
     Router,
     Shortcut,
 )
-from megatron_scmoe.config.codec import Codec, CodecConfig, Compensation, Evaluation, HashKind, Refinement
+from megatron_scmoe.config.codec import Codec, CodecConfig, Compensation, Evaluation, HashKind, Refinement, Unique
 from megatron_scmoe.config.groups import Group, stages_of_pattern
 from megatron_scmoe.config.overlap import Overlap
 from megatron_scmoe.config.rules import ConfigError
 from megatron_scmoe.config.settings import ARCHITECTURE_FIELDS, CODEC_FIELDS, SUBJECTS, Resume, ScMoEConfig
+from megatron_scmoe.config.unique import expected_unique_share
 
 __all__ = [
     "ARCHITECTURE_FIELDS",
@@ -37,5 +38,7 @@ __all__ = [
     "Router",
     "ScMoEConfig",
     "Shortcut",
+    "Unique",
+    "expected_unique_share",
     "stages_of_pattern",
 ]

@@ -1,4 +1,4 @@
-"""What travels in the place of tokens (LSH-MoE, arXiv 2411.08446)."""
+"""What the all-to-all carries: tokens, once for an expert or once for a rank, or centroids (LSH-MoE, 2411.08446)."""
 
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -11,6 +11,13 @@ class Codec(StrEnum):
 
     NONE = "none"
     LSH = "lsh"
+
+
+class Unique(StrEnum):
+    """Where a token travels once, whatever number of experts it has there."""
+
+    NONE = "none"
+    RANK = "rank"
 
 
 class HashKind(StrEnum):
@@ -56,6 +63,12 @@ class CodecConfig:
     difference from it (nothing, by default). How many rows are left is an outcome, which the log says; TensorBoard and
     W&B get rate, largest cluster and residual of each group (W&B not of the last step). With --shortcut none it works
     in the stock MoE layers."""
+
+    a2a_unique: Unique = Unique.NONE
+    """Where a token travels once. none: a row for each of its experts. rank: a row for each rank that has experts of
+    it, with their gate weights; the rank sends back one weighted sum. The same numbers up to the order of sums. For
+    --moe-router-topk above 1; docs/codec.md says how many rows that saves. With --shortcut none it works in the stock
+    MoE layers."""
 
     lsh_kind: HashKind = HashKind.CROSS_POLYTOPE
     """Hash functions of --a2a-codec lsh. cross-polytope: the nearest of the 2 x --lsh-width directions of a random
@@ -103,17 +116,27 @@ class CodecConfig:
         """Whether the all-to-all carries something else than tokens."""
         return self.a2a_codec is not Codec.NONE
 
+    @property
+    def sends_once(self) -> bool:
+        """Whether a token travels once to all of its experts that are in one place."""
+        return self.a2a_unique is not Unique.NONE
+
     def validate_codec(self) -> None:
         """Raise ConfigError where these settings contradict one another."""
         if not self.compresses:
             for field in fields(CodecConfig):
                 value = getattr(self, field.name)
-                if value != field.default:
+                if field.name.startswith("lsh_") and value != field.default:
                     flag = flag_of(field.name)
                     raise ConfigError(
                         f"{flag} belongs to the codec lsh: it is set to {value} and --a2a-codec is none; "
                         f"add --a2a-codec lsh or drop {flag}"
                     )
+        if self.compresses and self.sends_once:
+            raise ConfigError(
+                "a centroid is of tokens of one expert, and for it alone: --a2a-codec is "
+                f"{self.a2a_codec} and --a2a-unique is {self.a2a_unique}; drop one of them"
+            )
         if not 1 <= self.lsh_hashes <= MAX_HASHES:
             raise ConfigError(
                 f"1 to {MAX_HASHES} functions can be had: --lsh-hashes is {self.lsh_hashes}; use 6 for cross-polytope, "

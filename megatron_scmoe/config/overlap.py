@@ -37,7 +37,7 @@ class OverlapConfig:
     evenly over the window, as the tokens of dgmoe's second gate are in any case."""
 
     a2a_weights_apart_above: float = 8.0
-    """MiB of tokens in one all-to-all (those of a chunk on one rank, as often as they have experts) above which their
+    """MiB of tokens in one all-to-all (those of a chunk on one rank, as often as they may travel) above which their
     gate weights travel as a collective of their own. Below, weights lie beside their tokens, in rows that are filled up
     to 16 bytes: one collective less, but two more passes over all rows at either end. 0: always; inf: never. The
     numbers are the same, bit for bit."""

@@ -52,7 +52,7 @@ ARCHITECTURE_FIELDS = (
 """Fields that decide what the parameters mean. A checkpoint of other values loads without an error, since the names and
 shapes are the same, and is wrong: so they are compared on resume."""
 
-CODEC_FIELDS = tuple(field.name for field in fields(CodecConfig) if field.name != "lsh_evaluation")
+CODEC_FIELDS = tuple(field.name for field in fields(CodecConfig) if field.name not in ("lsh_evaluation", "a2a_unique"))
 """Fields with which a checkpoint was trained, and goes on."""
 
 _NEEDS_SHORTCUT = (*(field.name for field in fields(ArchitectureConfig) if field.name != "shortcut"), "expert_slot")
@@ -80,8 +80,8 @@ class ScMoEConfig(JobConfig, ResumeConfig, CodecConfig, OverlapConfig, Architect
 
     @property
     def replaces_stock_moe(self) -> bool:
-        """Whether the MoE layers of the stock model are ours: their tokens travel in chunks, or compressed."""
-        return not self.enabled and (self.overlap_chunks > 1 or self.compresses)
+        """Whether the MoE layers of the stock model are ours: their tokens travel in chunks, compressed, or once."""
+        return not self.enabled and (self.overlap_chunks > 1 or self.compresses or self.sends_once)
 
     @property
     def overlaps(self) -> bool:
@@ -116,6 +116,11 @@ class ScMoEConfig(JobConfig, ResumeConfig, CodecConfig, OverlapConfig, Architect
         if not self.enabled:
             self._validate_stock()
             return
+        if self.sends_once and self.shortcut is Shortcut.DGMOE:
+            raise ConfigError(
+                "each gate of dgmoe chooses one expert, so that no token goes to a rank twice: --a2a-unique is "
+                f"{self.a2a_unique} and --shortcut is {self.shortcut}; drop --a2a-unique"
+            )
         groups = self.groups(num_layers, pattern)
         self.validate_architecture(groups)
         check_length("--expert-slot", self.expert_slot, len(groups))

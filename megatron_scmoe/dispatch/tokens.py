@@ -40,19 +40,15 @@ class Tokens:
         apart_above: float = math.inf,
     ) -> None:
         self._moe, self._shape, self._travels_topk = moe, hidden_states.shape, travels_topk
-        self._parts = [(hidden_states, routing_map, probs)]
-        if chunks > 1:
-            rows = hidden_states.view(-1, hidden_states.shape[-1])
-            self._parts = list(zip(*(x.tensor_split(chunks) for x in (rows, routing_map, probs)), strict=True))
+        self._parts = in_chunks(chunks, hidden_states, routing_map, probs)
         # Padding filled every expert's capacity before tokens were cut into chunks, of which none has that many.
         self.dispatchers = [
             token_dispatcher.dispatcher_for_one_flight(moe, keeps_capacity=chunks == 1) for _ in self._parts
         ]
         rows_per_expert = torch.stack([part_map.sum(dim=0) for _, part_map, _ in self._parts])
         self.counts = token_dispatcher.Counts(self.dispatchers[0], rows_per_expert)
-        # By what all ranks know; how many rows there are differs where capacity or zero experts keep some at home.
-        rows = -(-len(routing_map) // chunks) * moe.config.moe_router_topk
-        self.apart = rows * blocks.width_of_experts(moe.config) * hidden_states.element_size() > apart_above
+        copies = moe.config.moe_router_topk
+        self.apart = bytes_at_most(moe, hidden_states, chunks=chunks, copies=copies) > apart_above
 
     def pack(self, chunk: int) -> tuple[Tensor, ...]:
         """See ``contracts.Cargo``."""
@@ -79,3 +75,27 @@ class Tokens:
     def join(self, delivered: list[Tensor]) -> Tensor:
         """See ``contracts.Cargo``."""
         return delivered[0] if len(delivered) == 1 else torch.cat(delivered).view(self._shape)
+
+
+def in_chunks(chunks: int, hidden_states: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tokens, [..., h], and what belongs to them, [n, ...] each, in parts of about n / chunks tokens; one is whole."""
+    if chunks == 1:
+        return [(hidden_states, *others)]
+    rows = hidden_states.view(-1, hidden_states.shape[-1])
+    return list(zip(*(x.tensor_split(chunks) for x in (rows, *others)), strict=True))
+
+
+def bytes_at_most(moe: MoELayer, hidden_states: Tensor, *, chunks: int, copies: int) -> int:
+    """Of tokens in one exchange, by what all ranks know.
+
+    How many rows there are differs where capacity or zero experts keep some at home.
+
+    Args:
+        moe: the layer whose experts run.
+        hidden_states: [..., h], n tokens.
+        chunks: that they travel in.
+        copies: rows that a token makes, at most.
+    """
+    num_tokens = hidden_states.numel() // hidden_states.shape[-1]
+    row = blocks.width_of_experts(moe.config) * hidden_states.element_size()
+    return -(-num_tokens // chunks) * copies * row

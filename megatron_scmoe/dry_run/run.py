@@ -64,6 +64,11 @@ def _check_known(args: Namespace, scmoe: ScMoEConfig) -> None:
             f"how many centroids travel is up to the data: --a2a-codec is {scmoe.a2a_codec} in a dry run; use "
             "--a2a-codec none for it, which needs more memory"
         )
+    if scmoe.sends_once:
+        raise ConfigError(
+            f"to how many ranks a token goes is up to the data: --a2a-unique is {scmoe.a2a_unique} in a dry run; use "
+            "--a2a-unique none for it"
+        )
 
 
 @contextlib.contextmanager

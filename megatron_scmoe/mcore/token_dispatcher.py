@@ -54,7 +54,7 @@ class Counts:
 
     Args:
         dispatcher: of any of the flights.
-        rows_per_expert: what this rank sends, [chunks, experts].
+        rows_per_expert: what this rank sends, [chunks, experts], or other counts, as many for each rank.
     """
 
     def __init__(self, dispatcher: MoEAlltoAllTokenDispatcher, rows_per_expert: Tensor) -> None:
@@ -66,7 +66,8 @@ class Counts:
         own = rows_per_expert.long()
         of_ranks = gather_from_sequence_parallel_region(own, group=dispatcher.tp_ep_group)
         of_ranks = of_ranks.view(dispatcher.ep_size, dispatcher.tp_size, *own.shape)
-        first, num_local = dispatcher.local_expert_indices[0], dispatcher.num_local_experts
+        num_local = own.shape[1] // dispatcher.ep_size
+        first = dispatcher.ep_rank * num_local
         # For this rank's experts alone, [chunks, TP, EP, local experts]: so Core has what a flight brings.
         self._arriving = of_ranks[..., first : first + num_local].permute(2, 1, 0, 3).contiguous()
         self._own_shape = own.shape[0], dispatcher.ep_size, num_local
@@ -82,7 +83,7 @@ class Counts:
         if self._padded:
             return None, None
         own, arriving = self._on_host
-        return own[chunk].sum(axis=-1).tolist(), arriving[chunk, self._tp_rank].sum(axis=-1).tolist()
+        return self._rows(own[chunk]).tolist(), self._rows(arriving[chunk, self._tp_rank]).tolist()
 
     def num_rows_to_send(self, chunk: int) -> int:
         """Rows that this rank sends, those for its own experts included; 0 where Core's dispatcher counts them."""
@@ -115,6 +116,11 @@ class Counts:
             mine = str(dist.get_rank())
             bad += [f"{rank} or an expert-parallel peer of it" for rank in of_group if rank != mine]
         return bad
+
+    @staticmethod
+    def _rows(counted: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows that travel, [...], of what is counted for a rank, [..., local experts]."""
+        return counted.sum(axis=-1)
 
     @cached_property
     def _on_host(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -125,7 +125,7 @@ def conditions(args: Namespace, stage: dist.ProcessGroup) -> dict[str, Any]:
     names = (
         *ARCHITECTURE_FIELDS,
         *CODEC_FIELDS,
-        "a2a_weights_apart_above",
+        *("a2a_weights_apart_above", "a2a_unique"),
         *("moe_router_topk", "moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity"),
         *("tensor_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"),
         *("context_parallel_size", "micro_batch_size", "seq_length", "transformer_impl", "bf16", "fp16"),

@@ -26,7 +26,9 @@ from megatron_scmoe.training.refused_flags import RECOMPUTE_REFUSED
 
 def check_pipelined(args: Namespace, scmoe: ScMoEConfig) -> None:
     """Raise ConfigError for the first flag in ``args`` that our stock MoE layer does not do."""
-    mine = f"--overlap-chunks is {args.overlap_chunks} and --a2a-codec is {args.a2a_codec}"
+    mine = f"--overlap-chunks is {scmoe.overlap_chunks} and --a2a-codec is {scmoe.a2a_codec}"
+    if scmoe.sends_once:
+        mine += f" and --a2a-unique is {scmoe.a2a_unique}"
     for refusal in refused_flags.PIPELINED_REFUSALS:
         refusal.check(args, mine)
     if args.recompute_granularity == "selective" and "moe" in (args.recompute_modules or ()):
@@ -35,11 +37,12 @@ def check_pipelined(args: Namespace, scmoe: ScMoEConfig) -> None:
         )
     if not args.num_experts:
         raise ConfigError(
-            f"chunks and codec are those of an MoE layer: --num-experts is {args.num_experts}, {mine}; "
+            f"chunks, codec and unique rows are those of an MoE layer: --num-experts is {args.num_experts}, {mine}; "
             "add --num-experts 8 or drop them"
         )
     _check_sequence_parallel(args)
     _check_codec(args, scmoe)
+    _check_unique(args, scmoe)
 
 
 def _check_codec(args: Namespace, scmoe: ScMoEConfig) -> None:
@@ -71,6 +74,14 @@ def _check_codec(args: Namespace, scmoe: ScMoEConfig) -> None:
         )
     for refusal in refused_flags.CODEC_REFUSALS:
         refusal.check(args, f"--a2a-codec is {scmoe.a2a_codec}")
+
+
+def _check_unique(args: Namespace, scmoe: ScMoEConfig) -> None:
+    if scmoe.sends_once and args.moe_router_topk == 1:
+        raise ConfigError(
+            f"with one expert each no token goes to a rank twice: --moe-router-topk is {args.moe_router_topk} and "
+            f"--a2a-unique is {scmoe.a2a_unique}; drop --a2a-unique"
+        )
 
 
 def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
@@ -121,6 +132,7 @@ def check_megatron_args(args: Namespace, scmoe: ScMoEConfig) -> None:
         _check_latent_scaling(args)
     _check_parallelism(args, scmoe)
     _check_codec(args, scmoe)
+    _check_unique(args, scmoe)
 
 
 def _check_dropout(args: Namespace, scmoe: ScMoEConfig) -> None:

@@ -83,6 +83,7 @@ CASES = [
     (Case(shortcut="dgmoe", chunks=2), 2),
     (Case(codec="lsh", hashes=4), 2),
     (Case(capacity=0.5, chunks=2), 2),
+    (Case(topk=2, unique="rank", chunks=2), 2),
     (Case(topk=2), 1),
     (Case(topk=2), 4),
     (Case(position=("pos1",), recompute="full", recompute_blocks=2), 2),
@@ -91,17 +92,21 @@ CASES = [
     (Case(latent=8, topk=2, chunks=2), 2),
     (Case(router="longcat", topk=2, zero_experts=2, combine="add"), 2),
     (Case(num_groups=4, span=2, landing=1, topk=2), 2),
+    (Case(topk=3, unique="rank", router="longcat", zero_experts=2, combine="add"), 2),
+    (Case(topk=2, unique="rank", capacity=0.5), 4),
 ]
 
 
-@pytest.mark.parametrize(("case", "size"), cases(CASES, CASES[:5]))
+@pytest.mark.parametrize(("case", "size"), cases(CASES, CASES[:6]))
 def test_fused_and_unfused_are_the_same_bit_for_bit(case, size):
     fused, calls = on_ranks(case, size)
     plain, _ = on_ranks(case, size, fused=False)
     assert test_layer.largest_difference(fused, plain) == 0
     permuted, sorted_in, sorted_out, unpermuted = zip(*calls, strict=True)
     assert all(permuted) and all(unpermuted)
-    assert (all(sorted_in) and all(sorted_out)) or case.padded or size == 4  # which sort nothing
+    assert (
+        (all(sorted_in) and all(sorted_out)) or case.padded or size == 4 or case.unique == "rank"
+    )  # which sort nothing
 
 
 def test_a_wrong_order_is_noticed():

@@ -140,6 +140,7 @@ DGMOE = Case(shortcut="dgmoe")
 LSH = Case(codec="lsh")
 LLOYD = LSH.replace(refinement="lloyd", topk=2, hashes=2)
 LONGCAT = Case(router="longcat", zero_experts=3, topk=3, combine="add")
+UNIQUE = Case(topk=2, unique="rank")
 
 QUICK = {
     "pos1": Run("train", POS1),
@@ -162,6 +163,8 @@ QUICK = {
     "evaluation": Run("evaluate", Case(chunks=2)),
     "capacity": Run("train", Case(topk=2, capacity=1.0)),
     "padded": Run("train", Case(topk=2, capacity=1.0, padded=True)),
+    "unique": Run("train", UNIQUE.replace(chunks=2)),
+    "unique, evaluation": Run("evaluate", UNIQUE.replace(latent=8)),
     "lsh": Run("train", LSH.replace(chunks=2)),
     "lsh, lloyd, low rank": Run("train", LLOYD.replace(compensation="lowrank")),
     "lsh, held rate": Run("hold rate", LSH.replace(hashes=4)),
@@ -191,6 +194,12 @@ FULL = {
     "launched within, late landing": Run("launch within", POS1.replace(span=2, landing=2)),
     "launched within, full recompute": Run("launch within", POS1.replace(recompute="full")),
     "launched within, chunks": Run("launch within", POS1.replace(chunks=2, expert_slot=("2,3",))),
+    "unique, zero experts, bf16": Run("train", LONGCAT.replace(unique="rank", dtype=torch.bfloat16)),
+    "unique, apart": Run("train", UNIQUE.replace(weights_apart_above=0.0)),
+    "unique, padded": Run("train", UNIQUE.replace(capacity=1.0, padded=True)),
+    "unique, full recompute": Run("train", UNIQUE.replace(recompute="full")),
+    "unique, a wire that holds nothing": Run("train", UNIQUE, stash=False),
+    "unique, measured in sequence": Run("measure", UNIQUE.replace(chunks=2)),
     "lsh, dgmoe": Run("train", LSH.replace(shortcut="dgmoe")),
     "lsh, no compensation, four chunks": Run("train", LSH.replace(compensation="none", chunks=4)),
     "lsh, full recompute": Run("train", LSH.replace(recompute="full")),

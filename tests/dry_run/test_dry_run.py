@@ -227,6 +227,7 @@ REFUSED = {
         "Core saves moments at the wrong places",
     ),
     "a codec": (["--a2a-codec lsh"], "--a2a-codec is lsh in a dry run"),
+    "unique tokens": (["--a2a-unique rank", "--moe-router-topk 2"], "--a2a-unique is rank in a dry run"),
     "blocks of another spec": (["--shortcut none", "--spec here there"], "--spec is here there"),
     "an optimizer": (["--optimizer muon"], "--optimizer is muon"),
     "host memory": (

@@ -183,6 +183,7 @@ def test_launched_behind_the_shared_expert():
 # ---- through the entry script -----------------------------------------------------------------------------------
 
 FLAGS = with_flags(STOCK, "--moe-layer-freq [0,1]*2", "--expert-model-parallel-size 2", "--train-iters 5")
+TOP_2 = with_flags(FLAGS, "--moe-router-topk 2")
 
 
 def test_it_trains_like_stock_and_reports(tmp_path: Path):
@@ -190,17 +191,19 @@ def test_it_trains_like_stock_and_reports(tmp_path: Path):
         "stock": [],
         "chunks": ["--overlap-chunks 2", f"--overlap-report {tmp_path / 'report'}"],
         "adaptive": ["--overlap-chunks 2", "--overlap adaptive"],
+        "unique": ["--a2a-unique rank"],
     }
     scalars = {}
     for name, changes in flags.items():
         more = ["--train-iters 18"] if name == "adaptive" else []
         folder = tmp_path / name
-        printed = ranks.run(training.train, 2, with_flags(FLAGS, *changes, *more, f"--tensorboard-dir {folder}"))
+        printed = ranks.run(training.train, 2, with_flags(TOP_2, *changes, *more, f"--tensorboard-dir {folder}"))
         assert "exit code" not in printed[0], printed[0][-3000:]
         scalars[name] = training.scalars(folder, "lm loss", "grad-norm")
         assert bool(re.search(r"> overlap from iteration 10: groups? 1\b.*slots", printed[0])) == (name == "adaptive")
     for name, values in scalars["stock"].items():
         assert scalars["chunks"][name] == pytest.approx(values, rel=1e-4)
+        assert scalars["unique"][name] == pytest.approx(values, rel=1e-4)
         first = {iteration: scalars["adaptive"][name][iteration] for iteration in values}
         assert first == pytest.approx(values, rel=1e-4)
     assert len((tmp_path / "report" / "rank00001.jsonl").read_text().splitlines()) == 4

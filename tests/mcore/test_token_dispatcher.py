@@ -138,6 +138,9 @@ ROUTINGS = {
     "two groups in a span": ({"span": 2, "landing": 2}, 2),
     "zero experts": (LONGCAT, 2),
     "capacity": ({"capacity": 1.0}, 2),
+    "unique": ({"topk": 2, "unique": "rank"}, 2),
+    "unique, zero experts": ({**LONGCAT, "unique": "rank"}, 2),
+    "unique, padded": ({"topk": 2, "unique": "rank", "capacity": 1.0, "padded": True}, 2),
     "lsh": (LSH, 2),
     "lsh, dgmoe": ({**LSH, "shortcut": "dgmoe"}, 4),
 }

@@ -21,6 +21,7 @@ CASES = [
     Case(shortcut="dgmoe", num_groups=4, share_groups=2),
     Case(router="longcat", zero_experts=2, topk=3, combine="add"),
     Case(codec="lsh", hashes=2),
+    Case(topk=2, unique="rank", chunks=2),
     Case(position=("pos1", "pos3")),
 ]
 

@@ -409,7 +409,7 @@ def continued(monkeypatch, now: dict[str, Any], settled_at: int = 5, older: str 
 
 
 OTHER_CONDITIONS = (
-    *("a2a_weights_apart_above", "moe_router_topk", "moe_expert_capacity_factor"),
+    *("a2a_weights_apart_above", "a2a_unique", "moe_router_topk", "moe_expert_capacity_factor"),
     "moe_pad_expert_input_to_capacity",
     *("tensor_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"),
     *("context_parallel_size", "micro_batch_size", "seq_length", "transformer_impl", "bf16", "fp16"),

@@ -37,6 +37,12 @@ def permute_with_probs(
     return rows, weights, row_of
 
 
+def permute(inp: Tensor, routing_map: Tensor, num_out_tokens: Any = -1) -> tuple[Tensor, Tensor]:
+    """Rows [n, h] by expert, and the map of ``permute_with_probs``."""
+    rows, _, row_of = permute_with_probs(inp, routing_map.float(), routing_map, num_out_tokens)
+    return rows, row_of
+
+
 def unpermute(
     inp: Tensor,
     row_id_map: Tensor,
@@ -89,7 +95,7 @@ def install() -> None:
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     moe_utils.HAVE_TE = True
-    moe_utils.fused_permute_with_probs = permute_with_probs
+    moe_utils.fused_permute, moe_utils.fused_permute_with_probs = permute, permute_with_probs
     moe_utils.fused_unpermute = unpermute
     moe_utils.fused_sort_chunks_by_index = sort_chunks_by_index
     moe_utils.fused_sort_chunks_by_index_with_probs = sort_chunks_by_index_with_probs

@@ -51,6 +51,8 @@ CASES = {
     "scmoe, two chunks": Case(combine="add", num_groups=1, chunks=2),
     "scmoe, four chunks": Case(combine="add", num_groups=1, chunks=4),
     "scmoe, lsh": Case(combine="add", num_groups=1, codec="lsh"),
+    "scmoe, top-2": Case(combine="add", num_groups=1, topk=2),
+    "scmoe, top-2, unique": Case(combine="add", num_groups=1, topk=2, unique="rank"),
     "dgmoe": Case(shortcut="dgmoe", num_groups=1),
 }
 # Nothing that a GPU would be given: views, allocations, questions.

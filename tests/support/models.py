@@ -59,6 +59,7 @@ class Case:
     padded: bool = False
     latent: int | None = None
     weights_apart_above: float = 8.0
+    unique: str = "none"
     predictions: int = 0
 
     @property
@@ -129,7 +130,7 @@ def reference_parameters(config: reference.ReferenceConfig, predictions: int = 0
 
 def settings(case: Case):
     """Our settings of ``case``."""
-    from megatron_scmoe.config import Codec, Combine, Norms, Overlap, Position, Router, ScMoEConfig, Shortcut
+    from megatron_scmoe.config import Codec, Combine, Norms, Overlap, Position, Router, ScMoEConfig, Shortcut, Unique
 
     return ScMoEConfig(
         shortcut=Shortcut(case.shortcut),
@@ -145,6 +146,7 @@ def settings(case: Case):
         overlap_chunks=case.chunks,
         a2a_weights_apart_above=case.weights_apart_above,
         a2a_codec=Codec(case.codec),
+        a2a_unique=Unique(case.unique),
         router=Router(case.router),
         zero_experts=case.zero_experts,
         **lsh_settings(case),

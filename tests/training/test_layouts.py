@@ -83,6 +83,7 @@ PATTERNS = {
     # hybrid model -> its layers, in the pieces that interleaved stages hold; groups of three to six, and rests behind
     "hybrid-mamba": ("M*-E", "-M*E", "M-E", "*ME-M"),
     "hybrid": ("*-*E", "-*E", "*-*-*E", "*-*E-"),
+    "top-2-hybrid-mamba": ("M*-E", "-M*E", "M-E", "*ME-M"),
 }
 UNTIED = "--untie-embeddings-and-output-weights"  # tied ones end a gradient bucket, with Mamba's odd sizes in padding
 MAMBA = ("--mamba-num-heads 4", "--mamba-head-dim 8", "--mamba-state-dim 8", "--mamba-num-groups 2")
@@ -109,6 +110,8 @@ MODELS = {
     "hybrid-mamba": with_flags(without_flag(ARCHITECTURES["scmoe"], "--num-layers"), UNTIED, *MAMBA),
     "hybrid": with_flags(without_flag(ARCHITECTURES["dgmoe"], "--num-layers"), UNTIED),
 }
+MODELS["top-2"] = with_flags(MODELS["scmoe"], "--moe-router-topk 2")
+MODELS["top-2-hybrid-mamba"] = with_flags(MODELS["hybrid-mamba"], "--moe-router-topk 2")
 PREDICTING = ("--mtp-num-layers 1", "--untie-embeddings-and-output-weights")
 MODELS |= {f"{name}-predicting": with_flags(MODELS[name], *PREDICTING) for name in ("scmoe", "dgmoe", "longcat")}
 BALANCE_LOSSES = {
@@ -347,6 +350,29 @@ def test_longcat_agrees_with_one_rank(start_of, layout):
     """Latent attention under tensor parallelism, zero experts, and biases that move with all ranks' tokens."""
     start = start_of("longcat")
     assert_agree(start.continued(layout).scalars, start.expected)
+
+
+UNIQUE_LAYOUTS = (
+    "ep2",
+    "tp2 ep2",
+    "expert tp2",
+    "expert tp2 ep2",
+    "pp2 interleaved",
+    "pp2 ep2",
+    "dp2 overlapped gather",
+)
+UNIQUE_LAYOUTS += ("ep2 recompute full", "tp2 pp2 ep2")
+UNIQUE = [("top-2", layout) for layout in UNIQUE_LAYOUTS]
+UNIQUE += itertools.product(("longcat", "top-2-hybrid-mamba"), ("tp2 ep2", "expert tp2 ep2"))
+
+
+@pytest.mark.parametrize(("model", "layout"), cases(UNIQUE, [("top-2", "expert tp2 ep2")]))
+def test_unique_tokens_agree_with_one_rank(start_of, model, layout):
+    """Where tokens travel as often as they have experts."""
+    start = start_of(model)
+    log = start.folder / f"unique-{layout.replace(' ', '-')}"
+    found = continued(log, model, layout, *start.more, "--a2a-unique rank", names=start.names)
+    assert_agree(found.scalars, start.expected)
 
 
 def train_with_cores_attention(flags: list[str]) -> Result:

@@ -31,6 +31,7 @@ CASES = {
     "two chunks": Case(chunks=2),
     "a late landing": Case(span=2, landing=1),
     "bf16 in chunks": Case(dtype=torch.bfloat16, chunks=2),
+    "unique": Case(topk=2, unique="rank", chunks=2),
     "lsh": Case(codec="lsh"),
     "full recompute": Case(recompute="full"),
 }
