@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,9 +28,18 @@ from megatron_scmoe.mcore.datasets import dataset_prefixes
 OF_ONE_RANK = ("rank", "local_rank")
 """What may differ in Megatron's namespace."""
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "flash-attn", "numpy")
-ENVIRONMENT = ("CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_ALGO", "NCCL_PROTO", "TORCH_NCCL_ENABLE_TIMING")
-"""What decides how collectives run. Names of interfaces and adapters may differ from node to node."""
+ENVIRONMENT = (
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "CUDA_LAUNCH_BLOCKING",
+    "TORCH_DISTRIBUTED_DEBUG",
+    "CUBLAS_WORKSPACE_CONFIG",
+)
+_FAMILIES = ("NCCL_", "TORCH_NCCL_", "NVTE_")
+"""With what the names of variables begin that decide how collectives, and kernels beside them, run."""
+_OF_A_NODE = re.compile(r"NCCL_(DEBUG.*|HOSTID|IB_HCA|IB_GID_INDEX|IB_ADDR_.*)|.*_(IFNAME|FILE|PATH|DIR|HOME|ROOT)")
+"""What of these may differ from node to node: interfaces, adapters, places of files, and what is printed."""
 TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
+NOT_SET = "not set"
 SHOWN = 3  # differing fields that the refusal names
 
 
@@ -38,11 +48,20 @@ def meant(args: Namespace) -> dict[str, str]:
     settings = {
         f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items() if name not in OF_ONE_RANK
     }
-    environment = {name: os.environ.get(name, "not set") for name in ENVIRONMENT}
-    return settings | _versions() | environment | dict(_files(args))
+    return settings | versions() | environment() | dict(_files(args))
 
 
-def _versions() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """The variables of this process that change what a rank does, and those that would if they were set."""
+    return {name: os.environ.get(name, NOT_SET) for name in ENVIRONMENT} | {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(_FAMILIES) and not _OF_A_NODE.fullmatch(name)
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of this package's code, of packages that a training runs, and of NCCL where there is CUDA."""
     found = {"Python": platform.python_version(), "the code of megatron_scmoe": _code_digest()}
     for name in PACKAGES:
         try:
@@ -79,7 +98,7 @@ def difference(all_meant: Sequence[Mapping[str, str]]) -> str:
     for name in names:
         ranks_of: dict[str, list[int]] = {}
         for rank, one in enumerate(all_meant):
-            ranks_of.setdefault(one.get(name, "missing"), []).append(rank)
+            ranks_of.setdefault(one.get(name, NOT_SET), []).append(rank)
         if len(ranks_of) > 1:
             parts.append(
                 f"{name} is " + " and ".join(f"{value} on {in_words(ranks)}" for value, ranks in ranks_of.items())

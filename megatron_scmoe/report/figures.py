@@ -208,17 +208,17 @@ def _by_group(rows_of_ranks: Sequence[Sequence[GroupRow]]) -> dict[int, list[Gro
     return by_group
 
 
-def warning(summary: Summary, predicted_share: float, *, cuda_connections: str | None) -> str | None:
+def warning(summary: Summary, predicted_share: float, *, one_queue: bool) -> str | None:
     """What to say where less is hidden than was predicted; None where it is as it should be.
 
     Args:
         summary: what was measured.
         predicted_share: hidden share by the solver.
-        cuda_connections: CUDA_DEVICE_MAX_CONNECTIONS on a GPU where collectives fly side by side; None elsewhere.
+        one_queue: whether collectives fly side by side on a GPU that is launched on in one queue.
     """
     if summary.hidden_share >= predicted_share - MARGIN:
         return None
-    if cuda_connections == "1":
+    if one_queue:
         cause = ONE_QUEUE
     elif summary.tokens_max_over_mean > IMBALANCE:
         cause = (

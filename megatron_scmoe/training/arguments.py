@@ -7,15 +7,14 @@ and exit code 2 (which torchrun, that starts nothing again then, turns into 1).
 from __future__ import annotations
 
 import enum
-import os
 import sys
 import traceback
 import typing
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
-import torch
 from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
@@ -39,6 +38,7 @@ from megatron_scmoe.report.figures import ONE_QUEUE
 from megatron_scmoe.training import (
     corpus,
     prediction_rules,
+    queues,
     refusals,
     resume,
     script_rules,
@@ -127,17 +127,41 @@ def scmoe_config_from_args(args: Namespace) -> ScMoEConfig:
 def parse_and_validate_args(
     go_without: Callable[[Namespace], None] | None = None,
 ) -> tuple[Namespace, ScMoEConfig, Meeting]:
+    """What ``validated_args`` returns; what it refuses ends this process in a line, and what is doubtful is said.
+
+    Args:
+        go_without: see there.
+    """
+    try:
+        args, scmoe, meeting = validated_args(partial(Meeting, alone=go_without is not None), go_without)
+    except ConfigError as error:
+        refuse(str(error))
+    if args.rank == 0:
+        if warning := one_queue_warning(scmoe, one_queue=queues.launches_in_one()):
+            print(f" > overlap warning: {warning}", flush=True)
+        for words in untried.found_in(args, scmoe):
+            print(f" > untried: {words}", flush=True)
+    return args, scmoe, meeting
+
+
+def validated_args(
+    meet: Callable[[Namespace], Meeting], go_without: Callable[[Namespace], None] | None = None
+) -> tuple[Namespace, ScMoEConfig, Meeting]:
     """Parse the command line, refuse what cannot work, and set Megatron's global variables.
 
     Megatron's function of this name has no place between parsing and validation, where the MoE pattern has to be set,
     so its steps are called one by one.
 
     Args:
+        meet: says where this job's ranks meet; called with Megatron's namespace as the command line has it.
         go_without: of a dry run, which has no other ranks and needs no Transformer Engine: takes out of the validated
             namespace what cannot be built without a GPU.
 
     Returns:
         Megatron's namespace, validated, our settings, and where this job's ranks meet.
+
+    Raises:
+        ConfigError: for what cannot work.
     """
     unread: list[UnreadFlags] = []
 
@@ -146,29 +170,21 @@ def parse_and_validate_args(
         return add_scmoe_arguments(parser)
 
     args = parse_args(add_arguments)
-    meeting = Meeting(args, alone=go_without is not None)
-    try:
-        version.check_core_version()
-        unread[0].check(args)
-        sizes.check_sizes(args)
-        script_rules.check_hooks(args, needs_transformer_engine=go_without is None)
-        script_rules.check_restarts(args)
-        scmoe, saved = _validate(args, meeting, go_without)
-        script_rules.check_paths(args)
-        corpus.check_datasets(args)
-        corpus.say_if_order_changes(args, saved)
-        set_global_variables(args)  # with the tokenizer, which decides the vocabulary
-        if args.sft:
-            sequence_rules.check_chat_template(args, get_tokenizer(), corpus.first_chat(args))
-        resume.keep_vocabulary(args, saved)
-    except ConfigError as error:
-        refuse(str(error))
-    connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") if torch.cuda.is_available() else None
-    if args.rank == 0:
-        if warning := one_queue_warning(scmoe, connections):
-            print(f" > overlap warning: {warning}", flush=True)
-        for words in untried.found_in(args, scmoe):
-            print(f" > untried: {words}", flush=True)
+    meeting = meet(args)
+    version.check_core_version()
+    queues.asked_for()  # before Megatron, which reads it as a text
+    unread[0].check(args)
+    sizes.check_sizes(args)
+    script_rules.check_hooks(args, needs_transformer_engine=go_without is None)
+    script_rules.check_restarts(args)
+    scmoe, saved = _validate(args, meeting, go_without)
+    script_rules.check_paths(args)
+    corpus.check_datasets(args)
+    corpus.say_if_order_changes(args, saved)
+    set_global_variables(args)  # with the tokenizer, which decides the vocabulary
+    if args.sft:
+        sequence_rules.check_chat_template(args, get_tokenizer(), corpus.first_chat(args))
+    resume.keep_vocabulary(args, saved)
     return args, scmoe, meeting
 
 
@@ -207,14 +223,14 @@ def _validate(
     return scmoe, saved
 
 
-def one_queue_warning(scmoe: ScMoEConfig, connections: str | None) -> str | None:
+def one_queue_warning(scmoe: ScMoEConfig, *, one_queue: bool) -> str | None:
     """``ONE_QUEUE`` where collectives would hold one another up.
 
     Args:
         scmoe: the settings of this run.
-        connections: CUDA_DEVICE_MAX_CONNECTIONS on a GPU; None elsewhere.
+        one_queue: whether a GPU is launched on in one queue.
     """
-    return ONE_QUEUE if scmoe.flies_side_by_side and connections == "1" else None
+    return ONE_QUEUE if scmoe.flies_side_by_side and one_queue else None
 
 
 def refuse(message: str) -> NoReturn:

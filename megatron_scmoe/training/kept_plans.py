@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from megatron_scmoe.layers.span import GroupSpan
 from megatron_scmoe.mcore import stages
 from megatron_scmoe.overlap.adaptive import Tuner, chunk_counts
 from megatron_scmoe.overlap.kept import Plans, from_saved_form
+from megatron_scmoe.training import queues
 from megatron_scmoe.training.agreement import digests, gathered
 
 type Planned = GroupSpan | PipelinedMoELayer
@@ -70,8 +70,7 @@ class KeptPlans:
 
         There a collective that waits for another one holds up whatever is launched behind both.
         """
-        one_queue = torch.cuda.is_available() and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
-        return (1,) if one_queue else chunk_counts(self._scmoe.overlap_chunks)
+        return (1,) if queues.launches_in_one() else chunk_counts(self._scmoe.overlap_chunks)
 
     def _changed(self, group: Planned) -> str:
         """Which condition is not the one under which its plans in the checkpoint were measured; empty if none."""

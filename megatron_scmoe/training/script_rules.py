@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_scmoe.config import ConfigError, ScMoEConfig, stages_of_pattern
-from megatron_scmoe.training import hybrid_rules, prediction_rules, refused_flags, sequence_rules
+from megatron_scmoe.training import hybrid_rules, prediction_rules, queues, refused_flags, sequence_rules
 
 _FOLDERS = (
     *("overlap_report", "save", "data_cache_path", "moe_routing_trace_path", "logits_save_dir", "ckpt_convert_save"),
@@ -193,7 +193,7 @@ def check_chunks(args: Namespace, scmoe: ScMoEConfig) -> None:
 
 def check_timing(scmoe: ScMoEConfig) -> None:
     """Raise ConfigError where events that time collectives would keep them from running beside anything."""
-    if not scmoe.overlaps or os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
+    if queues.asked_for() != 1 or not scmoe.overlaps:
         return
     found = [name for name in _TIMES_COLLECTIVES if os.environ.get(name, "").upper() in _TRUE]
     if os.environ.get("TORCH_DISTRIBUTED_DEBUG", "").upper() == "DETAIL":

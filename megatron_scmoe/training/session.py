@@ -9,7 +9,6 @@ store.
 from __future__ import annotations
 
 import json
-import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from megatron_scmoe.overlap.recording import Recording
 from megatron_scmoe.report.figures import Summary, codec_scalars, rows_of, summarize, warning
 from megatron_scmoe.report.files import ReportFile
 from megatron_scmoe.report.scalars import Scalars
+from megatron_scmoe.training import queues
 from megatron_scmoe.training.agreement import check_equal, gathered
 from megatron_scmoe.training.kept_plans import KeptPlans, Planned
 
@@ -208,8 +208,7 @@ class OverlapSession:
     def _warn(self, summary: Summary) -> None:
         if self._tuner is None or self._tuner.hidden_share is None or self._tuner.records:
             return  # nothing was predicted, or these steps are for measuring
-        side_by_side = torch.cuda.is_available() and self._scmoe.flies_side_by_side
-        connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") if side_by_side else None
-        text = warning(summary, self._tuner.hidden_share, cuda_connections=connections)
+        one_queue = self._scmoe.flies_side_by_side and queues.launches_in_one()
+        text = warning(summary, self._tuner.hidden_share, one_queue=one_queue)
         if text is not None:
             print(f" > overlap warning: {text}", flush=True)

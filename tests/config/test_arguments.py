@@ -579,16 +579,16 @@ def warnings_of_one_queue() -> list[str | None]:
         ScMoEConfig(overlap_chunks=2),
     )
     off = dataclasses.replace(scmoe, overlap=Overlap.OFF, shortcut_span=2, shortcut_landing=1)
-    one_by_one = ((chunks, "32"), (chunks, None), (scmoe, "1"), (off, "1"), (ScMoEConfig(), "1"))
-    cases = (*((settings, "1") for settings in side_by_side), *one_by_one)
-    return [one_queue_warning(settings, connections) for settings, connections in cases]
+    one_by_one = ((chunks, False), (scmoe, True), (off, True), (ScMoEConfig(), True))
+    cases = (*((settings, True) for settings in side_by_side), *one_by_one)
+    return [one_queue_warning(settings, one_queue=one_queue) for settings, one_queue in cases]
 
 
 def test_one_queue_is_warned_of_where_collectives_wait_for_one_another():
     """Those of one call in one chunk do not."""
     found = ranks.run(warnings_of_one_queue, 1)[0]
     assert all(text.startswith("CUDA_DEVICE_MAX_CONNECTIONS is 1") and "set it to 32" in text for text in found[:4])
-    assert found[4:] == [None] * 5
+    assert found[4:] == [None] * 4
 
 
 ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
@@ -607,6 +607,13 @@ def test_timed_collectives_in_one_queue_are_refused(name, value):
     ]
     chunked = with_flags(STOCK, "--overlap-chunks 2")
     entry.assert_refused([(flags, words) for flags in (SCMOE, DGMOE, chunked)], ONE_QUEUE | {name: value})
+
+
+@pytest.mark.parametrize("value", [" 1", "", "0", "01", "33", "many", "1.0"])
+def test_a_number_of_queues_that_is_none_is_refused(value):
+    """CUDA may read a number in it, and Megatron reads none: 1 in ' 1'."""
+    words = [f"CUDA_DEVICE_MAX_CONNECTIONS is {value!r}", "write a number from 1 to 32"]
+    entry.assert_refused([(flags, words) for flags in (STOCK, SCMOE)], {"CUDA_DEVICE_MAX_CONNECTIONS": value})
 
 
 def test_timed_collectives_elsewhere_are_accepted():

@@ -44,7 +44,7 @@ def refusal(values: list[dict[str, object]]) -> str:
         ([{}, {}, {}], ""),
         ([{}, {"lr": 0.2}, {}], "--lr is 0.1 on ranks 0, 2 and 0.2 on rank 1"),
         ([{"lr": 0.2}, {}, {}], "--lr is 0.2 on rank 0 and 0.1 on ranks 1-2"),
-        ([{}, {}, {"seed": 1}], "--seed is missing on ranks 0-1 and 1 on rank 2"),
+        ([{}, {}, {"seed": 1}], "--seed is not set on ranks 0-1 and 1 on rank 2"),
     ],
 )
 def test_every_rank_is_told_which_rank_means_what(values, words):
@@ -88,6 +88,32 @@ def test_environment_that_decides_how_collectives_run_is_compared(monkeypatch):
     monkeypatch.setenv("NCCL_ALGO", "Ring")
     after = sameness.meant(arguments(0, 1))
     assert sameness.difference([before, after]) == "NCCL_ALGO is not set on rank 0 and Ring on rank 1"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("TORCH_NCCL_ENABLE_TIMING", "NCCL_ENABLE_TIMING", "TORCH_NCCL_DESYNC_DEBUG", "NCCL_DESYNC_DEBUG"),
+        *("TORCH_DISTRIBUTED_DEBUG", "TORCH_NCCL_BLOCKING_WAIT", "CUDA_LAUNCH_BLOCKING", "NCCL_MAX_CTAS"),
+        *("NVTE_EXT_MARGIN_SM", "NVTE_FLASH_ATTN", "NCCL_NVLS_ENABLE"),
+    ],
+)
+def test_every_variable_that_changes_what_ranks_do_is_compared(monkeypatch, name):
+    monkeypatch.delenv(name, raising=False)
+    before = sameness.meant(arguments(0, 1))
+    monkeypatch.setenv(name, "1")
+    found = sameness.difference([sameness.meant(arguments(0, 1)), before])
+    assert found == f"{name} is 1 on rank 0 and not set on rank 1"
+
+
+@pytest.mark.parametrize(
+    "name", ["NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_DEBUG", "NCCL_DEBUG_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"]
+)
+def test_what_belongs_to_a_node_may_differ(monkeypatch, name):
+    """Negative control of the test above."""
+    before = sameness.meant(arguments(0, 1))
+    monkeypatch.setenv(name, "of this node")
+    assert sameness.difference([before, sameness.meant(arguments(0, 1))]) == ""
 
 
 def test_many_differences_are_counted():
