@@ -49,6 +49,7 @@ what a rank gets:
   standard input is empty. Torch's warning that a hostname cannot be retrieved is harmless. SLOW_LINK_CONTROL is the
   path of a unix socket that takes lines:
     rate 100mbit   change all links, now      ->  {"rate": "100mbit"}
+    rate 10mbit 2  change that of rank 2      ->  {"rate": "100mbit,100mbit,10mbit,100mbit"}
     bytes          bytes sent by each rank    ->  {"bytes_sent": [1048576, 930]}
   In Python, with tools/ on sys.path: Control.from_environment() of slow_network.control, None outside of slow_link.
 

@@ -454,6 +454,17 @@ def test_every_end_of_every_link_has_the_rate():
         with pytest.raises(UserError, match="out of range"):
             slow.set_rate("1bit")
         assert slow.rate == "40mbit"
+        for rate, words in (("4mbit", "4Mbit"), ("unlimited", "")):
+            control = Control(str(slow._socket))
+            control.set_rate(rate, 1)
+            assert control.rate() == f"40mbit,{rate},40mbit"
+            of_one = {(end, f"{words} ceil {words} burst 32Kb cburst 32Kb") for end in ("eth0", "port1") if words}
+            others = {(end, "40Mbit ceil 40Mbit burst 32Kb cburst 32Kb") for end in ("eth0", "port0", "port2")}
+            assert set(shaped(slow)) == of_one | others
+        with pytest.raises(ControlError, match="there is no rank 3; ranks are 0 to 2"):
+            control.set_rate("4mbit", 3)
+        slow.set_rate("40mbit")
+        assert slow.rate == "40mbit" and len(shaped(slow)) == 6
     with pytest.raises(network.NetworkError, match="the network is gone"):
         slow.set_rate("1mbit")
 

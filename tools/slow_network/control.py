@@ -1,7 +1,8 @@
 """The control channel: a rank asks, in one line, for another rate or for the bytes on the wire, and gets a JSON line.
 
-Requests are `rate 100mbit`, `rate` (which one holds?) and `bytes`; answers `{"rate": "100mbit"}`, `{"bytes_sent":
-[1200, 900]}` or `{"error": "..."}`. Network namespaces do not part unix sockets that have a path.
+Requests are `rate 100mbit`, `rate 100mbit 2` (of rank 2 alone), `rate` (which one holds?) and `bytes`; answers
+`{"rate": "100mbit"}`, `{"bytes_sent": [1200, 900]}` or `{"error": "..."}`. Network namespaces do not part unix sockets
+that have a path.
 """
 
 from __future__ import annotations
@@ -64,12 +65,12 @@ class Control:
         return answer[name]
 
     def rate(self) -> str:
-        """Return the rate of every link, such as 50mbit."""
+        """Return the rate of every link, such as 50mbit; where these differ, of each rank, with commas between."""
         return self._told("rate", "rate")
 
-    def set_rate(self, rate: str) -> None:
-        """Give every link another rate, such as 100mbit, or 'unlimited'. Raises ControlError."""
-        self.request(f"rate {rate}")
+    def set_rate(self, rate: str, rank: int | None = None) -> None:
+        """Give every link, or that of one rank, another rate, such as 100mbit, or 'unlimited'. Raises ControlError."""
+        self.request(f"rate {rate}" if rank is None else f"rate {rate} {rank}")
 
     def bytes_sent(self) -> list[int]:
         """Return how many bytes each rank has put on the wire so far."""

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from typing import Any, Self
 
 from command_line import UserError
@@ -55,7 +56,8 @@ class SlowNetwork:
         self.num_ranks = num_ranks
         self.num_threads = num_threads
         self.name = leftovers.new_name()
-        self._bucket = TokenBucket.parse(rate, burst)
+        self._wanted = TokenBucket.parse(rate, burst)
+        self._buckets = [TokenBucket(None, self._wanted.burst_bytes)] * num_ranks
         self._bridge = f"{self.name}-bridge"
         self._ranks = [f"{self.name}-rank{rank}" for rank in range(num_ranks)]
         self._socket = leftovers.FOLDERS / self.name / "control"
@@ -126,19 +128,22 @@ class SlowNetwork:
 
     @property
     def rate(self) -> str:
-        """The rate of every link."""
-        return format_rate(self._bucket.rate)
+        """The rate of every link; where these differ, that of each rank, with commas between."""
+        rates = [format_rate(bucket.rate) for bucket in self._buckets]
+        return rates[0] if len(set(rates)) == 1 else ",".join(rates)
 
-    def set_rate(self, rate: str) -> None:
-        """Give every link another rate, now; what waits in the queues leaves at that rate.
+    def set_rate(self, rate: str, rank: int | None = None) -> None:
+        """Give every link, or that of one rank, another rate, now; what waits in the queues leaves at that rate.
 
         Raises UserError, NetworkError.
         """
-        bucket = self._bucket.with_rate(rate)
+        if rank is not None and not 0 <= rank < self.num_ranks:
+            raise UserError(f"there is no rank {rank}; ranks are 0 to {self.num_ranks - 1}")
+        bucket = self._wanted.with_rate(rate)
         with self._lock:
             if self._control is None:
                 raise NetworkError("the network is gone")
-            self._shape(bucket)
+            self._shape(bucket, range(self.num_ranks) if rank is None else [rank])
 
     def bytes_sent(self) -> list[int]:
         """Return how many bytes each rank has put on the wire, frame headers and repetitions included.
@@ -163,34 +168,39 @@ class SlowNetwork:
             _run(["ip", "-netns", name, "-batch", "-"], [*lines, "link set eth0 up"])
             # Else TCP forgets how fast it may send while a rank computes for 0.2 s, which no cluster's fabric does.
             _run(["ip", "netns", "exec", name, "sh", "-c", f"echo 0 > {_SLOW_START}"])
-        bucket, self._bucket = self._bucket, TokenBucket(None, self._bucket.burst_bytes)
-        self._shape(bucket)
+        self._shape(self._wanted, range(self.num_ranks))
 
-    def _shape(self, bucket: TokenBucket) -> None:
-        """Make every end of every link what `bucket` says."""
-        if bucket.rate == self._bucket.rate:
+    def _shape(self, bucket: TokenBucket, ranks: Iterable[int]) -> None:
+        """Make both ends of the links of `ranks` what `bucket` says."""
+        ranks = [rank for rank in ranks if self._buckets[rank].rate != bucket.rate]
+        if not ranks:
             return
 
-        def lines(device: str) -> list[str]:
+        def lines(rank: int, device: str) -> list[str]:
             if bucket.rate is None:
                 return [f"qdisc delete dev {device} root"]
-            return bucket.add_lines(device) if self._bucket.rate is None else [bucket.change_line(device)]
+            return bucket.add_lines(device) if self._buckets[rank].rate is None else [bucket.change_line(device)]
 
-        ports = [line for rank in range(self.num_ranks) for line in lines(f"port{rank}")]
+        ports = [line for rank in ranks for line in lines(rank, f"port{rank}")]
         _run(["tc", "-netns", self._bridge, "-batch", "-"], ports)
-        for name in self._ranks:
-            _run(["tc", "-netns", name, "-batch", "-"], lines("eth0"))
-        self._bucket = bucket
+        for rank in ranks:
+            _run(["tc", "-netns", self._ranks[rank], "-batch", "-"], lines(rank, "eth0"))
+            self._buckets[rank] = bucket
 
     def _answer(self, request: str) -> dict[str, Any]:
         match request.split():
-            case ["rate", *words] if len(words) <= 1:
-                for rate in words:
-                    self.set_rate(rate)
+            case ["rate"]:
+                return {"rate": self.rate}
+            case ["rate", rate]:
+                self.set_rate(rate)
+                return {"rate": self.rate}
+            case ["rate", rate, rank] if rank.isascii() and rank.isdigit() and len(rank) < 5:
+                self.set_rate(rate, int(rank))
                 return {"rate": self.rate}
             case ["bytes"]:
                 return {"bytes_sent": self.bytes_sent()}
-        raise UserError(f"request {request.strip()[:40]!a} is not understood; ask 'rate 100mbit', 'rate' or 'bytes'")
+        known = "'rate 100mbit', 'rate 100mbit 2', 'rate' or 'bytes'"
+        raise UserError(f"request {request.strip()[:40]!a} is not understood; ask {known}")
 
 
 def check_machine() -> None:
