@@ -6,13 +6,8 @@ world, and Megatron's local spec for Transformer Engine. WORLD_SIZE says for how
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import os
-import warnings
 from argparse import Namespace
-from collections.abc import Iterator
 
 import torch
 
@@ -20,6 +15,7 @@ from megatron_scmoe.config import ConfigError, ScMoEConfig
 from megatron_scmoe.dry_run import local_spec, memory, report
 from megatron_scmoe.dry_run.meta import replaced
 from megatron_scmoe.dry_run.stages import Stage, find_stages
+from megatron_scmoe.mcore.silence import silence
 from megatron_scmoe.models.container import model_config_from_args
 from megatron_scmoe.training.arguments import parse_and_validate_args, refuse
 
@@ -30,7 +26,7 @@ def run() -> None:
         return  # under torchrun one of them says it for all
     try:
         _check_world_size()
-        with _in_silence():
+        with silence():
             args, stages, gone = estimate()
     except ConfigError as error:
         refuse(str(error))
@@ -69,15 +65,3 @@ def _check_known(args: Namespace, scmoe: ScMoEConfig) -> None:
             f"to how many ranks a token goes is up to the data: --a2a-unique is {scmoe.a2a_unique} in a dry run; use "
             "--a2a-unique none for it"
         )
-
-
-@contextlib.contextmanager
-def _in_silence() -> Iterator[None]:
-    """Without what Megatron prints on its way, and its warnings."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)

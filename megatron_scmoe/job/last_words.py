@@ -34,10 +34,12 @@ class _Voice:
     """Of this process.
 
     Attributes:
+        script: its name, with which lines begin.
         is_expected: whether its end is one to be told of.
         attempt: with what the keys begin of the attempt that it takes part in; None before there is one.
     """
 
+    script: str = "pretrain_gpt_scmoe.py"
     is_expected: bool = False
     attempt: str | None = None
 
@@ -66,8 +68,13 @@ class LastWords:
         return f"rank {self.rank} {'refuses' if self.is_refusal else 'has ended'}: {self.words}"
 
 
-def begin() -> None:
-    """From now on this process does not end without a word, be it in an import; what a signal ends does."""
+def begin(script: str = _OWN.script) -> None:
+    """From now on this process does not end without a word, be it in an import; what a signal ends does.
+
+    Args:
+        script: name of what runs here.
+    """
+    _OWN.script = script
     _OWN.is_expected = True
     atexit.register(_at_exit)
 
@@ -133,7 +140,7 @@ def describe(error: BaseException) -> str:
 def say_once(line: str) -> None:
     """Let one rank of each machine print why it ends, before any of them does."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"pretrain_gpt_scmoe.py: {line}", file=sys.stderr, flush=True)
+        print(f"{_OWN.script}: {line}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)  # torchrun ends all processes as soon as one has: let the one that prints be the first
 

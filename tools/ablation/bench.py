@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, median
 from typing import Any
 
@@ -63,8 +64,9 @@ class Sizes:
     tokens: int = 512
 
 
-def _transformer(model: Model, sizes: Sizes) -> TransformerConfig:
-    return TransformerConfig(
+def _transformer(model: Model, sizes: Sizes, **split: Any) -> TransformerConfig:
+    config = partial(
+        TransformerConfig,
         num_layers=sizes.layers,
         hidden_size=sizes.hidden,
         num_attention_heads=sizes.heads,
@@ -86,12 +88,19 @@ def _transformer(model: Model, sizes: Sizes) -> TransformerConfig:
         attention_dropout=0.0,
         transformer_impl="local",
     )
+    return config(**split)
 
 
-def build(model: Model, sizes: Sizes) -> torch.nn.Module:
-    """The model on this rank, as the training script would build it."""
+def builder(model: Model, sizes: Sizes, **split: Any) -> GPTModelBuilder:
+    """What builds the model on this rank, as the training script would.
+
+    Args:
+        model: which.
+        sizes: of it.
+        split: fields of ``TransformerConfig`` that say how it is split; by default its experts alone are.
+    """
     settings: dict[str, Any] = {
-        "transformer": _transformer(model, sizes),
+        "transformer": _transformer(model, sizes, **split),
         "vocab_size": VOCAB_SIZE,
         "seq_length": sizes.tokens,
         "position_embedding_type": "rope",
@@ -100,12 +109,11 @@ def build(model: Model, sizes: Sizes) -> torch.nn.Module:
     if model.sent_rate < 1:
         codec = {"a2a_codec": Codec.LSH, "lsh_hashes": LSH_HASHES, "lsh_target_rate": model.sent_rate}
         codec["lsh_evaluation"] = Evaluation.CENTROIDS  # forward alone is timed as what it is in training
-    groups = ProcessGroupCollection.use_mpu_process_groups()
     if model.shortcut == "none":
         config = GPTModelConfig(**settings)
         if model.pipelined:
             with_chunks(config, ScMoEConfig(overlap_chunks=2, **codec))
-        return GPTModelBuilder(config).build_model(groups)
+        return GPTModelBuilder(config)
     scmoe = ScMoEConfig(
         shortcut=Shortcut(model.shortcut),
         shortcut_position=(Position(model.position),),
@@ -115,7 +123,7 @@ def build(model: Model, sizes: Sizes) -> torch.nn.Module:
         shortcut_landing=int(model.span > 1),
         **codec,
     )
-    return ScMoEGPTModelBuilder(with_shortcut(ScMoEGPTModelConfig(**settings), scmoe)).build_model(groups)
+    return ScMoEGPTModelBuilder(with_shortcut(ScMoEGPTModelConfig(**settings), scmoe))
 
 
 class Bench:
@@ -133,7 +141,9 @@ class Bench:
         torch.manual_seed(seed)
         names = {arm.model for arm in arms} | {COST_MODEL}
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self._models = {name: build(MODELS[name], sizes).to(device) for name in MODELS if name in names}
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        built = {name: builder(MODELS[name], sizes).build_model(groups) for name in MODELS if name in names}
+        self._models = {name: module.to(device) for name, module in built.items()}
         generator = torch.Generator().manual_seed(seed + dist.get_rank())
         ids = torch.randint(VOCAB_SIZE, (1, sizes.tokens + 1), generator=generator).to(device)
         self._tokens, self._labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
