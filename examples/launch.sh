@@ -16,6 +16,7 @@
 #   MASTER_ADDR     host of node 0, and MASTER_PORT (29500), a free port there
 #   RESTARTS        how often all ranks are started again where one has failed, to go on from SAVE; default 0
 #   STOP_WITHIN     seconds that ranks have from SIGTERM on to finish their step and save; default 240
+#   DOCTOR=1        examines all ranks with these flags (tools/doctor.py), and trains nothing; DOCTOR_OPTIONS are its own
 #   DRY_RUN=1       tells parameters and memory of each pipeline stage's ranks, and trains nothing
 #
 # Nothing of it has run on GPUs yet: see the README. docs/cluster.md goes from nothing to a running job.
@@ -145,14 +146,20 @@ export NVTE_BWD_LAYERNORM_SM_MARGIN=${NVTE_BWD_LAYERNORM_SM_MARGIN:-$ctas}
 # Experts get another number of rows in every step; segments that grow are not left in pieces by that.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 
+root=$(dirname "$here")
 words=(
-  "$(dirname "$here")/pretrain_gpt_scmoe.py"
   "${common[@]}" "${model[@]}" "${experts[@]}" "${form[@]}" "${layout[@]}" "${schedule[@]}" "${data[@]}"
   "${checkpoints[@]}" "$@"
 )
 if [[ $dry_run != 0 ]]; then
-  exec env DRY_RUN=1 WORLD_SIZE=$((nodes * gpus)) RANK=0 LOCAL_RANK=0 python "${words[@]}"
+  exec env DRY_RUN=1 WORLD_SIZE=$((nodes * gpus)) RANK=0 LOCAL_RANK=0 python "$root/pretrain_gpt_scmoe.py" "${words[@]}"
+fi
+script=("$root/pretrain_gpt_scmoe.py")
+if [[ ${DOCTOR:-0} != 0 ]]; then
+  RESTARTS=0
+  read -ra options <<<"${DOCTOR_OPTIONS:-}"
+  script=("$root/tools/doctor.py" "${options[@]}" --)
 fi
 exec torchrun --nnodes "$nodes" --node-rank "$node_rank" --nproc-per-node "$gpus" \
   --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-29500}" \
-  --max-restarts "${RESTARTS:-0}" --shutdown-timeout "${STOP_WITHIN:-240}" "${words[@]}"
+  --max-restarts "${RESTARTS:-0}" --shutdown-timeout "${STOP_WITHIN:-240}" "${script[@]}" "${words[@]}"

@@ -385,6 +385,22 @@ def test_what_the_user_gives_wins(tmp_path):
     assert words[-2:] == ["--lr", "1"] and words[words.index("--nproc-per-node") + 1] == "4"
 
 
+def test_the_doctor_examines_the_ranks_that_would_train(tmp_path):
+    """With the flags of the training, and once: an examination is not started again."""
+    given = {"DATA": "d", "SAVE": "s", "NNODES": "1", "RESTARTS": "3"}
+    trains = launch(tmp_path, "scmoe-8b", "--lr", "1", **given).stdout.splitlines()
+    doctor = launch(
+        tmp_path, "scmoe-8b", "--lr", "1", DOCTOR="1", DOCTOR_OPTIONS="--skip step", **given
+    ).stdout.splitlines()
+    at = doctor.index(str(ROOT / "tools/doctor.py"))
+    assert doctor[at + 1 : at + 4] == ["--skip", "step", "--"]
+    assert doctor[at + 4 :] == trains[trains.index(str(ROOT / "pretrain_gpt_scmoe.py")) + 1 :]
+    assert doctor[doctor.index("--max-restarts") + 1] == "0"
+    assert str(ROOT / "pretrain_gpt_scmoe.py") not in doctor
+    plain = launch(tmp_path, "scmoe-8b", DOCTOR="1", **given).stdout.splitlines()
+    assert plain[plain.index(str(ROOT / "tools/doctor.py")) + 1] == "--"
+
+
 PRINTS_ENVIRONMENT = "#!/bin/sh\nenv\n"
 MARGINS = ("NVTE_EXT_MARGIN_SM", "NVTE_FWD_LAYERNORM_SM_MARGIN", "NVTE_BWD_LAYERNORM_SM_MARGIN")
 

@@ -1,0 +1,1 @@
+"""The parts of doctor.py: one file for each subject that is checked, and what runs the checks on all ranks."""
