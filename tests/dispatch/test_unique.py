@@ -148,7 +148,7 @@ def flown(case: Flown, unique: bool, mutant: str = "") -> dict[str, Tensor]:
         cargo = UniqueTokens(layer, tokens, probs, **options)
     else:
         cargo = Tokens(layer, tokens, probs, probs > 0, **options, travels_topk=False)
-    flights = Flights(layer, cargo, slots=(2,) * case.chunks, blocking=False, behind=False, tag=Tag(Marker(0)))
+    flights = Flights(layer, cargo, slots=(2,) * case.chunks, blocking=False, aside=False, tag=Tag(Marker(0)))
     flights.run_experts(slot=2)
     output = flights.finish_combine()
     (output * towards).sum().backward()
@@ -465,7 +465,7 @@ def rows_and_bytes(case: Flown) -> list[tuple[int, int]]:
                 else Tokens(layer, tokens, probs, probs > 0, chunks=1)
             )
             tag = Tag(observe.Marker(0))
-            flights = Flights(layer, cargo, slots=(1,), blocking=False, behind=False, tag=tag)
+            flights = Flights(layer, cargo, slots=(1,), blocking=False, aside=False, tag=tag)
             flights.run_experts(slot=1)
             flights.finish_combine()
         there = cargo.counts.split_rows(0)[0]
