@@ -4,7 +4,8 @@
 #   DRY_RUN=1 examples/launch.sh RECIPE [flags ...]                        what it needs; on any machine, no GPU, no data
 #   DATA=/data/corpus SAVE=/checkpoints/mine examples/launch.sh RECIPE [flags ...]
 #
-# RECIPE is a name in examples/recipes/. Flags given here are those of pretrain_gpt_scmoe.py; they come last and win.
+# RECIPE is a name in examples/recipes/, or the path of such a file, with a / in it. Flags given here are those of
+# pretrain_gpt_scmoe.py; they come last and win.
 #
 #   DATA            folder that tools/preprocess_data.py wrote; the same path on every node
 #   SAVE            folder for checkpoints and TensorBoard; a second call continues from the last checkpoint
@@ -18,6 +19,7 @@
 #   STOP_WITHIN     seconds that ranks have from SIGTERM on to finish their step and save; default 240
 #   DOCTOR=1        examines all ranks with these flags (tools/doctor.py), and trains nothing; DOCTOR_OPTIONS are its own
 #   DRY_RUN=1       tells parameters and memory of each pipeline stage's ranks, and trains nothing
+#   DRY_RUN=flags   prints the number of GPUs and the flags, a line each (tools/plan.py --recipe plans with them)
 #
 # Nothing of it has run on GPUs yet: see the README. docs/cluster.md goes from nothing to a running job.
 set -euo pipefail
@@ -36,7 +38,9 @@ if [[ ${1:-} == --help || $# -eq 0 ]]; then
 fi
 recipe=$1
 shift
-[[ -f $here/recipes/$recipe.sh ]] || refuse "$recipe is no recipe; use one of: $recipes"
+file=$here/recipes/$recipe.sh
+[[ $recipe != */* ]] || file=$recipe # as tools/plan.py --write-recipe writes one
+[[ -f $file ]] || refuse "$recipe is no recipe; use one of: $recipes"
 
 dry_run=${DRY_RUN:-0}
 # What a recipe may leave as it is. A hybrid model has no num_layers and no moe_every: its pattern says where an MoE is.
@@ -46,7 +50,7 @@ form=() num_layers= moe_every= combine=cg1 topk=1
 scores=(--moe-router-pre-softmax)
 # One kernel for softmax, choice and balance loss, of which Core launches some twenty just before a dispatch.
 fusion=(--moe-router-fusion)
-source "$here/recipes/$recipe.sh"
+source "$file"
 
 # --- Who takes part -------------------------------------------------------------------------------------------------
 nodes=${NNODES:-${SLURM_NNODES:-$nodes}}
@@ -151,6 +155,10 @@ words=(
   "${common[@]}" "${model[@]}" "${experts[@]}" "${form[@]}" "${layout[@]}" "${schedule[@]}" "${data[@]}"
   "${checkpoints[@]}" "$@"
 )
+if [[ $dry_run == flags ]]; then
+  printf '%s\n' "$((nodes * gpus))" "${words[@]:1}"
+  exit
+fi
 if [[ $dry_run != 0 ]]; then
   exec env DRY_RUN=1 WORLD_SIZE=$((nodes * gpus)) RANK=0 LOCAL_RANK=0 python "$root/pretrain_gpt_scmoe.py" "${words[@]}"
 fi

@@ -106,7 +106,7 @@ def standing_bytes(args: Namespace, chunks: Sequence[Any]) -> Standing:
             parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True).size(),
             parallel_state.get_expert_data_parallel_group(partial_expert_data_parallel=True).size(),
         )
-    per_parameter = _optimizer_bytes_per_parameter(args)
+    per_parameter = optimizer_bytes_per_parameter(args)
     return Standing(
         weights=sum(parameter.nbytes for parameter in parameters),
         gradients=sum(
@@ -116,7 +116,8 @@ def standing_bytes(args: Namespace, chunks: Sequence[Any]) -> Standing:
     )
 
 
-def _optimizer_bytes_per_parameter(args: Namespace) -> int:
+def optimizer_bytes_per_parameter(args: Namespace) -> int:
+    """What the optimizer of ``args`` keeps of each parameter, all shards together."""
     moments = _MOMENTS[args.optimizer]
     if args.use_precision_aware_optimizer:
         # Beside bf16 weights it keeps only the 16 bits that they lack of fp32.

@@ -25,18 +25,22 @@ def run() -> None:
     if os.environ.get("RANK", "0") != "0":
         return  # under torchrun one of them says it for all
     try:
-        _check_world_size()
-        with silence():
-            args, stages, gone = estimate()
+        args, stages, gone = estimate()
     except ConfigError as error:
         refuse(str(error))
     print(report.text(args, stages, gone))
 
 
 def estimate() -> tuple[Namespace, list[Stage], list[str]]:
-    """Megatron's namespace of this process's command line, its pipeline stages, and flags that were left out."""
+    """Megatron's namespace of this process's command line, its pipeline stages, and flags that were left out.
+
+    Raises:
+        ConfigError: for a world of no GPU, and for what a training would refuse once its model is there. What it would
+            refuse before ends this process (``training.arguments.refuse``).
+    """
+    _check_world_size()
     gone: list[str] = []
-    with replaced(torch.cuda, "get_device_capability", local_spec.imagined_capability):
+    with silence(), replaced(torch.cuda, "get_device_capability", local_spec.imagined_capability):
         args, scmoe, _ = parse_and_validate_args(lambda args: gone.extend(local_spec.go_without(args)))
         memory.check_known(args)
         _check_known(args, scmoe)

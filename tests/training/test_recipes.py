@@ -373,6 +373,14 @@ def test_launcher_refuses(tmp_path, words, environment, why):
     assert done.stderr.startswith("launch.sh: refused: ") and done.stderr.count("\n") == 1 and why in done.stderr
 
 
+def test_flags_alone(tmp_path):
+    """As tools/plan.py reads them: those of a dry run, of a recipe by its name or by its path."""
+    by_name = launch(tmp_path, "scmoe-8b", "--lr", "1", DRY_RUN="flags", NNODES="4").stdout
+    by_path = launch(tmp_path, str(LAUNCH.parent / "recipes" / "scmoe-8b.sh"), "--lr", "1", DRY_RUN="flags", NNODES="4")
+    gpus, *flags = by_name.splitlines()
+    assert gpus == "32" and flags == [*flags_of(tmp_path, "scmoe-8b"), "--lr", "1"] and by_path.stdout == by_name
+
+
 def test_launcher_teaches(tmp_path):
     done = launch(tmp_path, "--help")
     assert done.returncode == 0 and all(recipe in done.stdout for recipe in RECIPES)
