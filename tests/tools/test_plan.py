@@ -1,0 +1,396 @@
+"""tools/plan.py: what it says is the dry run's, the solver's, or the model of time's; what it finds is the fastest."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from itertools import combinations
+
+import commands
+import pytest
+import ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from training import ROOT, SCMOE, STOCK_SHARED_EXPERT, with_flags, without_flag
+
+TOOL = ROOT / "tools" / "plan.py"
+sys.path.insert(0, str(TOOL.parent))
+from command_line import UserError  # noqa: E402
+from planning import choosing, counts, dry, hardware, report, search, whatif  # noqa: E402
+from planning import settings as plan_settings  # noqa: E402
+from planning.settings import Form, Layout  # noqa: E402
+from planning.step import predict  # noqa: E402
+from planning.workload import Attention, Mlp, Moe, Output, Span  # noqa: E402
+
+GIB = 2**30
+BASE = with_flags(
+    [*SCMOE, "--bf16"],
+    *("--num-layers 8", "--hidden-size 256", "--num-attention-heads 8", "--ffn-hidden-size 1024", "--num-experts 8"),
+    *("--moe-ffn-hidden-size 512", "--moe-shared-expert-intermediate-size 512", "--seq-length 512", "--train-iters 1"),
+    *("--max-position-embeddings 512", "--vocab-size 4000", "--micro-batch-size 1", "--global-batch-size 16"),
+)
+EP2 = with_flags(BASE, "--expert-model-parallel-size 2")  # with 1 Core does not tell experts from the rest
+DISTRIBUTED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+H100 = hardware.machine("H100")
+
+
+def of_flags(flags, gpus, function, *arguments):
+    """What ``function`` makes of a dry run; in a process that has imported Megatron."""
+    (found,) = ranks.run(on_dry_run, 1, flags, gpus, function, arguments, distributed=False)
+    return found
+
+
+def on_dry_run(flags, gpus, function, arguments):
+    return function(dry.dry_run(flags, gpus), *arguments)
+
+
+def run_of(found):
+    from megatron_scmoe.training.arguments import scmoe_config_from_args
+
+    return whatif.Run(found.args, scmoe_config_from_args(found.args), [stage.blocks for stage in found.stages])
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def workload_and_counts(found):
+    workload = run_of(found).workload
+    held = [(stage.in_the_model.dense, stage.in_the_model.expert) for stage in found.stages]
+    return workload, held
+
+
+FORMS = {
+    "scmoe": (EP2, 2),
+    "stages": (with_flags(BASE, "--pipeline-model-parallel-size 2", "--expert-model-parallel-size 4"), 8),
+    "spans": (with_flags(EP2, "--shortcut-span 2", "--shortcut-landing 1"), 2),
+    "stock": (with_flags(STOCK_SHARED_EXPERT, "--bf16", "--expert-model-parallel-size 2"), 2),
+    "latent attention": (
+        with_flags(
+            [*EP2, "--multi-latent-attention"],
+            *(
+                "--q-lora-rank 64",
+                "--kv-lora-rank 32",
+                "--qk-head-dim 16",
+                "--qk-pos-emb-head-dim 8",
+                "--v-head-dim 16",
+            ),
+        ),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_parameters_add_up(name):
+    """Those of the ops that the namespace was read as are those of the modules that the dry run has built."""
+    flags, gpus = FORMS[name]
+    workload, held = of_flags(flags, gpus, workload_and_counts)
+    for stage, (dense, expert) in zip(workload.stages, held, strict=True):
+        counted = sum((counts.parameters(op, workload) for op in stage), counts.Parameters())
+        assert counted.expert == expert
+        assert dense * 0.97 <= counted.dense <= dense, (name, counted, dense)  # norms and biases are not counted
+        fewer = replace(workload, hidden=workload.hidden * 15 // 16)  # negative control
+        assert sum(counts.parameters(op, fewer).dense for op in stage) < dense * 0.97
+
+
+def test_ops_of_a_span_are_those_of_its_groups():
+    workload, _ = of_flags(*FORMS["spans"], workload_and_counts)
+    (stage,) = workload.stages
+    spans = [op for op in stage if isinstance(op, Span)]
+    assert len(spans) == 2 and isinstance(stage[-1], Output)
+    kinds = [type(op).__name__ for op in spans[0].ops]
+    assert kinds == ["Attention", "Mlp", "Attention", "Mlp", "GroupEnd"] * 2
+    assert len(spans[0].ops) == spans[0].shape.num_ops and len(spans[0].calls) == 2
+    assert [call.late for call in spans[0].shape.calls] == [True, False]
+
+
+def test_a_stock_layer_has_its_shared_expert_with_it():
+    workload, _ = of_flags(*FORMS["stock"], workload_and_counts)
+    layers = [op for stage in workload.stages for op in stage if not isinstance(op, Attention)]
+    assert [type(op) for op in layers[1:-1]] == [Mlp, Moe] * 2
+    assert layers[2].shared == Mlp(width=24) and layers[2].top_k == 1
+
+
+def full_report(found, request):
+    run = run_of(found)
+    overlaps, what_if = (
+        [(one, predict(one.workload, H100)) for one in kind(run)] for kind in (whatif.overlaps, whatif.what_if)
+    )
+    prediction = predict(run.workload, H100)
+    return report.result(request, found, H100, prediction=prediction, overlaps=overlaps, what_if=what_if)
+
+
+def test_what_is_said_is_what_was_found():
+    """Parts add up to the step, spans are the solver's, memory is the dry run's; a variant says whether it runs."""
+    flags = with_flags(BASE, "--expert-model-parallel-size 8", "--overlap adaptive")
+    found = of_flags(flags, 16, full_report, {"gpus": 16, "gpu": "H100"})
+    assert sum(found["parts"].values()) == pytest.approx(found["step_s"])
+    for stage in found["memory"]:
+        parts = ("weights", "gradients", "optimizer", "activations")
+        assert sum(stage[name] for name in parts) == stage["total"]
+    (span,) = found["spans"]
+    assert span["limit_s"] <= span["predicted_s"] * (1 + 1e-9) and span["predicted_s"] <= span["sequential_s"]
+    assert found["parts"].get("exposed EP", 0.0) == pytest.approx(span["count"] * span["exposed_s"], rel=1e-6, abs=1e-9)
+    by_name = {one["name"]: one for one in found["overlaps"]}
+    assert by_name["adaptive"]["step_s"] <= by_name["fixed"]["step_s"] <= by_name["off"]["step_s"] * (1 + 1e-9)
+    variants = {one["name"]: one for one in found["what_if"]}
+    assert variants["fp8 dispatch"]["flags"] == "" and "--shortcut none" in variants["no shortcut"]["flags"]
+    assert variants["fp8 dispatch"]["a2a_s"] < found["a2a_s"]
+    shown = [title for title, _, _ in report.tables(found)]
+    assert len(shown) == 5 and f"{found['a2a_share']:.1%}" in shown[0]
+    page = report.html(found, "the dry run")
+    assert page.count("<svg") == 3 and "the dry run" in page and "http" not in page
+
+
+def accepted(found):
+    return found.args.world_size
+
+
+def test_flags_that_a_variant_names_are_accepted():
+    """Those of ``runs today with``, each beside the others of the run."""
+    flags = with_flags(BASE, "--expert-model-parallel-size 8")
+    found = of_flags(flags, 8, full_report, {"gpus": 8, "gpu": "H100"})
+    named = [one["flags"] for one in (*found["what_if"], *found["overlaps"]) if one["flags"]]
+    assert len(named) > 5
+    for words in named:
+        if words == "--shortcut none":
+            continue  # drops flags that are the shortcut's alone
+        if "--a2a-codec" in words:
+            with pytest.raises(ranks.RankError, match="how many centroids travel"):
+                of_flags([*flags, *words.split()], 8, accepted)
+            continue
+        assert of_flags([*flags, *words.split()], 8, accepted) == 8, words
+
+
+@pytest.mark.parametrize("experts, size, top_k", [(6, 3, 2), (8, 4, 3), (8, 8, 2), (4, 1, 2)])
+def test_expected_number_of_ranks(experts, size, top_k):
+    """By trying all choices."""
+    choices = list(combinations(range(experts), top_k))
+    tried = sum(len({one // (experts // size) for one in choice}) for choice in choices) / len(choices)
+    assert whatif.distinct_ranks(experts, size, top_k) == pytest.approx(tried)
+    assert top_k == 1 or size == experts or whatif.distinct_ranks(experts, size, top_k) != top_k
+
+
+# ---- search ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.lists(st.floats(0.01, 1), min_size=1, max_size=3)), max_size=9))
+def test_a_search_is_as_good_as_trying_all(cases):
+    """In the order of all times, with bounds that are true."""
+    layouts = {Layout(micro_batch=number + 1): times for number, (_, times) in enumerate(cases)}
+    share = {Layout(micro_batch=number + 1): part for number, (part, _) in enumerate(cases)}
+    found = search.fastest(
+        layouts,
+        lambda layout: share[layout] * min(layouts[layout]),
+        lambda layout: [Form(chunks=number) for number in range(len(layouts[layout]))],
+        lambda layout, form: layouts[layout][form.chunks],
+    )
+    assert [seconds for seconds, _, _ in found] == sorted(map(min, layouts.values()))
+
+
+def test_a_search_predicts_what_may_be_next_alone():
+    """And a bound that is not true is noticed by the order."""
+    predicted = []
+
+    def predict_and_note(layout, form):
+        predicted.append(layout)
+        return float(layout.micro_batch)
+
+    layouts = [Layout(micro_batch=number) for number in range(1, 9)]
+    one_form = lambda _: [Form()]  # noqa: E731
+    found = search.fastest(layouts, lambda one: one.micro_batch - 0.5, one_form, predict_and_note)
+    assert next(found)[1] == layouts[0] and predicted == layouts[:1]
+    wrong = search.fastest(layouts, lambda one: 10.0 * (one.micro_batch < 3), one_form, predict_and_note)
+    assert [seconds for seconds, _, _ in wrong][:2] != [1.0, 2.0]
+
+
+SMALL = with_flags([*BASE, *DISTRIBUTED], "--expert-model-parallel-size 1")
+
+
+def chooser(gpus, memory=60.0, keep=("position", "span")):
+    return choosing.Chooser(SMALL, gpus, H100, memory * GIB, keep)
+
+
+def searched_and_exhaustive(gpus):
+    chosen = chooser(gpus)
+    layouts = list(plan_settings.layouts(chosen.model, gpus))
+    forms = partial(plan_settings.forms, chosen.model)
+    found = [seconds for seconds, _, _ in search.fastest(layouts, chosen.bound_s, forms, chosen.step_s)]
+    tried = [min(chosen.step_s(layout, form) for form in forms(layout)) for layout in layouts if list(forms(layout))]
+    bounds = [(chosen.bound_s(layout), chosen.step_s(layout, form)) for layout in layouts for form in forms(layout)]
+    return found, sorted(tried), bounds
+
+
+def test_searching_a_model_is_as_good_as_trying_all():
+    ((found, tried, bounds),) = ranks.run(searched_and_exhaustive, 1, 8, distributed=False)
+    assert len(found) > 30 and found == tried
+    assert all(bound <= seconds * (1 + 1e-9) for bound, seconds in bounds)
+    assert any(bound < seconds * 0.95 for bound, seconds in bounds)  # there is something to bound
+
+
+def estimated_and_counted(cases):
+    chosen = chooser(16)
+    results = []
+    for layout in cases:
+        flags = [*chosen.model.flags, *plan_settings.flags_of(layout, Form(position="pos2"), chosen.model)]
+        stages = dry.dry_run(flags, 16, choosing.ENVIRONMENT).stages
+        results.append((chosen._footprints.nbytes(layout), max(stage.total for stage in stages)))
+    return results
+
+
+def test_memory_is_that_of_the_dry_run():
+    """Put together from probes, for layouts that are unlike them."""
+    cases = [
+        Layout(ep=8),
+        Layout(ep=2, micro_batch=1, recompute=True),
+        Layout(tp=2, etp=1, ep=4),
+        Layout(tp=2, etp=2, ep=2, micro_batch=2),
+        Layout(pp=2, ep=4, micro_batch=1),
+        Layout(pp=2, vp=2, ep=4),
+        Layout(pp=4, tp=2, ep=2, recompute=True),
+    ]
+    (results,) = ranks.run(estimated_and_counted, 1, cases, distributed=False)
+    for layout, (estimate, counted) in zip(cases, results, strict=True):
+        assert estimate == pytest.approx(counted, rel=0.05), layout
+        others = [counted for other, (_, counted) in zip(cases, results, strict=True) if other != layout]
+        assert not all(estimate == pytest.approx(other, rel=0.05) for other in others)  # negative control
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def plan(*words, **environment):
+    return commands.run(TOOL, *words, env={"CUDA_DEVICE_MAX_CONNECTIONS": "1", "COLUMNS": "200"} | environment)
+
+
+def test_the_command_plans(tmp_path):
+    found, page = tmp_path / "plan.json", tmp_path / "plan.html"
+    words = ["--gpus", 16, "--gpu", "H100", "--network", 100, "--json", found, "--html", page]
+    done = plan(*words, "--", *with_flags(BASE, "--expert-model-parallel-size 8"))
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.stdout.startswith("Dry run on 16 GPUs")
+    kept = json.loads(found.read_text())
+    assert kept["machine"]["hardware"]["network"] == 12.5e9 and kept["request"]["gpus"] == 16
+    for words in ("A step:", "On the wire", "slots", "With other overlaps", "not yet", f"{kept['a2a_share']:.1%}"):
+        assert words in done.stdout
+    assert page.read_text().startswith("<!DOCTYPE html>") and "DOES NOT FIT" not in done.stdout
+    crowded = plan("--gpus", 16, "--gpu", "H100", "--memory", 0.02, *FLAGS)
+    assert crowded.returncode == 0 and "DOES NOT FIT: a rank holds" in crowded.stdout
+
+
+def test_the_command_as_a_user_calls_it():
+    """A recipe, by its path; and help."""
+    recipe = ROOT / "examples" / "recipes" / "gpt2-moe-small.sh"
+    done = subprocess.run(
+        [sys.executable, TOOL, "--recipe", recipe, "--gpu", "A30-PCIe"], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0 and "Dry run on 8 GPUs" in done.stdout and "8 x A30-PCIe" in done.stdout, done.stderr
+    shown = subprocess.run([sys.executable, TOOL, "--help"], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0 and all(name in shown.stdout for name in hardware.HARDWARE)
+
+
+FLAGS = ["--", *BASE]
+REFUSED = {
+    "nothing": ([], "there is nothing to plan"),
+    "no GPUs": (["--gpu", "H100", *FLAGS], "give --gpus N"),
+    "no kind": (["--gpus", 8, *FLAGS], "give --gpu, one of A30-PCIe, A800-NVLink, H100"),
+    "two kinds": (["--gpus", 8, "--gpu", "H100", "--machine", "m.json", *FLAGS], "one kind of GPU"),
+    "an unknown kind": (["--gpus", 8, "--gpu", "V100", *FLAGS], "V100 is not known: choose one of A30-PCIe"),
+    "GPUs that do not divide": (
+        ["--gpus", 9, "--gpu", "H100", "--", *with_flags(BASE, "--expert-model-parallel-size 8")],
+        "pretrain_gpt_scmoe.py refuses: Megatron's own rule",
+    ),
+    "what the entry script refuses": (
+        ["--gpus", 8, "--gpu", "H100", *FLAGS, "--moe-every", "3"],
+        "pretrain_gpt_scmoe.py refuses: groups must be whole",
+    ),
+    "a flag that is none": (["--gpus", 8, "--gpu", "H100", *FLAGS, "--no-such-flag"], "unrecognized arguments"),
+    "fp32": (["--gpus", 8, "--gpu", "H100", "--", *[w for w in BASE if w != "--bf16"]], "add --bf16"),
+    "a recipe that is none": (["--recipe", "gpt5", "--gpu", "H100"], "gpt5 is no recipe; use one of"),
+    "a machine that is none": (["--gpus", 8, "--machine", __file__, *FLAGS], "write one with --calibrate"),
+    "a network that is none": (["--gpus", 8, "--gpu", "H100", "--network", 200, *FLAGS], "invalid choice"),
+    "a folder": (["--gpus", 8, "--gpu", "H100", "--json", "/", *FLAGS], "--json / cannot be written: it is a folder"),
+    "a recipe without a search": (["--gpus", 8, "--gpu", "H100", "--write-recipe", "x.sh", *FLAGS], "add --search"),
+    "what cannot be kept": (["--gpus", 8, "--gpu", "H100", "--search", "--keep", "dp", *FLAGS], "'dp' is none of tp"),
+    "a hybrid model": (
+        ["--gpus", 8, "--gpu", "H100", "--search", "--", "--hybrid-layer-pattern", "*E"],
+        "where a hybrid model may be cut",
+    ),
+    "no layers": (["--gpus", 8, "--gpu", "H100", "--search", "--", "--lr", "1"], "to know --num-layers"),
+    "too little memory": (
+        ["--gpus", 8, "--gpu", "H100", "--search", "--memory", "0.02", "--", *SMALL],
+        "nothing fits into 0.0 GiB of each of 8 GPUs: the nearest of",
+    ),
+    "a number of GPUs that nothing divides": (
+        ["--gpus", 7, "--gpu", "H100", "--search", "--", *SMALL],
+        "no layout has 7 GPUs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name):
+    words, why = REFUSED[name]
+    done = plan(*words)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert re.fullmatch(r"(memory:.*\n)*plan.py: error: .*\n", done.stderr) and why in done.stderr, done.stderr
+
+
+def test_a_search_is_reported_and_written(tmp_path):
+    """The winner as a recipe, which the launcher hands on and the entry script takes."""
+    found, mine = tmp_path / "plan.json", tmp_path / "mine.sh"
+    words = ["--recipe", "gpt2-moe-small", "--gpus", 16, "--gpu", "H100", "--search", "--top", 2]
+    done = plan(*words, "--keep", "position,span", "--json", found, "--write-recipe", mine)
+    assert done.returncode == 0, done.stderr
+    assert "The fastest of" in done.stdout and f"wrote {mine}" in done.stdout
+    kept = json.loads(found.read_text())["search"]
+    assert len(kept["table"][2]) == 2 and kept["table"][0] in " ".join(done.stdout.split())
+    first, second = kept["best"]
+    assert first["step_s"] <= second["step_s"] and first["flags"] != second["flags"]
+    assert kept["layouts"] >= kept["fit"] >= 2
+    launch = subprocess.run(
+        [ROOT / "examples" / "launch.sh", mine], env={"PATH": "/usr/bin:/bin", "DRY_RUN": "flags"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    gpus, *flags = launch.stdout.splitlines()
+    assert gpus == "16"
+    assert of_flags(flags, 16, step_of) == pytest.approx(of_flags(first["flags"], 16, step_of))
+
+
+def step_of(found):
+    return predict(run_of(found).workload, H100).step_s
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def test_a_measured_machine_prices_what_was_measured(tmp_path):
+    path = tmp_path / "machine.json"
+    done = plan("--calibrate", path)
+    assert done.returncode == 0 and f"plan with --machine {path}" in done.stdout, done.stderr
+    kept = json.loads(path.read_text())
+    machine = hardware.Machine.from_json(kept)
+    assert "links are not measured" in machine.source
+    by_op = {op: float(ms) / 1e3 for op, size, ms, *_ in kept["measured"]}
+    from planning.kernels import Clock
+    from planning.workload import Precision
+
+    clock = Clock(machine, Precision.BF16)
+    assert clock.product(1024, 1024, 1024) == pytest.approx(by_op["product"], rel=0.02)
+    assert clock.moving(2 << 26).seconds == pytest.approx(by_op["copy"], rel=0.02)
+    slower = replace(machine, constants=replace(machine.constants, gemm=machine.constants.gemm / 2))
+    assert Clock(slower, Precision.BF16).product(1024, 1024, 1024) > 1.5 * by_op["product"]  # negative control
+    planned = plan("--gpus", 1, "--machine", path, *FLAGS)
+    assert planned.returncode == 0 and "this CPU" in planned.stdout, planned.stderr
+
+
+def test_user_errors_are_those_of_tools():
+    with pytest.raises(UserError, match="is not among the flags"):
+        plan_settings.value_of(["--lr", "1"], "--num-layers")
+    assert plan_settings.without(["--a", "1", "2", "--b", "--c", "3"], ["--a", "--c"]) == ["--b"]
+    assert without_flag(["--a", "1", "--b"], "--a") == plan_settings.without(["--a", "1", "--b"], ["--a"])

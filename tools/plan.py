@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""What a training needs and how long its steps take, before there is a cluster: memory, bytes on the wire, time.
+
+Flow: flags, by hand or of a recipe -> dry run by the entry script's own code -> what a step computes -> model of time
+-> tables, JSON, HTML. Or: search the best settings; measure this machine; check the model of time against what is
+published. The parts are in planning/.
+"""
+
+from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that ^C ends
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, so that an installed megatron_scmoe is preferred
+
+import atomic
+from command_line import Parser, UserError, exit_code, number, positive
+from planning import recipe
+from planning.hardware import HARDWARE, NETWORKS, Machine, machine
+from planning.settings import KEEPABLE
+from progress import in_words, progress
+
+if TYPE_CHECKING:
+    from planning.dry import DryRun
+
+ABOUT = """\
+Tell what a training needs and how long a step takes, on any machine, without data and without the cluster: parameters
+and memory (the dry run's), bytes on the wire, time by part, communication that nothing hides, and what other settings
+would give. Flags are those of pretrain_gpt_scmoe.py, and are refused as it refuses them.
+"""
+EPILOG = """\
+examples:
+  # a recipe of examples/recipes on the GPUs that it is for; flags behind -- come behind its own
+  tools/plan.py --recipe scmoe-8b --gpu H100
+  tools/plan.py --recipe scmoe-8b --gpu H100 --network 100 --html plan.html -- --shortcut-position pos1
+
+  # flags of your own
+  tools/plan.py --gpus 64 --gpu GB200 --json plan.json -- --num-layers 24 --hidden-size 2048 ...
+
+  # the three fastest settings of its layout and shortcut, and the first as a recipe that examples/launch.sh takes
+  tools/plan.py --recipe longcat-flash --gpus 1024 --gpu H100 --search --top 3 --write-recipe mine.sh
+
+  # a machine that no table has: measure it, on one rank or under torchrun on all of them, then plan with it
+  torchrun --nproc-per-node 8 tools/plan.py --calibrate machine.json
+  tools/plan.py --recipe scmoe-8b --machine machine.json
+
+what is predicted:
+  Ops are priced by kernels, not by FLOPs alone: narrow grouped products, launches, bytes. Collectives fly beside dense
+  ops as the project's own solver plans them, in forward and backward; links inside a node and between nodes differ.
+  Experts get even shares of tokens. docs/planner.md compares it with published steps.
+
+what a search chooses:
+  tensor, pipeline, virtual, expert and expert-tensor parallel sizes, micro-batch and recomputation; and of a shortcut
+  position, span, overlap and chunks. --keep keeps some of them as the flags have them: position and span are other
+  models. Every layout is held against the GPU's memory first. What is reported has passed the entry script's own dry
+  run; what it refuses is counted, by reason.
+
+exit codes: 0 done; 1 failed, or --check found an error above its bound; 2 bad request; 130 / 143 stopped
+"""
+RESERVED = 0.1
+"""Part of a GPU's memory that the dry run does not count (docs/cluster.md)."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = Parser(
+        "plan.py", description=ABOUT, epilog=EPILOG, usage="plan.py [options] [-- flags of the entry script]"
+    )
+    what = parser.add_argument_group("what to plan")
+    what.add_argument("--recipe", metavar="NAME", help="a recipe of examples/recipes, or the path of a file like those")
+    what.add_argument("--gpus", type=positive, metavar="N", help="GPUs of the job (default: the recipe's)")
+    what.add_argument("flags", nargs="*", metavar="-- FLAGS", help="flags of pretrain_gpt_scmoe.py")
+    on = parser.add_argument_group("on what")
+    on.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(HARDWARE)}")
+    on.add_argument(
+        "--network", choices=NETWORKS, help="Gb/s of each GPU's port between nodes (default: the standard machine's)"
+    )
+    on.add_argument(
+        "--release", metavar="NAME", help="software release whose constants count (default: the newest fitted)"
+    )
+    on.add_argument(
+        "--machine", type=Path, metavar="FILE", help="a machine that --calibrate measured, in place of --gpu"
+    )
+    memory = f"memory of a GPU that may be used (default: all but {RESERVED:.0%}%, which the dry run does not count)"
+    on.add_argument("--memory", type=number(0.01, 1e5), metavar="GIB", help=memory)
+    search = parser.add_argument_group("search")
+    search.add_argument(
+        "--search", action="store_true", help="find the fastest settings that fit, in place of the flags'"
+    )
+    search.add_argument("--top", type=positive, default=3, metavar="N", help="how many to report (default %(default)s)")
+    keep = f"what stays as the flags have it, of {', '.join(KEEPABLE)}, with commas between"
+    search.add_argument("--keep", type=_names, default=[], metavar="NAME,...", help=keep)
+    search.add_argument("--write-recipe", type=Path, metavar="FILE", help="write the fastest settings as a recipe")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    output.add_argument("--html", type=Path, metavar="FILE", help="write a report with pictures: one page, no network")
+    other = parser.add_argument_group("other work")
+    other.add_argument("--calibrate", type=Path, metavar="FILE", help="measure this machine into FILE, and end")
+    other.add_argument(
+        "--check", action="store_true", help="hold the model against published steps; writes docs/planner.md"
+    )
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in KEEPABLE]:
+        raise argparse.ArgumentTypeError(f"{unknown[0][:40]!a} is none of {', '.join(KEEPABLE)}")
+    return names
+
+
+def check_request(args: argparse.Namespace) -> None:
+    """Raise UserError for what cannot be done, before anything is."""
+    for flag in ("json", "html", "write_recipe", "calibrate"):
+        path = getattr(args, flag)
+        if path is not None and (reason := atomic.obstacle_of_file(path)):
+            raise UserError(f"--{flag.replace('_', '-')} {path} cannot be written: {reason}; name another")
+    if args.calibrate or args.check:
+        return
+    if not args.recipe and not args.flags:
+        raise UserError("there is nothing to plan: give --recipe NAME, or flags of pretrain_gpt_scmoe.py behind --")
+    if not args.recipe and not args.gpus:
+        raise UserError("flags do not say on how many GPUs: give --gpus N")
+    if bool(args.gpu) == bool(args.machine):
+        raise UserError(f"a plan is for one kind of GPU: give --gpu, one of {', '.join(HARDWARE)}, or --machine FILE")
+    if not args.search and (args.write_recipe or args.keep):
+        raise UserError(f"{'--write-recipe' if args.write_recipe else '--keep'} is for a search: add --search")
+
+
+def machine_of(args: argparse.Namespace) -> Machine:
+    """What the plan is for. Raises UserError where nobody knows it."""
+    if args.machine is None:
+        try:
+            return machine(args.gpu, network=NETWORKS.get(args.network), release=args.release)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    try:
+        found = Machine.from_json(json.loads(args.machine.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"--machine {args.machine} cannot be read: {error}; write one with --calibrate") from error
+    if args.network:
+        found = replace(found, hardware=replace(found.hardware, network=NETWORKS[args.network]))
+    return found
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Print and write a plan of the command line; returns the exit code."""
+    its = machine_of(args)
+    gpus, flags = args.gpus, args.flags
+    if args.recipe:
+        of_recipe, flags = recipe.flags_of(args.recipe, args.flags)
+        gpus = gpus or of_recipe
+    request = {"gpus": gpus, "gpu": its.hardware.name, "constants": its.source}
+    request |= {"recipe": args.recipe} if args.recipe else {}
+    if args.search:
+        return search(args, its, gpus, flags, request)
+    from planning.dry import dry_run  # noqa: PLC0415 - Megatron takes seconds to import
+
+    show(args, its, dry_run(flags, gpus), {**request, "flags": " ".join(flags)})
+    return 0
+
+
+def show(args: argparse.Namespace, its: Machine, dry: DryRun, request: dict[str, Any], **more: Any) -> None:
+    """Print the dry run and what it takes, and write both to the files that are asked for."""
+    from planning import report, whatif  # noqa: PLC0415 - see above
+    from rich.console import Console  # noqa: PLC0415
+
+    from megatron_scmoe.training.arguments import scmoe_config_from_args  # noqa: PLC0415
+
+    run = whatif.Run(dry.args, scmoe_config_from_args(dry.args), [stage.blocks for stage in dry.stages])
+    given = predicted(run.workload, its)
+    overlaps, what_if = (
+        [(one, predicted(one.workload, its)) for one in variants(run)] for variants in (whatif.overlaps, whatif.what_if)
+    )
+    found = report.result(request, dry, its, prediction=given, overlaps=overlaps, what_if=what_if) | more
+    print(dry.report, end="\n\n")
+    fullest = max(stage.total for stage in dry.stages)
+    if fullest > (memory := usable(args, its)):
+        print(f"DOES NOT FIT: a rank holds {in_words(fullest)} and may use {in_words(memory)} of a GPU; try --search\n")
+    report.print_tables(found, Console(highlight=False))
+    if args.json:
+        atomic.write_text(args.json, json.dumps(found, indent=1) + "\n")
+    if args.html:
+        atomic.write_text(args.html, report.html(found, dry.report) + "\n")
+
+
+def usable(args: argparse.Namespace, its: Machine) -> float:
+    """Bytes of a GPU's memory that a rank may use."""
+    return args.memory * 2**30 if args.memory else its.hardware.memory * (1 - RESERVED)
+
+
+def predicted(workload: Any, its: Machine) -> Any:
+    """What the model of time says. Raises UserError where it has no words for it."""
+    from planning.step import predict  # noqa: PLC0415 - see above
+
+    try:
+        return predict(workload, its)
+    except ValueError as error:
+        raise UserError(f"the model of time cannot price this: {error}") from error
+
+
+def search(args: argparse.Namespace, its: Machine, gpus: int, flags: Sequence[str], request: dict[str, Any]) -> int:
+    """Find the fastest settings, print them, and show the first as a plan."""
+    from planning import chosen  # noqa: PLC0415 - see above
+    from planning.choosing import Chooser  # noqa: PLC0415
+
+    memory = usable(args, its)
+    choices = Chooser(flags, gpus, its, memory, args.keep).choose(args.top)
+    found = chosen.as_json(choices, memory)
+    chosen.print_choices(found)
+    if not choices.best:
+        raise UserError("none of the fastest settings passes the entry script: see the reasons above")
+    best = choices.best[0]
+    show(args, its, best.dry, {**request, "flags": " ".join(best.flags)}, search=found)
+    if args.write_recipe:
+        chosen.write_recipe(args.write_recipe, args.recipe, args.flags, choice=best, gpus=gpus, request=request)
+    return 0
+
+
+def check() -> int:
+    """Hold the model of time against what is published, and say what it misses; returns the exit code."""
+    from planning import check as judge  # noqa: PLC0415 - reads tables
+
+    with progress("fit", judge.iterations(), in_bytes=False) as advance:
+        missed = judge.run(advance=advance).missed
+    print(f"wrote {judge.PAGE} and {judge.CONSTANTS_FILE}")
+    for goal in missed:
+        print(f"missed: {goal}")
+    return 1 if missed else 0
+
+
+def main() -> int:
+    """Run the command line and return the exit code."""
+    parser = make_parser()
+    args = parser.parse_args()
+
+    def work() -> int:
+        check_request(args)
+        if args.calibrate:
+            from planning import calibrate  # noqa: PLC0415 - imports torch
+
+            return calibrate.run(args.calibrate)
+        return check() if args.check else plan(args)
+
+    return exit_code("plan.py", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

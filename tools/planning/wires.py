@@ -1,0 +1,147 @@
+"""What collectives of one rank take: bytes inside a domain of fast links and between domains, and messages to peers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from planning.hardware import Machine
+from planning.workload import Dispatcher, Moe, Workload
+
+BF16 = 2
+
+
+class Sent(NamedTuple):
+    """What a rank sends in one collective, and how long it takes.
+
+    Attributes:
+        inside: bytes to ranks of its domain.
+        between: bytes to others.
+        seconds: until all has arrived.
+    """
+
+    inside: float
+    between: float
+    seconds: float
+
+    def times(self, count: float) -> Sent:
+        """So many of them, one after the other."""
+        return Sent(self.inside * count, self.between * count, self.seconds * count)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Ranks of a collective, ``stride`` apart in the order of the GPUs.
+
+    Attributes:
+        machine: where they are.
+        size: ranks.
+        stride: between two of them.
+    """
+
+    machine: Machine
+    size: int
+    stride: int = 1
+
+    @property
+    def inside(self) -> int:
+        """Ranks of one domain."""
+        return max(1, min(self.size, self.machine.hardware.domain // self.stride))
+
+    def _seconds(self, inside: float, between: float, messages: float) -> float:
+        """Both ways at once: links and network are apart."""
+        hardware, constants = self.machine.hardware, self.machine.constants
+        moved = max(
+            inside / (hardware.link * constants.link),
+            between / (hardware.network * constants.network) if between else 0.0,
+        )
+        return moved + messages * constants.message_s
+
+    def all_to_all(self, size: float) -> Sent:
+        """Each rank sends ``size`` bytes in equal parts to all, itself included."""
+        if self.size == 1:
+            return Sent(0.0, 0.0, 0.0)
+        inside = size * (self.inside - 1) / self.size
+        between = size * (self.size - self.inside) / self.size
+        return Sent(inside, between, self._seconds(inside, between, self.size - 1))
+
+    def unique(self, tokens: float, copies: float, size: float, limited: float = 1.0) -> Sent:
+        """Each of ``tokens`` goes once to each rank that wants one of its ``copies``, and once to each domain.
+
+        Balanced: a rank wants none of ``copies`` with probability (1 - 1 / ranks) ^ copies. Over the network a token
+        goes once to each domain, and from there over its links.
+
+        Args:
+            tokens: of this rank.
+            copies: experts of each.
+            size: bytes of a token.
+            limited: part of the ranks among which these are.
+        """
+        if self.size == 1:
+            return Sent(0.0, 0.0, 0.0)
+        domains = self.size / self.inside
+        ranks = _chosen(self.size * limited, copies)
+        elsewhere = _chosen(max(1.0, domains * limited), copies) * (1 - 1 / domains)
+        inside = tokens * size * ranks * (1 - 1 / self.inside)
+        between = tokens * size * elsewhere
+        return Sent(inside, between, self._seconds(inside, between, self.inside - 1 + domains - 1))
+
+    def ring(self, size: float) -> Sent:
+        """An all-gather or reduce-scatter whose whole is ``size`` bytes; a domain's ranks share its way out."""
+        if self.size == 1:
+            return Sent(0.0, 0.0, 0.0)
+        inside = size * (self.inside - 1) / self.inside
+        domains = self.size / self.inside
+        between = size / self.inside * (domains - 1) / domains
+        return Sent(inside, between, self._seconds(inside, between, self.inside - 1 + domains - 1))
+
+
+def _chosen(ranks: float, copies: float) -> float:
+    """How many of so many ranks are wanted by at least one of ``copies``."""
+    return ranks * (1 - (1 - 1 / max(ranks, 1.0)) ** copies)
+
+
+class Groups:
+    """The parallel groups of a workload, in Megatron's order of ranks: TP, CP, DP (or expert TP, EP, expert DP), PP.
+
+    Args:
+        workload: whose layout counts.
+        machine: where it runs.
+    """
+
+    def __init__(self, workload: Workload, machine: Machine) -> None:
+        layout = workload.layout
+        self.workload = workload
+        self.tp = Group(machine, layout.tp)
+        self.cp = Group(machine, layout.cp, layout.tp)
+        self.dp = Group(machine, layout.dp * layout.cp, layout.tp)
+        self.etp = Group(machine, layout.etp)
+        self.ep = Group(machine, layout.ep, layout.etp)
+        self.expert_dp = Group(machine, layout.expert_dp, layout.etp * layout.ep)
+        self.pp = Group(machine, layout.pp, layout.gpus // layout.pp)
+
+    def flight(self, op: Moe, tokens: float) -> Sent:
+        """Carrying ``tokens`` of this rank to their experts, or what these made of them back."""
+        width = (op.latent or self.workload.hidden) * op.carried
+        if self.workload.training.dispatcher is Dispatcher.ALLTOALL:
+            sent = self.ep.all_to_all(tokens * op.top_k * op.sent * width * BF16)
+        else:
+            sent = self.ep.unique(tokens * op.sent, op.top_k, width * BF16, op.limited)
+        if self.etp.size > 1:  # all ranks of an expert get all of its rows
+            gathered = self.etp.ring(tokens * op.top_k * op.sent * width * BF16 * self.etp.size)
+            sent = Sent(sent.inside + gathered.inside, sent.between + gathered.between, sent.seconds + gathered.seconds)
+        return sent
+
+    def sequence(self, tokens: float) -> Sent:
+        """Gathering a tensor parallel group's ``tokens``, or scattering their sums."""
+        return self.tp.ring(tokens * self.workload.hidden * BF16)
+
+    def handed_on(self, tokens: float) -> Sent:
+        """What one stage hands to the next of ``tokens`` on this rank."""
+        if self.pp.size == 1:
+            return Sent(0.0, 0.0, 0.0)
+        size = tokens * self.workload.hidden * BF16
+        hardware, constants = self.pp.machine.hardware, self.pp.machine.constants
+        if self.pp.stride * 2 <= hardware.domain:
+            return Sent(size, 0.0, size / (hardware.link * constants.link) + constants.message_s)
+        return Sent(0.0, size, size / (hardware.network * constants.network) + constants.message_s)
