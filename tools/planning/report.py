@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from studies import report
 
+from megatron_scmoe.contracts import Launch
 from megatron_scmoe.overlap.solver import Solution, schedule
 from megatron_scmoe.overlap.spans import exposed_s
 from planning.dry import DryRun
@@ -96,7 +97,8 @@ def slots_in_words(solution: Solution) -> str:
     plan = solution.plan
     if plan.blocking:
         return "off"
-    return "/".join("+".join(map(str, call)) for call in plan.slots) + " behind" * plan.behind
+    launched = "" if plan.launch is Launch.BEFORE else f" launched {plan.launch}"
+    return "/".join("+".join(map(str, call)) for call in plan.slots) + launched
 
 
 def _span(one: SpanTime) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from ablation.arms import MODELS, Model
 
 from megatron_scmoe.config import Position, ScMoEConfig, Shortcut
-from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
+from megatron_scmoe.contracts import Launch, Plan, RoutedCall, SpanShape
 from megatron_scmoe.overlap.limit import limit_s
 from megatron_scmoe.overlap.solver import CallCosts, PassCosts, SpanCosts, predicted_s
 from planning.judging import Judged
@@ -55,7 +55,7 @@ def predicted(arm: dict[str, Any], kind: str) -> float:
 
 def _plan(plan: dict[str, Any], kind: str) -> Plan:
     slots = tuple(tuple(call) for call in plan[kind])
-    return Plan(slots, blocking=plan["blocking"], behind=kind in plan.get("behind", ()))
+    return Plan(slots, blocking=plan["blocking"], launch=Launch(plan.get("launches", {}).get(kind, Launch.BEFORE)))
 
 
 def _shape(model: Model, costs: SpanCosts) -> SpanShape:

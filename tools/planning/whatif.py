@@ -8,10 +8,9 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from math import comb
 from typing import Any
 
-from megatron_scmoe.config import ConfigError, Overlap, Position, Router, ScMoEConfig, Shortcut
+from megatron_scmoe.config import ConfigError, Overlap, Position, Router, ScMoEConfig, Shortcut, expected_unique_share
 from planning import reading
 from planning.hardware import Machine
 from planning.workload import Moe, Span, Workload
@@ -172,10 +171,10 @@ def _less_to_send(run: Run) -> Iterator[Variant]:
     workload, args = run.workload, run.args
     moe = next(_moes(workload))
     ranks = args.expert_model_parallel_size
-    once = distinct_ranks(args.num_experts, ranks, round(moe.top_k)) / round(moe.top_k) if moe.top_k >= 1 else 1.0
-    if once < 1:
+    once = expected_unique_share(args.num_experts, args.moe_router_topk, ranks, run.scmoe.zero_experts)
+    if once < 1 and run.scmoe.shortcut is not Shortcut.DGMOE:  # each of its gates chooses one expert
         yield Variant(
-            name="unique tokens", workload=_with_moes(workload, carried=once),
+            name="unique tokens", workload=_with_moes(workload, carried=once), flags="--a2a-unique rank",
             note=f"a token travels to a rank once: {1 - once:.0%} of the rows less, with even routing",
         )  # fmt: skip
     half = (0.5 + 2 / FP8_VALUES + 1) / 2
@@ -193,14 +192,6 @@ def _less_to_send(run: Run) -> Iterator[Variant]:
         name=f"LSH-MoE, {RATE:.0%} of the rows", workload=_with_moes(workload, sent=RATE),
         flags=f"--a2a-codec lsh --lsh-target-rate {RATE}", note="without the cost of hashing; changes the model",
     )  # fmt: skip
-
-
-def distinct_ranks(experts: int, ranks: int, top_k: int) -> float:
-    """Expected number of ranks that hold at least one of ``top_k`` different experts, chosen evenly.
-
-    A rank holds ``experts / ranks`` of them, and none is chosen with C(experts - experts / ranks, k) / C(experts, k).
-    """
-    return ranks * (1 - comb(experts - experts // ranks, top_k) / comb(experts, top_k))
 
 
 def _with_moes(workload: Workload, **changes: Any) -> Workload:
