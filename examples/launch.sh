@@ -156,7 +156,7 @@ words=(
   "${checkpoints[@]}" "$@"
 )
 if [[ $dry_run == flags ]]; then
-  printf '%s\n' "$((nodes * gpus))" "${words[@]:1}"
+  printf '%s\n' "$((nodes * gpus))" "${words[@]}"
   exit
 fi
 if [[ $dry_run != 0 ]]; then
