@@ -151,7 +151,7 @@ class ScMoEConfig(JobConfig, ResumeConfig, CodecConfig, OverlapConfig, Architect
             raise ConfigError(
                 f"the stock MoE layer has nothing to choose and reports nothing: --shortcut is none, --overlap is "
                 f"{self.overlap} and --overlap-report is {self.overlap_report or 'not set'}; add --overlap-chunks 2, "
-                "--a2a-codec lsh or --shortcut scmoe"
+                "--a2a-codec lsh, --a2a-unique rank or --shortcut scmoe"
             )
         for name in _NEEDS_SHORTCUT:
             value, flag = getattr(self, name), flag_of(name)

@@ -4,9 +4,9 @@ A row is a token for a rank, with the gate weights of the token's experts there;
 
     y = sum over ranks of  sum over the token's experts there of  p E(x)
 
-This is DeepEP's saving (github.com/deepseek-ai/DeepEP), over plain all-to-alls. Nothing is rounded but by the order of
-the sums, and where no token has two experts of one rank not by that either. Backward mirrors it: a row's gradient comes
-once, and that of its input and of its weights goes back once.
+This is DeepEP's saving (github.com/deepseek-ai/DeepEP), over plain all-to-alls. A rank's sum is rounded to the
+tokens' type before it travels; else sums differ by their order alone, and where no token has two experts of one rank
+not at all. Backward mirrors it: a row's gradient comes once, and that of its input and of its weights goes back once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from megatron_scmoe.mcore import blocks
 from megatron_scmoe.mcore.unique_rows import UniqueCounts, UniqueRowsDispatcher
 
 _ID = torch.int16
+"""Travels as bytes: NCCL has no integers of 16 bits, and a collective of its own has the type of what it carries."""
 
 
 class UniqueTokens:
@@ -65,14 +66,14 @@ class UniqueTokens:
         if not self._sends_ids:
             return rows, weights
         weights, experts = weights.topk(self._experts_of_row, dim=1)
-        return rows, weights, experts.to(_ID)
+        return rows, weights, experts.to(_ID).view(torch.uint8)
 
     def unpack(self, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """See ``contracts.Cargo``."""
         rows, weights, *ids = arrived
         if self._sends_ids:
             (experts,) = ids
-            weights = weights.new_zeros(len(rows), self._experts_here).scatter(1, experts.long(), weights)
+            weights = weights.new_zeros(len(rows), self._experts_here).scatter(1, experts.view(_ID).long(), weights)
         return rows, weights
 
     def deliver(self, chunk: int, outputs: Tensor) -> Tensor:

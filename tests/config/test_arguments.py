@@ -186,7 +186,10 @@ DGMOE_REFUSED = {
 
 STOCK_REFUSED = {
     "--shortcut-position pos1": ["needs a shortcut", "--shortcut is none", "add --shortcut scmoe"],
-    "--overlap adaptive": ["nothing to choose", "add --overlap-chunks 2, --a2a-codec lsh or --shortcut scmoe"],
+    "--overlap adaptive": [
+        "nothing to choose",
+        "add --overlap-chunks 2, --a2a-codec lsh, --a2a-unique rank or --shortcut scmoe",
+    ],
     "--a2a-codec lsh --moe-token-dispatcher-type allgather": ["only the all-to-all", "is allgather"],
     "--lsh-hashes 4": ["--lsh-hashes belongs to the codec lsh", "is set to 4", "add --a2a-codec lsh"],
     "--overlap-report report": ["reports nothing", "--overlap-report is report"],

@@ -512,7 +512,7 @@ def test_several_micro_batches_launched_behind_equal_off():
 def test_what_has_to_know_the_counts_is_never_launched_behind():
     """Packed behind the op at the tap, its gradient would be waited for before that op's backward."""
     shapes = ranks.run(shapes_of_spans, 2, layout=EP[2])[0]
-    assert shapes == {"tokens": False, "capacity": True, "zero experts": True, "lsh": True}
+    assert shapes == {"tokens": False, "capacity": True, "zero experts": True, "lsh": True, "unique": True}
 
 
 def shapes_of_spans() -> dict[str, bool]:
@@ -521,6 +521,7 @@ def shapes_of_spans() -> dict[str, bool]:
         "capacity": Case(capacity=1.0),
         "zero experts": Case(router="longcat", zero_experts=3, topk=3, combine="add"),
         "lsh": Case(codec="lsh"),
+        "unique": Case(topk=2, unique="rank"),
     }
     found = {}
     for name, case in cases.items():

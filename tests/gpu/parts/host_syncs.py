@@ -20,7 +20,12 @@ from models import Case
 from torch import Tensor
 
 PADDED = Case(capacity=2.0, padded=True)
-DROPLESS = {"one chunk": Case(), "two chunks": Case(chunks=2), "dgmoe": Case(shortcut="dgmoe")}
+DROPLESS = {
+    "one chunk": Case(),
+    "two chunks": Case(chunks=2),
+    "dgmoe": Case(shortcut="dgmoe"),
+    "unique": Case(topk=2, unique="rank"),
+}
 
 
 class HostWaitsError(Exception):
