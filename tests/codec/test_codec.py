@@ -875,7 +875,7 @@ def places_of_a_rate(loaded: bool) -> set[str]:
 
     torch.cuda.current_device = lambda: torch.device("meta")
     scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE, a2a_codec=Codec.LSH, lsh_target_rate=0.2)
-    maker = CargoMaker(scmoe, SimpleNamespace(hidden_size=48, moe_latent_size=None), 3)
+    maker = CargoMaker(scmoe, SimpleNamespace(hidden_size=48, moe_latent_size=None, moe_expert_capacity_factor=None), 3)
     if loaded:
         session = OverlapSession(Namespace(lsh_levels={"3": 2.5}), scmoe)
         session._see_codec(SimpleNamespace(cargo_maker=maker, group_index=3))

@@ -92,7 +92,7 @@ LONGCAT = f"{LATENT} --q-lora-rank 16 --qk-layernorm --rope-type rope --latent-s
 LONGCAT += " --router longcat --zero-experts 2 --moe-router-topk 3 --moe-router-topk-scaling-factor 6.0"
 LONGCAT += " --moe-router-load-balancing-type none --moe-router-bias-update-rate 0.01"
 LATE = ("--shortcut-span 2", "--shortcut-landing 1")
-LATENT_EXPERTS = with_flags(ARCHITECTURES["scmoe"], "--moe-latent-size 16", "--moe-router-topk 2")
+LATENT_EXPERTS = with_flags(ARCHITECTURES["scmoe"], "--moe-latent-size 16", "--moe-router-topk 2", "--seed 4321")
 MODELS = {
     **ARCHITECTURES,
     "dgmoe-share": with_flags(ARCHITECTURES["dgmoe"], "--moe-share-groups 2"),
