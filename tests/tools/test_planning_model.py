@@ -194,3 +194,34 @@ def test_unknown_machines_and_layouts_are_refused():
     with pytest.raises(ValueError, match="ep x etp x pp is 16, which does not divide 8 GPUs"):
         Layout(gpus=8, ep=16)
     assert isinstance(machine("H100", network=1e9).hardware, Hardware)
+
+
+def test_without_a_distributed_optimizer_gradients_go_both_ways_of_a_ring_and_parameters_none():
+    layout = Layout(gpus=16, ep=8)
+    shared, whole = (
+        predict(workload(layout, Training(distributed_optimizer=shared), shortcut=False), machine("H100"))
+        for shared in (True, False)
+    )
+    sent = {
+        one: {wire.kind: wire.inside + wire.between for wire in told.wires if wire.group == "DP"}
+        for one, told in (("shared", shared), ("whole", whole))
+    }
+    assert set(sent["whole"]) == {"all-reduce"}
+    assert sent["whole"]["all-reduce"] == pytest.approx(2 * sent["shared"]["reduce-scatter"])  # of 4 bytes each
+    assert sent["shared"]["reduce-scatter"] == pytest.approx(2 * sent["shared"]["all-gather"])  # of 4 bytes and of 2
+
+
+def test_what_fills_experts_up_travels():
+    def a2a(rows: float) -> float:
+        told = predict(workload(Layout(gpus=8, ep=8), Training(expert_rows=rows), shortcut=False), machine("H100"))
+        return sum(wire.inside + wire.between for wire in told.wires if wire.group == "EP")
+
+    assert a2a(2.0) == pytest.approx(2 * a2a(1.0))
+
+
+def test_a_pipeline_of_several_nodes_hands_on_over_the_network():
+    """Of 16 stages on 64 GPUs of 8 a node, every second hop stays in a node, and the others do not."""
+    told = predict(workload(Layout(gpus=64, pp=16), Training(), shortcut=False), machine("H100"))
+    assert all(wire.between and not wire.inside for wire in told.wires if wire.group == "PP")
+    told = predict(workload(Layout(gpus=8, pp=2), Training(), shortcut=False), machine("H100"))
+    assert all(wire.inside and not wire.between for wire in told.wires if wire.group == "PP")

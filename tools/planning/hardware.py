@@ -90,6 +90,9 @@ _TABLE = (
 )  # fmt: skip
 HARDWARE: Mapping[str, Hardware] = {hardware.name: hardware for hardware in _TABLE}
 
+NEAREST: Mapping[str, str] = {"H200": "H100", "A800-NVLink": "H100", "A30-PCIe": "H100"}
+"""Of GPUs of which no step is published: whose constants they are given."""
+
 NETWORKS: Mapping[str, float] = {"100": 12.5e9, "400": 50e9}
 """Bytes/s of each GPU's port, one direction, by its Gb/s."""
 

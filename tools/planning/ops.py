@@ -90,7 +90,7 @@ class Ops:
         """What computes of one of ``chunks`` flights: packing, unpacking, experts, packing again, delivering."""
         tokens = self.own_tokens / chunks
         width = op.latent or self.workload.hidden
-        rows = tokens * op.top_k * op.sent
+        rows = tokens * op.top_k * op.sent * self.training.expert_rows
         pack, sort = self._permuting(tokens, rows, width, op.experts // self.layout.ep)
         down = [self.clock.linear("router", "encode", tokens, op.latent, self.workload.hidden)] if op.latent else []
         up = [self.clock.linear("router", "decode", tokens, self.workload.hidden, op.latent)] if op.latent else []
@@ -107,7 +107,7 @@ class Ops:
     def experts(self, op: Moe, rows: float, width: float) -> list[Kernel]:
         """This rank's experts on ``rows`` rows of ``width``, balanced."""
         groups = op.experts / self.layout.ep
-        rows = max(rows * self.training.expert_rows, groups)
+        rows = max(rows, groups)
         aligned = ALIGNED[self.training.precision]
         rows = groups * -(-rows / groups // aligned) * aligned
         middle = op.width / self.layout.etp

@@ -47,7 +47,7 @@ from beside table 1.
     "arms on the slow link": """\
 Arms of `tools/ablate_overlap.py` whose result is kept (docs/results/late-landing, late-landing-09): the solver's
 schedule on the ops that were measured in sequence, beside the median of the steps. Megatron's own layers make no
-marks and so have no measured ops; plans in several chunks are as predicted when they were measured. Nearly all steps
+marks and so have no measured ops; of plans in several chunks no costs are kept, and they are left out. Nearly all steps
 are longer than predicted, most at a share of 0.9: sending costs the rank's own core, which the schedule leaves to the
 dense ops.
 """,

@@ -202,7 +202,12 @@ def judged(constants: Constants) -> tuple[Judged, ...]:
             for name, method, published in methods:
                 seconds = step_s(nets, method, where, gpus, training=not number)
                 figures.append(
-                    Judged(what=f"{name}, {kind}", measured=published[number], predicted=base_s / seconds, group=table)
+                    Judged(
+                        what=f"{table}: {name}, {kind}",
+                        measured=published[number],
+                        predicted=base_s / seconds,
+                        group=table,
+                    )
                 )
     return (*figures, *_pairs(constants))
 

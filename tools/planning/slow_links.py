@@ -1,8 +1,7 @@
 """Arms of the overlap's ablation: their measured steps, and what the solver's schedule makes of their measured ops.
 
-The ops were measured in sequence; a kept result has their costs at one chunk, the limit of each arm, and what was
-predicted. What a step takes beside its groups is its limit without theirs. Plans in several chunks were predicted from
-costs that are not kept: of these, the prediction itself is.
+The ops were measured in sequence; a kept result has their costs at one chunk and the limit of each arm. What a step
+takes beside its groups is its limit without theirs. Costs of plans in several chunks are not kept: these are left out.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ KINDS = ("training", "forward")
 
 
 def judged(result: Path) -> list[Judged]:
-    """Each arm of a kept result that has measured ops, at each link, in both kinds of step."""
+    """Each arm of a kept result whose plan's ops were measured, at each link, in both kinds of step."""
     points = json.loads(result.read_text())["points"]
     return [
         Judged(
@@ -35,8 +34,8 @@ def judged(result: Path) -> list[Judged]:
         )
         for point in points
         for arm in point["arms"]
-        if arm["costs"]
         for kind in KINDS
+        if arm["costs"] and _is_in_one_chunk(arm, kind)
     ]
 
 
@@ -46,11 +45,14 @@ def predicted(arm: dict[str, Any], kind: str) -> float:
     costs = {index: _costs(its, kind) for index, its in arm["costs"][kind].items()}
     shapes = {index: _shape(model, its) for index, its in costs.items()}
     plans = {index: _plan(plan, kind) for index, plan in arm["plans"].items()}
-    if any(plan.chunks > 1 for plan in plans.values()):
-        return arm["predicted_s"][kind]
     only = kind == "forward"
     rest_s = arm["limit_s"][kind] - sum(limit_s(shapes[i], costs[i], forward_only=only) for i in costs)
     return rest_s + sum(predicted_s(shapes[i], costs[i], plans[i], forward_only=only) for i in costs)
+
+
+def _is_in_one_chunk(arm: dict[str, Any], kind: str) -> bool:
+    """Costs of one chunk are kept, and no others."""
+    return all(len(call) == 1 for plan in arm["plans"].values() for call in plan[kind])
 
 
 def _plan(plan: dict[str, Any], kind: str) -> Plan:

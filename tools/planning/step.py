@@ -13,7 +13,7 @@ from planning.hardware import Machine
 from planning.passes import Passes, Pricing, Seconds
 from planning.prediction import OpTime, Prediction, SpanTime, StageTime
 from planning.spans import SpanPricing
-from planning.workload import Op, Span, Stage, Workload
+from planning.workload import Op, Span, Stage, Training, Workload
 
 ADAM_BYTES = 34
 """Of a parameter that a rank updates, in fp32: gradient read twice, for its norm; parameter and two moments read and
@@ -121,13 +121,13 @@ def _finish(parts: Seconds, stage: Passes, pricing: Pricing, machine: Machine) -
     workload, training = pricing.workload, pricing.training
     held = max((_held(stage, workload) for stage in workload.stages), key=sum)
     shard = 0.0
-    beside = {"reduce-scatter": sum(stage.backward.values()), "all-gather": sum(stage.forward.values())}
+    forward_s, backward_s = sum(stage.forward.values()), sum(stage.backward.values())
+    if training.overlap_moe:
+        forward_s = backward_s = (forward_s + backward_s) / 2  # they run interleaved
+    beside = {"reduce-scatter": backward_s, "all-reduce": backward_s, "all-gather": forward_s}
     for group, size, ranks in zip(("DP", "EDP"), held, (pricing.groups.dp, pricing.groups.expert_dp), strict=True):
         shard += size / ranks.size if training.distributed_optimizer else size
-        for kind, count, overlaps in (
-            ("reduce-scatter", training.grad_bytes, training.overlap_grad_reduce),
-            ("all-gather", training.param_bytes, training.overlap_param_gather),
-        ):
+        for kind, count, overlaps in _reduction(training):
             sent = ranks.ring(size * count)
             hidden_s = min(sent.seconds * (1 - 1 / BUCKETS), beside[kind]) if overlaps else 0.0
             beside[kind] -= hidden_s  # both kinds of parameters hide behind the same pass
@@ -135,6 +135,16 @@ def _finish(parts: Seconds, stage: Passes, pricing: Pricing, machine: Machine) -
             parts[f"exposed {group}"] += sent.seconds - hidden_s
     moved = shard * ADAM_BYTES + sum(held) * training.grad_bytes
     parts["optimizer"] = moved / (machine.hardware.memory_bandwidth * machine.constants.memory)
+
+
+def _reduction(training: Training) -> tuple[tuple[str, int, bool], ...]:
+    """What data parallel ranks send for each parameter: kind, bytes of a ring's half, whether it runs beside a pass."""
+    if not training.distributed_optimizer:
+        return (("all-reduce", 2 * training.grad_bytes, training.overlap_grad_reduce),)
+    return (
+        ("reduce-scatter", training.grad_bytes, training.overlap_grad_reduce),
+        ("all-gather", training.param_bytes, training.overlap_param_gather),
+    )
 
 
 def _held(stage: Stage, workload: Workload) -> Parameters:

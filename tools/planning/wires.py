@@ -123,12 +123,13 @@ class Groups:
     def flight(self, op: Moe, tokens: float) -> Sent:
         """Carrying ``tokens`` of this rank to their experts, or what these made of them back."""
         width = (op.latent or self.workload.hidden) * op.carried
+        rows = tokens * op.top_k * op.sent * self.workload.training.expert_rows
         if self.workload.training.dispatcher is Dispatcher.ALLTOALL:
-            sent = self.ep.all_to_all(tokens * op.top_k * op.sent * width * BF16)
+            sent = self.ep.all_to_all(rows * width * BF16)
         else:
             sent = self.ep.unique(tokens * op.sent, op.top_k, width * BF16, op.limited)
         if self.etp.size > 1:  # all ranks of an expert get all of its rows
-            gathered = self.etp.ring(tokens * op.top_k * op.sent * width * BF16 * self.etp.size)
+            gathered = self.etp.ring(rows * width * BF16 * self.etp.size)
             sent = Sent(sent.inside + gathered.inside, sent.between + gathered.between, sent.seconds + gathered.seconds)
         return sent
 
@@ -142,6 +143,6 @@ class Groups:
             return Sent(0.0, 0.0, 0.0)
         size = tokens * self.workload.hidden * BF16
         hardware, constants = self.pp.machine.hardware, self.pp.machine.constants
-        if self.pp.stride * 2 <= hardware.domain:
+        if self.pp.inside == self.pp.size:  # else some hop leaves the domain, and the pipeline waits for that
             return Sent(size, 0.0, size / (hardware.link * constants.link) + constants.message_s)
         return Sent(0.0, size, size / (hardware.network * constants.network) + constants.message_s)
