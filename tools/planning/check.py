@@ -74,7 +74,7 @@ def run(target: Path = PAGE, constants: Path = CONSTANTS_FILE, advance: Advance 
                 scmoe.judged(nearest),
             ),
             Section(
-                Goal(name="arms on the slow link", each=0.10),
+                Goal(name="one-chunk arms on the slow link", each=0.10),
                 tuple(figure for result in ARMS for figure in slow_links.judged(result)),
             ),
         ),

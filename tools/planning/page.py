@@ -44,7 +44,7 @@ communication of ScMoE hidden, where the paper has 70%, and too small a part of 
 neither which precision nor what of Tutel's gate and encoding was timed; what x% faster means in figure 8 is taken
 from beside table 1.
 """,
-    "arms on the slow link": """\
+    "one-chunk arms on the slow link": """\
 Arms of `tools/ablate_overlap.py` whose result is kept (docs/results/late-landing, late-landing-09): the solver's
 schedule on the ops that were measured in sequence, beside the median of the steps. Megatron's own layers make no
 marks and so have no measured ops; of plans in several chunks no costs are kept, and they are left out. Nearly all steps
