@@ -88,9 +88,10 @@ def _place(frame: FrameType | None) -> list[tuple[int, int]]:
 
 
 def this_machine() -> str:
-    """Host and, where containers have them, namespace of processes."""
+    """Where numbers of processes mean the same: a boot of Linux, whatever its name, and a container's namespace."""
     with contextlib.suppress(OSError):
-        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     return socket.gethostname()
 
 

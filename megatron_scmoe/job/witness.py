@@ -6,6 +6,7 @@ library: called before the slow imports, in which memory runs out, too.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from typing import NoReturn
@@ -23,12 +24,15 @@ class _Witness:
         os.close(end)
 
     def takes_part(self, attempt: str) -> None:
-        os.write(self._pipe, attempt.encode())
+        with contextlib.suppress(BrokenPipeError):  # it has ended before its rank, which runs on without
+            os.write(self._pipe, attempt.encode())
 
     def dismiss(self) -> None:
-        os.write(self._pipe, _DISMISSED)
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._pipe, _DISMISSED)
         os.close(self._pipe)
-        os.waitpid(self._pid, 0)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._pid, 0)
 
 
 _OWN: list[_Witness] = []
@@ -56,13 +60,17 @@ def dismiss() -> None:
 def _attest(end: int) -> NoReturn:
     """The witness: wait for the end of its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C comes to all of a terminal; the rank says of it what there is
-    with os.fdopen(end, "rb") as pipe:
-        heard = pipe.read()
-    if not heard.endswith(_DISMISSED):
-        from megatron_scmoe.job import last_words  # noqa: PLC0415 - with torch, which most witnesses never need
+    try:
+        with os.fdopen(end, "rb") as pipe:
+            heard = pipe.read()
+        if not heard.endswith(_DISMISSED):
+            _say(heard.decode() or None)
+    finally:
+        os._exit(0)  # without a traceback, which would look like its rank's
 
-        last_words.say(
-            "a signal has ended it: see what its torchrun printed; -9 is what ends it where memory is short",
-            attempt=heard.decode() or None,
-        )
-    os._exit(0)
+
+def _say(attempt: str | None) -> None:
+    from megatron_scmoe.job import last_words  # noqa: PLC0415 - with torch, which most witnesses never need
+
+    words = "a signal has ended it: see what its torchrun printed; -9 is what ends it where memory is short"
+    last_words.say(words, attempt=attempt)

