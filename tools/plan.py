@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, so that an in
 
 import atomic
 from command_line import Parser, UserError, exit_code, number, positive
-from planning import recipe
+from planning import recipe, request
 from planning.hardware import HARDWARE, NETWORKS, Machine, machine
 from planning.settings import KEEPABLE
 from progress import in_words, progress
@@ -67,6 +67,7 @@ what a search chooses:
 
 exit codes: 0 done; 1 failed, or --check found an error above its bound; 2 bad request; 130 / 143 stopped
 """
+TOP = 3
 RESERVED = 0.1
 """Part of a GPU's memory that the dry run does not count (docs/cluster.md)."""
 
@@ -97,7 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--search", action="store_true", help="find the fastest settings that fit, in place of the flags'"
     )
-    search.add_argument("--top", type=positive, default=3, metavar="N", help="how many to report (default %(default)s)")
+    search.add_argument("--top", type=positive, metavar="N", help=f"how many to report (default {TOP})")
     keep = f"what stays as the flags have it, of {', '.join(KEEPABLE)}, with commas between"
     search.add_argument("--keep", type=_names, default=[], metavar="NAME,...", help=keep)
     search.add_argument("--write-recipe", type=Path, metavar="FILE", help="write the fastest settings as a recipe")
@@ -117,24 +118,6 @@ def _names(text: str) -> list[str]:
     if unknown := [name for name in names if name not in KEEPABLE]:
         raise argparse.ArgumentTypeError(f"{unknown[0][:40]!a} is none of {', '.join(KEEPABLE)}")
     return names
-
-
-def check_request(args: argparse.Namespace) -> None:
-    """Raise UserError for what cannot be done, before anything is."""
-    for flag in ("json", "html", "write_recipe", "calibrate"):
-        path = getattr(args, flag)
-        if path is not None and (reason := atomic.obstacle_of_file(path)):
-            raise UserError(f"--{flag.replace('_', '-')} {path} cannot be written: {reason}; name another")
-    if args.calibrate or args.check:
-        return
-    if not args.recipe and not args.flags:
-        raise UserError("there is nothing to plan: give --recipe NAME, or flags of pretrain_gpt_scmoe.py behind --")
-    if not args.recipe and not args.gpus:
-        raise UserError("flags do not say on how many GPUs: give --gpus N")
-    if bool(args.gpu) == bool(args.machine):
-        raise UserError(f"a plan is for one kind of GPU: give --gpu, one of {', '.join(HARDWARE)}, or --machine FILE")
-    if not args.search and (args.write_recipe or args.keep):
-        raise UserError(f"{'--write-recipe' if args.write_recipe else '--keep'} is for a search: add --search")
 
 
 def machine_of(args: argparse.Namespace) -> Machine:
@@ -160,17 +143,17 @@ def plan(args: argparse.Namespace) -> int:
     if args.recipe:
         of_recipe, flags = recipe.flags_of(args.recipe, args.flags)
         gpus = gpus or of_recipe
-    request = {"gpus": gpus, "gpu": its.hardware.name, "constants": its.source}
-    request |= {"recipe": args.recipe} if args.recipe else {}
+    asked = {"gpus": gpus, "gpu": its.hardware.name, "constants": its.source}
+    asked |= {"recipe": args.recipe} if args.recipe else {}
     if args.search:
-        return search(args, its, gpus, flags, request)
+        return search(args, its, gpus, flags, asked)
     from planning.dry import dry_run  # noqa: PLC0415 - Megatron takes seconds to import
 
-    show(args, its, dry_run(flags, gpus), {**request, "flags": " ".join(flags)})
+    show(args, its, dry_run(flags, gpus), {**asked, "flags": " ".join(flags)})
     return 0
 
 
-def show(args: argparse.Namespace, its: Machine, dry: DryRun, request: dict[str, Any], **more: Any) -> None:
+def show(args: argparse.Namespace, its: Machine, dry: DryRun, asked: dict[str, Any], **more: Any) -> None:
     """Print the dry run and what it takes, and write both to the files that are asked for."""
     from planning import report, whatif  # noqa: PLC0415 - see above
     from rich.console import Console  # noqa: PLC0415
@@ -182,7 +165,7 @@ def show(args: argparse.Namespace, its: Machine, dry: DryRun, request: dict[str,
     overlaps, what_if = (
         [(one, predicted(one.workload, its)) for one in variants(run)] for variants in (whatif.overlaps, whatif.what_if)
     )
-    found = report.result(request, dry, its, prediction=given, overlaps=overlaps, what_if=what_if) | more
+    found = report.result(asked, dry, its, prediction=given, overlaps=overlaps, what_if=what_if) | more
     print(dry.report, end="\n\n")
     fullest = max(stage.total for stage in dry.stages)
     if fullest > (memory := usable(args, its)):
@@ -209,21 +192,21 @@ def predicted(workload: Any, its: Machine) -> Any:
         raise UserError(f"the model of time cannot price this: {error}") from error
 
 
-def search(args: argparse.Namespace, its: Machine, gpus: int, flags: Sequence[str], request: dict[str, Any]) -> int:
+def search(args: argparse.Namespace, its: Machine, gpus: int, flags: Sequence[str], asked: dict[str, Any]) -> int:
     """Find the fastest settings, print them, and show the first as a plan."""
     from planning import chosen  # noqa: PLC0415 - see above
     from planning.choosing import Chooser  # noqa: PLC0415
 
     memory = usable(args, its)
-    choices = Chooser(flags, gpus, its, memory, args.keep).choose(args.top)
+    choices = Chooser(flags, gpus, its, memory, args.keep).choose(args.top or TOP)
     found = chosen.as_json(choices, memory)
     chosen.print_choices(found)
     if not choices.best:
         raise UserError("none of the fastest settings passes the entry script: see the reasons above")
     best = choices.best[0]
-    show(args, its, best.dry, {**request, "flags": " ".join(best.flags)}, search=found)
+    show(args, its, best.dry, {**asked, "flags": " ".join(best.flags)}, search=found)
     if args.write_recipe:
-        chosen.write_recipe(args.write_recipe, args.recipe, args.flags, choice=best, gpus=gpus, request=request)
+        chosen.write_recipe(args.write_recipe, args.recipe, args.flags, choice=best, gpus=gpus, request=asked)
     return 0
 
 
@@ -245,7 +228,7 @@ def main() -> int:
     args = parser.parse_args()
 
     def work() -> int:
-        check_request(args)
+        request.check(args)
         if args.calibrate:
             from planning import calibrate  # noqa: PLC0415 - imports torch
 

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +20,7 @@ from training import ROOT, SCMOE, STOCK_SHARED_EXPERT, with_flags, without_flag
 TOOL = ROOT / "tools" / "plan.py"
 sys.path.insert(0, str(TOOL.parent))
 from command_line import UserError  # noqa: E402
-from planning import choosing, counts, dry, hardware, report, search, whatif  # noqa: E402
+from planning import choosing, counts, dry, hardware, recipe, report, request, search, whatif  # noqa: E402
 from planning import settings as plan_settings  # noqa: E402
 from planning.settings import Form, Layout  # noqa: E402
 from planning.step import predict  # noqa: E402
@@ -275,9 +276,9 @@ def test_the_command_plans(tmp_path):
 
 def test_the_command_as_a_user_calls_it():
     """A recipe, by its path; and help."""
-    recipe = ROOT / "examples" / "recipes" / "gpt2-moe-small.sh"
+    path = ROOT / "examples" / "recipes" / "gpt2-moe-small.sh"
     done = subprocess.run(
-        [sys.executable, TOOL, "--recipe", recipe, "--gpu", "A30-PCIe"], capture_output=True, text=True, timeout=200
+        [sys.executable, TOOL, "--recipe", path, "--gpu", "A30-PCIe"], capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0 and "Dry run on 8 GPUs" in done.stdout and "8 x A30-PCIe" in done.stdout, done.stderr
     shown = subprocess.run([sys.executable, TOOL, "--help"], capture_output=True, text=True, timeout=60)
@@ -306,6 +307,27 @@ REFUSED = {
     "a network that is none": (["--gpus", 8, "--gpu", "H100", "--network", 200, *FLAGS], "invalid choice"),
     "a folder": (["--gpus", 8, "--gpu", "H100", "--json", "/", *FLAGS], "--json / cannot be written: it is a folder"),
     "a recipe without a search": (["--gpus", 8, "--gpu", "H100", "--write-recipe", "x.sh", *FLAGS], "add --search"),
+    "a number of settings without a search": (["--gpus", 8, "--gpu", "H100", "--top", "3", *FLAGS], "add --search"),
+    "a check and a plan": (["--check", "--json", "x"], "--check is work of its own and has no use for --json"),
+    "a check and a search": (["--check", "--search"], "has no use for --search"),
+    "a calibration and a check": (["--calibrate", "x", "--check"], "--calibrate is work of its own"),
+    "a calibration and flags": (["--calibrate", "x", *FLAGS], "has no use for flags behind --"),
+    "a release of a machine": (
+        ["--gpus", 8, "--machine", "m", "--release", "1", *FLAGS],
+        "--release chooses among",
+    ),
+    "one file for two": (
+        ["--gpus", 8, "--gpu", "H100", "--json", "x", "--html", "./x", *FLAGS],
+        "--json and --html are both x; name two files",
+    ),
+    "a machine that is written over": (
+        ["--gpus", 8, "--machine", "m.json", "--json", "./m.json", *FLAGS],
+        "--json m.json cannot be written: it lies in m.json, which is read",
+    ),
+    "a recipe that is written over": (
+        ["--recipe", "scmoe-8b", "--gpu", "H100", "--search", "--write-recipe", "examples/recipes/scmoe-8b.sh"],
+        "which is read",
+    ),
     "what cannot be kept": (["--gpus", 8, "--gpu", "H100", "--search", "--keep", "dp", *FLAGS], "'dp' is none of tp"),
     "a hybrid model": (
         ["--gpus", 8, "--gpu", "H100", "--search", "--", "--hybrid-layer-pattern", "*E"],
@@ -329,6 +351,24 @@ def test_refusals(name):
     done = plan(*words)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert re.fullmatch(r"(memory:.*\n)*plan.py: error: .*\n", done.stderr) and why in done.stderr, done.stderr
+
+
+def test_a_recipe_is_not_written_over_what_it_sources(tmp_path):
+    """Directly or not: a shell would source it without end."""
+    mine, on_top, other = (tmp_path / name for name in ("mine.sh", "on top.sh", "other.sh"))
+    for path, base in ((mine, "scmoe-8b"), (on_top, str(mine))):
+        path.write_text(recipe.text("", base, 1, [], {}))
+    for target in (mine, on_top, ROOT / "examples" / "recipes" / "scmoe-8b.sh"):
+        done = plan("--recipe", on_top, "--gpu", "H100", "--search", "--write-recipe", target)
+        assert done.returncode == 2 and f"--write-recipe {target} cannot be written" in done.stderr, done.stderr
+    assert other not in recipe.files(str(on_top)) and len(recipe.files(str(on_top))) == 3
+
+
+def test_a_check_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("planning.check.PAGE", tmp_path)
+    names = ("json", "html", "write_recipe", "calibrate", "recipe", "machine")
+    with pytest.raises(UserError, match="--check's .* cannot be written: it is a folder"):
+        request.check(Namespace(check=True, **dict.fromkeys(names)))
 
 
 def test_a_search_is_reported_and_written(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from command_line import UserError, one_line
 
 LAUNCH = Path(__file__).resolve().parents[2] / "examples" / "launch.sh"
+_SOURCED = re.compile(r"""source\s+(["']?)(.+?)\1\s*$""")
 
 
 def flags_of(recipe: str, words: Sequence[str] = ()) -> tuple[int, list[str]]:
@@ -30,6 +32,17 @@ def flags_of(recipe: str, words: Sequence[str] = ()) -> tuple[int, list[str]]:
         raise UserError(one_line(lines[-1].removeprefix("launch.sh: refused: ")))
     gpus, *flags = done.stdout.splitlines()
     return int(gpus), flags
+
+
+def files(recipe: str) -> list[Path]:
+    """The files that a recipe is read from: its own, and those that it sources, directly or not."""
+    found = [LAUNCH.parent / "recipes" / f"{recipe}.sh" if "/" not in (name := _name(recipe)) else Path(name)]
+    for path in found:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        for sourced in filter(None, map(_SOURCED.match, lines)):
+            other = Path(sourced[2].replace("$here", str(LAUNCH.parent)))
+            found += [other] * (other not in found)
+    return found
 
 
 def _name(recipe: str) -> str:
