@@ -16,7 +16,8 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,6 +123,16 @@ def _names(text: str) -> list[str]:
 
 def machine_of(args: argparse.Namespace) -> Machine:
     """What the plan is for. Raises UserError where nobody knows it."""
+    found = _named(args)
+    if args.memory and args.memory * 2**30 > found.hardware.memory:
+        raise UserError(
+            f"--memory is {args.memory:g} GiB and {found.hardware.name} has {found.hardware.memory / 2**30:.1f} GiB: "
+            "give less"
+        )
+    return found
+
+
+def _named(args: argparse.Namespace) -> Machine:
     if args.machine is None:
         try:
             return machine(args.gpu, network=NETWORKS.get(args.network), release=args.release)
@@ -155,16 +166,20 @@ def plan(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace, its: Machine, dry: DryRun, asked: dict[str, Any], **more: Any) -> None:
     """Print the dry run and what it takes, and write both to the files that are asked for."""
-    from planning import report, whatif  # noqa: PLC0415 - see above
+    from planning import reading, report, whatif  # noqa: PLC0415 - see above
+    from planning.step import predict  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
 
     from megatron_scmoe.training.arguments import scmoe_config_from_args  # noqa: PLC0415
 
     run = whatif.Run(dry.args, scmoe_config_from_args(dry.args), [stage.blocks for stage in dry.stages])
-    given = predicted(run.workload, its)
-    overlaps, what_if = (
-        [(one, predicted(one.workload, its)) for one in variants(run)] for variants in (whatif.overlaps, whatif.what_if)
-    )
+    reading.check_precision(dry.args, its.hardware)
+    with priced():
+        given = predict(run.workload, its)
+        overlaps, what_if = (
+            [(one, predict(one.workload, its)) for one in variants(run)]
+            for variants in (whatif.overlaps, whatif.what_if)
+        )
     found = report.result(asked, dry, its, prediction=given, overlaps=overlaps, what_if=what_if) | more
     print(dry.report, end="\n\n")
     fullest = max(stage.total for stage in dry.stages)
@@ -182,12 +197,11 @@ def usable(args: argparse.Namespace, its: Machine) -> float:
     return args.memory * 2**30 if args.memory else its.hardware.memory * (1 - RESERVED)
 
 
-def predicted(workload: Any, its: Machine) -> Any:
-    """What the model of time says. Raises UserError where it has no words for it."""
-    from planning.step import predict  # noqa: PLC0415 - see above
-
+@contextmanager
+def priced() -> Iterator[None]:
+    """Inside, what the model of time has no words for is a UserError."""
     try:
-        return predict(workload, its)
+        yield
     except ValueError as error:
         raise UserError(f"the model of time cannot price this: {error}") from error
 
@@ -198,7 +212,8 @@ def search(args: argparse.Namespace, its: Machine, gpus: int, flags: Sequence[st
     from planning.choosing import Chooser  # noqa: PLC0415
 
     memory = usable(args, its)
-    choices = Chooser(flags, gpus, its, memory, args.keep).choose(args.top or TOP)
+    with priced():
+        choices = Chooser(flags, gpus, its, memory, args.keep).choose(args.top or TOP)
     found = chosen.as_json(choices, memory)
     chosen.print_choices(found)
     if not choices.best:

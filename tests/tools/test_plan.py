@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from argparse import Namespace
@@ -20,11 +21,12 @@ from training import ROOT, SCMOE, STOCK_SHARED_EXPERT, with_flags, without_flag
 TOOL = ROOT / "tools" / "plan.py"
 sys.path.insert(0, str(TOOL.parent))
 from command_line import UserError  # noqa: E402
-from planning import choosing, counts, dry, hardware, recipe, report, request, search, whatif  # noqa: E402
+from planning import choosing, counts, dry, hardware, reading, recipe, report, request, search, whatif  # noqa: E402
 from planning import settings as plan_settings  # noqa: E402
 from planning.settings import Form, Layout  # noqa: E402
 from planning.step import predict  # noqa: E402
 from planning.workload import Attention, Mlp, Moe, Output, Span  # noqa: E402
+from planning.workload import Layout as Sizes  # noqa: E402
 
 GIB = 2**30
 BASE = with_flags(
@@ -316,6 +318,10 @@ REFUSED = {
         ["--gpus", 8, "--machine", "m", "--release", "1", *FLAGS],
         "--release chooses among",
     ),
+    "more memory than there is": (
+        ["--gpus", 8, "--gpu", "H100", "--memory", "80", *FLAGS],
+        "--memory is 80 GiB and H100 has 74.5 GiB",
+    ),
     "one file for two": (
         ["--gpus", 8, "--gpu", "H100", "--json", "x", "--html", "./x", *FLAGS],
         "--json and --html are both x; name two files",
@@ -362,6 +368,57 @@ def test_a_recipe_is_not_written_over_what_it_sources(tmp_path):
         done = plan("--recipe", on_top, "--gpu", "H100", "--search", "--write-recipe", target)
         assert done.returncode == 2 and f"--write-recipe {target} cannot be written" in done.stderr, done.stderr
     assert other not in recipe.files(str(on_top)) and len(recipe.files(str(on_top))) == 3
+
+
+def test_a_machine_is_possible():
+    good = H100.as_json()
+    assert hardware.Machine.from_json(good) == H100
+    for name, value in (
+        *(("sms", 0), ("sms", 1.5), ("link", 0), ("memory_bandwidth", -1.0), ("network", float("nan"))),
+        *(("bf16", float("inf")), ("memory", "80"), ("domain", True), ("fp8", None)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} of H100 is .*: it has to be a"):
+            hardware.Machine.from_json(good | {"hardware": good["hardware"] | {name: value}})
+    with pytest.raises(ValueError, match="no machine"):
+        hardware.Machine.from_json(good | {"constants": {"gemm": "fast"}})
+
+
+def test_an_impossible_machine_is_refused_in_a_line(tmp_path):
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(H100.as_json()).replace('"sms": 132', '"sms": 0'))
+    done = plan("--gpus", 8, "--machine", path, *FLAGS)
+    assert (done.returncode, done.stdout) == (2, "") and "sms of H100 is 0" in done.stderr, done.stderr
+
+
+def test_no_precision_is_priced_that_a_gpu_does_not_have():
+    """From the namespace: without Transformer Engine the entry script refuses all of them."""
+    fp8, mxfp8 = (Namespace(fp4=None, fp8="hybrid", fp8_recipe=name) for name in ("delayed", "mxfp8"))
+    bf16, fp4 = Namespace(fp4=None, fp8=None), Namespace(fp4="e2m1", fp8=None)
+    lacking = {
+        "A30-PCIe": [fp8, mxfp8, fp4],
+        "A800-NVLink": [fp8, mxfp8, fp4],
+        "H100": [mxfp8, fp4],
+        "H200": [mxfp8, fp4],
+    }
+    for name, its in hardware.HARDWARE.items():
+        for args in (bf16, fp8, mxfp8, fp4):
+            if args in lacking.get(name, []):
+                flag = "--fp4-format" if args.fp4 else "--fp8-format"
+                with pytest.raises(UserError, match=rf"{name} multiplies in no .* TFLOP/s\): drop {flag}"):
+                    reading.check_precision(args, its)
+            else:
+                reading.check_precision(args, its)
+
+
+def test_what_the_model_of_time_cannot_price_is_the_users():
+    priced = runpy.run_path(str(TOOL))["priced"]
+    with (
+        pytest.raises(UserError, match="cannot price this: ep x etp x pp is 2, which does not divide 9 GPUs"),
+        priced(),
+    ):
+        Sizes(gpus=9, ep=2)
+    with pytest.raises(TypeError), priced():  # a fault of ours stays one
+        len(5)
 
 
 def test_a_check_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch):

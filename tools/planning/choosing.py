@@ -20,7 +20,7 @@ from planning import search, settings
 from planning.dry import DryRun, dry_run, load
 from planning.footprint import PROBED, Footprints
 from planning.hardware import Machine
-from planning.reading import workload
+from planning.reading import check_precision, workload
 from planning.settings import Form, Layout, Model
 from planning.step import predict
 from planning.whatif import without_all_to_all
@@ -113,6 +113,7 @@ class Chooser:
             first = PROBED[0]
             probes = {first: probe(*first)}
             self._args = probes[first].args
+            check_precision(self._args, machine.hardware)
             self._scmoe = scmoe_config_from_args(self._args)
             self.model = _model(flags, unit, self._args, self._scmoe, keep)
             for pair in PROBED[1:] if settings.can_share(self.model, 2) else ():

@@ -31,6 +31,9 @@ class Hardware:
         link: bytes/s to GPUs of the same domain, one direction.
         domain: GPUs that ``link`` reaches.
         network: bytes/s to all other GPUs, one direction: the standard machine's.
+
+    Raises:
+        ValueError: for what is no finite number above 0, and parts of a multiprocessor or GPU.
     """
 
     name: str
@@ -43,6 +46,15 @@ class Hardware:
     link: float
     domain: int
     network: float
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name == "name":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} of {self.name} is {value!r}: it has to be a finite number above 0")
+            if name in ("sms", "domain") and value != int(value):
+                raise ValueError(f"{name} of {self.name} is {value}: it has to be a whole number")
 
 
 _TABLE = (

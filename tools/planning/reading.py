@@ -13,6 +13,7 @@ from command_line import UserError
 from megatron_scmoe.config import Overlap, ScMoEConfig, Shortcut
 from megatron_scmoe.config.groups import MOE, Group, layers_of_pattern, predicted_by_pattern
 from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
+from planning.hardware import Hardware
 from planning.workload import (
     Attention,
     DenseOp,
@@ -295,6 +296,22 @@ def _precision(args: Namespace) -> Precision:
             f"the model of time knows the recipes {', '.join(_FP8)}: --fp8-recipe is {args.fp8_recipe}; use one of them"
         )
     return _FP8[args.fp8_recipe]
+
+
+def check_precision(args: Namespace, hardware: Hardware) -> None:
+    """Raise UserError for a precision that ``hardware`` has no matrix units for: the table gives it the next wider's.
+
+    MXFP8 came with the GPUs that have fp4 (Transformer Engine: compute capability 10.0).
+    """
+    precision = _precision(args)
+    has_fp8, has_fp4 = hardware.fp8 > hardware.bf16, hardware.fp4 > hardware.fp8
+    if precision is Precision.BF16 or (has_fp4 if precision in (Precision.NVFP4, Precision.MXFP8) else has_fp8):
+        return
+    flag = "--fp4-format" if precision is Precision.NVFP4 else "--fp8-format"
+    raise UserError(
+        f"{hardware.name} multiplies in no {precision} (bf16, fp8 and fp4 at {hardware.bf16 / 1e12:.0f}, "
+        f"{hardware.fp8 / 1e12:.0f} and {hardware.fp4 / 1e12:.0f} TFLOP/s): drop {flag}, or plan for another GPU"
+    )
 
 
 def _dispatcher(args: Namespace) -> Dispatcher:
