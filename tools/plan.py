@@ -28,7 +28,7 @@ import atomic
 from command_line import Parser, UserError, exit_code, number, positive
 from planning import recipe, request
 from planning.hardware import HARDWARE, NETWORKS, Machine, machine
-from planning.settings import KEEPABLE
+from planning.settings import KEEPABLE, split_values
 from progress import in_words, progress
 
 if TYPE_CHECKING:
@@ -241,6 +241,7 @@ def main() -> int:
     """Run the command line and return the exit code."""
     parser = make_parser()
     args = parser.parse_args()
+    args.flags = split_values(args.flags)
 
     def work() -> int:
         request.check(args)

@@ -209,6 +209,53 @@ def chooser(gpus, memory=60.0, keep=("position", "span")):
     return choosing.Chooser(SMALL, gpus, H100, memory * GIB, keep)
 
 
+def test_what_is_kept_is_what_flags_mean():
+    """Also where they say nothing."""
+    kept = plan_settings.kept
+    assert kept([], plan_settings.KEEPABLE) == dict.fromkeys(plan_settings.KEEPABLE, "1") | {"position": "pos2"}
+    tensor = ["--tensor-model-parallel-size", "2"]
+    assert kept(tensor, ["etp"]) == {"etp": "2"}  # Megatron: as tensor parallel as the rest
+    assert kept([*tensor, "--expert-tensor-parallel-size", "1"], ["tp", "etp"]) == {"tp": "2", "etp": "1"}
+    spans = ["--shortcut-span", "2", "--shortcut-landing", "1"]
+    assert kept([*spans, "--shortcut-position", "pos1", "pos1"], ["span", "position"]) == {
+        "span": "2",
+        "position": "pos1",
+    }
+    for flags, name in (
+        (["--shortcut-position", "pos1", "pos2"], "position"),
+        (spans[:2], "span"),
+        (["--num-layers-per-virtual-pipeline-stage", "2"], "vp"),
+        (["--pipeline-model-parallel-layout", "Et|tL"], "pp"),
+        (["--micro-batch-size", "one"], "micro-batch"),
+    ):
+        assert kept(flags, ["tp"]) == {"tp": "1"}
+        with pytest.raises(UserError):
+            kept(flags, [name])
+
+
+def equal_signs(flags):
+    """Each flag with its first value as one word."""
+    joined = []
+    for word in flags:
+        if joined and not word.startswith("--") and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def test_a_value_behind_an_equal_sign_is_a_value(tmp_path):
+    joined = equal_signs(SMALL)
+    assert f"--num-experts={8}" in joined and plan_settings.split_values(joined) == SMALL
+    assert plan_settings.split_values(["--a=b=c", "d=e", "--f"]) == ["--a", "b=c", "d=e", "--f"]
+    found = tmp_path / "plan.json"
+    done = plan(*("--gpus", 8, "--gpu", "H100", "--search", "--top", 1, "--json", found), "--", *joined)
+    assert done.returncode == 0, done.stderr
+    (best,) = json.loads(found.read_text())["search"]["best"]
+    assert not any("=" in word for word in best["flags"]) and best["flags"].count("--expert-model-parallel-size") == 1
+    assert best["flags"][best["flags"].index("--expert-model-parallel-size") + 1] != "1"  # experts are seen
+
+
 def searched_and_exhaustive(gpus):
     chosen = chooser(gpus)
     layouts = list(plan_settings.layouts(chosen.model, gpus))
@@ -288,6 +335,7 @@ def test_the_command_as_a_user_calls_it():
 
 
 FLAGS = ["--", *BASE]
+KEPT = ["--", *SMALL]
 REFUSED = {
     "nothing": ([], "there is nothing to plan"),
     "no GPUs": (["--gpu", "H100", *FLAGS], "give --gpus N"),
@@ -335,6 +383,10 @@ REFUSED = {
         "which is read",
     ),
     "what cannot be kept": (["--gpus", 8, "--gpu", "H100", "--search", "--keep", "dp", *FLAGS], "'dp' is none of tp"),
+    "a layout that cannot be kept": (
+        ["--gpus", 8, "--gpu", "H100", "--search", "--keep", "pp", *KEPT, "--decoder-first-pipeline-num-layers=2"],
+        "cannot keep pp beside --decoder-first-pipeline-num-layers",
+    ),
     "a hybrid model": (
         ["--gpus", 8, "--gpu", "H100", "--search", "--", "--hybrid-layer-pattern", "*E"],
         "where a hybrid model may be cut",

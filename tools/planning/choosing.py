@@ -294,12 +294,13 @@ def _model(flags: Sequence[str], unit: int, args: Namespace, scmoe: ScMoEConfig,
     positions: tuple[str, ...] = ("",)
     spans: tuple[int, ...] = (1,)
     if scmoe.enabled:
-        own = settings.kept(flags, ("position", "span"))
-        positions = tuple(sorted(_positions(scmoe, unit * units), key=lambda one: one != own["position"]))
+        own = settings.value_of(flags, "--shortcut-position", "pos2")
+        positions = tuple(sorted(_positions(scmoe, unit * units), key=lambda one: one != own))
+        own_span = settings.whole_of(flags, "--shortcut-span", "1")
         may_land = units % 2 == 0 and scmoe.moe_share_groups == 1 and scmoe.shortcut_norms == "none"
-        spans = tuple(sorted({1, 2} if may_land else {1}, key=lambda one: str(one) != own["span"]))
-        positions = (own["position"],) if "position" in keep else positions
-        spans = (int(own["span"]),) if "span" in keep else spans
+        spans = tuple(sorted({1, 2} if may_land else {1}, key=lambda one: one != own_span))
+        positions = (kept["position"],) if "position" in keep else positions
+        spans = (int(kept["span"]),) if "span" in keep else spans
     return Model(
         flags=tuple(settings.not_chosen(flags)),
         unit=unit,

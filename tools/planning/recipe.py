@@ -11,6 +11,8 @@ from pathlib import Path
 
 from command_line import UserError, one_line
 
+from planning.settings import split_values
+
 LAUNCH = Path(__file__).resolve().parents[2] / "examples" / "launch.sh"
 _SOURCED = re.compile(r"""source\s+(["']?)(.+?)\1\s*$""")
 
@@ -31,7 +33,7 @@ def flags_of(recipe: str, words: Sequence[str] = ()) -> tuple[int, list[str]]:
         lines = done.stderr.strip().splitlines() or [f"launch.sh ended with code {done.returncode}"]
         raise UserError(one_line(lines[-1].removeprefix("launch.sh: refused: ")))
     gpus, *flags = done.stdout.splitlines()
-    return int(gpus), flags
+    return int(gpus), split_values(flags)
 
 
 def files(recipe: str) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import product, takewhile
 
 from command_line import UserError
 
@@ -28,6 +28,13 @@ _FOLLOW = (
     *("--recompute-activations", "--shortcut-landing", "--overlap", "--overlap-chunks", "--expert-slot"),
 )
 """Flags that follow from what is chosen."""
+_UNEVEN = {
+    "--num-layers-per-virtual-pipeline-stage": "vp",
+    "--pipeline-model-parallel-layout": "pp",
+    "--decoder-first-pipeline-num-layers": "pp",
+    "--decoder-last-pipeline-num-layers": "pp",
+}
+"""Flags that cut a model in ways that no search tries, and what cannot be kept beside them."""
 KEEPABLE = tuple(_CHOSEN.values())
 
 
@@ -109,6 +116,13 @@ class Model:
     kept: Mapping[str, str] | None = None
 
 
+def split_values(flags: Sequence[str]) -> list[str]:
+    """``flags`` with each ``--name=value`` as two words."""
+    return [
+        part for word in flags for part in (word.split("=", 1) if word.startswith("--") and "=" in word else [word])
+    ]
+
+
 def value_of(flags: Sequence[str], name: str, default: str | None = None) -> str:
     """The value that ``flags`` give ``name`` last. Raises UserError where there is none and no default."""
     places = [place for place, word in enumerate(flags[:-1]) if word == name]
@@ -142,9 +156,32 @@ def not_chosen(flags: Sequence[str]) -> list[str]:
 
 
 def kept(flags: Sequence[str], names: Collection[str]) -> dict[str, str]:
-    """What ``flags`` say of ``names``, some of ``KEEPABLE``."""
-    of_name = {name: flag for flag, name in _CHOSEN.items()}
-    return {name: value_of(flags, of_name[name], "pos2" if name == "position" else "1") for name in names}
+    """What ``flags`` say of ``names``, some of ``KEEPABLE``, or Megatron and this project where they say nothing.
+
+    Raises:
+        UserError: for what no layout of a search is like.
+    """
+    for flag, name in _UNEVEN.items():
+        if flag in flags and name in names:
+            raise UserError(f"a search cuts a model evenly and cannot keep {name} beside {flag}; drop either")
+    return {name: _kept(flags, name) for name in names}
+
+
+def _kept(flags: Sequence[str], name: str) -> str:
+    flag = next(flag for flag, its in _CHOSEN.items() if its == name)
+    if name == "position":
+        after = flags[len(flags) - flags[::-1].index(flag) :] if flag in flags else ["pos2"]
+        given = list(takewhile(lambda word: not word.startswith("--"), after))
+        if len(set(given)) != 1:
+            raise UserError(f"a search gives all groups one position: {flag} is {' '.join(given)}; do not keep it")
+        return given[0]
+    value = whole_of(flags, flag, _kept(flags, "tp") if name == "etp" else "1")
+    if name == "span" and (landing := value_of(flags, "--shortcut-landing", "0")) != str(Form(span=value).landing):
+        raise UserError(
+            f"a search lands outputs of spans behind one op: {flag} is {value} and --shortcut-landing {landing}; "
+            "do not keep span"
+        )
+    return str(value)
 
 
 def flags_of(layout: Layout, form: Form, model: Model) -> list[str]:
