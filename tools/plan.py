@@ -29,7 +29,7 @@ from command_line import Parser, UserError, exit_code, number, positive
 from planning import recipe, request
 from planning.hardware import HARDWARE, NETWORKS, Machine, machine
 from planning.settings import KEEPABLE, split_values
-from progress import in_words, progress
+from progress import progress
 
 if TYPE_CHECKING:
     from planning.dry import DryRun
@@ -180,11 +180,11 @@ def show(args: argparse.Namespace, its: Machine, dry: DryRun, asked: dict[str, A
             [(one, predict(one.workload, its)) for one in variants(run)]
             for variants in (whatif.overlaps, whatif.what_if)
         )
-    found = report.result(asked, dry, its, prediction=given, overlaps=overlaps, what_if=what_if) | more
+    memory = usable(args, its)
+    found = report.result(asked, dry, its, usable=memory, prediction=given, overlaps=overlaps, what_if=what_if) | more
     print(dry.report, end="\n\n")
-    fullest = max(stage.total for stage in dry.stages)
-    if fullest > (memory := usable(args, its)):
-        print(f"DOES NOT FIT: a rank holds {in_words(fullest)} and may use {in_words(memory)} of a GPU; try --search\n")
+    if misfit := report.misfit(found):
+        print(misfit, end="\n\n")
     report.print_tables(found, Console(highlight=False))
     if args.json:
         atomic.write_text(args.json, json.dumps(found, indent=1) + "\n")
@@ -217,7 +217,7 @@ def search(args: argparse.Namespace, its: Machine, gpus: int, flags: Sequence[st
     found = chosen.as_json(choices, memory)
     chosen.print_choices(found)
     if not choices.best:
-        raise UserError("none of the fastest settings passes the entry script: see the reasons above")
+        raise UserError(chosen.none_passes(choices))
     best = choices.best[0]
     show(args, its, best.dry, {**asked, "flags": " ".join(best.flags)}, search=found)
     if args.write_recipe:

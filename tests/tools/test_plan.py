@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from argparse import Namespace
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -21,7 +22,7 @@ from training import ROOT, SCMOE, STOCK_SHARED_EXPERT, with_flags, without_flag
 TOOL = ROOT / "tools" / "plan.py"
 sys.path.insert(0, str(TOOL.parent))
 from command_line import UserError  # noqa: E402
-from planning import choosing, counts, dry, hardware, reading, recipe, report, request, search, whatif  # noqa: E402
+from planning import choosing, chosen, counts, dry, hardware, reading, recipe, report, request, search, whatif  # noqa: E402
 from planning import settings as plan_settings  # noqa: E402
 from planning.settings import Form, Layout  # noqa: E402
 from planning.step import predict  # noqa: E402
@@ -123,7 +124,9 @@ def full_report(found, request):
         [(one, predict(one.workload, H100)) for one in kind(run)] for kind in (whatif.overlaps, whatif.what_if)
     )
     prediction = predict(run.workload, H100)
-    return report.result(request, found, H100, prediction=prediction, overlaps=overlaps, what_if=what_if)
+    return report.result(
+        request, found, H100, usable=H100.hardware.memory, prediction=prediction, overlaps=overlaps, what_if=what_if
+    )
 
 
 def test_what_is_said_is_what_was_found():
@@ -244,6 +247,14 @@ def equal_signs(flags):
     return joined
 
 
+def test_a_search_in_vain_says_why():
+    """The commonest of the reasons."""
+    dropped = Counter({"refused: this": 3, "refused: that": 1})
+    found = choosing.Choices(best=[], layouts=9, fit=5, dropped=dropped)
+    assert chosen.none_passes(found).startswith("none of the 4 fastest settings passes; 3 of them: refused: this")
+    assert "no form" in chosen.none_passes(replace(found, dropped=Counter()))
+
+
 def test_a_value_behind_an_equal_sign_is_a_value(tmp_path):
     joined = equal_signs(SMALL)
     assert f"--num-experts={8}" in joined and plan_settings.split_values(joined) == SMALL
@@ -257,12 +268,12 @@ def test_a_value_behind_an_equal_sign_is_a_value(tmp_path):
 
 
 def searched_and_exhaustive(gpus):
-    chosen = chooser(gpus)
-    layouts = list(plan_settings.layouts(chosen.model, gpus))
-    forms = partial(plan_settings.forms, chosen.model)
-    found = [seconds for seconds, _, _ in search.fastest(layouts, chosen.bound_s, forms, chosen.step_s)]
-    tried = [min(chosen.step_s(layout, form) for form in forms(layout)) for layout in layouts if list(forms(layout))]
-    bounds = [(chosen.bound_s(layout), chosen.step_s(layout, form)) for layout in layouts for form in forms(layout)]
+    its = chooser(gpus)
+    layouts = list(plan_settings.layouts(its.model, gpus))
+    forms = partial(plan_settings.forms, its.model)
+    found = [seconds for seconds, _, _ in search.fastest(layouts, its.bound_s, forms, its.step_s)]
+    tried = [min(its.step_s(layout, form) for form in forms(layout)) for layout in layouts if list(forms(layout))]
+    bounds = [(its.bound_s(layout), its.step_s(layout, form)) for layout in layouts for form in forms(layout)]
     return found, sorted(tried), bounds
 
 
@@ -274,12 +285,12 @@ def test_searching_a_model_is_as_good_as_trying_all():
 
 
 def estimated_and_counted(cases):
-    chosen = chooser(16)
+    its = chooser(16)
     results = []
     for layout in cases:
-        flags = [*chosen.model.flags, *plan_settings.flags_of(layout, Form(position="pos2"), chosen.model)]
+        flags = [*its.model.flags, *plan_settings.flags_of(layout, Form(position="pos2"), its.model)]
         stages = dry.dry_run(flags, 16, choosing.ENVIRONMENT).stages
-        results.append((chosen._footprints.nbytes(layout), max(stage.total for stage in stages)))
+        results.append((its._footprints.nbytes(layout), max(stage.total for stage in stages)))
     return results
 
 
@@ -319,8 +330,11 @@ def test_the_command_plans(tmp_path):
     for words in ("A step:", "On the wire", "slots", "With other overlaps", "not yet", f"{kept['a2a_share']:.1%}"):
         assert words in done.stdout
     assert page.read_text().startswith("<!DOCTYPE html>") and "DOES NOT FIT" not in done.stdout
-    crowded = plan("--gpus", 16, "--gpu", "H100", "--memory", 0.02, *FLAGS)
+    assert kept["fits"] and kept["usable_bytes"] == 0.9 * 80e9 and "DOES NOT FIT" not in page.read_text()
+    crowded = plan("--gpus", 16, "--gpu", "H100", "--memory", 0.02, "--json", found, "--html", page, *FLAGS)
     assert crowded.returncode == 0 and "DOES NOT FIT: a rank holds" in crowded.stdout
+    kept = json.loads(found.read_text())
+    assert not kept["fits"] and kept["usable_bytes"] == 0.02 * GIB and "DOES NOT FIT" in page.read_text()
 
 
 def test_the_command_as_a_user_calls_it():

@@ -70,6 +70,17 @@ def as_json(choices: Choices, memory: float) -> dict[str, Any]:
     }
 
 
+def none_passes(choices: Choices) -> str:
+    """Why a search has found nothing, in a line."""
+    if not choices.dropped:
+        return f"no form of the shortcut divides into any of {choices.fit} layouts; keep less"
+    ((reason, count),) = choices.dropped.most_common(1)
+    return (
+        f"none of the {choices.dropped.total()} fastest settings passes; {count} of them: {reason} (N: a number); "
+        "mend that, or keep less"
+    )
+
+
 def write_recipe(
     path: Path, base: str | None, words: Sequence[str], *, choice: Choice, gpus: int, request: Mapping[str, Any]
 ) -> None:

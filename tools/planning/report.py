@@ -12,6 +12,7 @@ from typing import Any
 
 from ablation.timelines import bars
 from command_line import one_line
+from progress import in_words
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +36,7 @@ def result(
     dry: DryRun,
     machine: Machine,
     *,
+    usable: float,
     prediction: Prediction,
     overlaps: Sequence[tuple[Variant, Prediction]],
     what_if: Sequence[tuple[Variant, Prediction]],
@@ -45,6 +47,7 @@ def result(
         request: what was asked for, by name.
         dry: parameters and memory.
         machine: on what.
+        usable: bytes of a GPU's memory that a rank may use.
         prediction: of a step.
         overlaps: the same with other overlaps.
         what_if: the same with something else.
@@ -64,6 +67,8 @@ def result(
             }
             for stage in dry.stages
         ],
+        "usable_bytes": usable,
+        "fits": max(stage.total for stage in dry.stages) <= usable,
         "step_s": prediction.step_s,
         "tokens_per_s": prediction.tokens_per_s,
         "model_flops": prediction.model_flops,
@@ -76,6 +81,17 @@ def result(
         "overlaps": [_variant(*one, prediction) for one in overlaps],
         "what_if": [_variant(*one, prediction) for one in what_if],
     }
+
+
+def misfit(found: Mapping[str, Any]) -> str:
+    """What a plan says that does not fit into memory; empty where it fits."""
+    if found["fits"]:
+        return ""
+    fullest = max(stage["total"] for stage in found["memory"])
+    return (
+        f"DOES NOT FIT: a rank holds {in_words(fullest)} and may use {in_words(found['usable_bytes'])} of a GPU; "
+        "try --search"
+    )
 
 
 def _variant(variant: Variant, its: Prediction, given: Prediction) -> dict[str, Any]:
@@ -224,6 +240,7 @@ def html(found: Mapping[str, Any], dry_report: str) -> str:
         HERE / "template.html",
         found=found,
         dry_report=dry_report,
+        misfit=misfit(found),
         tables=[*([found["search"]["table"]] if "search" in found else []), *tables(found)],
         timelines=plots.timelines(lanes, "plan timelines") if lanes else "",
         memory=plots.memory(found["memory"], found["machine"]["hardware"]["memory"]),
