@@ -155,12 +155,26 @@ def accepted(found):
     return found.args.world_size
 
 
-def test_flags_that_a_variant_names_are_accepted():
+STOCK_SHARED = with_flags(
+    without_flag(without_flag(BASE, "--shortcut"), "--moe-router-pre-softmax"),
+    *("--expert-model-parallel-size 8", "--moe-layer-freq [0,1]*4", "--moe-router-topk 2"),
+)
+STOCK_TOP_2 = without_flag(STOCK_SHARED, "--moe-shared-expert-intermediate-size")
+TRIED = {
+    "scmoe": (with_flags(BASE, "--expert-model-parallel-size 8"), 8),
+    "stock, shared expert": (STOCK_SHARED, 5),
+    "stock, top-2": (STOCK_TOP_2, 5),
+    "stock, top-2 in each block": (without_flag(STOCK_TOP_2, "--moe-layer-freq"), 3),
+}
+
+
+@pytest.mark.parametrize("name", TRIED)
+def test_flags_that_a_variant_names_are_accepted(name):
     """Those of ``runs today with``, each beside the others of the run."""
-    flags = with_flags(BASE, "--expert-model-parallel-size 8")
+    flags, least = TRIED[name]
     found = of_flags(flags, 8, full_report, {"gpus": 8, "gpu": "H100"})
     named = [one["flags"] for one in (*found["what_if"], *found["overlaps"]) if one["flags"]]
-    assert len(named) > 5
+    assert len(named) >= least, named
     for words in named:
         if words == "--shortcut none":
             continue  # drops flags that are the shortcut's alone

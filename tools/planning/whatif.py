@@ -108,30 +108,30 @@ def what_if(run: Run) -> list[Variant]:
 
 def _forms(run: Run) -> Iterator[Variant]:
     """The stock layer, and ScMoE at other positions and landings."""
+    base, given, note = run, "", "another model"
     if run.scmoe.enabled:
         yield from _stock(run)
-        base: Run | None = run
     else:
-        base = _as_scmoe(run)
-    if base is None or base.scmoe.shortcut is not Shortcut.SCMOE:
+        changed = _as_scmoe(run)
+        if changed is None:
+            return
+        base, given = changed
+        note += " with a shared expert"
+        note += " and one routed expert less" if base.args.moe_router_topk != run.args.moe_router_topk else ""
+    if base.scmoe.shortcut is not Shortcut.SCMOE:
         return
-    computes = "" if base.args.moe_router_topk == run.args.moe_router_topk else " and one routed expert less"
     for position in (Position.POS1, Position.POS2, Position.POS3):
         if run.scmoe.enabled and set(run.scmoe.shortcut_position) == {position}:
             continue
         other = base.changed(replace(base.scmoe, shortcut_position=(position,), expert_slot=()))
         if other is not None:
-            note = "another model" + (" with a shared expert" + computes if base.args is not run.args else "")
-            flags = (
-                f"--shortcut-position {position}"
-                if run.scmoe.enabled
-                else (f"--shortcut scmoe --shortcut-position {position} --moe-every {base.scmoe.moe_every}")
-            )
+            flags = f"{given}--shortcut-position {position}"
             yield Variant(name=f"ScMoE {position}", workload=other.workload, flags=flags, note=note)
     landed = base.changed(replace(base.scmoe, shortcut_span=2, shortcut_landing=1, expert_slot=()))
     if landed is not None and not base.scmoe.shortcut_landing:
-        flags = "--shortcut-span 2 --shortcut-landing 1"
-        yield Variant(name="late landing", workload=landed.workload, flags=flags, note="another model")
+        own = "" if run.scmoe.enabled else f"--shortcut-position {base.scmoe.shortcut_position[0]} "
+        flags = f"{given}{own}--shortcut-span 2 --shortcut-landing 1"
+        yield Variant(name="late landing", workload=landed.workload, flags=flags, note=note)
 
 
 def _stock(run: Run) -> Iterator[Variant]:
@@ -141,8 +141,8 @@ def _stock(run: Run) -> Iterator[Variant]:
     yield Variant(name="no shortcut", workload=workload, flags=flags, note="the stock layer")
 
 
-def _as_scmoe(run: Run) -> Run | None:
-    """A stock model with shortcuts; None where its MoE layers do not come in groups."""
+def _as_scmoe(run: Run) -> tuple[Run, str] | None:
+    """A stock model with shortcuts, and the flags for that but the position; None where its MoEs are in no groups."""
     every, num_layers = run.args.moe_layer_freq, run.args.num_layers
     if run.args.hybrid_layer_pattern:
         group = ScMoEConfig().moe_every
@@ -154,17 +154,23 @@ def _as_scmoe(run: Run) -> Run | None:
         group = 1
     else:
         return None  # Core's whole numbers put an MoE first, not last
+    flags = f"--shortcut {Shortcut.SCMOE} --overlap {Overlap.ADAPTIVE} "
+    flags += "" if run.args.hybrid_layer_pattern else f"--moe-every {group} "
     args: dict[str, object] = {}
     if not run.args.moe_shared_expert_intermediate_size:
         if run.args.moe_router_topk < 2:
             return None
-        args["moe_shared_expert_intermediate_size"] = run.args.moe_ffn_hidden_size
-        args["moe_router_topk"] = run.args.moe_router_topk - 1
+        width, top_k = run.args.moe_ffn_hidden_size, run.args.moe_router_topk - 1
+        args = {"moe_shared_expert_intermediate_size": width, "moe_router_topk": top_k}
+        flags += f"--moe-shared-expert-intermediate-size {width} --moe-router-topk {top_k} "
+        if top_k == 1 and run.args.moe_router_score_function == "softmax":
+            flags += "--moe-router-pre-softmax "  # the softmax of one score is 1
     position = Position.POS1 if group == 1 or run.args.hybrid_layer_pattern else Position.POS2
     scmoe = replace(
         ScMoEConfig(), shortcut=Shortcut.SCMOE, moe_every=group, shortcut_position=(position,), overlap=Overlap.ADAPTIVE
     )
-    return run.changed(scmoe, **args)
+    changed = run.changed(scmoe, **args)
+    return None if changed is None else (changed, flags)
 
 
 def _less_to_send(run: Run) -> Iterator[Variant]:
