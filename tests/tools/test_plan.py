@@ -395,8 +395,8 @@ REFUSED = {
         "--release chooses among",
     ),
     "more memory than there is": (
-        ["--gpus", 8, "--gpu", "H100", "--memory", "80", *FLAGS],
-        "--memory is 80 GiB and H100 has 74.5 GiB",
+        ["--gpus", 8, "--gpu", "H100", "--memory", "81", *FLAGS],
+        "--memory is 81 GiB and H100 has 80.0 GiB",
     ),
     "one file for two": (
         ["--gpus", 8, "--gpu", "H100", "--json", "x", "--html", "./x", *FLAGS],

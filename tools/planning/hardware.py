@@ -57,46 +57,49 @@ class Hardware:
                 raise ValueError(f"{name} of {self.name} is {value}: it has to be a whole number")
 
 
+GIB = 2**30
+"""Of what datasheets call GB of memory: CUDA reports about 139 GiB of an H200's 141, and drivers have the rest."""
+
 _TABLE = (
     # NVIDIA A30 datasheet: 165 TFLOP/s bf16, 933 GB/s, 24 GB; PCIe 4.0 x16, 31.5 GB/s each way. 56 SMs (GA100).
     # 8 GPUs a server; network: one 100 Gb/s port for 8 GPUs (the paper that uses it has one server and names none).
     Hardware(
-        name="A30-PCIe", bf16=165e12, fp8=165e12, fp4=165e12, sms=56, memory_bandwidth=933e9, memory=24e9,
+        name="A30-PCIe", bf16=165e12, fp8=165e12, fp4=165e12, sms=56, memory_bandwidth=933e9, memory=24 * GIB,
         link=31.5e9, domain=8, network=12.5e9 / 8,
     ),
     # NVIDIA A800 80GB SXM datasheet: the A100's 312 TFLOP/s bf16, 2,039 GB/s, 108 SMs, with NVLink at 400 GB/s both
     # ways. Network: one 100 Gb/s port for 8 GPUs (the paper that uses it says "Ethernet" and no rate).
     Hardware(
-        name="A800-NVLink", bf16=312e12, fp8=312e12, fp4=312e12, sms=108, memory_bandwidth=2039e9, memory=80e9,
+        name="A800-NVLink", bf16=312e12, fp8=312e12, fp4=312e12, sms=108, memory_bandwidth=2039e9, memory=80 * GIB,
         link=200e9, domain=8, network=12.5e9 / 8,
     ),
     # NVIDIA H100 SXM datasheet: 989 TFLOP/s bf16, 1,979 fp8, 3.35 TB/s, 80 GB, NVLink 900 GB/s both ways, 132 SMs.
     # NVIDIA DGX H100: a 400 Gb/s ConnectX-7 for each GPU.
     Hardware(
-        name="H100", bf16=989.4e12, fp8=1978.9e12, fp4=1978.9e12, sms=132, memory_bandwidth=3.35e12, memory=80e9,
+        name="H100", bf16=989.4e12, fp8=1978.9e12, fp4=1978.9e12, sms=132, memory_bandwidth=3.35e12, memory=80 * GIB,
         link=450e9, domain=8, network=50e9,
     ),
     # NVIDIA H200 SXM datasheet: as the H100 with 4.8 TB/s and 141 GB.
     Hardware(
-        name="H200", bf16=989.4e12, fp8=1978.9e12, fp4=1978.9e12, sms=132, memory_bandwidth=4.8e12, memory=141e9,
+        name="H200", bf16=989.4e12, fp8=1978.9e12, fp4=1978.9e12, sms=132, memory_bandwidth=4.8e12, memory=141 * GIB,
         link=450e9, domain=8, network=50e9,
     ),
     # NVIDIA DGX B200 datasheet, for 8 GPUs: 36 PFLOP/s fp8 and 72 fp4 dense, 64 TB/s, 1,440 GB, NVLink 14.4 TB/s both
     # ways, eight 400 Gb/s ports. bf16 is half of fp8. 148 SMs (CUDA: multiprocessor count).
     Hardware(
-        name="B200", bf16=2250e12, fp8=4500e12, fp4=9000e12, sms=148, memory_bandwidth=8e12, memory=180e9,
+        name="B200", bf16=2250e12, fp8=4500e12, fp4=9000e12, sms=148, memory_bandwidth=8e12, memory=180 * GIB,
         link=900e9, domain=8, network=50e9,
     ),
     # NVIDIA GB200 NVL72 datasheet, for 72 GPUs: 180 PFLOP/s bf16, 360 fp8, 720 fp4 dense, 576 TB/s, 13.4 TB, NVLink
     # 130 TB/s both ways; a 400 Gb/s ConnectX-7 for each GPU.
     Hardware(
-        name="GB200", bf16=2500e12, fp8=5000e12, fp4=10000e12, sms=148, memory_bandwidth=8e12, memory=186e9,
+        name="GB200", bf16=2500e12, fp8=5000e12, fp4=10000e12, sms=148, memory_bandwidth=8e12, memory=186 * GIB,
         link=900e9, domain=72, network=50e9,
     ),
     # NVIDIA GB300 NVL72 datasheet, for 72 GPUs: 180 PFLOP/s bf16, 360 fp8, 1,080 fp4 dense, 576 TB/s, 20 TB, NVLink
     # 130 TB/s both ways; an 800 Gb/s ConnectX-8 for each GPU.
     Hardware(
-        name="GB300", bf16=2500e12, fp8=5000e12, fp4=15000e12, sms=148, memory_bandwidth=8e12, memory=278e9,
+        name="GB300", bf16=2500e12, fp8=5000e12, fp4=15000e12, sms=148, memory_bandwidth=8e12, memory=278 * GIB,
         link=900e9, domain=72, network=100e9,
     ),
 )  # fmt: skip
