@@ -344,7 +344,7 @@ def test_the_command_plans(tmp_path):
     for words in ("A step:", "On the wire", "slots", "With other overlaps", "not yet", f"{kept['a2a_share']:.1%}"):
         assert words in done.stdout
     assert page.read_text().startswith("<!DOCTYPE html>") and "DOES NOT FIT" not in done.stdout
-    assert kept["fits"] and kept["usable_bytes"] == 0.9 * 80e9 and "DOES NOT FIT" not in page.read_text()
+    assert kept["fits"] and kept["usable_bytes"] == 0.9 * 80 * GIB and "DOES NOT FIT" not in page.read_text()
     crowded = plan("--gpus", 16, "--gpu", "H100", "--memory", 0.02, "--json", found, "--html", page, *FLAGS)
     assert crowded.returncode == 0 and "DOES NOT FIT: a rank holds" in crowded.stdout
     kept = json.loads(found.read_text())
