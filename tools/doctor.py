@@ -86,6 +86,9 @@ def check_request(args: argparse.Namespace) -> list[str]:
     is_first = os.environ.get("RANK", "0") == "0"
     if args.json is not None and is_first and (reason := atomic.obstacle_of_file(args.json)):
         raise UserError(f"--json {str(args.json)!a} cannot be written: {reason}; choose another")
+    missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]
+    if "RANK" in os.environ and missing:
+        raise UserError(f"RANK is set and {' and '.join(missing)} not; start it with torchrun, or unset RANK")
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" not in os.environ and tasks != "1":
         raise UserError(

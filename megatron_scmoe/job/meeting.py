@@ -22,12 +22,13 @@ class Meeting:
     Args:
         args: Megatron's namespace.
         alone: whether this rank decides without the others, which there are not.
+        limit: what refusals call the time that ranks wait for one another.
     """
 
-    def __init__(self, args: Namespace, *, alone: bool = False) -> None:
+    def __init__(self, args: Namespace, *, alone: bool = False, limit: str = "--distributed-timeout-minutes") -> None:
         self.rank: int = args.rank
         self.world_size: int = 1 if alone else args.world_size
-        self.limit_s = 60.0 * args.distributed_timeout_minutes
+        self.limit_s, self.limit = 60.0 * args.distributed_timeout_minutes, limit
         self._args = args
 
     @property
@@ -44,7 +45,8 @@ class Meeting:
         """
         store = job_store(self._args)
         with store_lives():
-            return dist.PrefixStore(roll_call.answered(store, self.rank, self.world_size, self.limit_s), store)
+            place = roll_call.answered(store, self.rank, self.world_size, self.limit_s, self.limit)
+            return dist.PrefixStore(place, store)
 
     def told(self, name: str, decide: Callable[[], Any]) -> Any:
         """What ``decide`` returns on rank 0, on every rank; all call this, and a ConfigError is raised on all.
@@ -85,7 +87,7 @@ class Meeting:
                 return json.loads(self.store.get(name))
             self._heed()
         raise ConfigError(
-            f"rank 0 decides for all: it has not said within --distributed-timeout-minutes what follows for '{name}'; "
+            f"rank 0 decides for all: it has not said within {self.limit} what follows for '{name}'; "
             "see what it printed"
         )
 

@@ -23,7 +23,9 @@ _NUMBER = f"{last_words.PLACE}/attempt"
 _OPEN = "open"
 
 
-def answered(store: dist.Store, rank: int, world_size: int, limit_s: float) -> str:
+def answered(
+    store: dist.Store, rank: int, world_size: int, limit_s: float, limit: str = "--distributed-timeout-minutes"
+) -> str:
     """Wait until all ranks are there; returns with what the keys of this attempt begin.
 
     Args:
@@ -31,12 +33,13 @@ def answered(store: dist.Store, rank: int, world_size: int, limit_s: float) -> s
         rank: of this process.
         world_size: of the job.
         limit_s: how long to wait for the others.
+        limit: what refusals call that time.
 
     Raises:
         ConfigError: where some rank refuses to start, or does not come.
     """
     last_words.forget(store, rank)
-    place = _call(store, world_size, limit_s) if rank == 0 else _answer(store, rank, limit_s)
+    place = _call(store, world_size, limit_s, limit) if rank == 0 else _answer(store, rank, limit_s, limit)
     last_words.takes_part(place)
     return place
 
@@ -124,7 +127,7 @@ def _is_lost(store: dist.Store, ranks: Iterable[int]) -> LastWords | None:
     return next((words for words in said if words is not None and not words.comes_back), None)
 
 
-def _call(store: dist.Store, world_size: int, limit_s: float) -> str:
+def _call(store: dist.Store, world_size: int, limit_s: float, limit: str) -> str:
     number = store.add(_NUMBER, 1)
     _declare_over(_attempt(store, number - 1), 0)
     attempt = _attempt(store, number)
@@ -138,13 +141,13 @@ def _call(store: dist.Store, world_size: int, limit_s: float) -> str:
     if missing := wait(attempt, _here, range(1, world_size), 0.9 * limit_s, look):
         raise ConfigError(
             f"a job starts when all ranks are there: {in_words(missing)} of {world_size} did not come within "
-            "--distributed-timeout-minutes; see what they printed, and the address of the first node"
+            f"{limit}; see what they printed, and the address of the first node"
         )
     attempt.set(_OPEN, "")
     return _place(number)
 
 
-def _answer(store: dist.Store, rank: int, limit_s: float) -> str:
+def _answer(store: dist.Store, rank: int, limit_s: float, limit: str) -> str:
     mine = 0
     for _ in looks(limit_s):
         number = store.add(_NUMBER, 0)
@@ -160,6 +163,6 @@ def _answer(store: dist.Store, rank: int, limit_s: float) -> str:
             heed(last_words.heard(attempt))
         heed(_is_lost(store, [0]))
     raise ConfigError(
-        "a job starts when all ranks are there: rank 0 did not call them within --distributed-timeout-minutes; see "
+        f"a job starts when all ranks are there: rank 0 did not call them within {limit}; see "
         "what it printed, and the address of the first node"
     )

@@ -136,6 +136,8 @@ def test_ranks_that_do_not_come_are_named(store, monkeypatch, capsys):
     assert " > waiting for ranks 1-2 for 0 s" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="rank 0 did not call them within --distributed-timeout-minutes"):
         roll_call.answered(store, 1, 3, 0.5)
+    with pytest.raises(ConfigError, match="rank 0 did not call them within 10 minutes"):
+        roll_call.answered(store, 1, 3, 0.1, "10 minutes")
 
 
 # --- meetings --------------------------------------------------------------------------------------------------------

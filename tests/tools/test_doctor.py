@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import ranks
+import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from training import SCMOE, STOCK, with_flags
@@ -24,7 +26,7 @@ from training import SCMOE, STOCK, with_flags
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "doctor.py"
 sys.path.insert(0, str(TOOL.parent))
 import doctor as tool  # noqa: E402
-from command_line import UserError  # noqa: E402
+from command_line import UserError, exit_code  # noqa: E402
 from doctoring import links  # noqa: E402
 from doctoring.catalog import CATALOG, chosen  # noqa: E402
 from doctoring.check import Finding, Status, by_ranks, not_tried, ok, problem  # noqa: E402
@@ -588,7 +590,13 @@ def ended(limit_s: float, number: int | None, hopeless: str) -> tuple[int, str]:
     child = os.fork()
     if child == 0:
         report = lambda why: os.write(writer, why.encode())  # noqa: E731
-        with Watch(report, lambda: hopeless, 0) as watch, watch.limited(limit_s):
+
+        def look() -> str:
+            if hopeless == "gone":
+                raise dist.DistNetworkError("Connection reset by peer\nat 0x0")
+            return hopeless
+
+        with Watch(report, look, 0) as watch, watch.limited(limit_s):
             os.write(writer, b"!")
             until_s = time.monotonic() + 20
             while time.monotonic() < until_s:  # EINTR ends one sleep
@@ -609,10 +617,84 @@ def ended(limit_s: float, number: int | None, hopeless: str) -> tuple[int, str]:
         (60.0, signal.SIGTERM, "", (143, "stopped by SIGTERM")),
         (60.0, signal.SIGINT, "", (130, "stopped by SIGINT")),
         (60.0, None, "rank 3 has failed", (1, "rank 3 has failed")),
+        (60.0, None, "gone", (1, "the job's store is gone, with the first node: Connection reset by peer")),
     ],
 )
 def test_what_waits_for_ever_ends_with_a_report(limit_s, number, hopeless, expected):
     assert ranks.run(ended, 1, limit_s, number, hopeless, distributed=False) == [expected]
+
+
+def arguments(report: Path) -> Any:
+    return tool.make_parser().parse_args(["--only", "environment", "--json", str(report)])
+
+
+def alone() -> Any:
+    """The module of a rank that is alone and has met nobody yet."""
+    from doctoring import rank
+
+    rank.be_alone()
+    return rank
+
+
+def stopped_behind_its_report(report: Path) -> int:
+    from megatron_scmoe.job.meeting import Meeting
+
+    rank = alone()
+
+    def wait(_meeting: Meeting, key: Any, _ranks: Any) -> list[int]:
+        if key is rank._left:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
+        return []
+
+    Meeting.missing = wait  # type: ignore[method-assign,assignment]
+    return exit_code("doctor.py", lambda: rank.run_rank(arguments(report), ["environment"], None))
+
+
+def test_a_signal_takes_no_report_back(tmp_path):
+    assert ranks.run(stopped_behind_its_report, 1, tmp_path / "x", distributed=False) == [143]
+    assert [one["name"] for one in json.loads((tmp_path / "x").read_text())["checks"]] == ["environment"]
+
+
+# --- the start -------------------------------------------------------------------------------------------------------
+
+
+def started(report: Path, local_rank: int) -> int:
+    """Exit code of a rank on a machine of two GPUs, where the start ends with which one is taken."""
+    rank = alone()
+    os.environ["LOCAL_RANK"] = f"{local_rank}"
+
+    def take(number: int) -> None:
+        raise rank.ConfigError(f"GPU {number} is taken; all is well")
+
+    torch.cuda.is_available = lambda: True  # behind the imports, which go by what there is
+    torch.cuda.device_count = lambda: 2
+    torch.cuda.set_device = take
+    return rank.run_rank(arguments(report), ["environment"], None)
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "text", "fix"),
+    [
+        (1, "GPU 1 is taken", "all is well"),
+        (2, "a rank needs a GPU of its own: LOCAL_RANK is 2 and 2 GPUs are visible on ", "start at most 2 ranks there"),
+    ],
+)
+def test_a_rank_takes_its_gpu_or_the_start_is_refused(tmp_path, local_rank, text, fix):
+    assert ranks.run(started, 1, tmp_path / "x", local_rank, distributed=False) == [1]
+    found = json.loads((tmp_path / "x").read_text())
+    (check,) = found["checks"]
+    (finding,) = check["findings"]
+    assert not found["ready"] and check["name"] == "start" and check["status"] == "problem"
+    assert finding["text"].startswith(text) and finding["fix"].startswith(fix)
+
+
+def test_a_rank_that_is_told_half_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    code, _, error = main([], capsys)
+    assert code == 2 and "RANK is set and LOCAL_RANK not; start it with torchrun" in error
 
 
 def test_the_watch_leaves_no_trace():

@@ -133,6 +133,16 @@ class Examination:
         self._failed_s = self._failed_s or now_s
         return store.get(_failed(check)).decode() if now_s - self._failed_s > PATIENCE_S else ""
 
+    def _who_is_late(self, check: Check, store: dist.Store) -> str:
+        others = range(1, self._job.world_size)
+        before = self._heard(store)
+        time.sleep(GRACE_S)
+        after = self._heard(store)
+        if silent := [rank for rank in others if before[rank] == after[rank]]:
+            return f"{in_words(silent)} said nothing more"
+        late = [rank for rank in others if not store.check([_key(check, rank)])]
+        return f"{in_words(late)} did not answer" if late else ""
+
     def cut_short(self, why: str, store: dist.Store) -> list[Outcome]:
         """The outcomes where this process ends now, for which rank 0's main thread may wait in vain.
 
@@ -143,12 +153,10 @@ class Examination:
         check = self._under_way
         if check is None:
             return [*self.outcomes, Outcome("start", [problem(why, "start it again")])]
-        before = self._heard(store)
-        time.sleep(GRACE_S)
-        after = self._heard(store)
-        silent = [rank for rank in range(1, self._job.world_size) if before[rank] == after[rank]]
-        late = [rank for rank in range(1, self._job.world_size) if not store.check([_key(check, rank)])]
-        who = f"{in_words(silent)} said nothing more" if silent else f"{in_words(late)} did not answer" if late else ""
+        try:
+            who = self._who_is_late(check, store)
+        except dist.DistError:  # torchrun, whose store it is, is gone
+            who = "the job's store is gone"
         found = problem(f"{why}{': ' * bool(who)}{who}", "see what these ranks printed, and whether they are alive")
         rest = self._checks[self._checks.index(check) + 1 :]
         never = not_tried(f"check {check.name} was not over")

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,6 @@ if torch.cuda.is_available():
     from megatron_scmoe.mcore import wheel
 
     wheel.mend()
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 else:
     # Before any import of Megatron, which decides at import time what it finds.
     from megatron_scmoe.cpu import backend as cpu_backend
@@ -29,7 +28,7 @@ import atomic
 
 from doctoring import flags as entry_flags
 from doctoring.binding import Binding
-from doctoring.check import Check
+from doctoring.check import Check, problem
 from doctoring.clocks import Clocks
 from doctoring.environment import Environment
 from doctoring.examination import Examination, Outcome
@@ -47,6 +46,10 @@ from megatron_scmoe.config import ConfigError
 from megatron_scmoe.job.beats import Pulse
 from megatron_scmoe.job.meeting import Meeting
 
+MEETING_S = 600.0
+"""How long ranks may take to come: nodes of a large job start minutes apart."""
+NOT_OVER = Outcome("start", [problem("the examination did not come to its end", "see what the ranks printed")])
+
 CHECKS: tuple[Check, ...] = (
     *(Versions(), Environment(), FlagsCheck(), Binding(), Storage()),
     *(Clocks(), Groups(), Network(), Step(), Overlap()),
@@ -62,30 +65,46 @@ def run_rank(args: argparse.Namespace, names: Sequence[str], flags: list[str] | 
         flags: of the entry script; None where there were none.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    minutes = max(args.check_seconds, 2 * args.network_seconds) / 60
-    place = argparse.Namespace(rank=rank, world_size=world_size, distributed_timeout_minutes=minutes)
-    meeting = Meeting(place)
+    limit_s = max(MEETING_S, 2 * (args.check_seconds + args.network_seconds))
+    place = argparse.Namespace(rank=rank, world_size=world_size, distributed_timeout_minutes=limit_s / 60)
+    meeting = Meeting(place, limit=f"{limit_s / 60:g} minutes")
+
+    def write(outcomes: Sequence[Outcome]) -> None:
+        if args.json is not None and rank == 0:
+            atomic.write_text(args.json, json.dumps(as_json(outcomes, world_size), indent=2) + "\n")
+
+    write([NOT_OVER])  # in the place of an earlier one, whatever ends this process
     try:
+        take_gpu()
         store: dist.Store = meeting.store.clone()  # type: ignore[attr-defined]  # the main thread may wait in the other
         read = entry_flags.agreed(entry_flags.read(flags, meeting), meeting) if flags is not None else None
     except ConfigError as error:  # all ranks hear of it
+        last_words.leave(f"{error}", is_refusal=True)
         last_words.say_once(f"problem: start: {error}")
         last_words.all_is_said()
+        rule, _, fix = f"{error}".rpartition("; ")
+        write([Outcome("start", [problem(rule or fix, fix if rule else NOT_OVER.findings[0].fix)])])
         return 1
     layout = layout_of(read, world_size)
     job = Job(meeting, read, layout, network_s=args.network_seconds, free_bytes=args.free_space)
     examination = Examination(job, [one for one in CHECKS if one.name in names], args.check_seconds)
+    return _examined(job, examination, store, write)
 
+
+def _examined(job: Job, examination: Examination, store: dist.Store, write: Callable[[Sequence[Outcome]], None]) -> int:
+    """The exit code, on all ranks, of an examination that rank 0 reports."""
+    rank, meeting = job.rank, job.meeting
     stdout = sys.stdout  # which is another one while a check is under way
 
     def report(outcomes: Sequence[Outcome]) -> None:
-        print_report(outcomes, world_size, stdout)
-        if args.json is not None:
-            atomic.write_text(args.json, json.dumps(as_json(outcomes, world_size), indent=2) + "\n")
+        print_report(outcomes, job.world_size, stdout)
+        write(outcomes)
 
     def cut_short(why: str) -> None:
         if rank == 0:
             report(examination.cut_short(why, store))
+        else:
+            last_words.say_once(f"ended: {why}")
 
     def look() -> str:
         pulse.say(0, "examination")
@@ -94,18 +113,34 @@ def run_rank(args: argparse.Namespace, names: Sequence[str], flags: list[str] | 
     pulse = Pulse(store, rank)
     with Watch(cut_short, look, rank) as watch:
         examination.run(watch)
-        if rank == 0:
-            report(examination.outcomes)
-        code = meeting.told("exit code", lambda: 0 if is_ready(examination.outcomes) else 1)
-        meeting.store.set(_left(rank), "")
-        if rank == 0:  # with which the store may end
-            meeting.missing(_left, range(world_size))
+    # Behind the watch: what ends this process from now on takes nothing back.
+    if rank == 0:
+        report(examination.outcomes)
+    code = meeting.told("exit code", lambda: 0 if is_ready(examination.outcomes) else 1)
+    meeting.store.set(_left(rank), "")
+    if rank == 0:  # with which the store may end
+        meeting.missing(_left, range(job.world_size))
     last_words.all_is_said()
     return code
 
 
 def _left(rank: int) -> str:
     return f"left/{rank}"
+
+
+def take_gpu() -> None:
+    """Use the GPU of this rank, where there are any. Raises ConfigError where it has none, and says so."""
+    if not torch.cuda.is_available():
+        return
+    local_rank, number = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local_rank >= number:
+        reason = (
+            f"a rank needs a GPU of its own: LOCAL_RANK is {local_rank} and {number} GPUs are visible on "
+            f"{socket.gethostname()}; start at most {number} ranks there, or set CUDA_VISIBLE_DEVICES"
+        )
+        print(f"doctor.py: problem: start: {reason}", file=sys.stderr, flush=True)
+        raise ConfigError(reason)
+    torch.cuda.set_device(local_rank)
 
 
 def be_alone() -> None:

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Self
 
+import torch.distributed as dist
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOOK_S = 1.0
 GRACE_S = 2.5 * LOOK_S
@@ -27,7 +29,8 @@ class Watch:
 
     Args:
         report: called in a thread with why this process ends now, in words.
-        look: called in a thread every second; returns why this process has to end, and is empty where it has not.
+        look: called in a thread every second; returns why this process has to end, and is empty where it has not. It
+            may raise DistError, where the job's store is gone.
         rank: of this process.
     """
 
@@ -36,7 +39,7 @@ class Watch:
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK)
         self._until_s = float("inf")
         self._stopped_s = float("inf")
-        self._limit_s, self._code = 0.0, 1
+        self._limit_s, self._code, self._why = 0.0, 1, ""
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
     def __enter__(self) -> Self:
@@ -72,14 +75,20 @@ class Watch:
                 if numbers[0] in _SIGNALS:  # the kernel tells of children, too
                     self._stop(signal.Signals(numbers[0]))
             elif time.monotonic() > min(self._until_s, self._stopped_s):
-                self._end(f"not over after {self._limit_s:.0f} s", self._code)
-            elif why := self._look():
-                self._end(why, 1)
+                self._end(self._why or f"not over after {self._limit_s:.0f} s", self._code)
+            elif why := self._looked():
+                self._end(why, self._code)
+
+    def _looked(self) -> str:
+        try:
+            return self._look()
+        except dist.DistError as error:
+            return f"the job's store is gone, with the first node: {str(error).splitlines()[0]}"
 
     def _stop(self, number: signal.Signals) -> None:
-        self._code = 128 + number
+        self._code, self._why = 128 + number, f"stopped by {number.name}"
         if self._rank == 0:
-            self._end(f"stopped by {number.name}", self._code)
+            self._end(self._why, self._code)
         self._stopped_s = time.monotonic() + 2 * GRACE_S  # and looks on meanwhile, by which rank 0 knows that it lives
 
     def _end(self, why: str, code: int) -> None:
