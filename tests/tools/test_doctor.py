@@ -443,7 +443,11 @@ def test_wall_clocks_that_differ_are_named():
 
     walls = [[100.0, 101.0, 102.0], [100.2, 101.0, 102.0], [100.0, 101.1, 102.0], [90.0, 91.0, 92.1]]
     (found,) = problems(judged_walls(HOSTS, walls))
-    assert found == "rank 3 on b: its clock is 10.0 s behind; let chrony or ntpd set it"
+    assert found == "rank 3 on b: the clock is 10.0 s behind the others'; let chrony or ntpd set it"
+    for far in (1.9, 1.1):  # each less than a second from the middle
+        (found,) = problems(judged_walls(HOSTS, [[100.0], [100.0], [100.0 + far], [100.0 + far]]))
+        assert found.startswith(f"ranks 2-3 on b: the clock is {far} s ahead of the others'")
+    assert len(problems(judged_walls(["a", "b", "c"], [[100.0], [99.4], [100.6]]))) == 2
     (right,) = judged_walls(HOSTS[:3], walls[:3])
     assert right.status is Status.OK and "within 0.0" in right.text
 
@@ -451,9 +455,13 @@ def test_wall_clocks_that_differ_are_named():
 def test_a_rank_that_computes_slowly_is_named():
     from doctoring.clocks import judged_speeds
 
-    assert problems(judged_speeds(HOSTS, [0.001, 0.0012, 0.0025, 0.0019])) == []
+    assert problems(judged_speeds(HOSTS, [0.001, 0.0012, 0.0023, 0.0019])) == []
     (found,) = problems(judged_speeds(HOSTS, [0.001, 0.0012, 0.0045, 0.0019]))
-    assert "rank 2 on b takes 4.50 ms for a product that takes 1.55 ms elsewhere" in found
+    assert "rank 2 on b takes 4.50 ms for a product that takes 1.20 ms elsewhere" in found
+    (found,) = problems(judged_speeds(["a", "b"], [0.1, 0.001]))
+    assert "rank 0 on a takes 100.00 ms for a product that takes 1.00 ms elsewhere" in found
+    slow_half = problems(judged_speeds(HOSTS, [0.001, 0.001, 0.1, 0.1]))
+    assert [line[:11] for line in slow_half] == ["rank 2 on b", "rank 3 on b"]
 
 
 def test_a_throttled_gpu_is_named(monkeypatch, tmp_path):
@@ -531,6 +539,8 @@ def test_a_group_whose_collectives_are_slow_is_named():
     of_kind = {(0, 1): 0.010, (2, 3): 0.011, (4, 5): 0.030}
     (found,) = problems(links.judged_groups({"tp all-reduce": of_kind}, 1 << 20))
     assert "tp all-reduce of ranks 4-5 takes 30.0 ms, and 11.0 ms are usual" in found
+    (found,) = problems(links.judged_groups({"ep all-to-all": {(0, 1): 0.010, (2, 3): 0.050}}, 1 << 20))
+    assert "ep all-to-all of ranks 2-3 takes 50.0 ms, and 10.0 ms are usual" in found
     (right,) = links.judged_groups({"tp all-reduce": of_kind | {(4, 5): 0.012}}, 1 << 20)
     assert right.status is Status.OK and "3 x 2 ranks, 1024 KiB each: 11.0 ms, 12.0 ms at most" in right.text
 
@@ -553,7 +563,10 @@ def norms(*own: float, norm: float = 2.0, replicas: tuple[int, ...] | None = Non
         ),
         (norms(1.0, 1.01), ["ranks 0 and 1 computed gradient norms 1 and 1.01 of the same tokens", "dcgmi"]),
         (norms(1.0, float("nan"), 1.0), ["rank 1: the gradient norm of a tiny step is no number", "dcgmi"]),
-        ([*norms(1.0), *norms(1.0, norm=2.1)], ["the norm of all gradients, summed over all ranks, is 2 to 2.1"]),
+        (
+            [*norms(1.0), *norms(1.0), *norms(1.0, norm=2.1)],
+            ["summed over all ranks, is 2 to 2.1; on rank 2 it is not the 2 of others", "set NCCL_NVLS_ENABLE=0"],
+        ),
     ],
 )
 def test_gradient_norms_that_differ_are_named(seen, words):

@@ -9,6 +9,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,19 @@ def _delay(is_slow: Callable[[int], bool]) -> None:
     dist.batch_isend_irecv = delayed
 
 
+def interleaved() -> None:
+    """The flags have two virtual stages on each, as Core remembers when it makes their groups."""
+    from megatron.core import parallel_state
+
+    make = parallel_state.initialize_model_parallel
+    parallel_state.initialize_model_parallel = partial(make, virtual_pipeline_model_parallel_size=2)
+
+
+def test_a_layout_with_virtual_stages_has_its_step():
+    found = ranks.run(examined, 2, ("step",), interleaved, pipeline_model_parallel_size=2)[0]
+    assert problems(found) == [] and "on every rank" in found["step"][0][1]
+
+
 def wrong_clock() -> None:
     now = time.time
     on_rank(1, lambda: setattr(time, "time", lambda: now() + 100.0))
@@ -159,7 +173,7 @@ def fails() -> None:
     [
         (slow_rank, "network", ["rank 2 (", "most links within a host are slow", "ethtool"]),
         (slow_link, "network", ["the link within a host from rank 0 (", "to rank 3 (", "ethtool"]),
-        (wrong_clock, "clocks", ["rank 1 on ", "its clock is 100.0 s ahead", "chrony"]),
+        (wrong_clock, "clocks", ["rank 1 on ", "the clock is 100.0 s ahead of the others", "chrony"]),
         (wrong_arithmetic, "step", ["rank 3 on ", "computed a gradient norm of", "leave that machine out"]),
     ],
 )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from doctoring import gpu
-from doctoring.check import Finding, not_tried, ok, problem
+from doctoring.check import Finding, by_host, not_tried, ok, problem
 from doctoring.job import Job
+from megatron_scmoe.job.roll_call import in_words
 
 MOST_APART_S = 1.0
 """Of wall clocks. The age of a file says whether its writer lives, and logs of several nodes are read side by side."""
@@ -84,23 +85,25 @@ class Clocks:
 
 
 def judged_walls(hosts: Sequence[str], walls: Sequence[Sequence[float]]) -> list[Finding]:
-    """Wall clocks of each rank behind the same meetings, in seconds: their middle difference from the middle one."""
+    """Wall clocks of each rank behind the same meetings, in seconds: those far from the others, by host."""
     middles = [median(at) for at in zip(*walls, strict=True)]
     offsets = [median(wall - middle for wall, middle in zip(mine, middles, strict=True)) for mine in walls]
-    found = [
-        problem(
-            f"rank {rank} on {hosts[rank]}: its clock is {abs(offset):.1f} s {'ahead' if offset > 0 else 'behind'}",
-            "let chrony or ntpd set it",
-        )
-        for rank, offset in enumerate(offsets)
-        if abs(offset) > MOST_APART_S
-    ]
-    return found or [ok(f"wall clocks are within {max(offsets) - min(offsets):.3f} s")]
+    apart = max(offsets) - min(offsets)
+    if apart <= MOST_APART_S:
+        return [ok(f"wall clocks are within {apart:.3f} s")]
+    usual = median_low(offsets)
+    odd = [rank for rank, offset in enumerate(offsets) if abs(offset - usual) >= MOST_APART_S / 2]
+    found = []
+    for host, mine in by_host(hosts, odd).items():
+        offset = median_low(offsets[rank] for rank in mine) - usual
+        where = f"{abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} the others'"
+        found.append(problem(f"{in_words(mine)} on {host}: the clock is {where}", "let chrony or ntpd set it"))
+    return found
 
 
 def judged_speeds(hosts: Sequence[str], seconds: Sequence[float]) -> list[Finding]:
     """Times of the same work on each rank."""
-    middle = median(seconds)
+    middle = median_low(seconds)  # of two the faster one's
     found = [
         problem(
             f"rank {rank} on {hosts[rank]} takes {one * 1e3:.2f} ms for a product that takes {middle * 1e3:.2f} ms "

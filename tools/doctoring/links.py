@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import median, median_high
+from statistics import median, median_high, median_low
 
 from doctoring.check import Finding, by_host, ok, problem
 from megatron_scmoe.job.roll_call import in_words
@@ -117,7 +117,7 @@ def judged_groups(seconds: Mapping[str, Mapping[tuple[int, ...], float]], num_by
     """
     found = []
     for kind, of_groups in seconds.items():
-        middle = median(of_groups.values())
+        middle = median_low(of_groups.values())  # of two the faster one's
         late = {ranks: one for ranks, one in of_groups.items() if SLOW * one > middle}
         found += [
             problem(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 import torch
@@ -108,7 +108,8 @@ class Step:
             finalize_model_grads(chunks, *args, **options)
 
         get_model_config(models[0]).finalize_model_grads_func = finalize
-        get_forward_backward_func()(
+        # Without the flags' virtual stages: this model has none, and parallel_state those of the training.
+        get_forward_backward_func(pp_size=job.layout.pipeline_model_parallel_size, vp_size=None)(
             forward_step_func=_forward,
             data_iterator=_batches(of, micro_batches, job.device),
             model=models,
@@ -136,10 +137,13 @@ def judged(seen: Sequence[dict[str, Any]]) -> list[Finding]:
         found += _odd_ones({rank: seen[rank]["own"] for rank in ranks}, seen)
     norms = [one["norm"] for one in seen]
     if max(norms) - min(norms) > ROUNDING * max(norms):
-        values = f"{min(norms):.6g} to {max(norms):.6g}"
+        usual = median_low(norms)
+        odd = [rank for rank, norm in enumerate(norms) if 2 * abs(norm - usual) > ROUNDING * max(norms)]
+        values = f"{min(norms):.6g} to {max(norms):.6g}; on {in_words(odd)} it is not the {usual:.6g} of others"
         found.append(
             problem(
-                f"the norm of all gradients, summed over all ranks, is {values}", "a collective gives ranks other sums"
+                f"the norm of all gradients, summed over all ranks, is {values}",
+                "a collective gives ranks other sums: set NCCL_NVLS_ENABLE=0, then NCCL_COLLNET_ENABLE=0, to find it",
             )
         )
     if not found:
