@@ -33,6 +33,8 @@ ENVIRONMENT = (
     "CUDA_LAUNCH_BLOCKING",
     "TORCH_DISTRIBUTED_DEBUG",
     "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
 _FAMILIES = ("NCCL_", "TORCH_NCCL_", "NVTE_")
 """With what the names of variables begin that decide how collectives, and kernels beside them, run."""

@@ -96,6 +96,7 @@ def test_environment_that_decides_how_collectives_run_is_compared(monkeypatch):
         *("TORCH_NCCL_ENABLE_TIMING", "NCCL_ENABLE_TIMING", "TORCH_NCCL_DESYNC_DEBUG", "NCCL_DESYNC_DEBUG"),
         *("TORCH_DISTRIBUTED_DEBUG", "TORCH_NCCL_BLOCKING_WAIT", "CUDA_LAUNCH_BLOCKING", "NCCL_MAX_CTAS"),
         *("NVTE_EXT_MARGIN_SM", "NVTE_FLASH_ATTN", "NCCL_NVLS_ENABLE"),
+        *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
     ],
 )
 def test_every_variable_that_changes_what_ranks_do_is_compared(monkeypatch, name):

@@ -9,10 +9,10 @@ CATALOG = {
     "environment": "no variable keeps collectives from running beside computation, or names what is not there",
     "flags": "the entry script takes the flags behind --; what Megatron makes of them is shown",
     "binding": "ranks have cores and GPUs of their own, and cores near their GPU",
-    "storage": "--save and --data-cache-path have space, renames and locks, on every node; /dev/shm is large enough",
+    "storage": "--save and --data-cache-path have space, renames, and locks within each node; /dev/shm is large enough",
     "clocks": "wall clocks agree, no GPU is throttled, and no rank computes at less than half of the others' speed",
     "groups": "every process group of the layout is made, and all of its ranks meet in it",
-    "network": "each link, and the all-to-all and all-reduce of each group, carry at least half of what others do",
+    "network": "each link, and collectives of each tp, cp, ep, pp and dp group, carry at least half of what others do",
     "step": "a step of a tiny ScMoE model over the layout gives equal gradient norms where they have to be equal",
     "overlap": "a tiny group gains by overlap what the solver predicts from its measured costs",
 }
