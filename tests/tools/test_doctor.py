@@ -357,8 +357,12 @@ def test_ranks_that_share_cores_or_gpus_are_named(seen, words):
     from doctoring.binding import Binding
 
     job: Any = None
-    found = problems(Binding().judge(job, seen))
+    findings = Binding().judge(job, seen)
+    found = problems(findings)
     assert len(found) == bool(words) and all(word in found[0] for word in words), found
+    untried = [one.text for one in findings if one.status is Status.NOT_TRIED]
+    unknown = all(one["gpu"] is None or one["gpu"]["node"] < 0 for one in seen)
+    assert len(untried) == unknown and (not unknown or "no GPU here" in untried[0] or "NUMA nodes" in untried[0])
 
 
 def test_the_binding_of_a_process_is_seen():
@@ -411,6 +415,24 @@ def test_a_full_or_strange_folder_is_named(tmp_path, monkeypatch):
         patch.setattr(Path, "replace", lambda self, target: self.unlink())
         (torn,) = of_folder(tmp_path)
         assert "renamed over another one reads as the other one" in torn
+    for number, fix in (
+        (errno.ENOSPC, "make room"),
+        (errno.EACCES, "a folder that this user may write to"),
+        (errno.ESTALE, "another file system"),
+    ):
+        with monkeypatch.context() as patch:
+
+            def fail(*_args: object, number: int = number) -> None:
+                raise OSError(number, os.strerror(number))
+
+            patch.setattr(Path, "write_bytes", fail)
+            (failed,) = of_folder(tmp_path)
+            assert os.strerror(number) in failed and fix in failed
+            patch.setattr(storage.os, "statvfs", fail)
+            assert of_folder(tmp_path) == [failed]
+            patch.setattr(Path, "is_dir", fail)
+            patch.setattr(Path, "exists", fail)
+            assert storage.existing(str(tmp_path)) == tmp_path and not storage._is_there(tmp_path)
     with monkeypatch.context() as patch:
 
         def refuse(*_args: object) -> None:
@@ -422,7 +444,9 @@ def test_a_full_or_strange_folder_is_named(tmp_path, monkeypatch):
         patch.setattr(fcntl, "lockf", lambda *_: None)  # as on a file system whose locks nobody else sees
         assert "two processes lock the same file" in of_folder(tmp_path)[0]
     status = os.statvfs(tmp_path)
-    monkeypatch.setattr(storage.os, "statvfs", lambda _: SimpleNamespace(f_bavail=9, f_frsize=9, f_favail=0, f_files=9))
+    monkeypatch.setattr(
+        storage.os, "statvfs", lambda _: SimpleNamespace(f_bavail=9, f_frsize=9, f_blocks=9, f_favail=0, f_files=9)
+    )
     assert "want of inodes" in of_folder(tmp_path)[0] and status.f_bavail
 
 
@@ -477,6 +501,10 @@ def test_a_throttled_gpu_is_named(monkeypatch, tmp_path):
     seen = [{"host": "a"} | of_all | idle, {"host": "b"} | of_all | hot]
     (found,) = problems(Clocks().judge(job, seen))
     assert "rank 1 on b: its GPU is throttled: hardware slowdown and hardware thermal slowdown, at 91 degrees" in found
+    (unseen,) = [
+        one for one in Clocks().judge(job, [*seen, seen[0] | {"throttles": None}]) if one.status == "not tried"
+    ]
+    assert unseen.text == "throttling: nvidia-smi says nothing of the GPUs of rank 2"
     fake(tmp_path / "nvidia-smi", "echo broken; exit 9")
     assert gpu.asked("temperature.gpu") == {}
     (tmp_path / "nvidia-smi").unlink()
@@ -721,6 +749,17 @@ def test_the_watch_leaves_no_trace():
             raise ZeroDivisionError
         time.sleep(0.5)  # behind the limit nothing ends
     assert signal.getsignal(signal.SIGTERM) is handler and signal.set_wakeup_fd(-1) == -1
+
+
+def test_what_is_no_number_is_a_word_in_json():
+    from doctoring.examination import Outcome
+    from doctoring.report import as_json
+
+    seen = [{"norm": float("nan"), "walls": [1.0, float("inf")], "host": "a"}]
+    written = json.loads(
+        json.dumps(as_json([Outcome("step", [problem("bad", "mend")], 1.0, seen)], 1), allow_nan=False)
+    )
+    assert written["checks"][0]["seen"] == [{"norm": "nan", "walls": [1.0, "inf"], "host": "a"}]
 
 
 def test_not_tried_is_never_ok():

@@ -78,6 +78,9 @@ class Binding:
             )
         if not any(one["gpu"] for one in seen):
             found.append(not_tried("GPU binding: no GPU here"))
+        elif unseen := [rank for rank, one in enumerate(seen) if one["gpu"] and one["gpu"]["node"] < 0]:
+            why = "neither nvidia-smi nor the kernel says of"
+            found.append(not_tried(f"NUMA nodes of GPUs: {why} {in_words(unseen)} which they are near"))
         return found
 
 

@@ -79,8 +79,11 @@ class Clocks:
         found += judged_speeds(hosts, [one["product_s"] for one in seen])
         for rank, one in enumerate(seen):
             found += _throttled(rank, one)
+        unseen = [rank for rank, one in enumerate(seen) if one["throttles"] is None]
         if not job.has_cuda:
             found.append(not_tried("GPU clocks: no GPU here"))
+        elif unseen:
+            found.append(not_tried(f"throttling: nvidia-smi says nothing of the GPUs of {in_words(unseen)}"))
         return found
 
 

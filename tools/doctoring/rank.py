@@ -71,7 +71,7 @@ def run_rank(args: argparse.Namespace, names: Sequence[str], flags: list[str] | 
 
     def write(outcomes: Sequence[Outcome]) -> None:
         if args.json is not None and rank == 0:
-            atomic.write_text(args.json, json.dumps(as_json(outcomes, world_size), indent=2) + "\n")
+            atomic.write_text(args.json, json.dumps(as_json(outcomes, world_size), indent=2, allow_nan=False) + "\n")
 
     write([NOT_OVER])  # in the place of an earlier one, whatever ends this process
     try:

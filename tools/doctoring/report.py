@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, TextIO
@@ -49,7 +50,7 @@ def _plain(text: str) -> str:
 
 
 def as_json(outcomes: Sequence[Outcome], ranks: int) -> dict[str, Any]:
-    """What --json holds."""
+    """What --json holds; numbers that JSON has no words for are words."""
     return {
         "ready": is_ready(outcomes),
         "ranks": ranks,
@@ -60,11 +61,19 @@ def as_json(outcomes: Sequence[Outcome], ranks: int) -> dict[str, Any]:
                 "status": one.status,
                 "seconds": round(one.seconds, 3),
                 "findings": [asdict(finding) for finding in one.findings],
-                "seen": one.seen,
+                "seen": _sayable(one.seen),
             }
             for one in outcomes
         ],
     }
+
+
+def _sayable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _sayable(one) for key, one in value.items()}
+    return [_sayable(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def is_ready(outcomes: Sequence[Outcome]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import subprocess
@@ -25,28 +26,35 @@ LEAST_SHARED = 1 << 30
 SHARED_LOOK_S = 10.0
 """How long another node's file may take to be seen."""
 _TRIED_BYTES = 1 << 20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 _TAKE = "import fcntl, sys; file = open(sys.argv[1], 'r+'); fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)"
 
 
 def existing(path: str) -> Path:
-    """The folder in which ``path`` would be made, or itself."""
+    """The folder in which ``path`` would be made, or itself; what cannot be looked at fails when it is tried."""
     place = Path(path).absolute()
-    while not place.is_dir():
-        place = place.parent
+    with contextlib.suppress(OSError):
+        while not place.is_dir():
+            place = place.parent
     return place
 
 
 def tried(folder: Path) -> dict[str, Any]:
-    """What ``folder`` can do: free bytes and inodes, and what fails there, in words.
+    """What ``folder`` can do: bytes in all and free, inodes, and what fails there and how to mend it, in words.
 
     It leaves nothing behind.
     """
-    status = os.statvfs(folder)
-    found: dict[str, Any] = {"free": status.f_bavail * status.f_frsize, "inodes": status.f_favail, "fails": ""}
-    found["counts_inodes"] = status.f_files > 0
+    found: dict[str, Any] = {
+        "fails": "",
+        "fix": "give a folder of another file system, mounted with locks where it is NFS",
+    }
     with contextlib.ExitStack() as stack:
         first, second = (stack.enter_context(_own_file(folder)) for _ in range(2))
         try:
+            status = os.statvfs(folder)
+            found |= {"total": status.f_blocks * status.f_frsize, "free": status.f_bavail * status.f_frsize}
+            found |= {"inodes": status.f_favail, "counts_inodes": status.f_files > 0}
             first.write_bytes(b"\1" * _TRIED_BYTES)
             second.write_bytes(b"\2" * _TRIED_BYTES)
             second.replace(first)
@@ -56,6 +64,10 @@ def tried(folder: Path) -> dict[str, Any]:
                 found["fails"] = _lock_fails(first)
         except OSError as error:
             found["fails"] = f"writing and renaming a file ends with: {error.strerror}"
+            if error.errno in _NO_ROOM:
+                found["fix"] = "make room, or give another folder"
+            elif error.errno in _NO_RIGHT:
+                found["fix"] = "give a folder that this user may write to"
     return found
 
 
@@ -132,26 +144,30 @@ def _sees_rank_0(job: Job, name: str, place: Path) -> bool:
 
     with contextlib.ExitStack() as stack:
         left = job.meeting.told(f"file in {name}", leave)
-        found = bool(job.local_rank) or any((place / left).exists() for _ in looks(SHARED_LOOK_S))
+        found = bool(job.local_rank) or any(_is_there(place / left) for _ in looks(SHARED_LOOK_S))
         job.meeting.store.set(looked(job.rank), "")
         if job.rank == 0:
             job.meeting.missing(looked, range(job.world_size))
     return found
 
 
+def _is_there(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return path.exists()
+    return False
+
+
 def _shared_memory() -> dict[str, Any]:
     if not SHARED_MEMORY.is_dir():
         return {"total": 0, "fails": "it is not there"}
-    status = os.statvfs(SHARED_MEMORY)
-    return {"total": status.f_blocks * status.f_frsize, "fails": tried(SHARED_MEMORY)["fails"]}
+    return tried(SHARED_MEMORY)
 
 
 def judged(flag: str, host: str, folder: Mapping[str, Any], free_bytes: int) -> list[Finding]:
     """What there is to say of a folder on a host."""
     where = f"{flag} is in {folder['path']} on {host}"
     if folder["fails"]:
-        fix = "give a folder of another file system, mounted with locks where it is NFS"
-        return [problem(f"{where}: {folder['fails']}", fix)]
+        return [problem(f"{where}: {folder['fails']}", folder["fix"])]
     if not folder["sees_rank_0"]:
         fix = "give a folder of a file system that all nodes share"
         return [problem(f"{where}: a file that rank 0 wrote there is not seen", fix)]
@@ -160,7 +176,7 @@ def judged(flag: str, host: str, folder: Mapping[str, Any], free_bytes: int) -> 
         return [problem(text, "make room, or give another folder")]
     if folder["counts_inodes"] and not folder["inodes"]:
         return [problem(f"{where}: no file can be made, for want of inodes", "remove files, or give another folder")]
-    return [ok(f"{where}: {in_bytes(folder['free'])} free; renames are atomic and locks hold")]
+    return [ok(f"{where}: {in_bytes(folder['free'])} free; renames are atomic, and locks hold between its processes")]
 
 
 def judged_shared(host: str, shared: Mapping[str, Any]) -> list[Finding]:
