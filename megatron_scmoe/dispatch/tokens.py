@@ -6,12 +6,52 @@ import math
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
 from megatron_scmoe.mcore import blocks, token_dispatcher
 
 
-class Tokens:
+class ChunkedTokens:
+    """What cargos of tokens have in common: their chunks, and what happens at home with what experts made of them.
+
+    Args:
+        moe: the layer whose experts run.
+        hidden_states: what the experts read, or their latents are made of, [..., h], n tokens.
+        routing_map: which expert gets which token, bool, [n, experts].
+        probs: gate weights, [n, experts].
+        chunks: that the tokens travel in.
+        copies: rows that a token makes, at most.
+        apart_above: bytes of tokens in one exchange above which what belongs to them travels apart.
+    """
+
+    dispatchers: list[MoEAlltoAllTokenDispatcher]
+
+    def __init__(
+        self,
+        moe: MoELayer,
+        hidden_states: Tensor,
+        routing_map: Tensor,
+        probs: Tensor,
+        *,
+        chunks: int,
+        copies: int,
+        apart_above: float,
+    ) -> None:
+        self._moe, self._shape = moe, hidden_states.shape
+        self._parts = in_chunks(chunks, hidden_states, routing_map, probs)
+        self.apart = bytes_at_most(moe, hidden_states, chunks=chunks, copies=copies) > apart_above
+
+    def deliver(self, chunk: int, outputs: Tensor) -> Tensor:
+        """See ``contracts.Cargo``."""
+        return blocks.from_experts(self._moe, self.dispatchers[chunk].combine_postprocess(outputs))
+
+    def join(self, delivered: list[Tensor]) -> Tensor:
+        """See ``contracts.Cargo``."""
+        return delivered[0] if len(delivered) == 1 else torch.cat(delivered).view(self._shape)
+
+
+class Tokens(ChunkedTokens):
     """Tokens as the experts read them, with their gate weights (``--a2a-codec none``).
 
     With --moe-latent-size they are projected chunk by chunk, just before a chunk leaves and behind its arrival, so that
@@ -39,16 +79,15 @@ class Tokens:
         travels_topk: bool = True,
         apart_above: float = math.inf,
     ) -> None:
-        self._moe, self._shape, self._travels_topk = moe, hidden_states.shape, travels_topk
-        self._parts = in_chunks(chunks, hidden_states, routing_map, probs)
+        routed = moe, hidden_states, routing_map, probs
+        super().__init__(*routed, chunks=chunks, copies=moe.config.moe_router_topk, apart_above=apart_above)
+        self._travels_topk = travels_topk
         # Padding filled every expert's capacity before tokens were cut into chunks, of which none has that many.
         self.dispatchers = [
             token_dispatcher.dispatcher_for_one_flight(moe, keeps_capacity=chunks == 1) for _ in self._parts
         ]
         rows_per_expert = torch.stack([part_map.sum(dim=0) for _, part_map, _ in self._parts])
         self.counts = token_dispatcher.Counts(self.dispatchers[0], rows_per_expert)
-        copies = moe.config.moe_router_topk
-        self.apart = bytes_at_most(moe, hidden_states, chunks=chunks, copies=copies) > apart_above
 
     def pack(self, chunk: int) -> tuple[Tensor, ...]:
         """See ``contracts.Cargo``."""
@@ -67,14 +106,6 @@ class Tokens:
         """See ``contracts.Cargo``."""
         tokens, weights = arrived
         return tokens, weights
-
-    def deliver(self, chunk: int, outputs: Tensor) -> Tensor:
-        """See ``contracts.Cargo``."""
-        return blocks.from_experts(self._moe, self.dispatchers[chunk].combine_postprocess(outputs))
-
-    def join(self, delivered: list[Tensor]) -> Tensor:
-        """See ``contracts.Cargo``."""
-        return delivered[0] if len(delivered) == 1 else torch.cat(delivered).view(self._shape)
 
 
 def in_chunks(chunks: int, hidden_states: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:

@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_scmoe.dispatch.payload import Column
-from megatron_scmoe.dispatch.tokens import bytes_at_most, in_chunks
+from megatron_scmoe.dispatch.tokens import ChunkedTokens
 from megatron_scmoe.mcore import blocks
 from megatron_scmoe.mcore.unique_rows import UniqueCounts, UniqueRowsDispatcher
 
@@ -26,7 +26,7 @@ _ID = torch.int16
 """Travels as bytes: NCCL has no integers of 16 bits, and a collective of its own has the type of what it carries."""
 
 
-class UniqueTokens:
+class UniqueTokens(ChunkedTokens):
     """Tokens, a row for each rank that has experts of theirs, with the weights of these.
 
     A row carries a weight for each expert of the rank, 0 where the token is not for it; or, where that takes fewer
@@ -46,16 +46,15 @@ class UniqueTokens:
     def __init__(
         self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, *, chunks: int, apart_above: float = math.inf
     ) -> None:
-        self._moe, self._shape = moe, hidden_states.shape
-        self._parts = in_chunks(chunks, hidden_states, probs != 0, probs)
-        self.dispatchers = [UniqueRowsDispatcher(moe) for _ in self._parts]
-        self.counts = UniqueCounts(self.dispatchers[0], [routing_map for _, routing_map, _ in self._parts])
-        topk, num_ranks = moe.config.moe_router_topk, self.dispatchers[0].ep_size
+        topk, num_ranks = moe.config.moe_router_topk, moe.token_dispatcher.ep_size
+        routed = moe, hidden_states, probs != 0, probs
+        super().__init__(*routed, chunks=chunks, copies=min(topk, num_ranks), apart_above=apart_above)
+        dispatchers = [UniqueRowsDispatcher(moe) for _ in self._parts]
+        self.dispatchers = [*dispatchers]
+        self.counts = UniqueCounts(dispatchers[0], [routing_map for _, routing_map, _ in self._parts])
         self._experts_here = probs.shape[1] // num_ranks
         self._experts_of_row = min(topk, self._experts_here)
         self._sends_ids = ids_are_shorter(probs.dtype, self._experts_of_row, self._experts_here)
-        copies = min(topk, num_ranks)
-        self.apart = bytes_at_most(moe, hidden_states, chunks=chunks, copies=copies) > apart_above
 
     def pack(self, chunk: int) -> tuple[Tensor, ...]:
         """See ``contracts.Cargo``."""
@@ -75,14 +74,6 @@ class UniqueTokens:
             (experts,) = ids
             weights = weights.new_zeros(len(rows), self._experts_here).scatter(1, experts.view(_ID).long(), weights)
         return rows, weights
-
-    def deliver(self, chunk: int, outputs: Tensor) -> Tensor:
-        """See ``contracts.Cargo``."""
-        return blocks.from_experts(self._moe, self.dispatchers[chunk].combine_postprocess(outputs))
-
-    def join(self, delivered: list[Tensor]) -> Tensor:
-        """See ``contracts.Cargo``."""
-        return delivered[0] if len(delivered) == 1 else torch.cat(delivered).view(self._shape)
 
 
 def ids_are_shorter(dtype: torch.dtype, experts_of_row: int, experts_here: int) -> bool:
