@@ -166,14 +166,14 @@ def plan(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace, its: Machine, dry: DryRun, asked: dict[str, Any], **more: Any) -> None:
     """Print the dry run and what it takes, and write both to the files that are asked for."""
-    from planning import reading, report, whatif  # noqa: PLC0415 - see above
+    from planning import report, running, whatif  # noqa: PLC0415 - see above
     from planning.step import predict  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
 
     from megatron_scmoe.training.arguments import scmoe_config_from_args  # noqa: PLC0415
 
     run = whatif.Run(dry.args, scmoe_config_from_args(dry.args), [stage.blocks for stage in dry.stages])
-    reading.check_precision(dry.args, its.hardware)
+    running.check_precision(dry.args, its.hardware)
     with priced():
         given = predict(run.workload, its)
         overlaps, what_if = (

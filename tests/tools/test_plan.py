@@ -22,7 +22,7 @@ from training import ROOT, SCMOE, STOCK_SHARED_EXPERT, with_flags, without_flag
 TOOL = ROOT / "tools" / "plan.py"
 sys.path.insert(0, str(TOOL.parent))
 from command_line import UserError  # noqa: E402
-from planning import choosing, chosen, counts, dry, hardware, reading, recipe, report, request, search, whatif  # noqa: E402
+from planning import choosing, chosen, counts, dry, hardware, recipe, report, request, running, search, whatif  # noqa: E402
 from planning import settings as plan_settings  # noqa: E402
 from planning.settings import Form, Layout  # noqa: E402
 from planning.step import predict  # noqa: E402
@@ -485,9 +485,9 @@ def test_no_precision_is_priced_that_a_gpu_does_not_have():
             if args in lacking.get(name, []):
                 flag = "--fp4-format" if args.fp4 else "--fp8-format"
                 with pytest.raises(UserError, match=rf"{name} multiplies in no .* TFLOP/s\): drop {flag}"):
-                    reading.check_precision(args, its)
+                    running.check_precision(args, its)
             else:
-                reading.check_precision(args, its)
+                running.check_precision(args, its)
 
 
 def test_what_the_model_of_time_cannot_price_is_the_users():

@@ -20,7 +20,8 @@ from planning import search, settings
 from planning.dry import DryRun, dry_run, load
 from planning.footprint import PROBED, Footprints
 from planning.hardware import Machine
-from planning.reading import check_precision, workload
+from planning.reading import workload
+from planning.running import check_precision
 from planning.settings import Form, Layout, Model
 from planning.step import predict
 from planning.whatif import without_all_to_all
