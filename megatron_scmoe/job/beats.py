@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -87,6 +88,7 @@ def _place(frame: FrameType | None) -> list[tuple[int, int]]:
     return place
 
 
+@functools.cache
 def this_machine() -> str:
     """Where numbers of processes mean the same: a boot of Linux, whatever its name, and a container's namespace."""
     with contextlib.suppress(OSError):

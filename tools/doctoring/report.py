@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from command_line import one_line
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from doctoring.catalog import CATALOG
@@ -29,7 +30,7 @@ def print_report(outcomes: Sequence[Outcome], ranks: int, file: TextIO) -> None:
     for one in outcomes:
         for number, finding in enumerate(one.findings):
             name = "" if number else one.name
-            table.add_row(name, f"[{_STYLES[finding.status]}]{finding.status}[/]", _plain(finding.text))
+            table.add_row(name, f"[{_STYLES[finding.status]}]{finding.status}[/]", escape(one_line(finding.text)))
     console.print(table)
     problems = [(one.name, finding) for one in outcomes for finding in one.findings if finding.status is Status.PROBLEM]
     for name, finding in problems:
@@ -42,11 +43,6 @@ def print_report(outcomes: Sequence[Outcome], ranks: int, file: TextIO) -> None:
 
 def _counted(number: int, thing: str) -> str:
     return f"{number} {thing}{'s' * (number != 1)}"
-
-
-def _plain(text: str) -> str:
-    """Without what rich would read as markup."""
-    return one_line(text).replace("[", r"\[")
 
 
 def as_json(outcomes: Sequence[Outcome], ranks: int) -> dict[str, Any]:
