@@ -44,7 +44,7 @@ class OverlapConfig:
 
     overlap_interval: int = 1000
     """Steps after which --overlap adaptive measures again, which takes 3 steps for each number of chunks that it tries;
-    they hide nothing. 0: only once."""
+    they hide nothing; and then 3 to 24 steps for each plan that it tries. 0: only once."""
 
     overlap_report: str = ""
     """Folder for a report of every step's communication: milliseconds, exposed milliseconds, hidden share, bytes and

@@ -2,9 +2,13 @@
 
 ::
 
-    warm up -> measure 1, 2, 4 chunks, each sequentially -> solve -> check: old and new plan in turns -> settled
-                        ^                                                                                  |
-                        +------------------------------- every --overlap-interval steps -------------------+
+    warm up -> measure 1, 2, 4 chunks, each sequentially -> solve -> check: candidates by turns -> settled
+                        ^                                                                             |
+                        +----------------------------- every --overlap-interval steps ----------------+
+
+Candidates are the plans that run already, what the solver finds for each number of chunks, for training and for
+evaluation, the plan of --overlap fixed and that of off. Each runs training steps: evaluation's plan is chosen by their
+forward passes. The simplest of those that are as fast as the fastest one wins (``trial.py``).
 
 All ranks of a stage count the same steps, so they are in the same phase without a word; only what they measured has to
 be put together (``session.py``).
@@ -19,15 +23,16 @@ from enum import StrEnum
 from statistics import fmean, median
 
 from megatron_scmoe.contracts import SpanShape
+from megatron_scmoe.overlap.candidates import Candidate, candidates_of
 from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs
 from megatron_scmoe.overlap.kept import Plans, described
 from megatron_scmoe.overlap.plan import sequential_plan
-from megatron_scmoe.overlap.solver import SpanCosts, predicted_hidden_share, solve
+from megatron_scmoe.overlap.solver import SpanCosts
+from megatron_scmoe.overlap.trial import TURNS, judge
 
 WARM_UP_STEPS = 3
 MEASURE_STEPS = 3
-CHECK_STEPS = 6
-"""Steps of a phase; measuring takes that many for each number of chunks, checking half of them for each plan."""
+"""Steps of a phase; measuring takes that many for each number of chunks."""
 
 
 class Phase(StrEnum):
@@ -45,21 +50,24 @@ class Decision:
 
     Attributes:
         plans: by group.
-        predicted_s: time of one micro-batch through all groups of the stage, forward and backward, by the solver.
-        hidden_share: smallest of the groups', by the solver.
+        hidden_share: smallest of the groups' in training, by the solver.
         text: for the log.
-        share_before: ``hidden_share`` of the plans that these would replace.
+        candidates: what is to be tried next, the simplest first; empty where there is no choice.
+        left: numbers of those that need more turns; empty where ``plans`` are final.
     """
 
     plans: Mapping[int, Plans]
-    predicted_s: float
     hidden_share: float
     text: str
-    share_before: float = 0.0
+    candidates: tuple[Candidate, ...] = ()
+    left: tuple[int, ...] = ()
 
 
-type Evidence = Mapping[int, Mapping[int, SpanCosts | None]] | tuple[float, float]
-"""What one rank measured: costs by number of chunks and group, or seconds of a micro-batch under old and new plans."""
+type Turn = tuple[float, float]
+"""Seconds of a micro-batch in one turn of a candidate: forward and backward, and forward alone."""
+
+type Evidence = Mapping[int, Mapping[int, SpanCosts | None]] | tuple[tuple[Turn, ...], ...]
+"""What one rank measured: costs by number of chunks and group, or the turns of each candidate."""
 
 
 def chunk_counts(most: int) -> tuple[int, ...]:
@@ -101,7 +109,9 @@ class Tuner:
         self._interval = interval
         self._done = settled_for or 0
         self._measured: dict[int, dict[int, list[GroupPass]]] = defaultdict(lambda: defaultdict(list))
-        self._checked: tuple[list[float], list[float]] = ([], [])
+        self._candidates: tuple[Candidate, ...] = ()
+        self._left: tuple[int, ...] = ()
+        self._turns: list[list[Turn]] = []
 
     @property
     def plans(self) -> dict[int, Plans]:
@@ -111,9 +121,9 @@ class Tuner:
                 group: Plans(sequential_plan(self._shapes[group], self._chunks_measured), plans.forward)
                 for group, plans in self._incumbent.items()
             }
-        if self.phase is Phase.CHECK and self._done % 2:
-            assert self.decision is not None
-            return dict(self.decision.plans)
+        if self.phase is Phase.CHECK:
+            tried = self._candidates[self._now_tried].plans
+            return {group: Plans(tried[group], plans.forward) for group, plans in self._incumbent.items()}
         return dict(self._incumbent)
 
     @property
@@ -132,9 +142,11 @@ class Tuner:
             for one in passes:
                 self._measured[self._chunks_measured][one.group].append(one)
         if self.phase is Phase.CHECK:
-            backwards = sum(one.backward for one in passes) / len(self._shapes)
-            seconds = sum(one.total_s for one in passes) / backwards if backwards else float("inf")
-            self._checked[self._done % 2].append(seconds)
+            both = (
+                _seconds(passes, len(self._shapes)),
+                _seconds([p for p in passes if not p.backward], len(self._shapes)),
+            )
+            self._turns[self._now_tried].append(both)
 
     def advance(self) -> bool:
         """Count a step; returns whether the ranks have to put their evidence together now."""
@@ -142,7 +154,7 @@ class Tuner:
         length = {
             Phase.WARM_UP: WARM_UP_STEPS,
             Phase.MEASURE: MEASURE_STEPS * len(self._counts),
-            Phase.CHECK: CHECK_STEPS,
+            Phase.CHECK: TURNS * len(self._left),
             Phase.SETTLED: self._interval,
         }[self.phase]
         if self._done < length or not length:
@@ -155,8 +167,7 @@ class Tuner:
     def evidence(self) -> Evidence:
         """What this rank measured in the phase that ends."""
         if self.phase is Phase.CHECK:
-            old_s, new_s = self._checked
-            return median(old_s), median(new_s)
+            return tuple(map(tuple, self._turns))
         return {
             chunks: {
                 group: costs_of(self._measured[chunks][group], shape, chunks) for group, shape in self._shapes.items()
@@ -172,69 +183,103 @@ class Tuner:
 
     def adopt(self, decision: Decision) -> None:
         """Go on with a decision that every rank of the stage has."""
-        changed = any(plans.training != self._incumbent[group].training for group, plans in decision.plans.items())
-        self.decision = decision
+        if decision.left:
+            self._left, self._done = decision.left, 0
+            return
+        measured, self.decision = self.phase is Phase.MEASURE, decision
         self.hidden_share = decision.hidden_share
-        if self.phase is Phase.MEASURE and changed:
+        if measured and decision.candidates:
+            self._candidates = decision.candidates
+            self._turns = [[] for _ in decision.candidates]
+            self._left = tuple(range(len(decision.candidates)))
             self._enter(Phase.CHECK)
             return
         self._incumbent = dict(decision.plans)
         self._enter(Phase.SETTLED)
 
     def _solve(self, evidence: Sequence[Mapping[int, Mapping[int, SpanCosts | None]]]) -> Decision:
-        plans: dict[int, Plans] = {}
-        predicted_s, share, share_before, exact = 0.0, 1.0, 1.0, True
-        for group, shape in self._shapes.items():
-            costs = {}
+        costs: dict[int, dict[int, SpanCosts]] = defaultdict(dict)
+        for group in self._shapes:
             for chunks in self._counts:
                 of_ranks = [one[chunks][group] for one in evidence]
                 known = [one for one in of_ranks if one is not None]
                 if len(known) < len(of_ranks):
                     return self._unmeasured(group)
-                costs[chunks] = mean_costs(known)
-            training, forward = solve(shape, costs), solve(shape, costs, forward_only=True)
-            plans[group] = Plans(training.plan, forward.plan)
-            predicted_s += training.predicted_s
-            exact = exact and training.exact
-            share = min(share, training.hidden_share)
-            before = self._incumbent[group].training
-            share_before = min(share_before, predicted_hidden_share(shape, costs[before.chunks], before))
-        text = f"{described(plans)}, predicted {predicted_s * 1e3:.1f} ms"
-        if not exact:
+                costs[chunks][group] = mean_costs(known)
+        solved = candidates_of(self._shapes, costs, self._incumbent)
+        text = f"{described(solved.best)}, predicted {solved.predicted_s * 1e3:.1f} ms"
+        if not solved.exact:
             text += " (the search was cut short: there may be a better plan)"
-        return Decision(plans, predicted_s, share, text, share_before)
+        if len(solved.candidates) > 1:
+            return Decision(solved.best, solved.hidden_share, text, solved.candidates)
+        return Decision(solved.best, solved.hidden_share, text)
 
     def _unmeasured(self, group: int) -> Decision:
-        plans = dict(self._incumbent)
         text = (
-            f"{described(plans)} stays: no gradient reaches the input of group {group}, so that its backward cannot be "
-            "measured; set a plan with --overlap fixed"
+            f"{described(self._incumbent)} stays: no gradient reaches the input of group {group}, so that its backward "
+            "cannot be measured; set a plan with --overlap fixed"
         )
-        return Decision(plans, float("inf"), 0.0, text)
+        return Decision(dict(self._incumbent), 0.0, text)
 
-    def _compare(self, evidence: Sequence[tuple[float, float]]) -> Decision:
+    def _compare(self, evidence: Sequence[tuple[tuple[Turn, ...], ...]]) -> Decision:
+        """Of the mean over ranks of every turn the fastest candidate, for training and for forward."""
         assert self.decision is not None
-        old_s, new_s = (fmean(seconds) for seconds in zip(*evidence, strict=True))
-        times = f"predicted {self.decision.predicted_s * 1e3:.1f} ms, measured {new_s * 1e3:.1f} ms"
-        if new_s < old_s:
-            plans, share = self.decision.plans, self.decision.hidden_share
-            kept = f"{times}, before {old_s * 1e3:.1f} ms"
-        else:
-            # What was checked is training; evaluation's plan has nothing but its prediction to go by.
-            plans = {
-                group: Plans(self._incumbent[group].training, one.forward) for group, one in self.decision.plans.items()
-            }
-            share = self.decision.share_before
-            kept = f"measured {old_s * 1e3:.1f} ms, stays: {described(self.decision.plans)} was not faster ({times})"
-        return Decision(plans, self.decision.predicted_s, share, f"{described(plans)}, {kept}")
+        turns = [
+            [tuple(map(fmean, zip(*of_ranks, strict=True))) for of_ranks in zip(*candidate, strict=True)]
+            for candidate in zip(*evidence, strict=True)
+        ]
+        seconds = [[turn[0] for turn in its] for its in turns]
+        training, forward = judge(seconds), judge([[turn[1] for turn in its] for its in turns])
+        best = self._candidates[training.best]
+        plans = {group: Plans(best.plans[group], self._candidates[forward.best].plans[group]) for group in self._shapes}
+        taken, known_to = max(map(len, turns)), max(training.known_to, forward.known_to)
+        if training.left or forward.left:
+            left = tuple(sorted({training.best, *training.left, forward.best, *forward.left}))
+            text = f"times scatter, and ratios are known to {known_to:.1%}: {len(left)} plans get {TURNS} turns more"
+            return Decision(plans, best.hidden_share, text, left=left)
+        text = self._said(plans, best, median(seconds[training.best]), seconds)
+        if taken > TURNS:
+            text += f"; {taken} turns, as times scatter: ratios are known to {known_to:.1%}"
+        return Decision(plans, best.hidden_share, text)
+
+    def _said(self, plans: Mapping[int, Plans], best: Candidate, best_s: float, seconds: list[list[float]]) -> str:
+        """The plans of training, with what they took beside those that ran before and those that were solved for."""
+        before = {group: its.training for group, its in self._incumbent.items()}
+        ((before_s, kept),) = [
+            (median(s), one is best) for one, s in zip(self._candidates, seconds, strict=True) if one.plans == before
+        ]
+        times = f"predicted {best.predicted_s * 1e3:.1f} ms, measured {best_s * 1e3:.1f} ms"
+        text = f"{described(plans)}, " + (f"stays: {times}" if kept else f"{times}, before {before_s * 1e3:.1f} ms")
+        assert self.decision is not None
+        solved = {group: its.training for group, its in self.decision.plans.items()}
+        if solved != best.plans:
+            ((solved_s, predicted),) = [
+                (median(s), one.predicted_s)
+                for one, s in zip(self._candidates, seconds, strict=True)
+                if one.plans == solved
+            ]
+            text += (
+                f"; {described(self.decision.plans)} was not faster: predicted {predicted * 1e3:.1f} ms, "
+                f"measured {solved_s * 1e3:.1f} ms"
+            )
+        return text
 
     def _enter(self, phase: Phase) -> None:
         self.phase = phase
         self._done = 0
-        self._checked = ([], [])
         if phase is not Phase.CHECK:
             self._measured.clear()
 
     @property
     def _chunks_measured(self) -> int:
         return self._counts[self._done // MEASURE_STEPS]
+
+    @property
+    def _now_tried(self) -> int:
+        return self._left[self._done % len(self._left)]
+
+
+def _seconds(passes: Sequence[GroupPass], num_groups: int) -> float:
+    """Of a micro-batch: all passes for each of those that run once a micro-batch."""
+    once = [one for one in passes if one.backward] or passes
+    return sum(one.total_s for one in passes) * num_groups / len(once) if once else float("inf")

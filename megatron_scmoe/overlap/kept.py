@@ -30,7 +30,8 @@ def described(plans: Mapping[int, Plans]) -> str:
             name += f" {', '.join(map(str, groups))}"
         slots = " | ".join(",".join(map(str, of_call)) for of_call in plan.slots)
         launched = "" if plan.launch is Launch.BEFORE else f" (launched {plan.launch} the op at the tap)"
-        parts.append(f"{name} slots {slots}{launched}")
+        waited = " (each collective waited for at once)" if plan.blocking else ""
+        parts.append(f"{name} slots {slots}{launched}{waited}")
     return "; ".join(parts)
 
 
@@ -50,18 +51,20 @@ def saved_form(plans: Mapping[int, Plans], **beside: Any) -> dict[str, dict[str,
 def from_saved_form(saved: Mapping[str, Mapping[str, Any]]) -> dict[int, Plans]:
     """The inverse of ``saved_form``, without what is beside the plans.
 
-    Plans of versions that had another choice of launches, or none, are left out.
+    Plans of versions that had fewer kinds of them to choose from are left out.
     """
     return {
         int(group): Plans(_plan(one["training"]), _plan(one["forward"]))
         for group, one in saved.items()
-        if all("launch" in one[kind] for kind in ("training", "forward"))
+        if all("blocking" in one[kind] for kind in ("training", "forward"))
     }
 
 
 def _builtin(plan: Plan) -> dict[str, Any]:
-    return {"slots": [list(slots) for slots in plan.slots], "launch": str(plan.launch)}
+    slots = [list(of_call) for of_call in plan.slots]
+    return {"slots": slots, "blocking": plan.blocking, "launch": str(plan.launch)}
 
 
 def _plan(saved: Mapping[str, Any]) -> Plan:
-    return Plan(tuple(tuple(slots) for slots in saved["slots"]), launch=Launch(saved["launch"]))
+    slots = tuple(tuple(of_call) for of_call in saved["slots"])
+    return Plan(slots, blocking=saved["blocking"], launch=Launch(saved["launch"]))

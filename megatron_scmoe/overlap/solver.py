@@ -136,7 +136,9 @@ class Solution:
     exact: bool
 
 
-def solve(shape: SpanShape, costs: Mapping[int, SpanCosts], *, forward_only: bool = False) -> Solution:
+def solve(
+    shape: SpanShape, costs: Mapping[int, SpanCosts], *, forward_only: bool = False, max_steps: int = MAX_STEPS
+) -> Solution:
     """The plan with the smallest predicted time (``search.py`` says how it is found).
 
     Of plans whose times differ by less than ``TIE`` it takes the one with the fewest chunks, among those one that
@@ -147,6 +149,7 @@ def solve(shape: SpanShape, costs: Mapping[int, SpanCosts], *, forward_only: boo
         shape: the span.
         costs: what the span costs at each chunk count that may be chosen.
         forward_only: choose for evaluation, where no backward follows.
+        max_steps: how much is searched, in all chunk counts together.
     """
     searches = [
         Search(shape, costs[chunks], chunks, forward_only=forward_only, launch=launch)
@@ -154,7 +157,7 @@ def solve(shape: SpanShape, costs: Mapping[int, SpanCosts], *, forward_only: boo
         for launch in Launch
         if launch is Launch.BEFORE or _gains(shape, costs[chunks].forward, launch)
     ]
-    chosen, limit_s, steps = searches[0], math.inf, MAX_STEPS
+    chosen, limit_s, steps = searches[0], math.inf, max_steps
     for number, search in enumerate(searches):
         if search.least_s < limit_s:
             in_question = sum(other.least_s < limit_s for other in searches[number:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from argparse import Namespace
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import combinations_with_replacement
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,17 +29,10 @@ from training import SCMOE, with_flags
 
 from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, Overlap, ScMoEConfig, Shortcut
 from megatron_scmoe.contracts import Launch, Plan, RoutedCall, SpanShape
-from megatron_scmoe.overlap.adaptive import (
-    CHECK_STEPS,
-    MEASURE_STEPS,
-    WARM_UP_STEPS,
-    Phase,
-    Tuner,
-    chunk_counts,
-)
+from megatron_scmoe.overlap.adaptive import MEASURE_STEPS, WARM_UP_STEPS, Phase, Tuner, chunk_counts
 from megatron_scmoe.overlap.costs import GroupPass, mean_costs
 from megatron_scmoe.overlap.kept import Plans, described, from_saved_form, saved_form
-from megatron_scmoe.overlap.plan import even_plan, forward_order
+from megatron_scmoe.overlap.plan import even_plan, forward_order, sequential_plan
 from megatron_scmoe.overlap.solver import (
     CallCosts,
     PassCosts,
@@ -45,6 +40,7 @@ from megatron_scmoe.overlap.solver import (
     predicted_hidden_share,
     predicted_s,
 )
+from megatron_scmoe.overlap.trial import MOST_TURNS, TURNS
 from megatron_scmoe.report.figures import Summary
 
 EP2 = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
@@ -84,6 +80,8 @@ def world(*dense: float, **seconds: float) -> World:
 EARLY = world(9, 9, 9, 9, dispatch=3, combine=27)  # a short way there, a long way back: experts run early
 LATE = world(9, 9, 9, 9, dispatch=27, combine=3)  # and the other way round
 LARGE = world(5, 5, 5, 5, dispatch=40, combine=40)  # more than one chunk can hide
+MIXED = {1: SpanCosts(forward=LATE[1].forward, backward=costs((9,) * 4, dispatch=3, combine=27, backward=4).backward)}
+CALM = world(90, 90, 90, 90, dispatch=0, combine=1.5)  # next to nothing to hide
 
 
 def tuner(plans=FIRST, shapes=None, counts=(1,), interval=0, **settings) -> Tuner:
@@ -160,35 +158,93 @@ def test_steps_and_what_they_are_for():
         plan = one.plans[0].training
         seen.append((one.phase, plan.chunks, plan.blocking, one.records, one.sequential))
         run_step(one, {0: EARLY})
-    new = one.plans[0].training.chunks
+    assert one.decision is not None
+    tried = [candidate.plans[0] for candidate in one._candidates]
+    turn = [(Phase.CHECK, plan.chunks, plan.blocking, True, False) for plan in tried]
     assert seen == [
         *[(Phase.WARM_UP, 1, False, False, False)] * WARM_UP_STEPS,
         *[(Phase.MEASURE, 1, True, True, True)] * MEASURE_STEPS,
         *[(Phase.MEASURE, 2, True, True, True)] * MEASURE_STEPS,
-        *[(Phase.CHECK, 1, False, True, False), (Phase.CHECK, new, False, True, False)] * (CHECK_STEPS // 2),
+        *turn * TURNS,
     ]
+    assert {plan.chunks for plan in tried} == {1, 2}
     assert one.plans[0].training != FIRST[0].training
     assert not one.records
 
 
-def test_nothing_to_check_where_nothing_changes():
-    one = tuner({0: Plans(Plan(((1,),)), Plan(((1,),)))})
-    first = run_until_settled(one, {0: EARLY})
-    again = tuner(one.plans)
-    assert len(first) == 1 or len(first) == 2
-    assert len(run_until_settled(again, {0: EARLY})) == 1
-    assert again.plans == one.plans
+def test_nothing_to_try_where_there_is_one_plan():
+    """A window of one op, and everything else far slower: what runs already stays, and nothing is tried."""
+    shape = SpanShape(num_ops=1, calls=(RoutedCall(tap=0, landing=0),))
+    only = Plan(((1,),))
+    call = CallCosts(route=1, encode=1, dispatch=50, experts=1, combine=50, decode=1)
+    one_way = PassCosts(ops=(1,), calls=(call,))
+    one = tuner({0: Plans(only, only)}, {0: shape})
+    texts = run_until_settled(one, {0: {1: SpanCosts(forward=one_way, backward=one_way)}})
+    assert len(texts) == 1 + (len(one._candidates) > 1)
+    assert one.plans == {0: Plans(only, only)}
 
 
-def test_it_goes_back_where_the_new_plan_is_slower():
+def test_it_keeps_what_runs_where_all_else_is_slower():
     one = tuner()
     texts = run_until_settled(one, {0: EARLY}, slower=lambda plan: 0.0 if plan in (Plan(((2,),)),) else 50.0)
     assert one.plans[0].training == FIRST[0].training
-    assert re.search(r"^group 0 slots 2, measured \S+ ms, stays: group 0 slots \d was not faster", texts[-1]), texts
+    found = r"^group 0 slots 2, stays: predicted \S+ ms, measured \S+ ms; group 0 slots \d was not faster: predicted "
+    assert re.search(found, texts[-1]), texts
     # What is hidden is compared with what this plan was predicted to hide, not with the one that lost.
     assert one.decision is not None
     assert one.decision.hidden_share == predicted_hidden_share(SHAPE, EARLY[1], Plan(((2,),)))
     assert one.decision.hidden_share < predicted_hidden_share(SHAPE, EARLY[1], Plan(((1,),)))
+
+
+def test_fewer_chunks_are_tried_beside_the_solvers_choice():
+    """Where chunks cost more than was measured, the best plan of fewer of them is taken: not only what ran before."""
+    there = world(9, 9, 9, 9, dispatch=3, combine=60)
+    assert best_s(there, (1, 2, 4)) < best_s(there, (1,)) < predicted_s(SHAPE, there[1], FIRST[0].training)
+    one = tuner(counts=(1, 2, 4))
+    texts = run_until_settled(one, {0: there}, slower=lambda plan: 40.0 * (plan.chunks > 1))
+    plan = one.plans[0].training
+    assert plan.chunks == one.plans[0].forward.chunks == 1
+    assert predicted_s(SHAPE, there[1], plan) == best_s(there, (1,))
+    assert re.search(r"^group 0 slots \d, predicted .* before .*; group 0 slots \d,\d.* was not faster", texts[-1]), (
+        texts
+    )
+
+
+def test_off_is_taken_where_nothing_is_faster():
+    one = tuner()
+    run_until_settled(one, {0: CALM}, slower=lambda plan: 20.0 * (not plan.blocking))
+    assert one.plans == {0: Plans(sequential_plan(SHAPE), sequential_plan(SHAPE))}
+    assert one.decision is not None and one.decision.hidden_share == 0
+    assert "slots 1 (each collective waited for at once), predicted" in one.decision.text
+
+
+def test_a_tie_keeps_what_runs():
+    """A plan that is faster by less than a hundredth is no reason to change, nor are more chunks."""
+    first = Plan(((1,),))
+    one = tuner({0: Plans(first, first)}, counts=(1, 2))
+    run_until_settled(one, {0: CALM})
+    assert one.plans[0] == Plans(first, first)
+    assert best_s(CALM, (1, 2)) < predicted_s(SHAPE, CALM[1], first) < 1.01 * best_s(CALM, (1, 2))
+
+
+def test_evaluations_plan_is_tried_in_training_steps():
+    """Its forward passes are timed, so that a plan which is slower than predicted is not taken for evaluation."""
+    run_until_settled(found := tuner(), {0: EARLY})
+    forward, training = found.plans[0].forward, found.plans[0].training
+    assert forward != FIRST[0].forward
+    run_until_settled(one := tuner(), {0: EARLY}, slower=lambda plan: 50.0 * (plan == forward))
+    assert one.plans[0].forward not in (forward, training) or forward == training
+    assert one.plans[0].forward != forward
+
+
+def test_scattering_times_get_more_turns_and_say_so():
+    random = Random(7)
+    one = tuner(counts=(1, 2))
+    texts = run_until_settled(one, {0: EARLY}, slower=lambda _plan: 30 * random.random())
+    assert re.search(r"^times scatter, and ratios are known to \d+\.\d%: \d plans get 3 turns more$", texts[1]), texts
+    assert re.search(rf"; {MOST_TURNS} turns, as times scatter: ratios are known to \d+\.\d%$", texts[-1]), texts
+    calm = run_until_settled(tuner(counts=(1, 2)), {0: EARLY})
+    assert not any("turns" in text for text in calm)
 
 
 def test_a_faster_plan_says_its_times():
@@ -297,34 +353,34 @@ def test_it_launches_before_again_where_behind_was_slower():
     one = tuner()
     texts = run_until_settled(one, {0: waiting(enqueue=1)}, slower=lambda plan: 50.0 * (plan.launch is Launch.BEHIND))
     assert one.plans[0].training == FIRST[0].training
-    assert "stays: group 0 slots 2 (launched behind the op at the tap) was not faster" in texts[-1]
+    assert re.search(r"slots 2, stays: .*; group 0 slots 2 \(launched behind the op at the tap\) was not", texts[-1]), (
+        texts
+    )
 
 
 def test_evaluation_has_a_plan_of_its_own():
     """Backward's long combine wants early experts; forward alone wants them late."""
-    mixed = {
-        1: SpanCosts(forward=LATE[1].forward, backward=costs((9,) * 4, dispatch=3, combine=27, backward=4).backward)
-    }
     one = tuner()
-    run_until_settled(one, {0: mixed})
+    run_until_settled(one, {0: MIXED})
     plans = one.plans[0]
     for plan in every_plan(1):
-        assert predicted_s(SHAPE, mixed[1], plans.training) <= predicted_s(SHAPE, mixed[1], plan)
-        forward_s = predicted_s(SHAPE, mixed[1], plans.forward, forward_only=True)
-        assert forward_s <= predicted_s(SHAPE, mixed[1], plan, forward_only=True)
+        assert predicted_s(SHAPE, MIXED[1], plans.training) <= predicted_s(SHAPE, MIXED[1], plan)
+        forward_s = predicted_s(SHAPE, MIXED[1], plans.forward, forward_only=True)
+        assert forward_s <= predicted_s(SHAPE, MIXED[1], plan, forward_only=True)
     assert plans.training != plans.forward
 
 
 def test_a_new_plan_for_evaluation_alone_is_adopted():
-    """There is nothing to check in training then; and where training goes back, evaluation need not."""
+    """And where training goes back, evaluation need not."""
     run_until_settled(found := tuner(), {0: EARLY})
     training = found.plans[0].training
     one = tuner({0: Plans(training, Plan(((4,),)))})
-    assert len(run_until_settled(one, {0: EARLY})) == 1
+    run_until_settled(one, {0: EARLY})
     assert one.plans == found.plans
+    run_until_settled(other := tuner(), {0: MIXED})
     back = tuner()
-    run_until_settled(back, {0: EARLY}, slower=lambda plan: 50.0 * (plan == training))
-    assert back.plans == {0: Plans(FIRST[0].training, found.plans[0].forward)}
+    run_until_settled(back, {0: MIXED}, slower=lambda plan: 50.0 * (plan == other.plans[0].training))
+    assert back.plans == {0: Plans(FIRST[0].training, other.plans[0].forward)}
 
 
 def test_while_measuring_evaluation_keeps_its_plan():
@@ -373,12 +429,12 @@ def test_without_a_measured_backward_the_plan_stays_and_says_why():
 def test_plans_are_saved_as_builtin_types_and_come_back():
     plans = {
         0: Plans(Plan(((1, 2), (1, 1))), Plan(((3,), (1,)), launch=Launch.WITHIN)),
-        11: Plans(Plan(((2,),)), Plan(((1, 1, 4, 4),))),
+        11: Plans(Plan(((2,),), blocking=True), Plan(((1, 1, 4, 4),))),
     }
     saved = saved_form(plans)
     assert saved["0"] == {
-        "training": {"slots": [[1, 2], [1, 1]], "launch": "before"},
-        "forward": {"slots": [[3], [1]], "launch": "within"},
+        "training": {"slots": [[1, 2], [1, 1]], "blocking": False, "launch": "before"},
+        "forward": {"slots": [[3], [1]], "blocking": False, "launch": "within"},
     }
     assert from_saved_form(json.loads(json.dumps(saved))) == plans
     assert saved_form(plans, hidden_share=0.5)["11"] == {**saved["11"], "hidden_share": 0.5}
@@ -389,7 +445,8 @@ def continued(monkeypatch, now: dict[str, Any], settled_at: int = 5, older: str 
     """A session that continues from a checkpoint with ``beside`` beside its plans, under the conditions ``now``.
 
     Args:
-        older: write the plans as versions did that launched before the op at the tap, or before and behind it.
+        older: write the plans as versions did that launched before the op at the tap, or before and behind it, or that
+            never chose to wait.
     """
     from megatron_scmoe.mcore import stages
     from megatron_scmoe.training import session
@@ -399,7 +456,11 @@ def continued(monkeypatch, now: dict[str, Any], settled_at: int = 5, older: str 
     saved = saved_form(FIRST, iteration=settled_at, **beside)
     for kind in ("training", "forward"):
         slots = saved["0"][kind]["slots"]
-        forms = {"before": slots, "before and behind": {"slots": slots, "behind": False}}
+        forms = {
+            "before": slots,
+            "before and behind": {"slots": slots, "behind": False},
+            "without off": {"slots": slots, "launch": "before"},
+        }
         saved["0"][kind] = forms.get(older, saved["0"][kind])
     one = session.OverlapSession(Namespace(overlap_plans=saved), scmoe)
     one._kept.conditions = now
@@ -439,7 +500,7 @@ def test_plans_of_a_checkpoint_hold_under_its_conditions(monkeypatch, capsys, he
     assert capsys.readouterr().out == (said if why else "")
 
 
-@pytest.mark.parametrize("older", ["", "before", "before and behind"])
+@pytest.mark.parametrize("older", ["", "before", "before and behind", "without off"])
 def test_plans_of_an_older_version_are_measured_anew(monkeypatch, capsys, older):
     one = continued(monkeypatch, THERE, older=older, hidden_share=0.9, conditions=THERE)
     assert one._tuner.phase is (Phase.WARM_UP if older else Phase.SETTLED)
@@ -544,7 +605,9 @@ def test_plans_in_few_words():
 
 # ---- on ranks, through the entry script -------------------------------------------------------------------------
 
-SETTLED_AT = WARM_UP_STEPS + MEASURE_STEPS + CHECK_STEPS
+TRIED = [(2,), (4,), (1,), (1,)]
+"""With the solver's plans replaced: what runs and fixed, training's, evaluation's, and off."""
+SETTLED_AT = WARM_UP_STEPS + MEASURE_STEPS + TURNS * len(TRIED)
 """Steps until a plan is settled on, with one number of chunks."""
 NUM_STEPS = SETTLED_AT + 2
 EXPERT_PARALLEL = ["--expert-model-parallel-size 2"]
@@ -598,14 +661,15 @@ def train_and_look(flags: list[str], found: tuple[int, ...] = (), other_on_rank:
     import torch.distributed as dist
     from megatron.training import get_args
 
-    from megatron_scmoe.overlap import adaptive
+    from megatron_scmoe.overlap import candidates, trial
     from megatron_scmoe.overlap.solver import Solution
     from megatron_scmoe.training import session
 
     if found:
-        adaptive.solve = lambda *_, forward_only=False: Solution(
+        candidates.solve = lambda *_, forward_only, max_steps: Solution(
             Plan(((1,) if forward_only else found,)), 1.0, 0.5, exact=True
         )
+        candidates.HOPELESS, trial.MOST_TURNS = math.inf, TURNS  # the same steps, however long they take
     if other_on_rank is not None:
         adopt = Tuner.adopt
 
@@ -668,18 +732,23 @@ def test_every_plan_on_the_way_gives_the_numbers_of_off(tmp_path, layout):
         measuring = slice(WARM_UP_STEPS - 1, WARM_UP_STEPS + MEASURE_STEPS - 1)
         assert slots[: measuring.start] == [(2,)] * (WARM_UP_STEPS - 1)
         assert slots[measuring] == [(1,)] * MEASURE_STEPS
-        assert [index for index, waits in enumerate(one.blocking) if waits] == list(range(NUM_STEPS))[measuring]
-        assert slots[measuring.stop : SETTLED_AT - 1] == [(2,), (4,)] * (CHECK_STEPS // 2)
-        assert slots[-1] in ((2,), (4,))
-        assert set(one.forward_slots.values()) == {(1,)}
+        off = range(measuring.stop + len(TRIED) - 1, SETTLED_AT - 1, len(TRIED))
+        waited = [index for index, waits in enumerate(one.blocking) if waits]
+        assert waited[: MEASURE_STEPS + TURNS] == [*range(NUM_STEPS)[measuring], *off]
+        assert slots[measuring.stop : SETTLED_AT - 1] == TRIED * TURNS
+        assert slots[-1] in TRIED
+        assert {*one.forward_slots.values()} <= {*TRIED}
 
     # Every stage says what it decided, twice; rank 0 knows the plans of all stages.
     num_stages = 2 if "PP2" in layout else 1
     assert len(said(seen)) == 2 * num_stages
     if num_stages > 1:
         assert sum("overlap of stage 1 from iteration" in line for line in said(seen)) == 2
-    settled = {index: its_slots for one in seen for index, its_slots in one.slots[-1].items()}
-    expected = {str(index): {"training": [list(slots)], "forward": [[1]]} for index, slots in sorted(settled.items())}
+    expected = {
+        str(index): {"training": [list(slots)], "forward": [list(one.forward_slots[index])]}
+        for one in seen
+        for index, slots in sorted(one.slots[-1].items())
+    }
     slots_of = {
         index: {kind: one[kind]["slots"] for kind in ("training", "forward")} for index, one in seen[0].saved.items()
     }
@@ -734,8 +803,7 @@ def test_it_measures_solves_and_says_so(tmp_path):
         assert len(slots) in (1, 2) and all(1 <= slot <= 4 for slot in slots)
     lines = said(seen)
     assert re.fullmatch(r" > overlap from iteration 10: groups? 0 .*slots \d.*, predicted \d+\.\d ms", lines[0]), lines
-    if len(lines) > 1:
-        assert "from iteration 16" in lines[1] and "measured" in lines[1]
+    assert all("measured" in line or "turns more" in line for line in lines[1:]), lines
 
 
 def test_ranks_with_different_plans_stop(tmp_path):
