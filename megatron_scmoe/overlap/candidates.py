@@ -69,50 +69,44 @@ def candidates_of(shapes: Mapping[int, SpanShape], costs: Costs, running: Mappin
         costs: of each at each number of chunks that may be chosen.
         running: the plans that they have.
     """
-    found = {only: {chunks: _solved(shapes, costs, chunks, only) for chunks in costs} for only in (False, True)}
-    fastest = {only: _fastest(shapes, of_counts) for only, of_counts in found.items()}
-    best: dict[bool, StagePlan] = {only: {i: one.plan for i, one in its.items()} for only, its in fastest.items()}
+    kinds = (False, True)  # forward alone or not
+    found = {only: _solved(shapes, costs, only, MAX_STEPS) for only in kinds}
+    best = {only: {index: one.plan for index, one in its.items()} for only, its in found.items()}
+    of_one_count = [{chunks: costs[chunks]} for chunks in costs if len(costs) > 1]
+    few = MAX_STEPS // len(costs)  # all of them search no longer than what they are alternatives to
+    alternatives = [_solved(shapes, one_count, only, few) for only in kinds for one_count in of_one_count]
     stage_plans: list[StagePlan] = [
         {index: plans.training for index, plans in running.items()},
         {index: plans.forward for index, plans in running.items()},
         {index: even_plan(shape, 1) for index, shape in shapes.items()},
-        *({i: one.plan for i, one in its.items()} for of_counts in found.values() for its in of_counts.values()),
         *best.values(),
+        *({index: one.plan for index, one in its.items()} for its in alternatives),
         {index: sequential_plan(shape) for index, shape in shapes.items()},
     ]
-    seconds = [{only: _predicted_s(shapes, costs, plans, only) for only in found} for plans in stage_plans]
-    least = {only: min(of_kind[only] for of_kind in seconds) for only in found}
+    seconds = [{only: _predicted_s(shapes, costs, plans, only) for only in kinds} for plans in stage_plans]
+    least = {only: min(of_kind[only] for of_kind in seconds) for only in kinds}
     tried: list[StagePlan] = []
     for plans, of_kind in zip(stage_plans, seconds, strict=True):
         runs = plans is stage_plans[0] or plans is stage_plans[1]
-        hopeful = any(of_kind[only] <= HOPELESS * least[only] for only in found)
+        hopeful = any(of_kind[only] <= HOPELESS * least[only] for only in kinds)
         if (runs or hopeful) and plans not in tried:
             tried.append(plans)
     tried.sort(key=_complexity)  # stable: of equals what runs comes first, and what hides nothing last
     return Solved(
         {index: Plans(best[False][index], best[True][index]) for index in shapes},
-        sum(one.predicted_s for one in fastest[False].values()),
-        min(one.hidden_share for one in fastest[False].values()),
-        all(one.exact for of_counts in found.values() for its in of_counts.values() for one in its.values()),
+        sum(one.predicted_s for one in found[False].values()),
+        min(one.hidden_share for one in found[False].values()),
+        all(one.exact for its in found.values() for one in its.values()),
         tuple(_candidate(shapes, costs, plans) for plans in tried),
     )
 
 
-def _solved(shapes: Mapping[int, SpanShape], costs: Costs, chunks: int, forward_only: bool) -> dict[int, Solution]:
-    return {
-        index: solve(
-            shape, {chunks: costs[chunks][index]}, forward_only=forward_only, max_steps=MAX_STEPS // len(costs)
-        )
-        for index, shape in shapes.items()
-    }
-
-
-def _fastest(shapes: Mapping[int, SpanShape], found: Mapping[int, Mapping[int, Solution]]) -> dict[int, Solution]:
-    """Of each span, over the numbers of chunks, of which fewer win a tie."""
-    return {
-        index: min((found[chunks][index] for chunks in sorted(found)), key=lambda one: one.predicted_s)
-        for index in shapes
-    }
+def _solved(shapes: Mapping[int, SpanShape], costs: Costs, forward_only: bool, max_steps: int) -> dict[int, Solution]:
+    found = {}
+    for index, shape in shapes.items():
+        its = {chunks: of_spans[index] for chunks, of_spans in costs.items()}
+        found[index] = solve(shape, its, forward_only=forward_only, max_steps=max_steps)
+    return found
 
 
 def _predicted_s(shapes: Mapping[int, SpanShape], costs: Costs, plans: StagePlan, forward_only: bool) -> float:
