@@ -80,6 +80,18 @@ def test_every_arm_is_judged_by_costs_at_its_own_chunks(measured):
     assert not any("not judged" in line for line in slow_links.causes(measured))
 
 
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_a_plan_is_priced_by_costs_at_its_number_of_chunks(measured, chunks):
+    arm = next(arm for arm in arms_of(measured) if arm["arm"]["name"] == "pos2 adaptive chunks")
+    (told,) = arm["costs"].values()
+    for number, its in told["training"].items():  # so that only one number gives what is right
+        for call in its["forward"]["calls"] + its["backward"]["calls"]:
+            call["experts"] = 10.0 ** int(number)
+    for plan in arm["plans"].values():
+        plan |= {"training": [[1] * chunks], "launches": dict.fromkeys(KINDS, "before")}
+    assert slow_links.predicted(arm, "training") == pytest.approx(2 * chunks * 10.0**chunks, rel=0.1)
+
+
 def test_megatrons_own_layer_is_the_sequence_of_its_ops(measured):
     arm = next(arm for arm in arms_of(measured) if arm["arm"]["name"] == "top-2")
     (told,) = arm["costs"].values()
