@@ -71,7 +71,9 @@ def arm_result(arm, scale, travel_s):
     }
     stock = arm.mode == "stock"
     slots = [[1] * (2 if "chunks" in arm.mode else 1)] * (2 if arm.model == "dgmoe" else 1)
-    plans = {str(group): {"training": slots, "forward": slots, "blocking": arm.mode == "off"} for group in (0, 1)}
+    launches = dict.fromkeys(KINDS, "before")
+    plan = {"training": slots, "forward": slots, "blocking": arm.mode == "off", "launches": launches}
+    plans = {str(group): plan for group in (0, 1)}
     return {
         "arm": asdict(arm),
         "plans": {} if stock else plans,
@@ -118,7 +120,7 @@ def make_result(shares=(0.6, 0.9, None)):
         "repetitions": 5,
         "sizes": {"hidden": 512, "ffn": 2048, "heads": 8, "experts": 8, "layers": 4, "tokens": 512},
     }
-    return {"meta": meta, "points": points}
+    return {"format": analysis.FORMAT, "meta": meta, "points": points}
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +319,7 @@ def test_figures(written, expected):
 
 
 def test_plans():
-    group = {"training": [[3, 3]], "forward": [[2]], "blocking": False}  # as written before launches had a choice
+    group = {"training": [[3, 3]], "forward": [[2]], "blocking": False, "launches": dict.fromkeys(KINDS, "before")}
     other = {**group, "training": [[1, 2]]}
     two_calls = {**group, "training": [[3, 3], [1, 2]]}
     assert words.plan({"plans": {}}, "training") == "-"
@@ -711,7 +713,7 @@ def test_folder_without_a_result_is_refused(tmp_path, monkeypatch, capsys):
         check_refusal(["--from", str(tmp_path)], "name a folder of this tool's", monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("damage", ["meta", "arm", "span", "older span", "older plan", "deep"])
+@pytest.mark.parametrize("damage", ["meta", "arm", "span", "older", "newer", "deep"])
 def test_a_result_that_cannot_be_shown_is_refused_and_nothing_is_written(result, damage, tmp_path, monkeypatch, capsys):
     few = with_arms(result, 0, BASELINE, "pos2 off")
     if damage == "meta":
@@ -720,11 +722,10 @@ def test_a_result_that_cannot_be_shown_is_refused_and_nothing_is_written(result,
         del find(few, 0, "pos2 off")["communication_s"]
     elif damage == "span":  # what the section of a document has no use for, and the page has
         del find(few, 0, "pos2 off")["timeline"]["training"][0]["lane"]
-    elif damage == "older span":
-        for one in find(few, 0, "pos2 off")["timeline"]["training"]:
-            one["chunk"] = one.pop("at")
-    elif damage == "older plan":
-        find(few, 0, "pos2 off")["plans"]["0"] = {"training": [1], "forward": [1], "blocking": False}
+    elif damage == "older":
+        del few["format"]
+    elif damage == "newer":
+        few["format"] = analysis.FORMAT + 1
     (tmp_path / "result.json").write_text("[" * 100_000 if damage == "deep" else json.dumps(few))
     text = f"{BEGIN} old {END}"
     (tmp_path / "results.md").write_text(text)

@@ -15,6 +15,8 @@ from ablation.arms import BASELINE
 from megatron_scmoe.overlap.spans import hidden_share
 
 RESULT = "result.json"
+FORMAT = 2
+"""Of a result: 1 had no number, and of the ops of an arm what they cost in one chunk alone."""
 SHARE_TOLERANCE = 0.015
 """How far the share at a link rate may be from the one that was asked for."""
 KINDS = ("training", "forward")
@@ -63,11 +65,8 @@ def read(folder: Path) -> dict[str, Any]:
     result = kept.read(folder / RESULT)
     if not result.get("points"):
         raise ValueError(f"{RESULT} has no link whose share was measured")
-    for arm in (arm for point in result["points"] for arm in point["arms"]):
-        slots = [group[kind] for group in arm["plans"].values() for kind in KINDS]
-        spans = [span for of_kind in arm["timeline"].values() for span in of_kind]
-        if not all(isinstance(call, list) for calls in slots for call in calls) or any("at" not in s for s in spans):
-            raise ValueError(f"{RESULT} is of an older version, whose plans had one routed call: measure anew")
+    if (its := result.get("format", 1)) != FORMAT:
+        raise ValueError(f"{RESULT} is of format {its!a:.20}, and this version reads format {FORMAT}: measure anew")
     return result
 
 

@@ -9,9 +9,6 @@ from megatron_scmoe.config import Position, ScMoEConfig, Shortcut
 BASELINE = "top-2"
 """The arm that speed-ups are relative to: Megatron's own layer, with two experts for each token."""
 
-COST_MODEL = "top-2 pipelined"
-"""The model whose sequential run says what share of the baseline's MoE time is the all-to-all."""
-
 
 @dataclass(frozen=True, slots=True)
 class Model:
@@ -42,7 +39,7 @@ MODELS = {
     BASELINE: Model(topk=2),
     "top-1": Model(topk=1),
     "shared-expert": Model(topk=1, shared_expert=True),
-    COST_MODEL: Model(topk=2, pipelined=True),
+    "top-2 pipelined": Model(topk=2, pipelined=True),
     "top-1 pipelined": Model(topk=1, pipelined=True),
     "shared-expert pipelined": Model(topk=1, shared_expert=True, pipelined=True),
     "pos1": Model("scmoe", "pos1", 1, True),
@@ -60,6 +57,20 @@ MODELS = {
 }
 
 STOCK = (BASELINE, "top-1", "shared-expert")
+
+
+def cost_model(model: str) -> str:
+    """The model whose ops are measured for arms of ``model``: Megatron's own layers make no marks, ours in their place
+    computes the same.
+    """
+    return f"{model} pipelined" if model in STOCK else model
+
+
+COST_MODEL = cost_model(BASELINE)
+"""The model whose sequential run says what share of the baseline's MoE time is the all-to-all."""
+
+CHUNKS = (1, 2, 4)
+"""Numbers of chunks that are tried where a plan may have several."""
 SHORTCUTS = tuple(name for name, model in MODELS.items() if model.shortcut != "none")
 EVERY_SLOT = ("pos1", "pos2", "pos3", "pos2 top-2")
 """Models for which each fixed slot is an arm."""
@@ -82,6 +93,14 @@ class Arm:
     mode: str
     routing: str = "balanced"
     recorded: bool = False
+
+    @property
+    def chunk_counts(self) -> tuple[int, ...]:
+        """Numbers of chunks among which its plan is chosen."""
+        if self.mode == "adaptive chunks":
+            return CHUNKS
+        word, _, number = self.mode.partition(" ")
+        return (int(number),) if word == "chunks" else (1,)
 
     @property
     def adaptive(self) -> bool:

@@ -21,7 +21,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch import Tensor
 
 from ablation.analysis import KINDS
-from ablation.arms import COST_MODEL, MODELS, Arm, Model
+from ablation.arms import COST_MODEL, MODELS, Arm, Model, cost_model
 from megatron_scmoe.codec.rate import adjust_rates
 from megatron_scmoe.config import Codec, Combine, Evaluation, Position, ScMoEConfig, Shortcut
 from megatron_scmoe.layers.group import GroupBlock
@@ -139,7 +139,7 @@ class Bench:
         self.sizes = sizes
         model_parallel_cuda_manual_seed(seed)
         torch.manual_seed(seed)
-        names = {arm.model for arm in arms} | {COST_MODEL}
+        names = {name for arm in arms for name in (arm.model, cost_model(arm.model))} | {COST_MODEL}
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         groups = ProcessGroupCollection.use_mpu_process_groups()
         built = {name: builder(MODELS[name], sizes).build_model(groups) for name in MODELS if name in names}

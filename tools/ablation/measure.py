@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ablation.arms import Arm
+from ablation.arms import Arm, cost_model
 from ablation.bench import KINDS, Bench, gathered
 from ablation.link import Link
+from ablation.ops import SpanOps
 from megatron_scmoe.contracts import Plan, SpanShape
 from megatron_scmoe.overlap import observe
 from megatron_scmoe.overlap.costs import passes_of
@@ -19,7 +20,6 @@ from megatron_scmoe.overlap.plan import sequential_plan
 from megatron_scmoe.overlap.solver import SpanCosts, predicted_s, solve
 from megatron_scmoe.overlap.spans import communication_s, exposed_s
 
-CHUNKS = (1, 2, 4)
 RECORDED_STEPS = 5
 
 
@@ -34,7 +34,11 @@ class ArmResult:
         seconds: of the slowest rank, by kind.
         limit_s: what no plan beats, by kind: the step without its groups, and the groups' limits. None for stock.
         predicted_s: the same with the solver's prediction for its plans, in the place of the limits.
-        costs: what each group's ops cost in sequence at one chunk, by kind. None for Megatron's own layers.
+        costs_of: the model whose ops were measured for this arm (``arms.cost_model``).
+        costs: by group what ``SpanOps`` tells of it: costs of its ops at each number of chunks among which the plan is
+            chosen, in sequence, under the arm's routing, each the median of the passes of some recorded steps. The
+            timed steps are others, and later.
+        rest_s: of recorded steps of the same model, what lies outside of the groups, by kind.
         communication_s, exposed_s: of some recorded steps, on the rank where more is exposed, by kind.
         sent_bytes: a step's, from the interface counters, summed over ranks, by kind; empty without slow_link.
         tensor_bytes: the same from the sizes of what was sent; empty for Megatron's own layers.
@@ -48,7 +52,9 @@ class ArmResult:
     seconds: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     limit_s: dict[str, float] | None = None
     predicted_s: dict[str, float] | None = None
-    costs: dict[str, dict[str, Any]] | None = None
+    costs_of: str = ""
+    costs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rest_s: dict[str, float] = field(default_factory=dict)
     communication_s: dict[str, list[float]] = field(default_factory=dict)
     exposed_s: dict[str, list[float]] = field(default_factory=dict)
     sent_bytes: dict[str, float] = field(default_factory=dict)
@@ -61,9 +67,8 @@ class ArmResult:
 def measure(bench: Bench, link: Link, results: list[ArmResult], *, repetitions: int) -> Iterator[None]:
     """Time the arms of ``results`` at the rate that the link has, and fill these; yields after each round of work."""
     plans: dict[str, dict[int, Plans]] = {}
-    for name in dict.fromkeys(result.arm.model for result in results):
-        if bench.planned(name):
-            _solve(bench, name, [result for result in results if result.arm.model == name], plans)
+    for (model, routing), alike in measured_alike(results).items():
+        _solve(bench, model, routing, alike, plans)
         yield
     for repetition in range(-1, repetitions):
         # Each round begins with another arm, so that none is always behind the same one; round -1 warms up.
@@ -84,17 +89,28 @@ def measure(bench: Bench, link: Link, results: list[ArmResult], *, repetitions: 
                 _observe(bench, link, result, kind)
 
 
+def measured_alike(results: list[ArmResult]) -> dict[tuple[str, str], list[ArmResult]]:
+    """Arms by the model and the routing whose ops are measured for them."""
+    found: dict[tuple[str, str], list[ArmResult]] = {}
+    for result in results:
+        found.setdefault((cost_model(result.arm.model), result.arm.routing), []).append(result)
+    return found
+
+
 def _prepare(bench: Bench, arm: Arm, plans: dict[str, dict[int, Plans]]) -> None:
     bench.set_routing(arm.model, arm.routing)
     if bench.planned(arm.model):
         bench.set_plans(arm.model, plans[arm.name])
 
 
-def _solve(bench: Bench, model: str, results: list[ArmResult], plans: dict[str, dict[int, Plans]]) -> None:
-    """Measure a model's ops, and from them the plans, predictions and limits of its arms."""
-    bench.set_routing(model, "balanced")
+def _solve(
+    bench: Bench, model: str, routing: str, results: list[ArmResult], plans: dict[str, dict[int, Plans]]
+) -> None:
+    """Measure a model's ops, and from them the plans, predictions and limits of the arms that are measured by it."""
+    bench.set_routing(model, routing)
     shapes = {index: part.shape for index, part in bench.planned(model).items()}
-    costs = {kind: {chunks: bench.costs(model, chunks, kind) for chunks in CHUNKS} for kind in KINDS}
+    counts = sorted({1}.union(*(result.arm.chunk_counts for result in results)))
+    costs = {kind: {chunks: bench.costs(model, chunks, kind) for chunks in counts} for kind in KINDS}
     rest_s = bench.rest_s(model)
     only = {kind: kind == "forward" for kind in KINDS}
     limits = {
@@ -103,21 +119,24 @@ def _solve(bench: Bench, model: str, results: list[ArmResult], plans: dict[str, 
         for kind in KINDS
     }
     for result in results:
+        counts_of = result.arm.chunk_counts
+        of_group = {
+            index: SpanOps(shape=shape, costs={kind: {n: costs[kind][n][index] for n in counts_of} for kind in KINDS})
+            for index, shape in shapes.items()
+        }
+        result.costs_of, result.rest_s = model, rest_s
+        result.costs = {str(index): ops.written() for index, ops in of_group.items()}
+        if result.arm.model != model:  # one of Megatron's own layers, which have no plan
+            continue
         chosen: dict[str, dict[int, Plan]] = {kind: {} for kind in KINDS}
-        result.predicted_s = dict(rest_s)
+        result.predicted_s, result.limit_s = dict(rest_s), limits
         for kind in KINDS:
-            for index, shape in shapes.items():
-                of_group = {chunks: costs[kind][chunks][index] for chunks in CHUNKS}
-                plan = chosen[kind][index] = _plan(result.arm, shape, of_group, forward_only=only[kind])
-                seconds = predicted_s(shape, of_group[plan.chunks], plan, forward_only=only[kind])
-                result.predicted_s[kind] += seconds
+            for index, ops in of_group.items():
+                its = ops.costs[kind]
+                plan = chosen[kind][index] = _plan(result.arm, ops.shape, its, forward_only=only[kind])
+                result.predicted_s[kind] += predicted_s(ops.shape, its[plan.chunks], plan, forward_only=only[kind])
         plans[result.arm.name] = {index: Plans(*(chosen[kind][index] for kind in KINDS)) for index in shapes}
         result.plans = {index: _written({kind: chosen[kind][index] for kind in KINDS}) for index in shapes}
-        result.costs = {
-            "training": {str(index): asdict(costs["training"][1][index]) for index in shapes},
-            "forward": {str(index): asdict(costs["forward"][1][index].forward) for index in shapes},
-        }
-        result.limit_s = limits
 
 
 def _written(plans: dict[str, Plan]) -> dict[str, Any]:
@@ -127,11 +146,10 @@ def _written(plans: dict[str, Plan]) -> dict[str, Any]:
     return {**slots, "blocking": plans["training"].blocking, "launches": launches}
 
 
-def _plan(arm: Arm, shape: SpanShape, costs: dict[int, SpanCosts], *, forward_only: bool) -> Plan:
+def _plan(arm: Arm, shape: SpanShape, costs: Mapping[int, SpanCosts], *, forward_only: bool) -> Plan:
     """The plan of a group: what the solver finds by its costs at each number of chunks, or what the mode says."""
     if arm.adaptive:
-        counts = CHUNKS if arm.mode == "adaptive chunks" else (1,)
-        return solve(shape, {chunks: costs[chunks] for chunks in counts}, forward_only=forward_only).plan
+        return solve(shape, costs, forward_only=forward_only).plan
     word, _, number = arm.mode.partition(" ")
     if word == "off":
         return sequential_plan(shape)

@@ -23,10 +23,11 @@ from megatron.core import parallel_state
 from progress import Advance, progress
 from slow_network.control import Control
 
+from ablation.analysis import FORMAT
 from ablation.arms import MODELS, Arm
 from ablation.bench import Bench, Sizes
 from ablation.link import UNLIMITED, Link, find_rate
-from ablation.measure import ArmResult, measure
+from ablation.measure import ArmResult, measure, measured_alike
 from ablation.render import write_results
 
 
@@ -52,7 +53,7 @@ def run_rank(args: argparse.Namespace, arms: list[Arm]) -> int:
         _say(f"share {measured:.3f} at {rate}: timing {len(arms)} arms")
         step_share = bench.step_share()
         results = [ArmResult(arm) for arm in arms]
-        rounds = len({arm.model for arm in arms}) + args.repetitions + 1
+        rounds = len(measured_alike(results)) + args.repetitions + 1
         with _progress(f"link {number} of {len(shares)}", rounds) as advance:
             for _ in measure(bench, link, results, repetitions=args.repetitions):
                 advance(1)
@@ -61,7 +62,7 @@ def run_rank(args: argparse.Namespace, arms: list[Arm]) -> int:
         points.append(point)
         if dist.get_rank() == 0:
             meta["hardware"]["load"] = os.getloadavg()[0]
-            write_results(args.output, {"meta": meta, "points": points})
+            write_results(args.output, {"format": FORMAT, "meta": meta, "points": points})
     dist.barrier()
     dist.destroy_process_group()
     return 1 if len(points) < len(shares) else 0

@@ -69,7 +69,7 @@ def plan(arm: Mapping[str, Any], kind: str) -> str:
 
 def _of_group(group: Mapping[str, Any], kind: str) -> str:
     slots = "/".join("+".join(map(str, call)) for call in group[kind])
-    launch = group.get("launches", {}).get(kind, "before")  # results of before there was a choice have none
+    launch = group["launches"][kind]
     return slots if launch == "before" else f"{slots} {launch}"
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import atomic
 
-from planning import layers, scmoe, slow_links
+from planning import layers, scmoe, scmoe_bounds, slow_links
 from planning.fit import MOST_ITERATIONS, Fit, fitted, predicted_s
 from planning.hardware import CONSTANTS_FILE, HARDWARE, NEAREST, Constants, Machine
 from planning.judging import Goal, Judged
@@ -22,7 +22,8 @@ from planning.published import steps
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "planner.md"
-ARMS = tuple(ROOT / "docs" / "results" / name / "result.json" for name in ("late-landing", "late-landing-09"))
+ARMS = tuple(sorted(found.parent for found in (ROOT / "docs" / "results").glob("*/result.json")))
+"""Kept results of the ablation."""
 
 Advance = Callable[[int], None]
 
@@ -65,17 +66,25 @@ def run(target: Path = PAGE, constants: Path = CONSTANTS_FILE, advance: Advance 
     table = _constants(everything)
     nearest = Constants(**next(iter(table["A30-PCIe"].values())))
     alone = Machine(hardware=HARDWARE["H100"], constants=Constants())
+    layer = layers.judged(alone)
+    fitted_layer = layers.judged(replace(alone, constants=Constants(**table["H100"][max(table["H100"])])))
     outcome = Outcome(
         (
             Section(Goal(name="published steps", each=0.30, part=0.9, middle=0.15), held_out(advance)),
-            Section(Goal(name="one layer on H100", each=0.20), tuple(layers.judged(alone))),
+            Section(
+                Goal(name="one layer on H100", each=0.20),
+                tuple(layer),
+                (*layers.causes(layer), layers.by_others(fitted_layer)),
+            ),
             Section(
                 Goal(name="ScMoE's speed-ups", each=0.10),
                 scmoe.judged(nearest),
+                tuple(scmoe_bounds.causes(nearest)),
             ),
             Section(
-                Goal(name="one-chunk arms on the slow link", each=0.10),
-                tuple(figure for result in ARMS for figure in slow_links.judged(result)),
+                Goal(name="arms on the slow link", each=0.10),
+                tuple(figure for folder in ARMS for figure in slow_links.judged(folder)),
+                tuple(cause for folder in ARMS for cause in slow_links.causes(folder)),
             ),
         ),
         table,

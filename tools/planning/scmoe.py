@@ -3,9 +3,13 @@
 The paper gives no rate of a link and no batch of a language model. It says what part of an MoE layer's time the
 all-to-all takes on each machine; the link has the rate at which the top-2 layer of the same model has that part
 (:func:`machine_of`), in which none of the speed-ups takes part. Language models get ``SEQUENCES`` of 2048 tokens on
-each GPU. Experts compute what is routed (the paper counts the shared-expert and the top-2 layer as the same compute),
-and attention writes its scores to memory, as Fairseq's and Swin's does. Baselines wait for each all-to-all; ScMoE has
-the solver's plan.
+each GPU. Attention writes its scores to memory, as Fairseq's and Swin's does. Baselines wait for each all-to-all;
+ScMoE has the solver's plan.
+
+Experts compute, and ranks send, whole buffers of [experts, capacity]. Vision has Tutel's MoE layer, whose capacity is
+top-k x factor x tokens / experts (``tutel/impls/fast_dispatch.py``, ``extract_critical``), with the factor of 1.25 of
+table 8: a quarter more than is routed. Language models have Fairseq's gates, whose top-2 capacity is the constant
+2 x tokens / experts (``fairseq/modules/moe/top2gate.py``), what table 9 calls a factor of 2.00: as much as is routed.
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ class Net:
         shortcut: whether its MoE gets one.
         experts: of an MoE.
         vocabulary: of the output layer; 0: none.
+        capacity: rows that are sent and computed for each routed one.
     """
 
     hidden: int
@@ -59,6 +64,7 @@ class Net:
     shortcut: bool = True
     experts: int = 8
     vocabulary: int = 0
+    capacity: float = 1.0
 
 
 def _swin(experts: int, hidden: int, tokens: int, *, pairs: int = 0, dense: int = 0, shortcut: bool = False) -> Net:
@@ -69,6 +75,7 @@ def _swin(experts: int, hidden: int, tokens: int, *, pairs: int = 0, dense: int 
             heads=hidden // 32, kv_heads=hidden // 32, head_dim=32, window=min(144, tokens), fused=False
         ),
         mlp=Mlp(width=4 * hidden, gated=False), pairs=pairs, dense=dense, shortcut=shortcut, experts=experts,
+        capacity=1.25,
     )  # fmt: skip
 
 
@@ -84,7 +91,8 @@ def _language(hidden: int, heads: int, experts: int, **more: Any) -> Net:
     return Net(hidden=hidden, tokens=2048, sequences=SEQUENCES, experts=experts, **(told | more))
 
 
-def _swin_s(experts: int) -> tuple[Net, ...]:
+def swin_s(experts: int) -> tuple[Net, ...]:
+    """SwinV2-MoE-S on as many GPUs as experts."""
     return (
         _swin(experts, 96, 2304, dense=2),
         _swin(experts, 192, 576, dense=2),
@@ -93,7 +101,7 @@ def _swin_s(experts: int) -> tuple[Net, ...]:
     )
 
 
-SWIN = _swin_s(8)
+SWIN = swin_s(8)
 GPT2_MEDIUM = (_language(1024, 16, 16),)
 GPT3_XL = (_language(2048, 32, 8),)
 _GROUPED = Attention(heads=16, kv_heads=4, head_dim=128, fused=False)
@@ -138,7 +146,8 @@ def _span(net: Net, method: Method) -> Span:
     return Span(ops=ops, calls=(moe,), shape=config.span_shape(0, [len(block)]), chunks=(1, 2, 4))
 
 
-def _workload(net: Net, method: Method, gpus: int) -> Workload:
+def workload(net: Net, method: Method, gpus: int) -> Workload:
+    """Layers of one width, by one method."""
     ops: list[Op] = [net.attention, net.mlp] * net.dense
     ops += [_span(net, method)] * net.pairs
     if net.vocabulary:
@@ -151,13 +160,18 @@ def _workload(net: Net, method: Method, gpus: int) -> Workload:
         micro_batch=net.sequences,
         global_batch=net.sequences * gpus,
         layout=Layout(gpus=gpus, ep=min(gpus, net.experts)),
-        training=Training(),
+        training=Training(expert_rows=net.capacity),
     )
 
 
+def steps(nets: Iterable[Net], method: Method, where: Machine, gpus: int, *, training: bool) -> list[Prediction]:
+    """A step of all layers, by their width."""
+    return [predict(workload(net, method, gpus), where, forward_only=not training) for net in nets]
+
+
 def step_s(nets: Iterable[Net], method: Method, where: Machine, gpus: int, *, training: bool) -> float:
-    """A step of all layers."""
-    return sum(predict(_workload(net, method, gpus), where, forward_only=not training).step_s for net in nets)
+    """Its seconds."""
+    return sum(step.step_s for step in steps(nets, method, where, gpus, training=training))
 
 
 def machine_of(place: str, nets: tuple[Net, ...], constants: Constants) -> Machine:
@@ -188,14 +202,13 @@ def _parts_of_layer(place: str, nets: tuple[Net, ...], where: Machine) -> tuple[
 
 def _group_alone(net: Net, gpus: int) -> Workload:
     """A workload of one top-2 group alone."""
-    workload = _workload(net, TOP2, gpus)
-    return replace(workload, stages=((_span(net, TOP2),),))
+    return replace(workload(net, TOP2, gpus), stages=((_span(net, TOP2),),))
 
 
 def judged(constants: Constants) -> tuple[Judged, ...]:
     """Every stated speed-up beside the predicted one, by constants of kernels."""
     figures: list[Judged] = []
-    for table, place, nets, methods in _TABLES:
+    for table, place, nets, methods in TABLES:
         where, gpus = machine_of(place, nets, constants), GPUS[place]
         for number, kind in enumerate(("training", "inference")):
             base_s = step_s(nets, TOP2, where, gpus, training=not number)
@@ -215,26 +228,26 @@ def judged(constants: Constants) -> tuple[Judged, ...]:
 def _pairs(constants: Constants) -> list[Judged]:
     """Figure 8: times of a pair of blocks forward. What it calls x% faster takes x% less time, as beside table 1."""
     figures = []
-    for place, experts, relations in _FIGURE_8:
-        nets = _swin_s(experts)
+    for place, experts, relations in FIGURE_8:
+        nets = swin_s(experts)
         net = next(net for net in nets if net.shortcut)
         where = machine_of(place, nets, constants)
 
-        pair = partial(_pair, replace(net, pairs=1), where, GPUS[place])
-        scmoe = pair(POS2)
+        of_method = partial(pair, replace(net, pairs=1), where, GPUS[place])
+        scmoe = of_method(POS2)
         for name, method, less in relations:
             figures.append(
                 Judged(
                     what=f"{place}: ScMoE over {name}",
                     measured=1 / (1 - less),
-                    predicted=pair(method).step_s / scmoe.step_s,
+                    predicted=of_method(method).step_s / scmoe.step_s,
                     group="figure 8",
                 )
             )
         figures.append(
             Judged(
                 what=f"{place}: part of the communication that ScMoE hides",
-                measured=_HIDDEN[place],
+                measured=HIDDEN[place],
                 predicted=scmoe.spans[0].solution.hidden_share,
                 group="figure 8",
             )
@@ -242,11 +255,12 @@ def _pairs(constants: Constants) -> list[Judged]:
     return figures
 
 
-def _pair(net: Net, where: Machine, gpus: int, method: Method) -> Prediction:
-    return predict(_workload(net, method, gpus), where, forward_only=True)
+def pair(net: Net, where: Machine, gpus: int, method: Method) -> Prediction:
+    """One pair of blocks forward."""
+    return predict(workload(net, method, gpus), where, forward_only=True)
 
 
-_TABLES = (
+TABLES = (
     (
         "table 1", "A30-PCIe", SWIN,
         (
@@ -265,7 +279,7 @@ _TABLES = (
     ),
 )  # fmt: skip
 _PIPELINED = (replace(TOP2, chunks=2), replace(TOP1, chunks=2))
-_FIGURE_8 = (
+FIGURE_8 = (
     (
         "A30-PCIe", 8,
         (
@@ -275,4 +289,4 @@ _FIGURE_8 = (
     ),
     ("2 x A800-NVLink", 16, (("shared-expert", SHARED, 0.24), ("top-2 pipelined", _PIPELINED[0], 0.43))),
 )  # fmt: skip
-_HIDDEN = {"A30-PCIe": 0.70, "2 x A800-NVLink": 1.0}
+HIDDEN = {"A30-PCIe": 0.70, "2 x A800-NVLink": 1.0}

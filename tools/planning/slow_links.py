@@ -1,87 +1,88 @@
 """Arms of the overlap's ablation: their measured steps, and what the solver's schedule makes of their measured ops.
 
-The ops were measured in sequence; a kept result has their costs at one chunk and the limit of each arm. What a step
-takes beside its groups is its limit without theirs. Costs of plans in several chunks are not kept: these are left out.
+A result keeps of each arm what its ops cost at each number of chunks, measured in recorded steps in which everything
+waits for everything, and what such a step takes beside its groups (``ablation.measure``). The steps that are judged
+are others, timed later and without marks. Megatron's own layers make no marks: theirs are the ops of our layer in
+their place, in sequence.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
-from ablation.arms import MODELS, Model
+from ablation import analysis
+from ablation.ops import SpanOps
 
-from megatron_scmoe.config import Position, ScMoEConfig, Shortcut
-from megatron_scmoe.contracts import Launch, Plan, RoutedCall, SpanShape
-from megatron_scmoe.overlap.limit import limit_s
-from megatron_scmoe.overlap.solver import CallCosts, PassCosts, SpanCosts, predicted_s
+from megatron_scmoe.contracts import Launch, Plan, SpanShape
+from megatron_scmoe.overlap.plan import sequential_plan
+from megatron_scmoe.overlap.solver import predicted_s
 from planning.judging import Judged
 
-KINDS = ("training", "forward")
 
+def judged(folder: Path) -> list[Judged]:
+    """Each arm of a kept result at each link, in both kinds of step, where costs at its plan's chunks are kept.
 
-def judged(result: Path) -> list[Judged]:
-    """Each arm of a kept result whose plan's ops were measured, at each link, in both kinds of step."""
-    points = json.loads(result.read_text())["points"]
+    Args:
+        folder: of the result.
+
+    Raises:
+        OSError, ValueError: where there is none that this version reads.
+    """
     return [
         Judged(
             what=f"{arm['arm']['name']}, {kind}, all-to-all {point['share']:.2f} of the layer ({point['rate']})",
             measured=median(arm["seconds"][kind]),
             predicted=predicted(arm, kind),
-            group=result.parent.name,
+            group=folder.name,
         )
-        for point in points
-        for arm in point["arms"]
-        for kind in KINDS
-        if arm["costs"] and _is_in_one_chunk(arm, kind)
+        for point, arm, kind in arms(folder)
+        if is_kept(arm, kind)
     ]
+
+
+def causes(folder: Path) -> Iterator[str]:
+    """How steps stand to predictions at each link, and how many have no costs to predict them by."""
+    figures = judged(folder)
+    for rate in dict.fromkeys(point["rate"] for point, _, _ in arms(folder)):
+        errors = [one.error for one in figures if one.what.endswith(f"({rate})")]
+        if errors:
+            yield f"{folder.name}, {rate}: mean error {fmean(errors):+.1%}, {min(errors):+.1%} to {max(errors):+.1%}"
+    if left := sum(not is_kept(arm, kind) for _, arm, kind in arms(folder)):
+        yield f"{folder.name}: {left} steps are not judged, as no costs at their numbers of chunks were kept"
 
 
 def predicted(arm: dict[str, Any], kind: str) -> float:
     """Seconds of a step of one arm by the solver's schedule on its measured ops."""
-    model = MODELS[arm["arm"]["model"]]
-    costs = {index: _costs(its, kind) for index, its in arm["costs"][kind].items()}
-    shapes = {index: _shape(model, its) for index, its in costs.items()}
-    plans = {index: _plan(plan, kind) for index, plan in arm["plans"].items()}
-    only = kind == "forward"
-    rest_s = arm["limit_s"][kind] - sum(limit_s(shapes[i], costs[i], forward_only=only) for i in costs)
-    return rest_s + sum(predicted_s(shapes[i], costs[i], plans[i], forward_only=only) for i in costs)
-
-
-def _is_in_one_chunk(arm: dict[str, Any], kind: str) -> bool:
-    """Costs of one chunk are kept, and no others."""
-    return all(len(call) == 1 for plan in arm["plans"].values() for call in plan[kind])
-
-
-def _plan(plan: dict[str, Any], kind: str) -> Plan:
-    slots = tuple(tuple(call) for call in plan[kind])
-    return Plan(slots, blocking=plan["blocking"], launch=Launch(plan.get("launches", {}).get(kind, Launch.BEFORE)))
-
-
-def _shape(model: Model, costs: SpanCosts) -> SpanShape:
-    if model.shortcut == "none":
-        num_ops = len(costs.forward.ops)
-        return SpanShape(num_ops=num_ops, calls=(RoutedCall(tap=0, landing=num_ops - 1),))
-    scmoe = ScMoEConfig(
-        shortcut=Shortcut(model.shortcut),
-        shortcut_position=(Position(model.position),),
-        moe_every=model.moe_every,
-        shortcut_span=model.span,
-        shortcut_landing=int(model.span > 1),
-    )
-    return scmoe.span_shape(0, [2 * model.moe_every - 1] * model.span)
-
-
-def _costs(told: dict[str, Any], kind: str) -> SpanCosts:
-    if kind == "forward":
-        forward = _pass(told)
-        return SpanCosts(forward=forward, backward=forward)
-    return SpanCosts(
-        forward=_pass(told["forward"]), backward=_pass(told["backward"]), forward_runs=told.get("forward_runs", 1.0)
+    return arm["rest_s"][kind] + sum(
+        predicted_s(ops.shape, ops.costs[kind][plan.chunks], plan, forward_only=kind == "forward")
+        for ops, plan in _planned(arm, kind)
     )
 
 
-def _pass(told: dict[str, Any]) -> PassCosts:
-    return PassCosts(ops=tuple(told["ops"]), calls=tuple(CallCosts(**call) for call in told["calls"]))
+def arms(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
+    """Link, arm and kind of each step of a result."""
+    for point in analysis.read(folder)["points"]:
+        for arm in point["arms"]:
+            yield from ((point, arm, kind) for kind in analysis.KINDS)
+
+
+def is_kept(arm: dict[str, Any], kind: str) -> bool:
+    """Whether costs at the chunks of an arm's plan are kept."""
+    spans = _planned(arm, kind)
+    return bool(spans) and all(plan.chunks in ops.costs[kind] for ops, plan in spans)
+
+
+def _planned(arm: dict[str, Any], kind: str) -> list[tuple[SpanOps, Plan]]:
+    """Each span with the plan that it ran by."""
+    spans = {index: SpanOps.read(told) for index, told in arm["costs"].items()}
+    return [(ops, _plan(arm["plans"].get(index), kind, ops.shape)) for index, ops in spans.items()]
+
+
+def _plan(told: dict[str, Any] | None, kind: str, shape: SpanShape) -> Plan:
+    if told is None:  # Megatron's own layer waits for each of its collectives
+        return sequential_plan(shape)
+    slots = tuple(tuple(call) for call in told[kind])
+    return Plan(slots, blocking=told["blocking"], launch=Launch(told["launches"][kind]))
