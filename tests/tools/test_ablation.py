@@ -72,7 +72,8 @@ def arm_result(arm, scale, travel_s):
     stock = arm.mode == "stock"
     slots = [[1] * (2 if "chunks" in arm.mode else 1)] * (2 if arm.model == "dgmoe" else 1)
     launches = dict.fromkeys(KINDS, "before")
-    plan = {"training": slots, "forward": slots, "blocking": arm.mode == "off", "launches": launches}
+    plan = {"training": slots, "forward": slots, "blocking": dict.fromkeys(KINDS, arm.mode == "off")}
+    plan |= {"launches": launches}
     plans = {str(group): plan for group in (0, 1)}
     return {
         "arm": asdict(arm),
@@ -319,7 +320,8 @@ def test_figures(written, expected):
 
 
 def test_plans():
-    group = {"training": [[3, 3]], "forward": [[2]], "blocking": False, "launches": dict.fromkeys(KINDS, "before")}
+    waits, launches = dict.fromkeys(KINDS, False), dict.fromkeys(KINDS, "before")
+    group = {"training": [[3, 3]], "forward": [[2]], "blocking": waits, "launches": launches}
     other = {**group, "training": [[1, 2]]}
     two_calls = {**group, "training": [[3, 3], [1, 2]]}
     assert words.plan({"plans": {}}, "training") == "-"
@@ -328,7 +330,9 @@ def test_plans():
     assert words.plan({"plans": {"0": group, "1": other}}, "forward") == "2"
     assert words.plan({"plans": {"0": two_calls}}, "training") == "3+3/1+2"
     assert words.plan({"plans": {"0": two_calls, "1": other}}, "training") == "3+3/1+2 | 1+2"
-    assert words.plan({"plans": {"0": {**group, "blocking": True}}}, "forward") == "off"
+    off_in_forward = {**group, "blocking": {"training": False, "forward": True}}
+    assert words.plan({"plans": {"0": off_in_forward}}, "forward") == "off"
+    assert words.plan({"plans": {"0": off_in_forward}}, "training") == "3+3"
     from ablation import measure  # which imports torch
 
     from megatron_scmoe.contracts import Launch, Plan
@@ -848,6 +852,17 @@ def test_ranks_measure_on_the_network_that_they_have(tmp_path):
     (point,) = made["points"]
     assert point["wanted_share"] is None and point["rate"] == "as it is" and 0 < point["share"] < 1
     assert [one["arm"]["name"] for one in point["arms"]] == [BASELINE, "pos2 off", "pos2 adaptive"]
+    from megatron_scmoe.overlap.trial import TURNS, judge
+
+    *others, adaptive = point["arms"]
+    assert not any(one["tried"] for one in others)
+    for kind in KINDS:
+        tried = adaptive["tried"][kind]
+        assert len(tried) > 1 and all(len(one["seconds"]) >= TURNS for one in tried)
+        kept = tried[judge([one["seconds"] for one in tried]).best]["plans"]
+        (group,) = adaptive["plans"].values()
+        ((slot,),) = group[kind]
+        assert kept.startswith(f"group 0 slots {slot}") and group["blocking"][kind] == ("waited for" in kept)
     check_written(tmp_path / "new", made, arms=3)
 
 

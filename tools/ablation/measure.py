@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,13 +11,14 @@ from ablation.arms import Arm, cost_model
 from ablation.bench import KINDS, Bench, gathered
 from ablation.link import Link
 from ablation.ops import SpanOps
+from ablation.tried import try_by_turns
 from megatron_scmoe.contracts import Plan, SpanShape
 from megatron_scmoe.overlap import observe
 from megatron_scmoe.overlap.costs import passes_of
 from megatron_scmoe.overlap.kept import Plans
 from megatron_scmoe.overlap.limit import limit_s
 from megatron_scmoe.overlap.plan import sequential_plan
-from megatron_scmoe.overlap.solver import SpanCosts, predicted_s, solve
+from megatron_scmoe.overlap.solver import predicted_s
 from megatron_scmoe.overlap.spans import communication_s, exposed_s
 
 RECORDED_STEPS = 5
@@ -38,6 +39,7 @@ class ArmResult:
         costs: by group what ``SpanOps`` tells of it: costs of its ops at each number of chunks among which the plan is
             chosen, in sequence, under the arm's routing, each the median of the passes of some recorded steps. The
             timed steps are others, and later.
+        tried: of an adaptive arm the candidates for its plans and the seconds of each in its turns, by kind.
         rest_s: of recorded steps of the same model, what lies outside of the groups, by kind.
         communication_s, exposed_s: of some recorded steps, on the rank where more is exposed, by kind.
         sent_bytes: a step's, from the interface counters, summed over ranks, by kind; empty without slow_link.
@@ -54,6 +56,7 @@ class ArmResult:
     predicted_s: dict[str, float] | None = None
     costs_of: str = ""
     costs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tried: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     rest_s: dict[str, float] = field(default_factory=dict)
     communication_s: dict[str, list[float]] = field(default_factory=dict)
     exposed_s: dict[str, list[float]] = field(default_factory=dict)
@@ -131,10 +134,15 @@ def _solve(
         chosen: dict[str, dict[int, Plan]] = {kind: {} for kind in KINDS}
         result.predicted_s, result.limit_s = dict(rest_s), limits
         for kind in KINDS:
+            if result.arm.adaptive:
+                of_counts = {chunks: costs[kind][chunks] for chunks in counts_of}
+                chosen[kind], result.tried[kind] = try_by_turns(bench, model, shapes, of_counts, kind)
+            else:
+                chosen[kind] = {index: _plan(result.arm, shape) for index, shape in shapes.items()}
             for index, ops in of_group.items():
-                its = ops.costs[kind]
-                plan = chosen[kind][index] = _plan(result.arm, ops.shape, its, forward_only=only[kind])
-                result.predicted_s[kind] += predicted_s(ops.shape, its[plan.chunks], plan, forward_only=only[kind])
+                plan = chosen[kind][index]
+                its = ops.costs[kind][plan.chunks]
+                result.predicted_s[kind] += predicted_s(ops.shape, its, plan, forward_only=only[kind])
         plans[result.arm.name] = {index: Plans(*(chosen[kind][index] for kind in KINDS)) for index in shapes}
         result.plans = {index: _written({kind: chosen[kind][index] for kind in KINDS}) for index in shapes}
 
@@ -143,13 +151,12 @@ def _written(plans: dict[str, Plan]) -> dict[str, Any]:
     """A group's plans, by kind, as ``ArmResult.plans`` has them."""
     slots = {kind: list(plan.slots) for kind, plan in plans.items()}
     launches = {kind: str(plan.launch) for kind, plan in plans.items()}
-    return {**slots, "blocking": plans["training"].blocking, "launches": launches}
+    blocking = {kind: plan.blocking for kind, plan in plans.items()}
+    return {**slots, "blocking": blocking, "launches": launches}
 
 
-def _plan(arm: Arm, shape: SpanShape, costs: Mapping[int, SpanCosts], *, forward_only: bool) -> Plan:
-    """The plan of a group: what the solver finds by its costs at each number of chunks, or what the mode says."""
-    if arm.adaptive:
-        return solve(shape, costs, forward_only=forward_only).plan
+def _plan(arm: Arm, shape: SpanShape) -> Plan:
+    """The plan of a group that the arm's mode says."""
     word, _, number = arm.mode.partition(" ")
     if word == "off":
         return sequential_plan(shape)

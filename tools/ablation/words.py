@@ -61,7 +61,7 @@ def plan(arm: Mapping[str, Any], kind: str) -> str:
     groups = arm["plans"].values()
     if not groups:
         return "-"
-    if any(group["blocking"] for group in groups):
+    if any(group["blocking"][kind] for group in groups):
         return "off"
     slots = [_of_group(group, kind) for group in groups]
     return slots[0] if len(set(slots)) == 1 else " | ".join(slots)

@@ -85,4 +85,4 @@ def _plan(told: dict[str, Any] | None, kind: str, shape: SpanShape) -> Plan:
     if told is None:  # Megatron's own layer waits for each of its collectives
         return sequential_plan(shape)
     slots = tuple(tuple(call) for call in told[kind])
-    return Plan(slots, blocking=told["blocking"], launch=Launch(told["launches"][kind]))
+    return Plan(slots, blocking=told["blocking"][kind], launch=Launch(told["launches"][kind]))
