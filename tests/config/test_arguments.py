@@ -571,7 +571,7 @@ def test_torchrun_turns_a_refusal_into_1_and_the_line_is_there():
 
 def warnings_of_one_queue() -> list[str | None]:
     from megatron_scmoe.config import Overlap, ScMoEConfig, Shortcut
-    from megatron_scmoe.training.arguments import one_queue_warning
+    from megatron_scmoe.training.slower import one_queue_warning
 
     scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE)
     chunks = dataclasses.replace(scmoe, overlap_chunks=2)
@@ -592,6 +592,24 @@ def test_one_queue_is_warned_of_where_collectives_wait_for_one_another():
     found = ranks.run(warnings_of_one_queue, 1)[0]
     assert all(text.startswith("CUDA_DEVICE_MAX_CONNECTIONS is 1") and "set it to 32" in text for text in found[:4])
     assert found[4:] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("experts", "ep", "unique", "why"),
+    [
+        (4, 1, "rank", "no token travels: --a2a-unique is rank, --num-experts 4 and --expert-model-parallel-size 1"),
+        (4, 4, "rank", "a rank has one expert: --a2a-unique is rank"),
+        (4, 2, "rank", None),
+        (4, 1, "none", None),
+    ],
+)
+def test_unique_tokens_that_save_nothing_are_warned_of(experts, ep, unique, why):
+    from megatron_scmoe.config import ScMoEConfig, Unique
+    from megatron_scmoe.training.slower import unique_warning
+
+    args = argparse.Namespace(num_experts=experts, expert_model_parallel_size=ep)
+    found = unique_warning(args, ScMoEConfig(a2a_unique=Unique(unique)))
+    assert found is None if why is None else (found.startswith(why) and found.endswith("drop --a2a-unique"))
 
 
 ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}

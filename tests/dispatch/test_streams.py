@@ -164,6 +164,7 @@ QUICK = {
     "capacity": Run("train", Case(topk=2, capacity=1.0)),
     "padded": Run("train", Case(topk=2, capacity=1.0, padded=True)),
     "unique": Run("train", UNIQUE.replace(chunks=2)),
+    "unique, ids": Run("train", UNIQUE.replace(experts=32)),
     "unique, evaluation": Run("evaluate", UNIQUE.replace(latent=8)),
     "lsh": Run("train", LSH.replace(chunks=2)),
     "lsh, lloyd, low rank": Run("train", LLOYD.replace(compensation="lowrank")),
@@ -196,6 +197,9 @@ FULL = {
     "launched within, chunks": Run("launch within", POS1.replace(chunks=2, expert_slot=("2,3",))),
     "unique, zero experts, bf16": Run("train", LONGCAT.replace(unique="rank", dtype=torch.bfloat16)),
     "unique, apart": Run("train", UNIQUE.replace(weights_apart_above=0.0)),
+    "unique, ids, apart, bf16": Run(
+        "train", UNIQUE.replace(experts=64, weights_apart_above=0.0, chunks=2, dtype=torch.bfloat16)
+    ),
     "unique, padded": Run("train", UNIQUE.replace(capacity=1.0, padded=True)),
     "unique, full recompute": Run("train", UNIQUE.replace(recompute="full")),
     "unique, a wire that holds nothing": Run("train", UNIQUE, stash=False),

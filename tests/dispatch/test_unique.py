@@ -337,6 +337,7 @@ MODELS = {
     "pos3, added, chunks": UNIQUE.replace(position=("pos3",), combine="add", chunks=3),
     "top-3": UNIQUE.replace(topk=3),
     "top-4 of 4": UNIQUE.replace(topk=4),
+    "ids": UNIQUE.replace(experts=64),
     "late landing": UNIQUE.replace(num_groups=4, span=2, landing=1),
     "farskip": UNIQUE.replace(span=2, landing=1, moe_every=1, position=("farskip",)),
     "shared": UNIQUE.replace(share_groups=2, combine="cg2"),
@@ -344,7 +345,7 @@ MODELS = {
     "longcat, latents, chunks": LONGCAT.replace(latent=8, chunks=2),
     "latents": UNIQUE.replace(latent=8),
 }
-QUICK = ("pos2", "late landing", "farskip", "longcat, latents, chunks")
+QUICK = ("pos2", "ids", "late landing", "farskip", "longcat, latents, chunks")
 
 
 @pytest.mark.parametrize(
@@ -417,12 +418,18 @@ def test_bf16_is_no_farther_from_float32_than_tokens_that_travel_as_often_as_the
     assert off(run(case.replace(capacity=1.0), 2)) > 1.5 * off(run(plain(case), 2))  # drops are seen
 
 
-def stock(kind: str, chunks: int) -> tuple[Tensor, dict[str, Tensor]]:
+def stock(kind: str, chunks: int, unique: str) -> tuple[tuple[Tensor, dict[str, Tensor]], int]:
+    """Losses and gradients of a step, and bytes that the combines of its forward sent."""
     from megatron_scmoe.config import Unique
+    from megatron_scmoe.overlap import observe
 
     build = test_pipelined.build
-    test_pipelined.build = lambda kind, chunks: build(kind, chunks, a2a_unique=Unique.RANK)
-    return test_pipelined.losses_and_gradients(kind, chunks)
+    test_pipelined.build = lambda kind, chunks: build(kind, chunks, a2a_unique=Unique(unique))
+    with observe.recording() as recorded:
+        found = test_pipelined.losses_and_gradients(kind, chunks)
+    combines = [one for one in recorded.transfers if one.name == "combine" and not one.backward]
+    assert combines
+    return found, sum(one.sent_bytes for one in combines)
 
 
 STOCK = ("top-2", "dropped", "padded", "latents", "balance loss")
@@ -431,8 +438,11 @@ STOCK = ("top-2", "dropped", "padded", "latents", "balance loss")
 @pytest.mark.parametrize("kind", cases(STOCK, {"top-2", "padded"}))
 def test_stock_layers(kind):
     expected = ranks.run(test_pipelined.losses_and_gradients, 2, kind, 0, layout=EP[2])
+    every = ranks.run(stock, 2, kind, 1, "none", layout=EP[2])
     for chunks in (1, 2):
-        assert_close(ranks.run(stock, 2, kind, chunks, layout=EP[2]), expected)
+        unique = ranks.run(stock, 2, kind, chunks, "rank", layout=EP[2])
+        assert_close([found for found, _ in unique], expected)
+        assert sum(sent for _, sent in unique) < 0.95 * sum(sent for _, sent in every)
 
 
 # ---- how many rows ----------------------------------------------------------------------------------------------
