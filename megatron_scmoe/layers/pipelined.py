@@ -48,6 +48,7 @@ class PipelinedMoELayer(MoELayer):
         super().set_layer_number(layer_number)
         self.residual_map = residual_map_of(self.scmoe, self.config, self.group_index)
         self.cargo_maker = CargoMaker(self.scmoe, self.config, self.group_index, self.residual_map)
+        self.cargo_maker.prepare(self)
         self.shape = replace(self.shape, waits_to_pack=self.cargo_maker.waits_to_pack)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.config import ScMoEConfig, Unique
 from megatron_scmoe.report.figures import ONE_QUEUE
 
 
@@ -25,7 +25,7 @@ def unique_warning(args: Namespace, scmoe: ScMoEConfig) -> str | None:
         args: Megatron's namespace, validated.
         scmoe: the settings of this run.
     """
-    if not scmoe.sends_once:
+    if scmoe.a2a_unique is not Unique.RANK:  # what is in vain with node is refused
         return None
     ranks = args.expert_model_parallel_size
     if ranks == 1:

@@ -7,6 +7,7 @@ same model without a checkpoint, and the single-process reference can be given t
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import zlib
 from dataclasses import dataclass
@@ -162,6 +163,8 @@ def build(case: Case):
 
     scmoe = settings(case)
     scmoe.validate(case.num_layers)
+    if case.unique == "node":
+        os.environ["NCCL_HOSTID"] = f"node {dist.get_rank() // 2}"  # ranks pretend to be on nodes of two
     config = ScMoEGPTModelConfig(
         transformer=transformer_config(case),
         vocab_size=VOCAB_SIZE,
