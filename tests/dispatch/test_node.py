@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import models
@@ -20,13 +24,24 @@ import torch
 import torch.distributed as dist
 from cases import cases
 from models import Case
-from test_overlap import EP, assert_bit_equal, assert_close
+from test_overlap import (
+    EP,
+    OPS,
+    assert_bit_equal,
+    assert_close,
+    plan_of,
+    recorded_order,
+    shape_of,
+)
+from test_slow_link import slow_links  # noqa: F401 - a fixture
 from test_token_dispatcher import layout
 from test_unique import FLOWN, Flown, assert_equal, choices_of, flown, in_loops, rows_and_bytes
 from torch import Tensor
+from training import ROOT
 
 from megatron_scmoe.config import ConfigError, expected_unique_share
 from megatron_scmoe.mcore.nodes import ranks_of_a_node
+from megatron_scmoe.overlap.plan import backward_order, even_plan, forward_order
 
 LAYOUTS = {
     # name -> ranks, expert parallelism, expert tensor parallelism, expert-parallel ranks of a node
@@ -48,7 +63,7 @@ def pretend(ranks_of_node: int) -> None:
 def fitted(name: str, ep: int, nodes: int) -> Flown:
     """A case, with experts that ``ep`` ranks can share; "nothing repeats" on a node, too."""
     case = FLOWN[name]
-    experts = case.experts if case.experts % ep == 0 else 3 * case.experts
+    experts = case.experts if case.experts % ep == 0 and case.experts > ep else 3 * case.experts
     case = case._replace(experts=experts, topk=experts if name == "every expert" else case.topk)
     return case._replace(places=nodes) if name == "nothing repeats" else case
 
@@ -247,6 +262,33 @@ def test_stock_layers(kind):
         assert sum(sent for _, sent in node) < 0.95 * sum(sent for _, sent in every)
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_recorded_order_is_the_plans(chunks):
+    """Hops inside a node are no steps of a plan; they are bytes on the wire."""
+    case = NODE.replace(num_groups=1, chunks=chunks)
+    plan = plan_of("scmoe", *even_plan(shape_of("scmoe", "pos2"), chunks).slots[0])
+    of_plan = OPS["scmoe"], shape_of("scmoe", "pos2"), plan
+    for forward, backward in ranks.run(recorded_order, 4, case, layout=EP[4]):
+        assert forward == forward_order(*of_plan)
+        assert backward == backward_order(*of_plan)
+
+
+def transfers(case: Case) -> list[tuple[str, bool]]:
+    from megatron_scmoe.overlap import observe
+
+    model = models.build(case)
+    ((tokens, labels, positions),) = models.my_batch()
+    with observe.recording() as recorded:
+        model(tokens, positions, None, labels=labels).sum().backward()
+    return [(one.name, one.backward) for one in recorded.transfers]
+
+
+def test_a_token_flies_across_and_hops_inside():
+    forward, backward = ["dispatch", "spread", "gather", "combine"], ["combine", "gather", "spread", "dispatch"]
+    for found in ranks.run(transfers, 4, NODE.replace(num_groups=1), layout=EP[4]):
+        assert found == [(name, False) for name in forward] + [(name, True) for name in backward]
+
+
 # ---- how many rows ----------------------------------------------------------------------------------------------
 
 PREDICTED = {"top-6 of 64 on 2 nodes of 2": (64, 6, 4, 2), "12 of 64 on 4 nodes of 2": (64, 12, 8, 2)}
@@ -278,6 +320,25 @@ def test_rows_are_as_predicted_under_uniform_routing(name):
     assert rows / every == pytest.approx(expected, rel=0.02)
     assert num_bytes == rows * 5 * 8
     assert expected < 0.6  # another share would be noticed
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("slow_links")
+def test_bytes_between_nodes_by_interface_counters(tmp_path: Path):
+    """Of each node, under uniform routing. Two weights take the 16 bytes that one does, too; a rank has one expert, so
+    that once for a rank saves nothing.
+    """
+    counted = {}
+    for unique in ("none", "rank", "node"):
+        path = tmp_path / f"{unique}.json"
+        words = [sys.executable, ROOT / "tools" / "slow_link.py", "--ranks", 4, "--ranks-per-node", 2]
+        words += ["--rate", "unlimited", "--", sys.executable, ROOT / "tests" / "support" / "latent_bytes.py"]
+        subprocess.run([str(word) for word in (*words, path, 0, unique)], check=True, timeout=300)
+        counted[unique] = json.loads(path.read_text())["interface"]
+    assert all(len(nodes) == 2 for nodes in counted.values())
+    ratio = sum(counted["node"]) / sum(counted["none"])
+    assert ratio == pytest.approx(expected_unique_share(4, 2, 2), rel=0.02), counted
+    assert sum(counted["rank"]) / sum(counted["none"]) == pytest.approx(1.0, rel=0.02), counted
 
 
 # ---- which ranks share a node -----------------------------------------------------------------------------------
