@@ -98,7 +98,7 @@ class Cargo(Protocol):
         """Of all chunks, on their way since the cargo was made."""
 
     def pack(self, chunk: int) -> tuple[Tensor, ...]:
-        """What travels to the experts, [rows, ...] each, in the order of experts, or of their ranks; integers last."""
+        """What travels to the experts, [rows, ...] each, by expert, or by their ranks or nodes; integers last."""
 
     def unpack(self, chunk: int, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Rows for the experts, [rows, w], and the weight of each row's output, from what arrived.

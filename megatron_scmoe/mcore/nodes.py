@@ -9,7 +9,7 @@ import socket
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -73,7 +73,7 @@ def ranks_of_a_node(names: Sequence[str], ranks: Sequence[int]) -> int:
         ConfigError: where there is one node, or one rank on each, or nodes differ, or are mixed.
     """
     sizes = [len(list(same)) for _, same in groupby(names)]
-    found = f"{_OURS}, and the expert-parallel group of ranks {', '.join(map(str, ranks))} has"
+    found = f"{_OURS}, and the expert-parallel group of {len(ranks)} ranks from {ranks[0]} to {ranks[-1]} has"
     if len(set(names)) < len(sizes):
         raise ConfigError(
             f"ranks of a node must be neighbours in their expert-parallel group: {found} its nodes mixed; start "
@@ -95,8 +95,8 @@ def _like(group: dist.ProcessGroup, ranks: list[int], description: str) -> dist.
     """A group of some ranks of ``group``, which alone make it, with its backend, timeout and priority."""
     backend = dist.get_backend(group)
     nccl = backend == dist.Backend.NCCL
-    own = group._get_backend(torch.device("cuda" if nccl else "cpu")).options
-    options = None
+    own: Any = group._get_backend(torch.device("cuda" if nccl else "cpu")).options
+    options: Any = None
     if nccl:
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=own.is_high_priority_stream)
         options.config = own.config

@@ -11,7 +11,9 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -22,6 +24,7 @@ import test_pipelined
 import test_unique
 import torch
 import torch.distributed as dist
+import training
 from cases import cases
 from models import Case
 from test_overlap import (
@@ -37,7 +40,7 @@ from test_slow_link import slow_links  # noqa: F401 - a fixture
 from test_token_dispatcher import layout
 from test_unique import FLOWN, Flown, assert_equal, choices_of, flown, in_loops, rows_and_bytes
 from torch import Tensor
-from training import ROOT
+from training import ROOT, SCMOE, with_flags
 
 from megatron_scmoe.config import ConfigError, expected_unique_share
 from megatron_scmoe.mcore.nodes import ranks_of_a_node
@@ -347,7 +350,7 @@ def test_bytes_between_nodes_by_interface_counters(tmp_path: Path):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ("aaaa", ["within a node", "ranks 8, 9, 10, 11 has one node"]),
+        ("aaaa", ["within a node", "of 4 ranks from 8 to 11 has one node"]),
         ("abcd", ["where a node has one rank", "one on each node"]),
         ("aaab", ["as many ranks", "has 3, 1 on its nodes"]),
         ("abab", ["must be neighbours", "start ranks node by node"]),
@@ -386,3 +389,51 @@ def test_groups_lie_across_nodes_and_inside_them():
     found = ranks.run(groups, 8, 2, layout=layout(4, 1))
     assert found[1] == ([1, 3], [0, 1], True)
     assert found[6] == ([4, 6], [6, 7], True)
+
+
+def test_new_groups_have_the_settings_of_the_expert_parallel_one(monkeypatch):
+    """Of NCCL, too, which this machine may not have."""
+    from megatron_scmoe.mcore import nodes
+
+    made: dict[str, Any] = {}
+
+    def new_group(members: list[int], **options: Any) -> dist.ProcessGroup:
+        made.update(options, members=members)
+        return dist.ProcessGroup(0, 1)
+
+    own = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    own.config.max_ctas, own._timeout = 4, timedelta(minutes=7)
+    group = SimpleNamespace(_get_backend=lambda device: SimpleNamespace(options=own) if device.type == "cuda" else None)
+    monkeypatch.setattr(nodes.dist, "new_group", new_group)
+    monkeypatch.setattr(nodes.dist, "get_backend", lambda _group: "nccl")
+    nodes._like(group, [1, 3], "two of four")
+    options = made.pop("pg_options")
+    assert (options.is_high_priority_stream, options.config.max_ctas) == (True, 4) and options is not own
+    assert made == {
+        "members": [1, 3],
+        "timeout": timedelta(minutes=7),
+        "backend": "nccl",
+        "use_local_synchronization": True,
+        "group_desc": "two of four",
+    }
+
+
+def adaptive(flags: list[str]) -> str:
+    os.environ["NCCL_HOSTID"] = f"node {int(os.environ['RANK']) // 2}"
+    return training.train(flags)
+
+
+@pytest.mark.full
+def test_a_plan_is_found_and_kept(tmp_path):
+    """Adaptive overlap measures and solves with hops inside the experts' slot; the checkpoint keeps what it found."""
+    flags = with_flags(SCMOE, "--moe-router-topk 2", "--expert-model-parallel-size 4", "--overlap adaptive")
+    flags = with_flags(flags, "--a2a-unique node", "--overlap-chunks 2", f"--save {tmp_path}", "--save-interval 18")
+    flags = with_flags(flags, "--override-opt-param-scheduler")
+    first = ranks.run(adaptive, 4, with_flags(flags, "--train-iters 18"))
+    again = ranks.run(adaptive, 4, with_flags(flags, "--train-iters 24", f"--load {tmp_path}"))
+    other = with_flags(flags, "--train-iters 24", f"--load {tmp_path}", "--a2a-unique rank")
+    for printed in (*first, *again):
+        assert "exit code" not in printed, printed[-3000:]
+    assert "> overlap from iteration 10:" in first[0]
+    assert "overlap from iteration" not in again[0] and "measured with" not in again[0]
+    assert "a2a_unique" in "".join(ranks.run(adaptive, 4, other))

@@ -380,9 +380,9 @@ NODE_LAYOUTS = {
     "ep4": (4, 2, "--expert-model-parallel-size 4"),
     "tp2 ep4": (4, 2, f"{TP2} {ETP1} --expert-model-parallel-size 4"),
     "pp2 ep4": (8, 2, f"{PP2} --expert-model-parallel-size 4"),
-    "pp2 ep4 interleaved": (8, 2, f"{INTERLEAVED} --expert-model-parallel-size 4"),
+    "pp2 ep4 interleaved": (8, 2, f"{INTERLEAVED} --expert-model-parallel-size 4 --micro-batch-size 1"),
     "expert tp2 ep4": (8, 4, f"{TP2} --expert-tensor-parallel-size 2 --expert-model-parallel-size 4"),
-    "dp2 ep4": (8, 2, f"{GATHER} --expert-model-parallel-size 4"),
+    "dp2 ep4": (8, 2, f"{GATHER} --expert-model-parallel-size 4 --micro-batch-size 1"),
 }
 ON_NODES = [("top-2", layout) for layout in NODE_LAYOUTS]
 ON_NODES += itertools.product(("longcat", "top-2-hybrid-mamba"), ("tp2 ep4", "expert tp2 ep4"))
