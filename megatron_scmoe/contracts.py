@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
 
 class Stream(NamedTuple):
@@ -68,7 +69,7 @@ class RowCounts(Protocol):
     """How many rows of a cargo ranks send to one another (``mcore/token_dispatcher.py``)."""
 
     def split_rows(self, chunk: int) -> tuple[list[int] | None, list[int] | None]:
-        """Rows that this rank sends to and receives from each expert-parallel rank; None for equal parts."""
+        """Rows that this rank sends to and receives from each rank of the cargo's group; None for equal parts."""
 
     def tell(self, dispatcher: MoEAlltoAllTokenDispatcher, chunk: int) -> None:
         """Tell the dispatcher of a flight what arrives."""
@@ -79,13 +80,16 @@ class Cargo(Protocol):
 
     w is h, but with --moe-latent-size that of the latents. A cargo is asked in this order::
 
-        (counts of all ranks are exchanged)  pack ~~ dispatch ~~> unpack -> experts ~~ combine ~~> deliver ... join
+        (counts of all ranks are exchanged)
+        pack ~~ dispatch ~~> unpack -> experts -> collect ~~ combine ~~> deliver ... join
 
     Attributes:
+        group: the ranks that exchange rows: all expert-parallel ones, or one of each node.
         dispatchers: of each chunk's flight.
         apart: whether each tensor of ``pack`` travels as a collective of its own; the same on all ranks.
     """
 
+    group: ProcessGroup
     dispatchers: list[MoEAlltoAllTokenDispatcher]
     apart: bool
 
@@ -94,13 +98,16 @@ class Cargo(Protocol):
         """Of all chunks, on their way since the cargo was made."""
 
     def pack(self, chunk: int) -> tuple[Tensor, ...]:
-        """What travels to the experts, [rows, ...] each, in the order of experts, or of their ranks; integers last."""
+        """What travels to the experts, [rows, ...] each, by expert, or by their ranks or nodes; integers last."""
 
-    def unpack(self, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def unpack(self, chunk: int, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Rows for the experts, [rows, w], and the weight of each row's output, from what arrived.
 
         Weights are [rows], or [rows, experts of this rank] where the dispatcher spreads rows to these.
         """
+
+    def collect(self, chunk: int, outputs: Tensor) -> Tensor:
+        """What travels back, a row for each that arrived, from what the rows of ``unpack`` became, [rows, w]."""
 
     def deliver(self, chunk: int, outputs: Tensor) -> Tensor:
         """What can be done at home with the outputs of one chunk, [rows, w], before the others are there."""

@@ -40,6 +40,9 @@ examples:
   # the same job over links that cost nothing: the difference is what communication costs
   sudo .venv/bin/python tools/slow_link.py --ranks 2 --rate unlimited -- .venv/bin/python train.py --steps 20
 
+  # two nodes of two ranks each: fast links inside a node, one slow link for each
+  sudo .venv/bin/python tools/slow_link.py --ranks 4 --ranks-per-node 2 -- .venv/bin/python train.py --steps 20
+
   # a look at what a rank sees
   sudo .venv/bin/python tools/slow_link.py --ranks 1 --output prefix -- sh -c 'ip address; tc qdisc; env | grep RANK'
 
@@ -51,6 +54,8 @@ what a rank gets:
     rate 100mbit   change all links, now      ->  {"rate": "100mbit"}
     rate 10mbit 2  change that of rank 2      ->  {"rate": "100mbit,100mbit,10mbit,100mbit"}
     bytes          bytes sent by each rank    ->  {"bytes_sent": [1048576, 930]}
+  With --ranks-per-node the ranks of a node share a namespace, its address and its link: rates and bytes are those of
+  nodes, LOCAL_RANK counts within one, and NCCL_HOSTID says which it is.
   In Python, with tools/ on sys.path: Control.from_environment() of slow_network.control, None outside of slow_link.
 
 how it ends:
@@ -86,6 +91,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser("slow_link.py", "slow_link.py [options] -- COMMAND [ARGUMENT ...]", ABOUT, EPILOG)
     add = parser.add_argument
     add("--ranks", type=whole(1, MAX_RANKS), default=2, metavar="N", help="how many ranks (default %(default)s)")
+    nodes = "how many ranks share a link, as a node; default: each rank has its own, and all are one machine"
+    add("--ranks-per-node", type=whole(1, MAX_RANKS), metavar="N", help=nodes)
     rate = "of every link, each direction: a number and kbit, mbit or gbit; or 'unlimited' (default %(default)s)"
     add("--rate", default="50mbit", metavar="R", help=rate)
     add("--burst", default="16kb", metavar="SIZE", help="what an idle link saves up (default %(default)s)")
@@ -115,15 +122,17 @@ def check_request(args: argparse.Namespace, command: list[str]) -> None:
 
 
 def make_report(args: argparse.Namespace, command: list[str], outcome: Outcome) -> dict[str, Any]:
-    """Return what --json holds."""
-    ranks = zip(outcome.bytes_sent, outcome.rank_exit_codes, strict=True)
+    """Return what --json holds. Bytes of a node are in the row of its first rank; other rows of it have none."""
+    sent: list[int | None] = [None] * args.ranks
+    sent[:: args.ranks_per_node or 1] = outcome.bytes_sent
+    ranks = zip(sent, outcome.rank_exit_codes, strict=True)
     return {
         "command": command,
         "rate": args.rate,
         "burst": args.burst,
         "exit_code": outcome.exit_code,
         "seconds": round(outcome.seconds, 3),
-        "ranks": [{"rank": rank, "bytes_sent": sent, "exit_code": code} for rank, (sent, code) in enumerate(ranks)],
+        "ranks": [{"rank": rank, "bytes_sent": count, "exit_code": code} for rank, (count, code) in enumerate(ranks)],
     }
 
 
@@ -134,16 +143,19 @@ def print_report(report: dict[str, Any]) -> None:
         "  rank     bytes sent  mean Mbit/s  exit",
     ]
     for row in report["ranks"]:
-        mean = row["bytes_sent"] * 8e-6 / max(report["seconds"], 1e-3)
         code = "?" if row["exit_code"] is None else row["exit_code"]
-        lines.append(f"  {row['rank']:>4} {row['bytes_sent']:>14,} {mean:>12.2f} {code:>5}")
+        sent, mean = "of its node", ""
+        if row["bytes_sent"] is not None:
+            sent, mean = f"{row['bytes_sent']:,}", f"{row['bytes_sent'] * 8e-6 / max(report['seconds'], 1e-3):.2f}"
+        lines.append(f"  {row['rank']:>4} {sent:>14} {mean:>12} {code:>5}")
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 async def run(args: argparse.Namespace, command: list[str]) -> int:
     """Do what the command line asks and return the exit code. Raises UserError, NetworkError."""
     check_request(args, command)
-    network = SlowNetwork(args.ranks, args.rate, burst=args.burst, num_threads=args.threads)
+    options = {"num_threads": args.threads, "ranks_per_node": args.ranks_per_node}
+    network = SlowNetwork(args.ranks, args.rate, burst=args.burst, **options)
     num_wanted, num_cores = args.ranks * args.threads, len(os.sched_getaffinity(0))
     if num_wanted > num_cores:
         words = f"{args.ranks} ranks of {args.threads} threads share {num_cores} cores"

@@ -62,7 +62,7 @@ class Centroids:
         tag: Tag,
     ) -> None:
         tag.marker.now(ENCODE, call=tag.call)
-        self._moe, self._tag = moe, tag
+        self._moe, self._tag, self.group = moe, tag, moe.ep_group
         self._compensation, self._residual_map = compensation, residual_map
         self._hasher, self._refinement = hasher, refinement
         self._home = token_dispatcher.dispatcher_for_one_flight(moe, keeps_capacity=False)
@@ -122,10 +122,14 @@ class Centroids:
             self._residual = rows, centroids
         self._tag.marker.compression(rows, centroids, self._clusters.ids, self._clusters.sizes)
 
-    def unpack(self, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def unpack(self, _chunk: int, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """See ``contracts.Cargo``."""
         (centroids,) = arrived
         return centroids, centroids.new_ones(centroids.shape[0])
+
+    def collect(self, _chunk: int, outputs: Tensor) -> Tensor:
+        """See ``contracts.Cargo``."""
+        return outputs
 
     def deliver(self, _chunk: int, outputs: Tensor) -> Tensor:
         """See ``contracts.Cargo``."""

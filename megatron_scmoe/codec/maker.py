@@ -1,4 +1,4 @@
-"""Who makes what the flights of a group carry: tokens, for each expert or each rank once, or centroids of them."""
+"""Who makes what the flights of a group carry: tokens, once for each expert, rank or node, or centroids of them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from megatron_scmoe.codec.centroids import Centroids
 from megatron_scmoe.codec.compensation import ResidualMap
 from megatron_scmoe.codec.lsh import Hasher
 from megatron_scmoe.codec.rate import RateControl
-from megatron_scmoe.config import Codec, Compensation, Evaluation, HashKind, ScMoEConfig
+from megatron_scmoe.config import Codec, Compensation, Evaluation, HashKind, ScMoEConfig, Unique
 from megatron_scmoe.contracts import Cargo
 from megatron_scmoe.dispatch.exchange import Tag
+from megatron_scmoe.dispatch.node import NodeTokens
 from megatron_scmoe.dispatch.tokens import Tokens
 from megatron_scmoe.dispatch.unique import UniqueTokens
 from megatron_scmoe.mcore import blocks
+from megatron_scmoe.mcore.nodes import nodes_of
 
 
 class CargoMaker:
@@ -39,7 +41,7 @@ class CargoMaker:
         self._compensation, self._residual_map = scmoe.lsh_compensation, residual_map
         self._refinement = scmoe.lsh_refinement
         self._travels_topk = not scmoe.zero_experts
-        self._sends_once = scmoe.sends_once
+        self._unique = scmoe.a2a_unique
         keeps_some = not self._travels_topk or config.moe_expert_capacity_factor is not None
         self.waits_to_pack = scmoe.compresses or scmoe.sends_once or keeps_some
         self._apart_above = scmoe.a2a_weights_apart_above * 2**20
@@ -52,12 +54,25 @@ class CargoMaker:
         if scmoe.a2a_codec is Codec.LSH:
             self._hasher = Hasher(blocks.width_of_experts(config), hashes=hashes, width=width, seed=_seed(scmoe, group))
 
+    def prepare(self, moe: MoELayer) -> None:
+        """Make what the flights of ``moe`` need of process groups; all its expert-parallel ranks call this alike.
+
+        Raises:
+            ConfigError: where these ranks do not lie on nodes as they must.
+        """
+        if self._unique is Unique.NODE:
+            nodes_of(moe.ep_group)
+
     def cargo(
         self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, routing_map: Tensor, *, chunks: int, tag: Tag
     ) -> Cargo:
         """The cargo of one routing, whose counts are exchanged here; see ``Centroids`` for the arguments."""
-        if self._sends_once:
-            return UniqueTokens(moe, hidden_states, probs, chunks=chunks, apart_above=self._apart_above)
+        if self._unique is not Unique.NONE:
+            once = moe, hidden_states, probs
+            if self._unique is Unique.RANK:
+                return UniqueTokens(*once, chunks=chunks, apart_above=self._apart_above)
+            nodes = nodes_of(moe.ep_group)
+            return NodeTokens(*once, nodes=nodes, chunks=chunks, tag=tag, apart_above=self._apart_above)
         routed = moe, hidden_states, probs, routing_map
         if self._hasher is None or (self._tokens_in_evaluation and not moe.training):
             return Tokens(*routed, chunks=chunks, travels_topk=self._travels_topk, apart_above=self._apart_above)

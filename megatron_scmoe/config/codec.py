@@ -1,4 +1,4 @@
-"""What the all-to-all carries: tokens, once for an expert or once for a rank, or centroids (LSH-MoE, 2411.08446)."""
+"""What the all-to-all carries: tokens, once for an expert, a rank or a node, or centroids (LSH-MoE, 2411.08446)."""
 
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -18,6 +18,7 @@ class Unique(StrEnum):
 
     NONE = "none"
     RANK = "rank"
+    NODE = "node"
 
 
 class HashKind(StrEnum):
@@ -66,9 +67,10 @@ class CodecConfig:
 
     a2a_unique: Unique = Unique.NONE
     """Where a token travels once. none: a row for each of its experts. rank: a row for each rank that has experts of
-    it, with their gate weights; the rank sends back one weighted sum. The same numbers up to the order of sums. For
-    --moe-router-topk above 1; docs/codec.md says how many rows that saves. With --shortcut none it works in the stock
-    MoE layers."""
+    it, with their gate weights; the rank sends back one weighted sum. node: a row for each node, which is spread to its
+    ranks inside it, and one sum of each node; for experts on several nodes of several ranks. The same numbers up to the
+    order of sums. For --moe-router-topk above 1; docs/codec.md says how many rows that saves. With --shortcut none it
+    works in the stock MoE layers."""
 
     lsh_kind: HashKind = HashKind.CROSS_POLYTOPE
     """Hash functions of --a2a-codec lsh. cross-polytope: the nearest of the 2 x --lsh-width directions of a random

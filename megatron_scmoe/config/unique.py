@@ -4,15 +4,15 @@ from math import comb
 
 
 def expected_unique_share(experts: int, topk: int, ep: int, zero_experts: int = 0) -> float:
-    """Rows that travel with --a2a-unique rank for each that would without, where every choice of experts is as likely.
+    """Rows that travel with --a2a-unique for each that would without, where every choice of experts is as likely.
 
-    A token leaves a rank out if all its choices lie elsewhere: C(E - E/R, k) of the C(E, k) choices (the hypergeometric
-    distribution).
+    With ``rank`` they travel to ranks, with ``node`` to nodes. A token leaves one out if all its choices lie elsewhere:
+    C(E - E/R, k) of the C(E, k) choices (the hypergeometric distribution).
 
     Args:
         experts: E, on all ranks.
         topk: k, choices of a token, those of zero experts among them.
-        ep: R, ranks that share the experts.
+        ep: R, ranks, or nodes, that share the experts.
         zero_experts: further ones to choose from, whose tokens do not travel.
 
     Raises:

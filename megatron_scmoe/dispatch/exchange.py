@@ -46,16 +46,19 @@ class Tag(NamedTuple):
         name: what travels, e.g. ``"dispatch"``.
         call: which routed call of its span.
         chunk: which token chunk.
+        quiet: makes no marks: its time is that of the step around it.
     """
 
     marker: Marker
     name: str = ""
     call: int = 0
     chunk: int = 0
+    quiet: bool = False
 
     def begins(self, half: str, *, backward: bool) -> None:
         """Mark that ``half``, "start" or "finish", begins."""
-        self.marker.now(f"{half} {self.name}", self.chunk, call=self.call, backward=backward)
+        if not self.quiet:
+            self.marker.now(f"{half} {self.name}", self.chunk, call=self.call, backward=backward)
 
 
 class _State(Enum):

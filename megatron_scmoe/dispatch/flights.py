@@ -52,13 +52,13 @@ class Flight:
 
     def run_experts(self) -> None:
         """Wait for the rows of this rank's experts, run these, and send their outputs back."""
-        arrived = self._cargo.unpack(self._finish())
+        arrived = self._cargo.unpack(self._tag.chunk, self._finish())
         self._cargo.counts.tell(self._dispatcher, self._tag.chunk)
         rows, rows_per_expert, weights = self._dispatcher.dispatch_postprocess(*arrived)
         self._begin(EXPERTS)
         output, bias = self._moe.experts(rows, rows_per_expert, weights)
         assert bias is None  # refused: experts with a bias of their own
-        output = self._dispatcher.combine_preprocess(output)
+        output = self._cargo.collect(self._tag.chunk, self._dispatcher.combine_preprocess(output))
         self._begins_backward(EXPERTS, output)
         receive_rows, send_rows = self._cargo.counts.split_rows(self._tag.chunk)
         self._announce("combine", (output,), aside=False)
@@ -83,7 +83,7 @@ class Flight:
             raise ExchangeOrderError(f"{name} starts while this flight's last exchange is not finished")
         self._exchange = Exchange(
             tag=self._tag._replace(name=name),
-            group=self._moe.ep_group,
+            group=self._cargo.group,
             blocking=self._blocking,
             apart=self._cargo.apart,
             aside=aside,

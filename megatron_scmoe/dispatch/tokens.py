@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_scmoe.mcore import blocks, token_dispatcher
 
@@ -25,6 +26,7 @@ class ChunkedTokens:
         apart_above: bytes of tokens in one exchange above which what belongs to them travels apart.
     """
 
+    group: ProcessGroup
     dispatchers: list[MoEAlltoAllTokenDispatcher]
 
     def __init__(
@@ -38,9 +40,13 @@ class ChunkedTokens:
         copies: int,
         apart_above: float,
     ) -> None:
-        self._moe, self._shape = moe, hidden_states.shape
+        self._moe, self._shape, self.group = moe, hidden_states.shape, moe.ep_group
         self._parts = in_chunks(chunks, hidden_states, routing_map, probs)
         self.apart = bytes_at_most(moe, hidden_states, chunks=chunks, copies=copies) > apart_above
+
+    def collect(self, _chunk: int, outputs: Tensor) -> Tensor:
+        """See ``contracts.Cargo``."""
+        return outputs
 
     def deliver(self, chunk: int, outputs: Tensor) -> Tensor:
         """See ``contracts.Cargo``."""
@@ -102,7 +108,7 @@ class Tokens(ChunkedTokens):
             num_rows or self.counts.num_rows_to_send(chunk),
         )
 
-    def unpack(self, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def unpack(self, _chunk: int, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """See ``contracts.Cargo``."""
         tokens, weights = arrived
         return tokens, weights

@@ -7,6 +7,7 @@ A row is a token for a rank, with the gate weights of the token's experts there;
 This is DeepEP's saving (github.com/deepseek-ai/DeepEP), over plain all-to-alls. A rank's sum is rounded to the
 tokens' type before it travels; else sums differ by their order alone, and where no token has two experts of one rank
 not at all. Backward mirrors it: a row's gradient comes once, and that of its input and of its weights goes back once.
+``node.py`` does the same with nodes in the place of ranks.
 """
 
 from __future__ import annotations
@@ -20,60 +21,101 @@ from torch import Tensor
 from megatron_scmoe.dispatch.payload import Column
 from megatron_scmoe.dispatch.tokens import ChunkedTokens
 from megatron_scmoe.mcore import blocks
-from megatron_scmoe.mcore.unique_rows import UniqueCounts, UniqueRowsDispatcher
+from megatron_scmoe.mcore.unique_rows import NodeCounts, UniqueCounts, UniqueRowsDispatcher
 
 _ID = torch.int16
 """Travels as bytes: NCCL has no integers of 16 bits, and a collective of its own has the type of what it carries."""
 
 
-class UniqueTokens(ChunkedTokens):
-    """Tokens, a row for each rank that has experts of theirs, with the weights of these.
+class PlacedTokens(ChunkedTokens):
+    """Tokens, a row for each place, a rank or a node, that has experts of theirs, with the weights of these.
 
-    A row carries a weight for each expert of the rank, 0 where the token is not for it; or, where that takes fewer
-    bytes, as many as a token may have experts there, and which experts those are. A choice of weight 0 adds nothing,
-    and does not travel; nor does what only fills an expert up to its capacity, which has that weight.
-
-    The host has to know the counts before it can pack: how many ranks a token goes to is up to the router.
+    A choice of weight 0 adds nothing, and does not travel; nor does what only fills an expert up to its capacity, which
+    has that weight. The host has to know the counts before it can pack: how many places a token goes to is up to the
+    router.
 
     Args:
         moe: the layer whose experts run.
         hidden_states: what the experts read, or their latents are made of, [..., h], n tokens.
         probs: gate weights, [n, experts], 0 where an expert does not get a token.
+        places: that rows are for.
         chunks: that the tokens travel in.
         apart_above: bytes of tokens in one exchange above which weights and ids travel as collectives of their own.
+    """
+
+    counts: UniqueCounts | NodeCounts
+
+    def __init__(
+        self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, *, places: int, chunks: int, apart_above: float
+    ) -> None:
+        topk = moe.config.moe_router_topk
+        routed = moe, hidden_states, probs != 0, probs
+        super().__init__(*routed, chunks=chunks, copies=min(topk, places), apart_above=apart_above)
+        self._placing = [UniqueRowsDispatcher(moe, places) for _ in self._parts]
+        self.dispatchers = [*self._placing]
+        self._beside = WeightsBeside(probs.dtype, topk=topk, experts=probs.shape[1] // places)
+
+    @property
+    def _maps(self) -> list[Tensor]:
+        return [routing_map for _, routing_map, _ in self._parts]
+
+    def pack(self, chunk: int) -> tuple[Tensor, ...]:
+        """See ``contracts.Cargo``."""
+        tokens, routing_map, probs = self._parts[chunk]
+        dispatcher = self._placing[chunk]
+        dispatcher.num_out_tokens = self.counts.num_rows_to_send(chunk)
+        rows, weights = dispatcher.dispatch_preprocess(blocks.to_experts(self._moe, tokens), routing_map, probs)
+        return rows, *self._beside.pack(weights)
+
+    def unpack(self, _chunk: int, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """See ``contracts.Cargo``."""
+        rows, *beside = arrived
+        return rows, self._beside.unpack(beside)
+
+
+class UniqueTokens(PlacedTokens):
+    """Tokens, a row for each rank that has experts of theirs.
+
+    Args:
+        moe: the layer whose experts run. The other arguments are those of ``PlacedTokens``.
     """
 
     def __init__(
         self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, *, chunks: int, apart_above: float = math.inf
     ) -> None:
-        topk, num_ranks = moe.config.moe_router_topk, moe.token_dispatcher.ep_size
-        routed = moe, hidden_states, probs != 0, probs
-        super().__init__(*routed, chunks=chunks, copies=min(topk, num_ranks), apart_above=apart_above)
-        dispatchers = [UniqueRowsDispatcher(moe) for _ in self._parts]
-        self.dispatchers = [*dispatchers]
-        self.counts = UniqueCounts(dispatchers[0], [routing_map for _, routing_map, _ in self._parts])
-        self._experts_here = probs.shape[1] // num_ranks
-        self._experts_of_row = min(topk, self._experts_here)
-        self._sends_ids = ids_are_shorter(probs.dtype, self._experts_of_row, self._experts_here)
+        places = moe.token_dispatcher.ep_size
+        super().__init__(moe, hidden_states, probs, places=places, chunks=chunks, apart_above=apart_above)
+        self.counts = UniqueCounts(self._placing[0], self._maps)
 
-    def pack(self, chunk: int) -> tuple[Tensor, ...]:
-        """See ``contracts.Cargo``."""
-        tokens, routing_map, probs = self._parts[chunk]
-        dispatcher = self.dispatchers[chunk]
-        dispatcher.num_out_tokens = self.counts.num_rows_to_send(chunk)
-        rows, weights = dispatcher.dispatch_preprocess(blocks.to_experts(self._moe, tokens), routing_map, probs)
+
+class WeightsBeside:
+    """What a row carries of gate weights: one for each expert of its place, 0 where the token is not for it; or, where
+    that takes fewer bytes, as many as a token may have experts there, and which experts those are.
+
+    Args:
+        dtype: of weights.
+        topk: experts of a token.
+        experts: of a place.
+    """
+
+    def __init__(self, dtype: torch.dtype, *, topk: int, experts: int) -> None:
+        self._experts, self._chosen = experts, min(topk, experts)
+        self._sends_ids = ids_are_shorter(dtype, self._chosen, experts)
+
+    def pack(self, weights: Tensor) -> tuple[Tensor, ...]:
+        """What travels of ``weights``, [rows, experts of the place], ids last."""
         if not self._sends_ids:
-            return rows, weights
-        weights, experts = weights.topk(self._experts_of_row, dim=1)
-        return rows, weights, experts.to(_ID).view(torch.uint8)
+            return (weights,)
+        weights, experts = weights.topk(self._chosen, dim=1)
+        return weights, experts.to(_ID).view(torch.uint8)
 
-    def unpack(self, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """See ``contracts.Cargo``."""
-        rows, weights, *ids = arrived
-        if self._sends_ids:
-            (experts,) = ids
-            weights = weights.new_zeros(len(rows), self._experts_here).scatter(1, experts.view(_ID).long(), weights)
-        return rows, weights
+    def unpack(self, beside: list[Tensor]) -> Tensor:
+        """Weights as they were, [rows, experts of the place]."""
+        if not self._sends_ids:
+            (weights,) = beside
+            return weights
+        weights, experts = beside
+        return weights.new_zeros(len(weights), self._experts).scatter(1, experts.view(_ID).long(), weights)
 
 
 def ids_are_shorter(dtype: torch.dtype, experts_of_row: int, experts_here: int) -> bool:

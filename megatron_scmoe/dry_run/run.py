@@ -66,6 +66,6 @@ def _check_known(args: Namespace, scmoe: ScMoEConfig) -> None:
         )
     if scmoe.sends_once:
         raise ConfigError(
-            f"to how many ranks a token goes is up to the data: --a2a-unique is {scmoe.a2a_unique} in a dry run; use "
-            "--a2a-unique none for it"
+            f"to how many {scmoe.a2a_unique}s a token goes is up to the data: --a2a-unique is {scmoe.a2a_unique} in a "
+            "dry run; use --a2a-unique none for it"
         )

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -18,6 +17,8 @@ from typing import NamedTuple
 
 import psutil
 import torch.distributed as dist
+
+from megatron_scmoe.mcore.nodes import boot
 
 BEAT_S = 3.0
 SILENT_S = {"step": 25.0, "setup": 120.0, "checkpointing": 40.0, "between": 40.0}
@@ -92,9 +93,8 @@ def _place(frame: FrameType | None) -> list[tuple[int, int]]:
 def this_machine() -> str:
     """Where numbers of processes mean the same: a boot of Linux, whatever its name, and a container's namespace."""
     with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    return socket.gethostname()
+        return f"{boot()} {Path('/proc/self/ns/pid').readlink()}"
+    return boot()
 
 
 def _cannot_speak(beat: Beat) -> bool:

@@ -97,6 +97,7 @@ class GroupBlock(TransformerLayer):
         self._moe_holder = (self.mlp,)  # in a tuple, so that a borrowed MoE stays its owner's alone
         if isinstance(self.mlp, MoELayer):
             blocks.let_experts_run_repeatedly(self.mlp)
+            self.cargo_maker.prepare(self.mlp)
 
     @property
     def moe(self) -> MoELayer:

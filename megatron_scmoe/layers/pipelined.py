@@ -2,7 +2,7 @@
 
 It has no shortcut, so its dense stream is what does not wait for the routed experts inside the layer: the shared
 expert, where there is one. The honest baseline of every measurement; ``--shortcut none --overlap-chunks 2`` trains it.
-With ``--a2a-codec lsh`` it is the layer of the LSH-MoE paper.
+With ``--a2a-unique`` tokens travel once to a rank; with ``--a2a-codec lsh`` it is the layer of the LSH-MoE paper.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class PipelinedMoELayer(MoELayer):
         super().set_layer_number(layer_number)
         self.residual_map = residual_map_of(self.scmoe, self.config, self.group_index)
         self.cargo_maker = CargoMaker(self.scmoe, self.config, self.group_index, self.residual_map)
+        self.cargo_maker.prepare(self)
         self.shape = replace(self.shape, waits_to_pack=self.cargo_maker.waits_to_pack)
 
     @property

@@ -74,7 +74,7 @@ def model_config_from_args(args: Namespace, scmoe: ScMoEConfig) -> GPTModelConfi
 
 
 def with_chunks(config: GPTModelConfig, scmoe: ScMoEConfig) -> GPTModelConfig:
-    """Let the stock MoE layers of ``config`` send their tokens in chunks, or compressed; returns it."""
+    """Let the stock MoE layers of ``config`` send tokens in chunks, once for a rank, or compressed; returns it."""
     config.transformer_layer_spec = partial(pipelined_block_spec, scmoe=scmoe)
     return config
 

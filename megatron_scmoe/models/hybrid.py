@@ -57,7 +57,9 @@ class GroupedHybridStack(HybridStack):
 
 
 class PipelinedHybridStack(HybridStack):
-    """Core's stack of layers, whose MoEs send their tokens in chunks, or compressed; those of prediction layers do not.
+    """Core's stack of layers, whose MoEs send tokens in chunks, once for a rank, or compressed.
+
+    Those of prediction layers do not.
 
     Args:
         submodules: the stock layers.

@@ -72,7 +72,7 @@ def prediction_spec(
 def pipelined_block_spec(
     model_config: GPTModelConfig, vp_stage: int | None, *, scmoe: ScMoEConfig
 ) -> TransformerBlockSubmodules:
-    """Core's own blocks of one (virtual) pipeline stage, whose MoE layers send their tokens in chunks, or compressed.
+    """Core's blocks of one (virtual) pipeline stage, whose MoEs send tokens in chunks, once for a rank, or compressed.
 
     Args:
         model_config: Core's model configuration; its own spec is the start.

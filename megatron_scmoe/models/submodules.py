@@ -50,7 +50,7 @@ def with_moe_of_group(
 
 
 def with_pipelined_moe(submodules: TransformerLayerSubmodules, scmoe: ScMoEConfig) -> TransformerLayerSubmodules:
-    """The stock layer, its MoE, if it has one, with tokens that travel in chunks, or compressed."""
+    """The stock layer, its MoE, if it has one, with tokens that travel in chunks, once for a rank, or compressed."""
     mlp = submodules.mlp
     if getattr(mlp, "func", None) is not MoELayer:
         return submodules

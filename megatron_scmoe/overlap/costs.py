@@ -23,6 +23,8 @@ from megatron_scmoe.overlap.plan import (
     EXPERTS,
     FINISH_COMBINE,
     FINISH_DISPATCH,
+    GATHER,
+    SPREAD,
     START_COMBINE,
     START_DISPATCH,
     WAIT,
@@ -37,6 +39,10 @@ _OP_OF = {
     False: {START_DISPATCH: WAIT, FINISH_DISPATCH: EXPERTS, START_COMBINE: EXPERTS, FINISH_COMBINE: DECODE},
     True: {START_COMBINE: DECODE, FINISH_COMBINE: EXPERTS, START_DISPATCH: EXPERTS, FINISH_DISPATCH: ENCODE},
 }
+
+
+_INSIDE = (SPREAD, GATHER)
+"""Transfers inside a node, which are waited for where they start: their time is that of the experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,8 @@ def passes_of(recording: Recording) -> list[GroupPass]:
 
 def _group_pass(marks: Sequence[Mark], transfers: Iterable[Transfer], idle: Sequence[Interval] | None) -> GroupPass:
     first, last = marks[0], marks[-1]
-    mine = {(t.name, t.index, t.call): t for t in transfers if first.time_s <= t.start_s <= last.time_s}
+    all_ = [t for t in transfers if first.time_s <= t.start_s <= last.time_s]
+    mine = {(t.name, t.index, t.call): t for t in all_ if t.name not in _INSIDE}
     spans = [_computation(mark, following.time_s, mine) for mark, following in pairwise(marks) if mark.name != BEGIN]
     # Events of two GPU streams compare to half a microsecond or so: what took no time may seem to end before its begin,
     # and a negative cost would stop this rank while the others wait for it.
@@ -105,7 +112,7 @@ def _group_pass(marks: Sequence[Mark], transfers: Iterable[Transfer], idle: Sequ
         first.backward,
         tuple(spans),
         total_s=last.time_s - first.time_s,
-        sent_bytes=sum(t.sent_bytes for t in mine.values()),
+        sent_bytes=sum(t.sent_bytes for t in all_),
         idle=None if idle is None else tuple(_beginning_within(first.time_s, last.time_s, idle)),
         enqueue_s=_host_s(dense),
         enqueue_core_s=_host_s([pair for pair in dense if pair[0].name == CORE_ATTENTION]),

@@ -27,6 +27,8 @@ EXPERTS = "experts"
 START_COMBINE = "start combine"
 FINISH_COMBINE = "finish combine"
 DECODE = "decode"
+SPREAD = "spread"
+GATHER = "gather"
 
 OF_A_CALL = (
     ROUTE, ENCODE, WAIT, START_DISPATCH, FINISH_DISPATCH, EXPERTS, START_COMBINE, FINISH_COMBINE, DECODE,

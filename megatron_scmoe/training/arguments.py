@@ -34,7 +34,6 @@ from megatron_scmoe.config import (
 from megatron_scmoe.job import last_words, orphans
 from megatron_scmoe.job.meeting import Meeting
 from megatron_scmoe.mcore import checkpoints, version
-from megatron_scmoe.report.figures import ONE_QUEUE
 from megatron_scmoe.training import (
     corpus,
     prediction_rules,
@@ -44,6 +43,7 @@ from megatron_scmoe.training import (
     script_rules,
     sequence_rules,
     sizes,
+    slower,
     stage_rules,
     untried,
     whole_step,
@@ -137,8 +137,10 @@ def parse_and_validate_args(
     except ConfigError as error:
         refuse(str(error))
     if args.rank == 0:
-        if warning := one_queue_warning(scmoe, one_queue=queues.launches_in_one()):
+        if warning := slower.one_queue_warning(scmoe, one_queue=queues.launches_in_one()):
             print(f" > overlap warning: {warning}", flush=True)
+        if warning := slower.unique_warning(args, scmoe):
+            print(f" > unique warning: {warning}", flush=True)
         for words in untried.found_in(args, scmoe):
             print(f" > untried: {words}", flush=True)
     return args, scmoe, meeting
@@ -221,16 +223,6 @@ def _validate(
     if scmoe.lsh_target_rate:
         args.lsh_levels = getattr(saved, "lsh_levels", {})
     return scmoe, saved
-
-
-def one_queue_warning(scmoe: ScMoEConfig, *, one_queue: bool) -> str | None:
-    """``ONE_QUEUE`` where collectives would hold one another up.
-
-    Args:
-        scmoe: the settings of this run.
-        one_queue: whether a GPU is launched on in one queue.
-    """
-    return ONE_QUEUE if scmoe.flies_side_by_side and one_queue else None
 
 
 def refuse(message: str) -> NoReturn:

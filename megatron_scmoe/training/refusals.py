@@ -19,6 +19,7 @@ from megatron_scmoe.config import (
     Router,
     ScMoEConfig,
     Shortcut,
+    Unique,
 )
 from megatron_scmoe.training import refused_flags
 from megatron_scmoe.training.refused_flags import RECOMPUTE_REFUSED
@@ -81,6 +82,11 @@ def _check_unique(args: Namespace, scmoe: ScMoEConfig) -> None:
         raise ConfigError(
             f"with one expert each no token goes to a rank twice: --moe-router-topk is {args.moe_router_topk} and "
             f"--a2a-unique is {scmoe.a2a_unique}; drop --a2a-unique"
+        )
+    if scmoe.a2a_unique is Unique.NODE and args.expert_model_parallel_size == 1:
+        raise ConfigError(
+            "a token goes once to each of several nodes: --a2a-unique is node and --expert-model-parallel-size is "
+            f"{args.expert_model_parallel_size}; drop --a2a-unique"
         )
 
 

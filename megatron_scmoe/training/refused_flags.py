@@ -127,7 +127,7 @@ PIPELINED_REFUSALS = (
         ("local", "transformer_engine"),
     ),
 )
-"""What the stock MoE layer cannot be combined with where its tokens travel in chunks, or compressed."""
+"""What the stock MoE layer cannot go with where its tokens travel in chunks, once for a rank, or compressed."""
 
 HOOK_REFUSALS = (
     Refusal("--fim-data", "the dataset hook builds plain GPT datasets"),

@@ -39,6 +39,11 @@ REFUSED = {
         "--lsh-evaluation is centroids and --a2a-weights-apart-above is 4",
     ],
     "--a2a-unique rank --moe-router-topk 1": ["with one expert each", "--moe-router-topk is 1", "drop --a2a-unique"],
+    "--a2a-unique node --moe-router-topk 2": [
+        "once to each of several nodes",
+        "--a2a-unique is node and --expert-model-parallel-size is 1",
+    ],
+    "--a2a-unique node --moe-router-topk 1": ["with one expert each", "--a2a-unique is node"],
     "--a2a-unique rank --moe-router-topk 2 --a2a-codec lsh": [
         "for it alone",
         "--a2a-unique is rank",
@@ -179,6 +184,7 @@ DGMOE_REFUSED = {
     "--moe-share-groups 2 --num-layers 6": ["is 2 and there are 3 groups", "use a divisor of 3"],
     "--expert-slot 4": ["pos2 of dgmoe has the slots 1 to 3", "is 4"],
     "--a2a-unique rank": ["each gate of dgmoe chooses one expert", "--a2a-unique is rank and --shortcut is dgmoe"],
+    "--a2a-unique node": ["each gate of dgmoe chooses one expert", "--a2a-unique is node and --shortcut is dgmoe"],
     "--moe-router-load-balancing-type sinkhorn": ["no second choice", "sinkhorn", "use aux_loss"],
     "--moe-enable-routing-replay": ["--moe-enable-routing-replay is True", "drop it"],
     "--calculate-per-token-loss": ["--calculate-per-token-loss is True", "drop it"],
@@ -201,6 +207,7 @@ STOCK_REFUSED = {
     "--overlap-chunks 2 --moe-router-padding-for-fp8": ["counts are exchanged", "--moe-router-padding-for-fp8 is True"],
     "--a2a-unique rank --moe-router-topk 2 --spec a b": ["block spec of this script", "and --a2a-unique is rank"],
     "--a2a-unique rank --moe-router-topk 1": ["with one expert each", "--a2a-unique is rank"],
+    "--a2a-unique node --moe-router-topk 2": ["once to each of several nodes", "--expert-model-parallel-size is 1"],
     "--overlap-chunks 2 --use-megatron-fsdp": ["--use-megatron-fsdp is True", "overwrite the gradients"],
     "--a2a-codec lsh --expert-tensor-parallel-num-weight-shards 2": ["once in a micro-batch", "drop it"],
     "--moe-latent-size 16 --moe-shared-expert-overlap": ["overlaps no shared expert", "--moe-latent-size is 16"],
@@ -571,7 +578,7 @@ def test_torchrun_turns_a_refusal_into_1_and_the_line_is_there():
 
 def warnings_of_one_queue() -> list[str | None]:
     from megatron_scmoe.config import Overlap, ScMoEConfig, Shortcut
-    from megatron_scmoe.training.arguments import one_queue_warning
+    from megatron_scmoe.training.slower import one_queue_warning
 
     scmoe = ScMoEConfig(shortcut=Shortcut.SCMOE)
     chunks = dataclasses.replace(scmoe, overlap_chunks=2)
@@ -592,6 +599,24 @@ def test_one_queue_is_warned_of_where_collectives_wait_for_one_another():
     found = ranks.run(warnings_of_one_queue, 1)[0]
     assert all(text.startswith("CUDA_DEVICE_MAX_CONNECTIONS is 1") and "set it to 32" in text for text in found[:4])
     assert found[4:] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("experts", "ep", "unique", "why"),
+    [
+        (4, 1, "rank", "no token travels: --a2a-unique is rank, --num-experts 4 and --expert-model-parallel-size 1"),
+        (4, 4, "rank", "a rank has one expert: --a2a-unique is rank"),
+        (4, 2, "rank", None),
+        (4, 1, "none", None),
+    ],
+)
+def test_unique_tokens_that_save_nothing_are_warned_of(experts, ep, unique, why):
+    from megatron_scmoe.config import ScMoEConfig, Unique
+    from megatron_scmoe.training.slower import unique_warning
+
+    args = argparse.Namespace(num_experts=experts, expert_model_parallel_size=ep)
+    found = unique_warning(args, ScMoEConfig(a2a_unique=Unique(unique)))
+    assert found is None if why is None else (found.startswith(why) and found.endswith("drop --a2a-unique"))
 
 
 ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}

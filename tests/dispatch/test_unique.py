@@ -47,6 +47,7 @@ class Flown(NamedTuple):
             "none of the second rank": the second rank's tokens have none, as with zero experts alone.
         chunks: that the tokens travel in.
         apart: whether weights travel as collectives of their own.
+        places: ranks or nodes that "all ranks" means; 0: the expert-parallel ranks.
     """
 
     tokens: int = 7
@@ -55,6 +56,7 @@ class Flown(NamedTuple):
     chosen: str = "uniform"
     chunks: int = 1
     apart: bool = False
+    places: int = 0
 
 
 FLOWN = {
@@ -82,7 +84,9 @@ def choices_of(case: Flown, rank: int, token: int, ep: int) -> list[int]:
     if case.chosen == "none of the second rank" and rank == 1:
         return []
     if case.chosen == "all ranks":
-        return [next(expert for expert in shuffled if expert // here == one) for one in range(ep)]
+        places = case.places or ep
+        of_place = case.experts // places
+        return [next(expert for expert in shuffled if expert // of_place == one) for one in range(places)]
     return shuffled[: case.topk]
 
 
@@ -131,12 +135,24 @@ def layer_of(case: Flown) -> Any:
     return SimpleNamespace(config=config, token_dispatcher=dispatcher, ep_group=groups.ep, experts=experts, own=own)
 
 
-def flown(case: Flown, unique: bool, mutant: str = "") -> dict[str, Tensor]:
-    """Output and gradients of this rank; rows, as they travel there."""
-    from megatron_scmoe.dispatch.exchange import Tag
-    from megatron_scmoe.dispatch.flights import Flights
+def cargo_of(how: str, layer: Any, tokens: Tensor, probs: Tensor, tag: Any, **options: Any) -> Any:
+    """``how``: a value of --a2a-unique."""
+    from megatron_scmoe.dispatch.node import NodeTokens
     from megatron_scmoe.dispatch.tokens import Tokens
     from megatron_scmoe.dispatch.unique import UniqueTokens
+    from megatron_scmoe.mcore.nodes import nodes_of
+
+    if how == "node":
+        return NodeTokens(layer, tokens, probs, nodes=nodes_of(layer.ep_group), tag=tag, **options)
+    if how == "rank":
+        return UniqueTokens(layer, tokens, probs, **options)
+    return Tokens(layer, tokens, probs, probs > 0, **options, travels_topk=False)
+
+
+def flown(case: Flown, how: str, mutant: str = "") -> dict[str, Tensor]:
+    """Output and gradients of this rank; rows, as they travel there, and inside its node."""
+    from megatron_scmoe.dispatch.exchange import Tag
+    from megatron_scmoe.dispatch.flights import Flights
     from megatron_scmoe.overlap.observe import Marker
 
     layer = layer_of(case)
@@ -144,23 +160,26 @@ def flown(case: Flown, unique: bool, mutant: str = "") -> dict[str, Tensor]:
     tokens.requires_grad_()
     probs.requires_grad_()
     options: dict[str, Any] = {"chunks": case.chunks, "apart_above": -1.0 if case.apart else float("inf")}
-    if unique:
+    if how != "none":
         spoil(mutant)
-        cargo = UniqueTokens(layer, tokens, probs, **options)
-    else:
-        cargo = Tokens(layer, tokens, probs, probs > 0, **options, travels_topk=False)
-    flights = Flights(layer, cargo, slots=(2,) * case.chunks, blocking=False, aside=False, tag=Tag(Marker(0)))
+    tag = Tag(Marker(0))
+    cargo = cargo_of(how, layer, tokens, probs, tag, **options)
+    flights = Flights(layer, cargo, slots=(2,) * case.chunks, blocking=False, aside=False, tag=tag)
     flights.run_experts(slot=2)
     output = flights.finish_combine()
     (output * towards).sum().backward()
     rows = [cargo.counts.split_rows(chunk)[0] for chunk in range(case.chunks)]
+
+    def inside(chunk: int) -> list[int]:
+        return cargo.counts.split_inside(chunk)[0]
+
     return {
         "output": output.detach(),
         "tokens": tokens.grad,
         "weights": probs.grad,
         "experts": layer.own.grad,
         "rows": torch.tensor(rows),
-    }
+    } | ({"inside": torch.tensor(list(map(inside, range(case.chunks))))} if how == "node" else {})
 
 
 def spoil(mutant: str) -> None:
@@ -182,12 +201,12 @@ def spoil(mutant: str) -> None:
         Dispatcher.combine_postprocess = one_dropped
 
 
-def all_flown(names: list[str], mutant: str = "") -> dict[tuple[str, bool], dict[str, Tensor]]:
-    return {(name, unique): flown(FLOWN[name], unique, mutant) for name in names for unique in (True, False)}
+def all_flown(names: list[str], mutant: str = "") -> dict[tuple[str, str], dict[str, Tensor]]:
+    return {(name, how): flown(FLOWN[name], how, mutant) for name in names for how in ("rank", "none")}
 
 
 @functools.cache
-def found(layout_name: str) -> list[dict[tuple[str, bool], dict[str, Tensor]]]:
+def found(layout_name: str) -> list[dict[tuple[str, str], dict[str, Tensor]]]:
     """By rank, of every routing, with unique tokens and without."""
     size, ep, tp = LAYOUTS[layout_name]
     return ranks.run(all_flown, size, list(FLOWN), layout=layout(ep, tp))
@@ -245,7 +264,7 @@ def test_it_equals_slow_loops(layout_name, name):
     """Outputs and all gradients, of gate weights too; and how many rows go to each rank."""
     case, (size, ep, tp) = FLOWN[name], LAYOUTS[layout_name]
     for of_rank, expected in zip(found(layout_name), in_loops(case, size, ep, tp), strict=True):
-        assert_equal(of_rank[name, True], expected)
+        assert_equal(of_rank[name, "rank"], expected)
 
 
 @pytest.mark.parametrize("layout_name", LAYOUTS)
@@ -253,7 +272,7 @@ def test_it_equals_tokens_that_travel_as_often_as_they_have_experts(layout_name)
     """Experts read the same rows in the same order, so that their gradients are the same bit for bit."""
     fewer = set()
     for of_rank, name in itertools.product(found(layout_name), FLOWN):
-        unique, plain = dict(of_rank[name, True]), dict(of_rank[name, False])
+        unique, plain = dict(of_rank[name, "rank"]), dict(of_rank[name, "none"])
         if unique.pop("rows").sum() < plain.pop("rows").sum():
             fewer.add(name)
         assert torch.equal(unique.pop("experts"), plain.pop("experts"))
@@ -264,7 +283,7 @@ def test_it_equals_tokens_that_travel_as_often_as_they_have_experts(layout_name)
 @pytest.mark.parametrize("layout_name", ["ep2", "ep4", "one rank", "ep2 expert tp2"])
 def test_where_nothing_repeats_no_bit_changes(layout_name):
     for of_rank in found(layout_name):
-        unique, plain = (of_rank["nothing repeats", one] for one in (True, False))
+        unique, plain = (of_rank["nothing repeats", one] for one in ("rank", "none"))
         assert all(torch.equal(value, plain[name]) for name, value in unique.items())
         assert unique["output"].any() and unique["weights"].any()
 
@@ -274,7 +293,7 @@ def test_a_fault_is_noticed(mutant):
     """Negative control of all comparisons above."""
     for of_rank in ranks.run(all_flown, 2, ["uniform"], mutant, layout=layout(2, 1)):
         with pytest.raises(AssertionError):
-            assert_equal(of_rank["uniform", True], of_rank["uniform", False])
+            assert_equal(of_rank["uniform", "rank"], of_rank["uniform", "none"])
 
 
 # ---- what lies beside a row -------------------------------------------------------------------------------------
@@ -290,7 +309,7 @@ def shapes_sent(names: list[str]) -> dict[str, list[tuple[str, int]]]:
     found = {}
     for name in names:
         sent.clear()
-        flown(FLOWN[name], True)
+        flown(FLOWN[name], "rank")
         found[name] = list(sent)
     dist.all_to_all_single = original
     return found
@@ -337,6 +356,7 @@ MODELS = {
     "pos3, added, chunks": UNIQUE.replace(position=("pos3",), combine="add", chunks=3),
     "top-3": UNIQUE.replace(topk=3),
     "top-4 of 4": UNIQUE.replace(topk=4),
+    "ids": UNIQUE.replace(experts=64),
     "late landing": UNIQUE.replace(num_groups=4, span=2, landing=1),
     "farskip": UNIQUE.replace(span=2, landing=1, moe_every=1, position=("farskip",)),
     "shared": UNIQUE.replace(share_groups=2, combine="cg2"),
@@ -344,7 +364,7 @@ MODELS = {
     "longcat, latents, chunks": LONGCAT.replace(latent=8, chunks=2),
     "latents": UNIQUE.replace(latent=8),
 }
-QUICK = ("pos2", "late landing", "farskip", "longcat, latents, chunks")
+QUICK = ("pos2", "ids", "late landing", "farskip", "longcat, latents, chunks")
 
 
 @pytest.mark.parametrize(
@@ -417,12 +437,18 @@ def test_bf16_is_no_farther_from_float32_than_tokens_that_travel_as_often_as_the
     assert off(run(case.replace(capacity=1.0), 2)) > 1.5 * off(run(plain(case), 2))  # drops are seen
 
 
-def stock(kind: str, chunks: int) -> tuple[Tensor, dict[str, Tensor]]:
+def stock(kind: str, chunks: int, unique: str) -> tuple[tuple[Tensor, dict[str, Tensor]], int]:
+    """Losses and gradients of a step, and bytes that the combines of its forward sent."""
     from megatron_scmoe.config import Unique
+    from megatron_scmoe.overlap import observe
 
     build = test_pipelined.build
-    test_pipelined.build = lambda kind, chunks: build(kind, chunks, a2a_unique=Unique.RANK)
-    return test_pipelined.losses_and_gradients(kind, chunks)
+    test_pipelined.build = lambda kind, chunks: build(kind, chunks, a2a_unique=Unique(unique))
+    with observe.recording() as recorded:
+        found = test_pipelined.losses_and_gradients(kind, chunks)
+    combines = [one for one in recorded.transfers if one.name == "combine" and not one.backward]
+    assert combines
+    return found, sum(one.sent_bytes for one in combines)
 
 
 STOCK = ("top-2", "dropped", "padded", "latents", "balance loss")
@@ -431,8 +457,11 @@ STOCK = ("top-2", "dropped", "padded", "latents", "balance loss")
 @pytest.mark.parametrize("kind", cases(STOCK, {"top-2", "padded"}))
 def test_stock_layers(kind):
     expected = ranks.run(test_pipelined.losses_and_gradients, 2, kind, 0, layout=EP[2])
+    every = ranks.run(stock, 2, kind, 1, "none", layout=EP[2])
     for chunks in (1, 2):
-        assert_close(ranks.run(stock, 2, kind, chunks, layout=EP[2]), expected)
+        unique = ranks.run(stock, 2, kind, chunks, "rank", layout=EP[2])
+        assert_close([found for found, _ in unique], expected)
+        assert sum(sent for _, sent in unique) < 0.95 * sum(sent for _, sent in every)
 
 
 # ---- how many rows ----------------------------------------------------------------------------------------------
@@ -459,12 +488,10 @@ PREDICTED = {"top-2 at EP 2": (8, 2, 2), "top-6 at EP 4": (64, 6, 4), "12 of 64 
 """Experts, top-k, expert parallelism."""
 
 
-def rows_and_bytes(case: Flown) -> list[tuple[int, int]]:
-    """That leave this rank in a forward's dispatch and combine, with unique tokens and without, of uniform routing."""
+def rows_and_bytes(case: Flown, hows: tuple[str, ...] = ("rank", "none")) -> list[tuple[int, int]]:
+    """That leave this rank in a forward's dispatch and combine, in each of ``hows``, of uniform routing."""
     from megatron_scmoe.dispatch.exchange import Tag
     from megatron_scmoe.dispatch.flights import Flights
-    from megatron_scmoe.dispatch.tokens import Tokens
-    from megatron_scmoe.dispatch.unique import UniqueTokens
     from megatron_scmoe.overlap import observe
 
     layer = layer_of(case)
@@ -472,20 +499,16 @@ def rows_and_bytes(case: Flown) -> list[tuple[int, int]]:
     scores = torch.rand(case.tokens, case.experts, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
     probs = torch.zeros_like(scores).scatter(1, scores.topk(case.topk).indices, 0.5)
     tokens = torch.ones(case.tokens, 1, WIDTH, dtype=torch.float64)
-    for unique in (True, False):
+    for how in hows:
         with observe.recording() as recorded, torch.no_grad():
-            cargo = (
-                UniqueTokens(layer, tokens, probs, chunks=1)
-                if unique
-                else Tokens(layer, tokens, probs, probs > 0, chunks=1)
-            )
             tag = Tag(observe.Marker(0))
+            cargo = cargo_of(how, layer, tokens, probs, tag, chunks=1)
             flights = Flights(layer, cargo, slots=(1,), blocking=False, aside=False, tag=tag)
             flights.run_experts(slot=1)
             flights.finish_combine()
         there = cargo.counts.split_rows(0)[0]
         (combine,) = [one.sent_bytes for one in recorded.transfers if one.name == "combine"]
-        found.append((sum(there) - there[layer.ep_group.rank()], combine))
+        found.append((sum(there) - there[cargo.group.rank()], combine))
     return found
 
 

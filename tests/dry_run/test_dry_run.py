@@ -228,6 +228,10 @@ REFUSED = {
     ),
     "a codec": (["--a2a-codec lsh"], "--a2a-codec is lsh in a dry run"),
     "unique tokens": (["--a2a-unique rank", "--moe-router-topk 2"], "--a2a-unique is rank in a dry run"),
+    "unique tokens of nodes": (
+        ["--a2a-unique node", "--moe-router-topk 2", "--expert-model-parallel-size 2"],
+        "to how many nodes a token goes is up to the data: --a2a-unique is node in a dry run",
+    ),
     "blocks of another spec": (["--shortcut none", "--spec here there"], "--spec is here there"),
     "an optimizer": (["--optimizer muon"], "--optimizer is muon"),
     "host memory": (

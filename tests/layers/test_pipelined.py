@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -191,7 +192,7 @@ def test_it_trains_like_stock_and_reports(tmp_path: Path):
         "stock": [],
         "chunks": ["--overlap-chunks 2", f"--overlap-report {tmp_path / 'report'}"],
         "adaptive": ["--overlap-chunks 2", "--overlap adaptive"],
-        "unique": ["--a2a-unique rank"],
+        "unique": ["--a2a-unique rank", f"--overlap-report {tmp_path / 'unique-report'}"],
     }
     scalars = {}
     for name, changes in flags.items():
@@ -206,7 +207,15 @@ def test_it_trains_like_stock_and_reports(tmp_path: Path):
         assert scalars["unique"][name] == pytest.approx(values, rel=1e-4)
         first = {iteration: scalars["adaptive"][name][iteration] for iteration in values}
         assert first == pytest.approx(values, rel=1e-4)
-    assert len((tmp_path / "report" / "rank00001.jsonl").read_text().splitlines()) == 4
+    every, unique = (sent_bytes(tmp_path / name) for name in ("report", "unique-report"))
+    assert [len(every), len(unique)] == [4, 4]
+    assert sum(unique) < 0.95 * sum(every)
+
+
+def sent_bytes(report: Path) -> list[int]:
+    """By rank 1, in each reported step."""
+    steps = [json.loads(line) for line in (report / "rank00001.jsonl").read_text().splitlines()]
+    return [sum(group["sent_bytes"] for group in step["groups"]) for step in steps]
 
 
 def test_nothing_to_report_without_chunks():

@@ -22,7 +22,7 @@ from models import Case
 from span_cases import CHUNK_OPS
 
 from megatron_scmoe.contracts import Launch, Plan, RoutedCall, SpanShape
-from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs, passes_of
+from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs, pass_costs_of, passes_of
 from megatron_scmoe.overlap.launch import gained_s
 from megatron_scmoe.overlap.observe import BEGIN, END
 from megatron_scmoe.overlap.plan import OF_A_CALL, sequential_plan
@@ -139,6 +139,21 @@ BACKWARD_COSTS = PassCosts(
     ops=(20, 14, 12, 2),
     calls=(CallCosts(route=4, encode=1 + 3, dispatch=10, experts=2 + 24 + 1, combine=12, decode=4 + 1),),
 )
+
+
+INSIDE_FORWARD = """
+    forward 27.2-27.8 spread 0 300
+    forward 40.2-40.8 gather 0 200
+"""
+
+
+def test_hops_inside_a_node_are_the_experts_time():
+    """They are waited for where they start: their bytes count, and nothing is expected to hide them."""
+    (plain,) = passes_of(recording(FORWARD_BLOCKING))
+    (one,) = passes_of(recording(FORWARD_BLOCKING, INSIDE_FORWARD))
+    assert one.spans == plain.spans
+    assert one.sent_bytes == plain.sent_bytes + 500
+    assert pass_costs_of([one], SHAPE, 1) == pass_costs_of([plain], SHAPE, 1)
 
 
 def test_a_blocking_forward_by_hand():

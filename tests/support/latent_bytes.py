@@ -1,6 +1,7 @@
 """A rank of slow_link.py: what the network interfaces of all ranks sent in a few steps, and what our transfers say.
 
     slow_link.py --rate unlimited -- python latent_bytes.py FILE LATENT_SIZE [UNIQUE]
+    slow_link.py --ranks 4 --ranks-per-node 2 --rate unlimited -- python latent_bytes.py FILE LATENT_SIZE UNIQUE
 
 Rank 0 writes FILE. Its model is one group of width 256, whose experts read latents of LATENT_SIZE, or tokens for 0.
 With UNIQUE, a value of --a2a-unique, tokens are routed at random.
@@ -53,7 +54,8 @@ def main(path: str, latent: str, unique: str = "") -> None:
     """Count the bytes of STEPS forward and backward passes; gradients are not reduced."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=2, expert_tensor_parallel_size=1)
+    size = dist.get_world_size()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=size, expert_tensor_parallel_size=1)
     model_parallel_cuda_manual_seed(1)
     model, control = build(int(latent), unique), Control.from_environment()
     tokens = torch.arange(TOKENS).remainder(32)[None]
@@ -67,7 +69,7 @@ def main(path: str, latent: str, unique: str = "") -> None:
     dist.barrier()
     after = control.bytes_sent()
     mine = sum(transfer.sent_bytes for transfer in recorded.transfers)
-    of_ranks: list[int] = [0, 0]
+    of_ranks: list[int] = [0] * size
     dist.all_gather_object(of_ranks, mine)
     if dist.get_rank() == 0:
         sent = [late - early for early, late in zip(before, after, strict=True)]

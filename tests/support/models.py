@@ -7,6 +7,7 @@ same model without a checkpoint, and the single-process reference can be given t
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import zlib
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class Case:
     latent: int | None = None
     weights_apart_above: float = 8.0
     unique: str = "none"
+    experts: int = 4
     predictions: int = 0
 
     @property
@@ -75,7 +77,7 @@ class Case:
             ffn_hidden_size=24,
             moe_ffn_hidden_size=12,
             shared_ffn_hidden_size=None if self.shortcut == "dgmoe" else 20,
-            num_experts=4,
+            num_experts=self.experts,
             topk=self.topk,
             moe_every=self.moe_every,
             positions=positions,
@@ -96,7 +98,7 @@ class Case:
 
     def router_bias(self, group: int) -> Tensor:
         """Of LongCat-Flash's router: about as large as the differences between scores."""
-        return 0.3 * parameter(f"bias of group {group}", (4 + self.zero_experts,))
+        return 0.3 * parameter(f"bias of group {group}", (self.experts + self.zero_experts,))
 
     def router_biases(self) -> tuple[Tensor, ...]:
         """For each group that of the router that serves it."""
@@ -161,6 +163,8 @@ def build(case: Case):
 
     scmoe = settings(case)
     scmoe.validate(case.num_layers)
+    if case.unique == "node":
+        os.environ["NCCL_HOSTID"] = f"node {dist.get_rank() // 2}"  # ranks pretend to be on nodes of two
     config = ScMoEGPTModelConfig(
         transformer=transformer_config(case),
         vocab_size=VOCAB_SIZE,
@@ -174,7 +178,7 @@ def build(case: Case):
     model = model.to(DEVICE, case.dtype)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            value.copy_(parameter(global_name(name), tuple(value.shape)))
+            value.copy_(parameter(global_name(name, case.experts), tuple(value.shape)))
         for name, value in model.named_buffers():
             if name.endswith("expert_bias"):
                 value.copy_(case.router_bias(int(name.split(".")[2]) // case.moe_every))
@@ -248,14 +252,14 @@ def transformer_config(case: Case):
     )
 
 
-def global_name(local_name: str) -> str:
-    """The name that a parameter of this expert-parallel rank has in a single-rank model."""
+def global_name(local_name: str, experts: int = Case.experts) -> str:
+    """The name that a parameter of this expert-parallel rank has in a single-rank model of ``experts``."""
     from megatron.core import parallel_state
 
     match = re.search(r"local_experts\.(\d+)\.", local_name)
     if match is None:
         return local_name
-    num_local = 4 // parallel_state.get_expert_model_parallel_world_size()
+    num_local = experts // parallel_state.get_expert_model_parallel_world_size()
     expert = int(match[1]) + num_local * parallel_state.get_expert_model_parallel_rank()
     return local_name.replace(match[0], f"local_experts.{expert}.")
 
@@ -305,5 +309,5 @@ def losses_and_gradients(
         gradient = torch.zeros_like(value) if value.grad is None else value.grad
         if "local_experts" not in name:
             dist.all_reduce(gradient)  # what data parallelism does with dense parameters
-        gradients[global_name(name)] = gradient
+        gradients[global_name(name, case.experts)] = gradient
     return torch.cat([loss.detach() for loss in losses]), gradients

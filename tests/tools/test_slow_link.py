@@ -190,6 +190,61 @@ def test_cores_go_round():
         assert set(double.cpus(rank)) == {usable[(2 * rank + thread) % len(usable)] for thread in range(2)}
 
 
+def test_ranks_of_a_node_share_a_link():
+    nodes, alone = SlowNetwork(6, "unlimited", ranks_per_node=3), SlowNetwork(6, "unlimited")
+    assert (nodes.num_links, alone.num_links) == (2, 6)
+    assert [nodes.address(rank) for rank in (0, 2, 3)] == ["10.77.0.1", "10.77.0.1", "10.77.0.2"]
+    assert nodes.command_prefix(3)[:4] == nodes.command_prefix(5)[:4] != nodes.command_prefix(2)[:4]
+    found = [nodes.environment(rank) for rank in range(6)]
+    assert [(one["RANK"], one["LOCAL_RANK"], one["LOCAL_WORLD_SIZE"]) for one in found[2:4]] == [
+        ("2", "2", "3"),
+        ("3", "0", "3"),
+    ]
+    assert found[0]["NCCL_HOSTID"] == found[2]["NCCL_HOSTID"] != found[3]["NCCL_HOSTID"]
+    assert "NCCL_HOSTID" not in alone.environment(0) and alone.environment(5)["LOCAL_RANK"] == "5"
+    with pytest.raises(UserError, match="6 ranks cannot lie on nodes of 4"):
+        SlowNetwork(6, "unlimited", ranks_per_node=4)
+
+
+def test_report_of_nodes(capsys):
+    args = tool.make_parser().parse_args(["--ranks", "4", "--ranks-per-node", "2"])
+    report = tool.make_report(args, ["ls"], Outcome(0, [0] * 4, [1000, 2_000_000], 2.0))
+    assert [row["bytes_sent"] for row in report["ranks"]] == [1000, None, 2_000_000, None]
+    tool.print_report(report)
+    table = capsys.readouterr().err
+    assert table.count("of its node") == 2 and "2,000,000         8.00     0" in table
+
+
+@pytest.mark.usefixtures("slow_links")
+def test_what_ranks_of_a_node_tell_one_another_is_not_on_its_link():
+    with SlowNetwork(4, "10mbit", ranks_per_node=2) as slow:
+        program = """
+import os, socket, sys
+rank, to = int(os.environ["RANK"]), sys.argv[1]
+with socket.socket() as one:
+    if rank == 0:
+        one.bind((sys.argv[2], 5000)); one.listen()
+        print("listens", flush=True)
+        connection, _ = one.accept()
+        while connection.recv(1 << 16): pass
+    else:
+        one.connect((to, 5000)); one.sendall(bytes(200_000))
+"""
+        for sender, crosses in ((1, False), (2, True)):
+            words = [sys.executable, "-c", program, slow.address(0), slow.address(0)]
+            before = slow.bytes_sent()
+            with slow.popen(0, words, stdout=subprocess.PIPE) as receiver:
+                assert receiver.stdout.readline() == b"listens\n"
+                assert slow.popen(sender, words).wait(30) == 0
+            sent = [late - early for early, late in zip(before, slow.bytes_sent(), strict=True)]
+            assert (sent[1] > 200_000) == crosses and sent[0] < 20_000
+        control = Control(str(slow._socket))
+        control.set_rate("4mbit", 3)
+        assert control.rate() == "10mbit,4mbit"
+        with pytest.raises(ControlError, match="there is no rank 4; ranks are 0 to 3"):
+            control.set_rate("4mbit", 4)
+
+
 def test_report_is_written_whole(tmp_path, capsys):
     args = tool.make_parser().parse_args(["--rate", "1mbit"])
     report = tool.make_report(args, ["ls"], Outcome(137, [0, 137, None], [1000, 2_000_000, 0], 2.0))

@@ -375,6 +375,40 @@ def test_unique_tokens_agree_with_one_rank(start_of, model, layout):
     assert_agree(found.scalars, start.expected)
 
 
+NODE_LAYOUTS = {
+    # name -> ranks, ranks of a node, flags
+    "ep4": (4, 2, "--expert-model-parallel-size 4"),
+    "tp2 ep4": (4, 2, f"{TP2} {ETP1} --expert-model-parallel-size 4"),
+    "pp2 ep4": (8, 2, f"{PP2} --expert-model-parallel-size 4"),
+    "pp2 ep4 interleaved": (8, 2, f"{INTERLEAVED} --expert-model-parallel-size 4 --micro-batch-size 1"),
+    "expert tp2 ep4": (8, 4, f"{TP2} --expert-tensor-parallel-size 2 --expert-model-parallel-size 4"),
+    "dp2 ep4": (8, 2, f"{GATHER} --expert-model-parallel-size 4 --micro-batch-size 1"),
+}
+ON_NODES = [("top-2", layout) for layout in NODE_LAYOUTS]
+ON_NODES += itertools.product(("longcat", "top-2-hybrid-mamba"), ("tp2 ep4", "expert tp2 ep4"))
+
+
+def train_on_nodes(ranks_of_node: int, flags: list[str]) -> Result:
+    os.environ["NCCL_HOSTID"] = f"node {int(os.environ['RANK']) // ranks_of_node}"
+    return train(flags)
+
+
+@pytest.mark.parametrize(("model", "layout"), cases(ON_NODES, [("top-2", "tp2 ep4")]))
+def test_tokens_once_for_a_node_agree_with_one_rank(start_of, model, layout):
+    """Where tokens travel as often as they have experts; without nodes the flag is refused, so it was read."""
+    start, (size, ranks_of_node, flags) = start_of(model), NODE_LAYOUTS[layout]
+    log = start.folder / f"node-{layout.replace(' ', '-')}"
+    flags = flags_of(model, "one", f"--tensorboard-dir {log}", *start.more, *changes(flags), "--a2a-unique node")
+    results = ranks.run(train_on_nodes, size, ranks_of_node, flags, timeout_s=180)
+    assert "exit code" not in results[0].printed, results[0].printed[-3000:]
+    assert_agree(training.scalars(log, *start.names), start.expected)
+    if layout == "tp2 ep4":
+        refused = ranks.run(train_on_nodes, size, size, flags, timeout_s=180)
+        assert all("exit code 2" in one.printed for one in refused)
+        lines = [line for one in refused for line in one.printed.splitlines() if "refused:" in line]
+        assert len(lines) == 1 and "within a node every rank is as near: --a2a-unique is node" in lines[0]
+
+
 def train_with_cores_attention(flags: list[str]) -> Result:
     """``train`` with Core's own latent attention in the local spec."""
     from megatron.core.transformer.multi_latent_attention import MLASelfAttention

@@ -41,6 +41,8 @@ CASES = {
     "bf16": Case(dtype=torch.bfloat16),
     "latents": Case(latent=8),
     "unique": Case(topk=2, unique="rank", chunks=2),
+    "unique, ids": Case(topk=2, unique="rank", experts=64),
+    "unique, ids apart": Case(topk=2, unique="rank", experts=64, weights_apart_above=0.0),
     "lsh": Case(codec="lsh"),
     "lsh in chunks": Case(codec="lsh", chunks=2),
     "lloyd": Case(codec="lsh", refinement="lloyd"),

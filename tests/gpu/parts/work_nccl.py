@@ -46,10 +46,12 @@ def keep_busy(group: OfTwo, payload: torch.Tensor) -> list[Any]:
     return [*works, landing, payload]
 
 
-def started(group: OfTwo, *tensors: torch.Tensor, aside: bool = False) -> tuple[Exchange, torch.Tensor]:
+def started(
+    group: OfTwo, *tensors: torch.Tensor, aside: bool = False, apart: bool = False
+) -> tuple[Exchange, torch.Tensor]:
     """An exchange of all rows of ``tensors`` that is under way, launched by a side stream or not, and its token."""
     tag = Tag(observe.Marker(0), "dispatch")
-    exchange = Exchange(tag=tag, group=group, blocking=False, apart=False, aside=aside)
+    exchange = Exchange(tag=tag, group=group, blocking=False, apart=apart, aside=aside)
     token = exchange.announce(*tensors)
     if aside:
         take_freed_memory(tensors[0])  # as the op at the tap does meanwhile
@@ -63,8 +65,11 @@ def take_freed_memory(like: torch.Tensor) -> None:
     del blocks
 
 
-def round_trip(group: OfTwo, seed: int, *, aside: bool = False) -> None:
-    """Tokens and their weights there, and their gradients back, are what was sent."""
+def round_trip(group: OfTwo, seed: int, *, aside: bool = False, ids: bool = False) -> None:
+    """Tokens and their weights there, and their gradients back, are what was sent.
+
+    With ``ids`` each tensor travels as a collective of its own, bytes of integers behind them, which do not come back.
+    """
     generator = torch.Generator("cuda").manual_seed(seed)
     rows = torch.randn(ROWS, WIDTH, device="cuda", generator=generator).requires_grad_()
     weights = torch.randn(ROWS, device="cuda", generator=generator).requires_grad_()
@@ -72,11 +77,16 @@ def round_trip(group: OfTwo, seed: int, *, aside: bool = False) -> None:
     ahead = torch.randn(ROWS, WIDTH, device="cuda", generator=generator)
     torch.cuda.synchronize()
     busy = keep_busy(group, ahead)
-    exchange, token = started(group, rows * 1, weights * 1, aside=aside)  # products that nobody else keeps
+    integers = [torch.randint(256, (ROWS, 4), device="cuda", dtype=torch.uint8)] if ids else []
+    sent = (rows * 1, weights * 1, *(part + 1 for part in integers))  # products that nobody else keeps
+    exchange, token = started(group, *sent, aside=aside, apart=ids)
+    del sent
     take_freed_memory(rows)
     arrived = exchange.finish(token)
     assert torch.equal(arrived[0], rows) and torch.equal(arrived[1], weights), "forward: something else has arrived"
-    hooked = [part * 1 for part in arrived]
+    for found, part in zip(arrived[2:], integers, strict=True):
+        assert torch.equal(found, part + 1), "forward: other integers have arrived"
+    hooked = [part * 1 for part in arrived[:2]]
     torch.cuda.synchronize()
     busy += keep_busy(group, ahead)
     token.register_hook(lambda grad: take_freed_memory(rows))
@@ -158,6 +168,7 @@ def part(found: checks.Checks) -> None:
     for seed in (1, 2):
         found.holds(f"payloads under a full allocator, {seed}", lambda seed=seed: round_trip(group, seed))
     found.holds("launched by a side stream", lambda: round_trip(group, seed=3, aside=True))
+    found.holds("integers behind them, each apart", lambda: round_trip(group, seed=4, ids=True))
     found.holds("the future marks the end", lambda: ends_are_marked(group, found))
     found.must_fail("an end that is marked at launch", lambda: ends_are_marked(group, found, too_early=True))
     found.holds("a high-priority communicator", high_priority)
