@@ -1,4 +1,7 @@
-"""Who makes what the flights of a group carry: tokens, once for each expert, rank or node, or centroids of them."""
+"""Who makes what the flights of a group carry: tokens, once for each expert, rank or node, or centroids of them.
+
+And in which form they travel.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ from megatron_scmoe.codec.centroids import Centroids
 from megatron_scmoe.codec.compensation import ResidualMap
 from megatron_scmoe.codec.lsh import Hasher
 from megatron_scmoe.codec.rate import RateControl
+from megatron_scmoe.codec.rounding import Bf16, Fp8
 from megatron_scmoe.config import Codec, Compensation, Evaluation, HashKind, ScMoEConfig, Unique
-from megatron_scmoe.contracts import Cargo
+from megatron_scmoe.contracts import Cargo, Form, TransferName
 from megatron_scmoe.dispatch.exchange import Tag
 from megatron_scmoe.dispatch.node import NodeTokens
-from megatron_scmoe.dispatch.tokens import Tokens
+from megatron_scmoe.dispatch.tokens import How, Tokens
 from megatron_scmoe.dispatch.unique import UniqueTokens
 from megatron_scmoe.mcore import blocks
 from megatron_scmoe.mcore.nodes import nodes_of
@@ -42,16 +46,19 @@ class CargoMaker:
         self._refinement = scmoe.lsh_refinement
         self._travels_topk = not scmoe.zero_experts
         self._unique = scmoe.a2a_unique
+        forms = forms_of(scmoe)
+        check = scmoe.a2a_codec is Codec.FP8 and TransferName.DISPATCH_FORWARD in forms
+        refusal = f"group {group}: tokens with NaN or infinity have no scale in fp8" if check else ""
+        self._how = How(apart_above=scmoe.a2a_weights_apart_above * 2**20, forms=forms, refusal=refusal)
         keeps_some = not self._travels_topk or config.moe_expert_capacity_factor is not None
-        self.waits_to_pack = scmoe.compresses or scmoe.sends_once or keeps_some
-        self._apart_above = scmoe.a2a_weights_apart_above * 2**20
+        self.waits_to_pack = scmoe.sends_centroids or scmoe.sends_once or keeps_some
         self._tokens_in_evaluation = scmoe.lsh_evaluation is Evaluation.TOKENS
         self._hasher: Hasher | None = None
         self.rate_control: RateControl | None = None
         hashes, width = scmoe.lsh_hashes, 1 if scmoe.lsh_kind is HashKind.SPHERICAL else scmoe.lsh_width
         if scmoe.lsh_target_rate:
             self.rate_control = RateControl(scmoe.lsh_target_rate, hashes, width, torch.cuda.current_device())
-        if scmoe.a2a_codec is Codec.LSH:
+        if scmoe.sends_centroids:
             self._hasher = Hasher(blocks.width_of_experts(config), hashes=hashes, width=width, seed=_seed(scmoe, group))
 
     def prepare(self, moe: MoELayer) -> None:
@@ -70,12 +77,11 @@ class CargoMaker:
         if self._unique is not Unique.NONE:
             once = moe, hidden_states, probs
             if self._unique is Unique.RANK:
-                return UniqueTokens(*once, chunks=chunks, apart_above=self._apart_above)
-            nodes = nodes_of(moe.ep_group)
-            return NodeTokens(*once, nodes=nodes, chunks=chunks, tag=tag, apart_above=self._apart_above)
+                return UniqueTokens(*once, chunks=chunks, how=self._how)
+            return NodeTokens(*once, nodes=nodes_of(moe.ep_group), chunks=chunks, tag=tag, how=self._how)
         routed = moe, hidden_states, probs, routing_map
         if self._hasher is None or (self._tokens_in_evaluation and not moe.training):
-            return Tokens(*routed, chunks=chunks, travels_topk=self._travels_topk, apart_above=self._apart_above)
+            return Tokens(*routed, chunks=chunks, travels_topk=self._travels_topk, how=self._how)
         return Centroids(
             *routed,
             chunks=chunks,
@@ -87,6 +93,17 @@ class CargoMaker:
             residual_map=self._residual_map,
             tag=tag,
         )
+
+
+def forms_of(scmoe: ScMoEConfig) -> dict[TransferName, Form]:
+    """In which rows travel, of the transfers in which they do not as they are."""
+    match scmoe.a2a_codec:
+        case Codec.FP8:
+            return dict.fromkeys(scmoe.fp8_transfers, Fp8())
+        case Codec.BF16:
+            return dict.fromkeys(TransferName, Bf16())
+        case _:
+            return {}
 
 
 def residual_map_of(scmoe: ScMoEConfig, config: TransformerConfig, group: int) -> ResidualMap | None:

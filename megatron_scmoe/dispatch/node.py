@@ -13,12 +13,11 @@ to the tokens' type; else sums differ by their order alone.
 
 from __future__ import annotations
 
-import math
-
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_scmoe.dispatch.exchange import Exchange, Tag
+from megatron_scmoe.dispatch.tokens import AS_THEY_ARE, How
 from megatron_scmoe.dispatch.unique import PlacedTokens, WeightsBeside
 from megatron_scmoe.mcore.nodes import Nodes
 from megatron_scmoe.mcore.unique_rows import NodeCounts, PlacedRows
@@ -43,12 +42,12 @@ class NodeTokens(PlacedTokens):
         nodes: Nodes,
         chunks: int,
         tag: Tag,
-        apart_above: float = math.inf,
+        how: How = AS_THEY_ARE,
     ) -> None:
         places = nodes.across.size()
-        super().__init__(moe, hidden_states, probs, places=places, chunks=chunks, apart_above=apart_above)
+        super().__init__(moe, hidden_states, probs, places=places, chunks=chunks, how=how)
         self.group, self._inside, self._tag = nodes.across, nodes.inside, tag
-        self.counts: NodeCounts = NodeCounts(self._placing[0], self._maps, places)
+        self.counts: NodeCounts = NodeCounts(self._placing[0], self._maps, places, self._check)
         mates, config = nodes.inside.size(), moe.config
         self._spreading = [PlacedRows(mates, fuses=config.moe_permute_fusion) for _ in self._parts]
         experts = probs.shape[1] // moe.token_dispatcher.ep_size

@@ -12,14 +12,12 @@ not at all. Backward mirrors it: a row's gradient comes once, and that of its in
 
 from __future__ import annotations
 
-import math
-
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_scmoe.dispatch.payload import Column
-from megatron_scmoe.dispatch.tokens import ChunkedTokens
+from megatron_scmoe.dispatch.tokens import AS_THEY_ARE, ChunkedTokens, How
 from megatron_scmoe.mcore import blocks
 from megatron_scmoe.mcore.unique_rows import NodeCounts, UniqueCounts, UniqueRowsDispatcher
 
@@ -40,17 +38,17 @@ class PlacedTokens(ChunkedTokens):
         probs: gate weights, [n, experts], 0 where an expert does not get a token.
         places: that rows are for.
         chunks: that the tokens travel in.
-        apart_above: bytes of tokens in one exchange above which weights and ids travel as collectives of their own.
+        how: they travel; what is beside them are weights, and maybe ids.
     """
 
     counts: UniqueCounts | NodeCounts
 
     def __init__(
-        self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, *, places: int, chunks: int, apart_above: float
+        self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, *, places: int, chunks: int, how: How
     ) -> None:
         topk = moe.config.moe_router_topk
         routed = moe, hidden_states, probs != 0, probs
-        super().__init__(*routed, chunks=chunks, copies=min(topk, places), apart_above=apart_above)
+        super().__init__(*routed, chunks=chunks, copies=min(topk, places), how=how)
         self._placing = [UniqueRowsDispatcher(moe, places) for _ in self._parts]
         self.dispatchers = [*self._placing]
         self._beside = WeightsBeside(probs.dtype, topk=topk, experts=probs.shape[1] // places)
@@ -81,11 +79,11 @@ class UniqueTokens(PlacedTokens):
     """
 
     def __init__(
-        self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, *, chunks: int, apart_above: float = math.inf
+        self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, *, chunks: int, how: How = AS_THEY_ARE
     ) -> None:
         places = moe.token_dispatcher.ep_size
-        super().__init__(moe, hidden_states, probs, places=places, chunks=chunks, apart_above=apart_above)
-        self.counts = UniqueCounts(self._placing[0], self._maps)
+        super().__init__(moe, hidden_states, probs, places=places, chunks=chunks, how=how)
+        self.counts = UniqueCounts(self._placing[0], self._maps, self._check)
 
 
 class WeightsBeside:

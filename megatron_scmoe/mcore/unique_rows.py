@@ -10,7 +10,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_scmoe.mcore.token_dispatcher import Counts, dispatcher_for_one_flight
+from megatron_scmoe.mcore.token_dispatcher import Check, Counts, dispatcher_for_one_flight
 
 
 class PlacedRows:
@@ -121,12 +121,15 @@ class UniqueCounts(Counts):
     Args:
         dispatcher: of any of the flights.
         routing_maps: of each chunk, bool, [n, experts].
+        check: as in ``Counts``.
     """
 
-    def __init__(self, dispatcher: UniqueRowsDispatcher, routing_maps: list[Tensor]) -> None:
+    def __init__(
+        self, dispatcher: UniqueRowsDispatcher, routing_maps: list[Tensor], check: Check | None = None
+    ) -> None:
         size = dispatcher.ep_size
         rows = _rows_for(size, routing_maps).unsqueeze(-1)
-        super().__init__(dispatcher, torch.cat([_choices(size, routing_maps), rows], dim=-1).flatten(1))
+        super().__init__(dispatcher, torch.cat([_choices(size, routing_maps), rows], dim=-1).flatten(1), check)
 
     def tell(self, dispatcher: MoEAlltoAllTokenDispatcher, chunk: int) -> None:
         """Tell the dispatcher of a flight what arrives, and how many rows its experts get of that."""
@@ -149,16 +152,19 @@ class NodeCounts(Counts):
         dispatcher: of any of the flights.
         routing_maps: of each chunk, bool, [n, experts].
         nodes: that the expert-parallel ranks lie on, one behind the other.
+        check: as in ``Counts``.
     """
 
-    def __init__(self, dispatcher: UniqueRowsDispatcher, routing_maps: list[Tensor], nodes: int) -> None:
+    def __init__(
+        self, dispatcher: UniqueRowsDispatcher, routing_maps: list[Tensor], nodes: int, check: Check | None = None
+    ) -> None:
         size, chunks = dispatcher.ep_size, len(routing_maps)
         self._mates, self._local = size // nodes, dispatcher.ep_rank % (size // nodes)
         for_mates = _rows_for(size, routing_maps).view(chunks, nodes, 1, self._mates)
         for_mates = for_mates.expand(-1, -1, self._mates, -1).reshape(chunks, size, self._mates)
         for_node = _rows_for(nodes, routing_maps).repeat_interleave(self._mates, dim=1).unsqueeze(-1)
         own = torch.cat([_choices(size, routing_maps), for_mates, for_node], dim=-1)
-        super().__init__(dispatcher, own.flatten(1))
+        super().__init__(dispatcher, own.flatten(1), check)
 
     def split_rows(self, chunk: int) -> tuple[list[int], list[int]]:
         """Rows that this rank sends to and receives from the rank of its local number on each node."""

@@ -153,13 +153,15 @@ def flown(case: Flown, how: str, mutant: str = "") -> dict[str, Tensor]:
     """Output and gradients of this rank; rows, as they travel there, and inside its node."""
     from megatron_scmoe.dispatch.exchange import Tag
     from megatron_scmoe.dispatch.flights import Flights
+    from megatron_scmoe.dispatch.tokens import How
     from megatron_scmoe.overlap.observe import Marker
 
     layer = layer_of(case)
     tokens, probs, towards = inputs(case, dist.get_rank(), layer.ep_group.size())
     tokens.requires_grad_()
     probs.requires_grad_()
-    options: dict[str, Any] = {"chunks": case.chunks, "apart_above": -1.0 if case.apart else float("inf")}
+    passed = How(apart_above=-1.0 if case.apart else float("inf"))
+    options: dict[str, Any] = {"chunks": case.chunks, "how": passed}
     if how != "none":
         spoil(mutant)
     tag = Tag(Marker(0))

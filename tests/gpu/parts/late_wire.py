@@ -43,6 +43,7 @@ CASES = {
     "unique": Case(topk=2, unique="rank", chunks=2),
     "unique, ids": Case(topk=2, unique="rank", experts=64),
     "unique, ids apart": Case(topk=2, unique="rank", experts=64, weights_apart_above=0.0),
+    "fp8": Case(topk=2, codec="fp8", chunks=2),
     "lsh": Case(codec="lsh"),
     "lsh in chunks": Case(codec="lsh", chunks=2),
     "lloyd": Case(codec="lsh", refinement="lloyd"),
