@@ -135,16 +135,16 @@ def layer_of(case: Flown) -> Any:
     return SimpleNamespace(config=config, token_dispatcher=dispatcher, ep_group=groups.ep, experts=experts, own=own)
 
 
-def cargo_of(how: str, layer: Any, tokens: Tensor, probs: Tensor, tag: Any, **options: Any) -> Any:
-    """``how``: a value of --a2a-unique."""
+def cargo_of(once: str, layer: Any, tokens: Tensor, probs: Tensor, tag: Any, **options: Any) -> Any:
+    """``once``: a value of --a2a-unique."""
     from megatron_scmoe.dispatch.node import NodeTokens
     from megatron_scmoe.dispatch.tokens import Tokens
     from megatron_scmoe.dispatch.unique import UniqueTokens
     from megatron_scmoe.mcore.nodes import nodes_of
 
-    if how == "node":
+    if once == "node":
         return NodeTokens(layer, tokens, probs, nodes=nodes_of(layer.ep_group), tag=tag, **options)
-    if how == "rank":
+    if once == "rank":
         return UniqueTokens(layer, tokens, probs, **options)
     return Tokens(layer, tokens, probs, probs > 0, **options, travels_topk=False)
 
