@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 from planning.counts import Parameters, model_flops, parameters
 from planning.hardware import HARDWARE, Constants, Hardware, Machine, machine
-from planning.kernels import Clock
+from planning.kernels import Clock, Kernel
+from planning.ops import Ops
 from planning.published import steps
 from planning.shapes import SHAPES
 from planning.step import predict
@@ -225,3 +226,30 @@ def test_a_pipeline_of_several_nodes_hands_on_over_the_network():
     assert all(wire.between and not wire.inside for wire in told.wires if wire.group == "PP")
     told = predict(workload(Layout(gpus=8, pp=2), Training(), shortcut=False), machine("H100"))
     assert all(wire.inside and not wire.between for wire in told.wires if wire.group == "PP")
+
+
+def test_biases_of_experts_are_added_expert_by_expert_and_unfused():
+    """8192 rows of two experts: the second layer's bias moves 28 bytes an element forward and 40 backward, in fp32."""
+    where = machine("GB300")
+    moe, rows = Moe(experts=16, top_k=2, width=2880, bias=True), 8192
+
+    def biases(training: Training) -> Kernel:
+        (kernel,) = (
+            kernel
+            for kernel in Ops(workload(Layout(gpus=8, ep=8), training, False), where).experts(moe, rows, 2880)
+            if kernel.part == "bias"
+        )
+        return kernel
+
+    apart, fused = biases(Training()), biases(Training(fused_experts=True))
+    rate = where.hardware.memory_bandwidth * where.constants.memory
+    for work, each, own in ((apart.forward, 28, 2), (apart.backward, 40, 5)):
+        assert work.launches == 1 + own * 2 + 2
+        gaps_s = work.launches * where.constants.gap_s
+        assert work.seconds - gaps_s == pytest.approx(rows * 2880 * (2 * 2 + each) / rate)
+    assert fused.forward.launches == fused.backward.launches == 2
+    assert fused.forward.seconds < 0.3 * apart.forward.seconds
+    assert not any(
+        kernel.part == "bias"
+        for kernel in Ops(workload(Layout(gpus=8, ep=8), Training(), False), where).experts(MOE, rows, 2880)
+    )
