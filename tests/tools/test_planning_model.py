@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from dataclasses import replace
@@ -148,8 +149,19 @@ def test_what_leaves_the_domain_goes_over_the_network():
     where = Machine(hardware=HARDWARE["H100"], constants=Constants())
     inside, across = Group(where, 8).all_to_all(64e6), Group(where, 64).all_to_all(64e6)
     assert (inside.between, across.between) == (0, 56e6) and across.seconds > 5 * inside.seconds
-    once = Group(where, 64).unique(1000, 8, 8192)  # a token goes once to each node
+    once = Group(where, 64).unique(1000, 8, 8192, experts=256)  # a token goes once to each node
     assert once.between < 0.7 * Group(where, 64).all_to_all(1000 * 8 * 8192).between
+
+
+def test_a_token_goes_once_to_each_rank_of_its_experts_of_which_no_two_are_the_same():
+    """All choices of 3 of 8 experts on 4 ranks, counted; with repetition they would be fewer ranks."""
+    where = Machine(hardware=HARDWARE["H100"], constants=Constants())
+    chosen = list(itertools.combinations(range(8), 3))
+    ranks = sum(len({expert // 2 for expert in its}) for its in chosen) / len(chosen)
+    sent = Group(where, 4).unique(1000, 3, 10, experts=8)
+    assert sent.inside == pytest.approx(1000 * 10 * ranks * 3 / 4) and sent.between == 0
+    assert ranks > 1.05 * 4 * (1 - (1 - 1 / 4) ** 3)
+    assert Group(where, 4).unique(1000, 7, 10, experts=8).inside == pytest.approx(1000 * 10 * 4 * 3 / 4)  # all ranks
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -123,7 +123,7 @@ class Ops:
         """Biases of both layers, on so many elements: the first within its product, the second times a token's weight.
 
         Core adds the latter expert by expert (``TEGroupedMLP._apply_bias``): bias times weight in fp32, the sum in
-        fp32, all experts' put together, and cast; no kernel of these is fused. Bytes of an element forward: 4, 10, 8, 6.
+        fp32, all experts' put together, and cast. None of these is fused. Bytes of an element forward: 4, 10, 8, 6.
         Backward: cast to fp32 (6) and back (6), for bias and weight a product and a sum each (12 and 12), and the
         gradients of all experts put together (4).
         """
