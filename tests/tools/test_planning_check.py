@@ -101,9 +101,7 @@ def test_products_with_scales_of_blocks_have_their_published_rate_on_hopper():
     }
     assert rates[Precision.FP8_BLOCKWISE] / rates[Precision.BF16] == pytest.approx(1.75, rel=0.01)
     assert rates[Precision.FP8] / rates[Precision.BF16] == pytest.approx(2.0, rel=0.01)
-    none = Machine(
-        hardware=HARDWARE["A30-PCIe"], constants=Constants()
-    )  # which has no 8 bits: never more than its peak
+    none = Machine(hardware=HARDWARE["A30-PCIe"], constants=Constants())  # has no 8 bits: never more than its peak
     assert Clock(none, Precision.FP8_BLOCKWISE).peak == HARDWARE["A30-PCIe"].bf16
 
 
@@ -126,9 +124,8 @@ def test_published_speed_ups_bound_the_all_to_all():
     (line,) = (line for line in told if line.startswith("table 1, inference"))
     asked = 2 * (1 / 1.35 - 1 / 1.82)
     assert f"at least {asked:.0%} of the top-2 step" in line and f"for {asked / 0.6:.0%} of it in MoE" in line
-    assert "39% of the shared-expert pair" in next(
-        line for line in told if line.startswith("figure 8, A30")
-    )  # 0.27 / 0.7
+    pair = next(line for line in told if line.startswith("figure 8, A30"))
+    assert "39% of the shared-expert pair" in pair  # 0.27 / 0.7
     (links,) = (line for line in told if line.startswith("SwinV2"))
     assert float(re.search(r", (\d+) times apart", links)[1]) > 6
 

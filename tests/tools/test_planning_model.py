@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from dataclasses import replace
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 from planning.counts import Parameters, model_flops, parameters
 from planning.hardware import HARDWARE, Constants, Hardware, Machine, machine
-from planning.kernels import Clock
+from planning.kernels import Clock, Kernel
+from planning.ops import Ops
 from planning.published import steps
 from planning.shapes import SHAPES
 from planning.step import predict
@@ -147,8 +149,19 @@ def test_what_leaves_the_domain_goes_over_the_network():
     where = Machine(hardware=HARDWARE["H100"], constants=Constants())
     inside, across = Group(where, 8).all_to_all(64e6), Group(where, 64).all_to_all(64e6)
     assert (inside.between, across.between) == (0, 56e6) and across.seconds > 5 * inside.seconds
-    once = Group(where, 64).unique(1000, 8, 8192)  # a token goes once to each node
+    once = Group(where, 64).unique(1000, 8, 8192, experts=256)  # a token goes once to each node
     assert once.between < 0.7 * Group(where, 64).all_to_all(1000 * 8 * 8192).between
+
+
+def test_a_token_goes_once_to_each_rank_of_its_experts_of_which_no_two_are_the_same():
+    """All choices of 3 of 8 experts on 4 ranks, counted; with repetition they would be fewer ranks."""
+    where = Machine(hardware=HARDWARE["H100"], constants=Constants())
+    chosen = list(itertools.combinations(range(8), 3))
+    ranks = sum(len({expert // 2 for expert in its}) for its in chosen) / len(chosen)
+    sent = Group(where, 4).unique(1000, 3, 10, experts=8)
+    assert sent.inside == pytest.approx(1000 * 10 * ranks * 3 / 4) and sent.between == 0
+    assert ranks > 1.05 * 4 * (1 - (1 - 1 / 4) ** 3)
+    assert Group(where, 4).unique(1000, 7, 10, experts=8).inside == pytest.approx(1000 * 10 * 4 * 3 / 4)  # all ranks
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -225,3 +238,30 @@ def test_a_pipeline_of_several_nodes_hands_on_over_the_network():
     assert all(wire.between and not wire.inside for wire in told.wires if wire.group == "PP")
     told = predict(workload(Layout(gpus=8, pp=2), Training(), shortcut=False), machine("H100"))
     assert all(wire.inside and not wire.between for wire in told.wires if wire.group == "PP")
+
+
+def test_biases_of_experts_are_added_expert_by_expert_and_unfused():
+    """8192 rows of two experts: the second layer's bias moves 28 bytes an element forward and 40 backward, in fp32."""
+    where = machine("GB300")
+    moe, rows = Moe(experts=16, top_k=2, width=2880, bias=True), 8192
+
+    def biases(training: Training) -> Kernel:
+        (kernel,) = (
+            kernel
+            for kernel in Ops(workload(Layout(gpus=8, ep=8), training, False), where).experts(moe, rows, 2880)
+            if kernel.part == "bias"
+        )
+        return kernel
+
+    apart, fused = biases(Training()), biases(Training(fused_experts=True))
+    rate = where.hardware.memory_bandwidth * where.constants.memory
+    for work, each, own in ((apart.forward, 28, 2), (apart.backward, 40, 5)):
+        assert work.launches == 1 + own * 2 + 2
+        gaps_s = work.launches * where.constants.gap_s
+        assert work.seconds - gaps_s == pytest.approx(rows * 2880 * (2 * 2 + each) / rate)
+    assert fused.forward.launches == fused.backward.launches == 2
+    assert fused.forward.seconds < 0.3 * apart.forward.seconds
+    assert not any(
+        kernel.part == "bias"
+        for kernel in Ops(workload(Layout(gpus=8, ep=8), Training(), False), where).experts(MOE, rows, 2880)
+    )

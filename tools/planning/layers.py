@@ -8,7 +8,6 @@ What runs is what the test builds (its ``_build_transformer_config``), not the m
 there is no shared expert. There is no norm around the layer. ``bias_activation_fusion`` is off, so weights in fp32
 multiply the activation in kernels of their own (:func:`_weighing`; Core's ``TEGroupedMLP.forward``). In 8 bits rows are
 copied to be padded and back, but with HybridEP, which pads as it dispatches (Core's ``skip_routed_expert_padding``).
-The peak memory that the test allocates agrees: Mixtral's 2.89 GB are 1.7 GB without the tensors in fp32.
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ release (`tools/planning/fit.py`). Model FLOP of a token agree with the publishe
 Nano (6% to 8% below), DeepSeek-V4 (3%) and GPT-OSS before 26.06 (the tables count a fifth less).
 
 Only constants were held out: which kernels there are, what is expected of them and how settings are read was settled
-while these errors were seen. And the goal is met at its edge: with other widths of what is expected of `link` (0.1 to
-0.3) 112 to 114 steps are within 30%. A fitted `link` above 1 and `memory` near 0.3 say that passes over memory are
-counted too low and exchanges too high. What is farther off: GPT-OSS (bf16; 26.06.01 is a regression by the source's
+while these errors were seen. Fitted constants stand for what is left out, too: a `memory` far below what kernels reach
+alone and a `link` near its peak say that passes over memory are counted too low and exchanges too high. What is farther
+off: GPT-OSS (the clamps of its activation, kernels of their own, are left out; 26.06.01 is a regression by the source's
 own footnote), Qwen3-30B on H100 with micro-batches interleaved (the host is slower than the model has it), its first
 release with dropped tokens, Nemotron 3 Nano on H100 (recomputation), DeepSeek-V4 (hyper-connections and the indexer
 are left out).

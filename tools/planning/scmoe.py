@@ -7,9 +7,10 @@ each GPU. Attention writes its scores to memory, as Fairseq's and Swin's does. B
 ScMoE has the solver's plan.
 
 Experts compute, and ranks send, whole buffers of [experts, capacity]. Vision has Tutel's MoE layer, whose capacity is
-top-k x factor x tokens / experts (``tutel/impls/fast_dispatch.py``, ``extract_critical``), with the factor of 1.25 of
-table 8: a quarter more than is routed. Language models have Fairseq's gates, whose top-2 capacity is the constant
-2 x tokens / experts (``fairseq/modules/moe/top2gate.py``), what table 9 calls a factor of 2.00: as much as is routed.
+top-k x factor x tokens / experts (``tutel/impls/fast_dispatch.py``, ``extract_critical``), with the paper's factor of
+1.25: a quarter more than is routed. Language models have Fairseq's gates, whose top-2 capacity is the constant
+2 x tokens / experts (``fairseq/modules/moe/top2gate.py``), which the paper's factor of 2.00 is taken for: as much as is
+routed.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import exp, lgamma
 from typing import NamedTuple
 
 from planning.hardware import Machine
@@ -65,23 +66,24 @@ class Group:
         between = size * (self.size - self.inside) / self.size
         return Sent(inside, between, self._seconds(inside, between, self.size - 1))
 
-    def unique(self, tokens: float, copies: float, size: float, limited: float = 1.0) -> Sent:
+    def unique(self, tokens: float, copies: float, size: float, *, experts: int, limited: float = 1.0) -> Sent:
         """Each of ``tokens`` goes once to each rank that wants one of its ``copies``, and once to each domain.
 
-        Balanced: a rank wants none of ``copies`` with probability (1 - 1 / ranks) ^ copies. Over the network a token
-        goes once to each domain, and from there over its links.
+        Balanced: a token's experts are any, and no two the same. Over the network a token goes once to each domain, and
+        from there over its links.
 
         Args:
             tokens: of this rank.
             copies: experts of each.
             size: bytes of a token.
-            limited: part of the ranks among which these are.
+            experts: of all ranks.
+            limited: part of the ranks among which a token's are.
         """
         if self.size == 1:
             return Sent(0.0, 0.0, 0.0)
         domains = self.size / self.inside
-        ranks = _chosen(self.size * limited, copies)
-        elsewhere = _chosen(max(1.0, domains * limited), copies) * (1 - 1 / domains)
+        ranks = _chosen(self.size * limited, copies, experts * limited)
+        elsewhere = _chosen(max(1.0, domains * limited), copies, experts * limited) * (1 - 1 / domains)
         inside = tokens * size * ranks * (1 - 1 / self.inside)
         between = tokens * size * elsewhere
         return Sent(inside, between, self._seconds(inside, between, self.inside - 1 + domains - 1))
@@ -96,9 +98,17 @@ class Group:
         return Sent(inside, between, self._seconds(inside, between, self.inside - 1 + domains - 1))
 
 
-def _chosen(ranks: float, copies: float) -> float:
-    """How many of so many ranks are wanted by at least one of ``copies``."""
-    return ranks * (1 - (1 - 1 / max(ranks, 1.0)) ** copies)
+def _chosen(ranks: float, copies: float, experts: float) -> float:
+    """How many of so many ranks have at least one of ``copies`` different experts, of which each has as many.
+
+    Of E experts e are a rank's; it has none of k with probability C(E - e, k) / C(E, k), as in
+    ``megatron_scmoe.config.unique``, but here numbers need not be whole.
+    """
+    left = experts - experts / ranks
+    if copies >= left + 1:  # more than others have
+        return ranks
+    none = lgamma(left + 1) - lgamma(left - copies + 1) + lgamma(experts - copies + 1) - lgamma(experts + 1)
+    return ranks * (1 - exp(none))
 
 
 class Groups:
@@ -127,7 +137,7 @@ class Groups:
         if self.workload.training.dispatcher is Dispatcher.ALLTOALL:
             sent = self.ep.all_to_all(rows * width * BF16)
         else:
-            sent = self.ep.unique(tokens * op.sent, op.top_k, width * BF16, op.limited)
+            sent = self.ep.unique(tokens * op.sent, op.top_k, width * BF16, experts=op.experts, limited=op.limited)
         if self.etp.size > 1:  # all ranks of an expert get all of its rows
             gathered = self.etp.ring(rows * width * BF16 * self.etp.size)
             sent = Sent(sent.inside + gathered.inside, sent.between + gathered.between, sent.seconds + gathered.seconds)
