@@ -40,8 +40,8 @@ class Ops:
         self.plain = Clock(machine, Precision.BF16, self.training.grad_bytes)
         self.tokens = workload.seq_length * workload.micro_batch / self.layout.cp
         """Of a micro-batch on one rank, those of its tensor parallel group together."""
-        self.own_tokens = self.tokens / self.layout.tp
-        """With sequence parallelism, where tensors are not cut by heads or widths."""
+        self.own_tokens = self.tokens / self.layout.tp if self.training.sequence_parallel else self.tokens
+        """Where tensors are not cut by heads or widths."""
 
     def kernels(self, op: Single) -> list[Kernel]:  # noqa: PLR0911 (a case for each kind)
         """The kernels of an op, norm and residual included."""

@@ -42,6 +42,7 @@ def training(args: Namespace, num_layers: int) -> Training:
         overlap_grad_reduce=args.overlap_grad_reduce,
         overlap_param_gather=args.overlap_param_gather,
         grad_bytes=2 if args.grad_reduce_in_bf16 else 4,
+        sequence_parallel=args.sequence_parallel,
         distributed_optimizer=args.use_distributed_optimizer,
         cuda_graphs=_cuda_graphs(args),
         expert_rows=args.moe_expert_capacity_factor if args.moe_pad_expert_input_to_capacity else 1.0,

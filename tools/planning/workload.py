@@ -184,7 +184,7 @@ class Layout:
 
     Attributes:
         gpus: all of them.
-        tp: tensor parallel, with sequence parallelism where it is more than 1.
+        tp: tensor parallel.
         pp: pipeline stages.
         vp: virtual stages of each.
         cp: context parallel.
@@ -235,6 +235,7 @@ class Training:
             other's computation. Of stock layers.
         overlap_grad_reduce, overlap_param_gather: beside the last backward, and the first forward.
         grad_bytes, param_bytes: of a gradient as it is reduced (--grad-reduce-in-bf16: 2), of a parameter gathered.
+        sequence_parallel: whether tensor parallel ranks share tokens where they share no heads or widths.
         distributed_optimizer: whether the optimizer's states are shared by the data parallel ranks.
         cuda_graphs: what is replayed, so that the launches of the host cost nothing.
         fused_experts: the experts of a rank are one kernel for each product, with activation and quantization in it.
@@ -251,6 +252,7 @@ class Training:
     overlap_param_gather: bool = True
     grad_bytes: int = 4
     param_bytes: int = 2
+    sequence_parallel: bool = True
     distributed_optimizer: bool = True
     cuda_graphs: Graphs = Graphs.NONE
     fused_experts: bool = False
