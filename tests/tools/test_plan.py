@@ -545,7 +545,7 @@ def test_a_measured_machine_prices_what_was_measured(tmp_path):
     assert "links are not measured" in machine.source
     by_op = {op: float(ms) / 1e3 for op, size, ms, *_ in kept["measured"]}
     from planning.kernels import Clock
-    from planning.workload import Precision
+    from planning.training import Precision
 
     clock = Clock(machine, Precision.BF16)
     assert clock.product(1024, 1024, 1024) == pytest.approx(by_op["product"], rel=0.02)

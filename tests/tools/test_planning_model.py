@@ -18,21 +18,9 @@ from planning.kernels import Clock
 from planning.published import steps
 from planning.shapes import SHAPES
 from planning.step import predict
+from planning.training import Dispatcher, Precision, Training
 from planning.wires import Group
-from planning.workload import (
-    Attention,
-    Dispatcher,
-    Embedding,
-    GroupEnd,
-    Layout,
-    Mlp,
-    Moe,
-    Output,
-    Precision,
-    Span,
-    Training,
-    Workload,
-)
+from planning.workload import Attention, Embedding, GroupEnd, Layout, Mlp, Moe, Output, Span, Workload
 
 from megatron_scmoe.config import Overlap, ScMoEConfig, Shortcut
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from planning.hardware import Machine
 from planning.judging import Judged
 from planning.step import predict
-from planning.workload import Dispatcher, Layout, Mlp, Moe, Precision, Training, Workload
+from planning.training import Dispatcher, Precision, Training
+from planning.workload import Layout, Mlp, Moe, Workload
 
 _SHAPES = {
     "Mixtral": (4096, Moe(experts=8, top_k=2, width=14336)),

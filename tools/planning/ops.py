@@ -4,19 +4,8 @@ from __future__ import annotations
 
 from planning.hardware import Machine
 from planning.kernels import Clock, Kernel, Work
-from planning.workload import (
-    Attention,
-    Dispatcher,
-    Embedding,
-    GroupEnd,
-    Mamba,
-    Mlp,
-    Moe,
-    Output,
-    Precision,
-    Single,
-    Workload,
-)
+from planning.training import Dispatcher, Precision
+from planning.workload import Attention, Embedding, GroupEnd, Mamba, Mlp, Moe, Output, Single, Workload
 
 BF16 = 2
 """Bytes."""

@@ -11,11 +11,14 @@ from planning.kernels import Kernel, Work
 from planning.ops import Ops
 from planning.prediction import Wire
 from planning.tensors import collectives
+from planning.training import Graphs
 from planning.wires import Groups, Sent
-from planning.workload import Attention, Embedding, Graphs, Moe, Output, Single, Workload
+from planning.workload import Attention, Embedding, Moe, Output, Single, Workload
 
 OUTSIDE_GRAPHS = ("permute", "experts", "shared expert")
 """Kinds that CUDA graphs in part leave to the host: their shapes follow from routing."""
+RECOMPUTED = {"moe", "mlp", "shared_experts", "moe_act", "core_attn", "mla_up_proj", "layernorm"}
+"""Modules whose second run forward is priced (--recompute-modules)."""
 FIRST, LAST = ("first", "qkv", "up", "logits"), ("second", "proj")
 """Parts of an op that are its first and last linear layer on tensor parallel ranks."""
 Seconds = defaultdict[str, float]
@@ -167,7 +170,7 @@ class Pricing:
         passes.wire(group, kind, total, total.seconds)
 
     def _hide(
-        self, passes: Passes, wire: tuple[str, str], sent: Sent, beside_s: float, idle: list[float], way: int = 1
+        self, passes: Passes, wire: tuple[str, str], sent: Sent, beside_s: float, *, idle: list[float], way: int = 1
     ) -> None:
         """``sent`` forward (way 0) or backward, beside so many seconds of computation and what the device idles."""
         if way and self.forward_only:
@@ -196,15 +199,16 @@ class Pricing:
             again = max(map(self._recomputed, edge), default=0.0) * one.forward
             self._wait(passes, ("TP", one.kind), sent, (one.forward, one.backward + again))
             if one.beside:
-                self._hide(passes, ("TP", one.kind), sent, beside_s, idle)
+                self._hide(passes, ("TP", one.kind), sent, beside_s, idle=idle)
 
     def _context(self, op: Attention, kernels: Sequence[Kernel], passes: Passes, idle: list[float]) -> None:
-        """Keys and values go round while scores are computed; backward their gradients, too, and both once more where
-        scores are recomputed."""
+        """Keys and values go round while scores are computed; backward with their gradients, and where scores are
+        recomputed once more.
+        """
         width = op.kv_heads / self.workload.layout.tp * (op.head_dim + op.rope_dim + (op.value_dim or op.head_dim))
         sent = self.groups.cp.ring(self.ops.tokens * self.workload.layout.cp * width * 2)
         core = next(kernel for kernel in kernels if kernel.part == "core")
         wire, again = ("CP", "point-to-point"), self._recomputed(core)
-        self._hide(passes, wire, sent, core.forward.seconds, idle, 0)
-        self._hide(passes, wire, sent.times(2), core.backward.seconds, idle)
-        self._hide(passes, wire, sent.times(again), core.forward.seconds * again, idle)
+        self._hide(passes, wire, sent, core.forward.seconds, idle=idle, way=0)
+        self._hide(passes, wire, sent.times(2), core.backward.seconds, idle=idle)
+        self._hide(passes, wire, sent.times(again), core.forward.seconds * again, idle=idle)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from planning.hardware import Machine
-from planning.workload import Dispatcher, Moe, Workload
+from planning.training import Dispatcher
+from planning.workload import Moe, Workload
 
 BF16 = 2
 
