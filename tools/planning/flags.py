@@ -51,7 +51,8 @@ COUNTED = _names("""
 """)
 """What the dry run reads alone, or refuses: stages, memory, optimizers."""
 COSTS_NOTHING = _names("""
-    ckpt-* save-* *-load-* no-load-* no-save-* load save non-persistent-* dist-ckpt-* use-dist-ckpt replication*
+    ckpt-* no-ckpt-* save-* *-load-*
+    no-load-* no-save-* load save non-persistent-* dist-ckpt-* use-dist-ckpt replication*
     async-* use-persistent-ckpt-worker auto-detect-ckpt-format pretrained-checkpoint finetune load-main-params-from-ckpt
     exit-* override-* use-checkpoint-opt_param-scheduler verify-integrity no-stream-ckpt-dequant
     distrib-optim-fully-reshardable-mem-efficient no-strict-fsdp-dtensor-load
