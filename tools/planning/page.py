@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from planning.judging import Goal, Judged, middle_error
+from planning.notes import of_published
 
 HEAD = """\
 # How near the planner comes
@@ -16,16 +17,16 @@ project measured. Nothing here ran on a GPU of ours.
 """
 NOTES = {
     "published steps": """\
-126 steps of eight families of models from NVIDIA's tables of Megatron-Bridge (`tools/planning/published_steps.csv`;
-settings that the tables leave out are those of the recipes of each release, `published_settings.csv`). Each family is
-predicted by constants that were fitted without it: eight that all share, one factor for each GPU and one for each
-release (`tools/planning/fit.py`). Model FLOP of a token agree with the published ones to 1.5%, but for Nemotron 3
-Nano (6% to 8% below), DeepSeek-V4 (3%) and GPT-OSS before 26.06 (the tables count a fifth less).
+{steps} steps of {families} families of models from NVIDIA's tables of Megatron-Bridge
+(`tools/planning/published_steps.csv`; settings that the tables leave out are those of the recipes of each release,
+`published_settings.csv`). Each family is predicted by constants that were fitted without it: {shared} that all share,
+one factor for each GPU and one for each release (`tools/planning/fit.py`). Model FLOP of a token agree with the
+published ones to {agreed}, but for {otherwise}.
 
 Only constants were held out: which kernels there are, what is expected of them and how settings are read was settled
-while these errors were seen. And the goal is met at its edge: with other widths of what is expected of `link` (0.1 to
-0.3) 112 to 114 steps are within 30%. A fitted `link` above 1 and `memory` near 0.3 say that passes over memory are
-counted too low and exchanges too high. What is farther off: GPT-OSS (bf16; 26.06.01 is a regression by the source's
+while these errors were seen. Fitted constants stand for what is left out, too: a `memory` far below what kernels reach
+alone and a `link` near its peak say that passes over memory are counted too low and exchanges too high. What is farther
+off: GPT-OSS (bf16; 26.06.01 is a regression by the source's
 own footnote), Qwen3-30B on H100 with micro-batches interleaved (the host is slower than the model has it), its first
 release with dropped tokens, Nemotron 3 Nano on H100 (recomputation), DeepSeek-V4 (hyper-connections and the indexer
 are left out).
@@ -65,9 +66,14 @@ def page(sections: Sequence[Section], constants: Mapping[str, Mapping[str, Mappi
     """The whole page."""
     parts = [HEAD, _summary(sections)]
     for section in sections:
-        parts += [f"\n## {_heading(section.goal.name)}\n\n", NOTES[section.goal.name], "\n"]
+        parts += [f"\n## {_heading(section.goal.name)}\n\n", _note(section), "\n"]
         parts += [_groups(section), "\n", _figures(section.figures)]
     return "".join([*parts, "\n## Constants\n\n", _constants(constants)])
+
+
+def _note(section: Section) -> str:
+    note = NOTES[section.goal.name]
+    return note.format(**of_published(section.figures)) if section.goal.name == "published steps" else note
 
 
 def _summary(sections: Sequence[Section]) -> str:
