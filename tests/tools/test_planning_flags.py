@@ -89,8 +89,8 @@ def test_what_is_not_priced_is_named_with_its_value(known):
         name, default = all_flags[one.flag]
         assert name == (one.name or one.flag.removeprefix("--").replace("-", "_")), one.flag
         always = one._replace(only=lambda _: True)
-        assert always.found_in(Namespace(**{name: one.priced[0] if one.priced else []})) == ""
-        other = not one.priced[0] if one.priced and isinstance(one.priced[0], bool) else "another"
+        assert always.found_in(Namespace(**{name: one.priced[0]})) == ""
+        other = not one.priced[0] if isinstance(one.priced[0], bool) else "another"
         words = always.found_in(Namespace(**{name: [other] if isinstance(default, list) else other}))
         assert words.startswith(f"{one.flag} ") and "(priced: " in words, one
         assert one._replace(only=lambda _: False).found_in(Namespace(**{name: other})) == ""
