@@ -58,7 +58,8 @@ examples:
 what is predicted:
   Ops are priced by kernels, not by FLOPs alone: narrow grouped products, launches, bytes. Collectives fly beside dense
   ops as the project's own solver plans them, in forward and backward; links inside a node and between nodes differ.
-  Experts get even shares of tokens. docs/planner.md compares it with published steps.
+  Experts get even shares of tokens. What of the flags has no price is named. docs/planner.md compares the model with
+  published steps.
 
 what a search chooses:
   tensor, pipeline, virtual, expert and expert-tensor parallel sizes, micro-batch and recomputation; and of a shortcut

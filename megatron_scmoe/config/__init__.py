@@ -14,7 +14,6 @@ from megatron_scmoe.config.groups import Group, stages_of_pattern
 from megatron_scmoe.config.overlap import Overlap
 from megatron_scmoe.config.rules import ConfigError
 from megatron_scmoe.config.settings import ARCHITECTURE_FIELDS, CODEC_FIELDS, SUBJECTS, Resume, ScMoEConfig
-from megatron_scmoe.config.unique import expected_unique_share
 
 __all__ = [
     "ARCHITECTURE_FIELDS",
@@ -39,6 +38,5 @@ __all__ = [
     "ScMoEConfig",
     "Shortcut",
     "Unique",
-    "expected_unique_share",
     "stages_of_pattern",
 ]

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron_scmoe.config import ConfigError
 
 _MOMENTS = {"adam": 2, "sgd": 1}
-"""Tensors of a parameter's size that an optimizer keeps beside it."""
+"""Tensors of a parameter's size that an optimizer keeps beside it; SGD without momentum none."""
 
 
 class Parameters(NamedTuple):
@@ -118,7 +118,7 @@ def standing_bytes(args: Namespace, chunks: Sequence[Any]) -> Standing:
 
 def optimizer_bytes_per_parameter(args: Namespace) -> int:
     """What the optimizer of ``args`` keeps of each parameter, all shards together."""
-    moments = _MOMENTS[args.optimizer]
+    moments = 0 if args.optimizer == "sgd" and not args.sgd_momentum else _MOMENTS[args.optimizer]
     if args.use_precision_aware_optimizer:
         # Beside bf16 weights it keeps only the 16 bits that they lack of fp32.
         main = 2 if args.bf16 and args.main_params_dtype is torch.float32 else args.main_params_dtype.itemsize

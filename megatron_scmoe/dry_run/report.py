@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
+from megatron_scmoe.dry_run.local_spec import TRANSFORMER_ENGINE, keeps_scores
 from megatron_scmoe.dry_run.memory import Parameters
 from megatron_scmoe.dry_run.stages import Stage
 
@@ -56,9 +57,9 @@ def text(args: Namespace, stages: Sequence[Stage], gone: Sequence[str]) -> str:
             f"nor rows on their way, which --a2a-codec {args.a2a_codec} makes smaller; it keeps none for backward"
         )
     if gone:
-        lines.append(
-            f"built with Megatron's local spec, without {', '.join(gone)}; attention keeps what flash attention keeps"
-        )
+        flash = TRANSFORMER_ENGINE in gone and not keeps_scores(args)
+        kept = "what flash attention keeps" if flash else "all scores"
+        lines.append(f"built with Megatron's local spec, without {', '.join(gone)}; attention keeps {kept}")
     return "\n".join(lines)
 
 

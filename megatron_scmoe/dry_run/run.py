@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -29,25 +30,25 @@ def run() -> None:
         args, stages, gone = estimate()
     except ConfigError as error:
         refuse(str(error))
-    print(report.text(args, stages, gone))
+    print(report.text(args, stages, local_spec.flags_of(gone)))
 
 
-def estimate() -> tuple[Namespace, list[Stage], list[str]]:
-    """Megatron's namespace of this process's command line, its pipeline stages, and flags that were left out.
+def estimate() -> tuple[Namespace, list[Stage], dict[str, Any]]:
+    """Megatron's namespace of this process's command line, its pipeline stages, and what of the former was left out.
 
     Raises:
         ConfigError: for a world of no GPU, and for what a training would refuse once its model is there. What it would
             refuse before ends this process (``training.arguments.refuse``).
     """
     _check_world_size()
-    gone: list[str] = []
+    gone: dict[str, Any] = {}
     with silence(), replaced(torch.cuda, "get_device_capability", local_spec.imagined_capability):
-        args, scmoe, _ = parse_and_validate_args(lambda args: gone.extend(local_spec.go_without(args)))
+        args, scmoe, _ = parse_and_validate_args(lambda args: gone.update(local_spec.go_without(args)))
         memory.check_known(args)
         _check_known(args, scmoe)
         # Rows that are rounded live between the halves of an exchange: nothing of them is kept for backward.
         config = model_config_from_args(args, replace(scmoe, a2a_codec=Codec.NONE) if scmoe.rounds else scmoe)
-        if local_spec.TRANSFORMER_ENGINE in gone:
+        if "transformer_impl" in gone and not local_spec.keeps_scores(args):
             local_spec.with_flash_attention(config)
         return args, find_stages(args, config), gone
 

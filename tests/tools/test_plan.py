@@ -326,6 +326,32 @@ def test_memory_is_that_of_the_dry_run():
         assert not all(estimate == pytest.approx(other, rel=0.05) for other in others)  # negative control
 
 
+def predicted_by_both(cases):
+    its = chooser(16)
+    results = []
+    for layout, form in cases:
+        flags = [*its.model.flags, *plan_settings.flags_of(layout, form, its.model)]
+        found = dry.dry_run(flags, 16, choosing.ENVIRONMENT)
+        results.append((its.step_s(layout, form), predict(run_of(found).workload, H100).step_s))
+    return results
+
+
+def test_a_search_and_a_plan_are_one_model():
+    """The search writes into one namespace what the entry script reads of flags: each setting has to arrive."""
+    fixed = Form(position="pos2")
+    cases = [
+        (Layout(ep=8), fixed),
+        (Layout(tp=2, etp=1, ep=4, micro_batch=2), fixed),
+        (Layout(tp=2, etp=2, ep=2, recompute=True), Form(position="pos2", overlap="adaptive", chunks=4)),
+        (Layout(pp=2, vp=2, ep=4), Form(position="pos1", overlap="off")),
+        (Layout(pp=2, ep=4, recompute=True), Form(position="pos2", span=2, overlap="adaptive")),
+    ]
+    (results,) = ranks.run(predicted_by_both, 1, cases, distributed=False)
+    for searched, planned in results:
+        assert searched == pytest.approx(planned, rel=1e-9)
+    assert len({round(planned, 9) for _, planned in results}) == len(cases)  # there is something to get wrong
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -546,7 +572,7 @@ def test_a_measured_machine_prices_what_was_measured(tmp_path):
     assert "links are not measured" in machine.source
     by_op = {op: float(ms) / 1e3 for op, size, ms, *_ in kept["measured"]}
     from planning.kernels import Clock
-    from planning.workload import Precision
+    from planning.training import Precision
 
     clock = Clock(machine, Precision.BF16)
     assert clock.product(1024, 1024, 1024) == pytest.approx(by_op["product"], rel=0.02)

@@ -55,6 +55,7 @@ def test_goals_are_missed_where_one_figure_or_the_middle_is_too_far_off(predicte
     if figures:
         text = page([Section(Goal(name="published steps", each=0.3, middle=0.15), tuple(figures))], _no_constants())
         assert ("**missed**" not in text) is met
+        assert f"\n{len(figures)} steps of 1 families" in text and "{" not in text
 
 
 def _no_constants() -> dict[str, dict[str, dict[str, float]]]:

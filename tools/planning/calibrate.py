@@ -27,7 +27,7 @@ from rich.console import Console
 from planning.hardware import HARDWARE, Constants, Hardware, Machine
 from planning.kernels import Clock
 from planning.report import table
-from planning.workload import Precision
+from planning.training import Precision
 
 REPETITIONS = 9
 LEAST_S = 0.02

@@ -196,6 +196,7 @@ class Chooser:
             num_layers=model.unit * model.units,
             world_size=self.gpus,
             tensor_model_parallel_size=layout.tp,
+            sequence_parallel=layout.tp > 1,
             pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
             expert_model_parallel_size=layout.ep,

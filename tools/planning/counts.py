@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from planning.workload import Attention, Embedding, GroupEnd, Mamba, Mlp, Moe, Op, Output, Span, Workload
+from planning.workload import Attention, Embedding, GroupEnd, Mamba, Mlp, Moe, Op, Output, Single, Span, Workload
 
 
 class Parameters(NamedTuple):
@@ -27,8 +27,15 @@ class Parameters(NamedTuple):
         return Parameters(self.dense * count, self.expert * count)
 
 
-def parameters(op: Op | GroupEnd, workload: Workload) -> Parameters:  # noqa: PLR0911 (a case for each kind)
-    """Of one op, in the whole model; norms are left out."""
+def parameters(op: Op | GroupEnd, workload: Workload) -> Parameters:
+    """Of one op, in the whole model; norms are left out. Of what several ops share each has its part."""
+    if isinstance(op, Span):
+        return sum((parameters(part, workload) for part in (*op.ops, *op.calls)), Parameters())
+    return _read(op, workload).times(1 / op.owners if isinstance(op, Mlp | Moe) else 1)
+
+
+def _read(op: Single, workload: Workload) -> Parameters:  # noqa: PLR0911 (a case for each kind)
+    """That one op multiplies with, whoever else does."""
     hidden = workload.hidden
     match op:
         case Attention():
@@ -46,9 +53,7 @@ def parameters(op: Op | GroupEnd, workload: Workload) -> Parameters:  # noqa: PL
         case Embedding():
             return Parameters(workload.vocabulary * hidden)
         case Output():
-            return Parameters(0 if workload.tied else workload.vocabulary * hidden)
-        case Span():
-            return sum((parameters(part, workload) for part in (*op.ops, *op.calls)), Parameters())
+            return Parameters(0 if workload.tied or not op.own else workload.vocabulary * hidden)
         case GroupEnd():
             return Parameters()
 
@@ -84,13 +89,13 @@ def _flops(op: Op | GroupEnd, workload: Workload) -> float:  # noqa: PLR0911 (as
         case Attention():
             seen = workload.seq_length / 2
             seen = min(op.window, seen) if op.window else seen
-            return 2 * parameters(op, workload).dense + 2 * op.heads * seen * (
+            return 2 * _read(op, workload).dense + 2 * op.heads * seen * (
                 op.head_dim + op.rope_dim + (op.value_dim or op.head_dim)
             )
         case Mamba():
-            return 2 * parameters(op, workload).dense + 7 * op.heads * op.head_dim * op.state
+            return 2 * _read(op, workload).dense + 7 * op.heads * op.head_dim * op.state
         case Moe():
-            counted = parameters(op, workload)
+            counted = _read(op, workload)
             return 2 * (counted.dense + counted.expert * op.top_k / op.experts)
         case Embedding():
             return 0.0
@@ -99,4 +104,4 @@ def _flops(op: Op | GroupEnd, workload: Workload) -> float:  # noqa: PLR0911 (as
         case Span():
             return sum(_flops(part, workload) for part in (*op.ops, *op.calls))
         case _:
-            return 2 * parameters(op, workload).dense
+            return 2 * _read(op, workload).dense

@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from command_line import UserError, one_line
 
+from planning.flags import not_priced
+from planning.unpriced import refuse
+
 if TYPE_CHECKING:
     from megatron_scmoe.dry_run.stages import Stage
 
@@ -34,14 +37,16 @@ class DryRun:
     """What the entry script says of a command line.
 
     Attributes:
-        args: Megatron's namespace, validated.
+        args: Megatron's namespace, validated; also what a machine without a GPU builds no model with.
         stages: of the pipeline, with parameters and memory.
         report: what ``DRY_RUN=1`` prints.
+        not_priced: what of the command line a prediction leaves out, in words.
     """
 
     args: Namespace
     stages: list[Stage]
     report: str
+    not_priced: list[str]
 
 
 def dry_run(flags: Sequence[str], gpus: int, environment: Mapping[str, str] | None = None) -> DryRun:
@@ -53,8 +58,9 @@ def dry_run(flags: Sequence[str], gpus: int, environment: Mapping[str, str] | No
         environment: added to this process's.
 
     Raises:
-        UserError: with the entry script's own words, where it refuses.
+        UserError: with the entry script's own words, where it refuses; and for flags that no plan has a price for.
     """
+    refuse(flags)
     load()
     ours, its = Pipe(duplex=False)
     with tempfile.TemporaryFile() as said:
@@ -119,14 +125,16 @@ def _be_the_entry_script(
 
 def _found() -> DryRun:
     from megatron_scmoe.config import ConfigError
-    from megatron_scmoe.dry_run import report, run
+    from megatron_scmoe.dry_run import local_spec, report, run
     from megatron_scmoe.training.arguments import refuse
 
     try:
         args, stages, gone = run.estimate()
     except ConfigError as error:
         refuse(str(error))
-    return DryRun(args, stages, report.text(args, stages, gone))
+    text = report.text(args, stages, local_spec.flags_of(gone))
+    asked = Namespace(**{**vars(args), **gone})
+    return DryRun(asked, stages, text, not_priced(asked, sys.argv[1:]))
 
 
 def _refusal(said: int, code: int) -> str:

@@ -83,16 +83,11 @@ class Footprints:
         )
         return before, unit, behind
 
-    def nbytes(self, layout: Layout, span: int = 1) -> float:
-        """What the rank that needs most of ``layout`` holds, in bytes.
+    def nbytes(self, layout: Layout) -> float:
+        """What the rank that needs most of ``layout`` holds, in bytes; units are computed again one by one."""
+        return max(self._stage(layout, number) for number in {0, layout.pp - 1})
 
-        Args:
-            layout: on all GPUs.
-            span: units that are computed again at once.
-        """
-        return max(self._stage(layout, number, span) for number in {0, layout.pp - 1})
-
-    def _stage(self, layout: Layout, number: int, span: int) -> float:
+    def _stage(self, layout: Layout, number: int) -> float:
         before, unit, behind = self._parts(layout)
         args, of_stage = self._args, unit.times(self._model.units / layout.pp)
         if number == 0:
@@ -101,7 +96,7 @@ class Footprints:
             of_stage += behind
         if layout.pp == 1 and not args.untie_embeddings_and_output_weights:
             of_stage -= Part(args.padded_vocab_size * args.hidden_size / layout.tp, 0, 0)
-        return self._standing(layout, of_stage) + self._activations(layout, number, span)
+        return self._standing(layout, of_stage) + self._activations(layout, number)
 
     def _standing(self, layout: Layout, part: Part) -> float:
         from megatron_scmoe.dry_run.memory import optimizer_bytes_per_parameter  # noqa: PLC0415 - imports Megatron
@@ -115,7 +110,7 @@ class Footprints:
             shards = (ranks / layout.tp, ranks / (layout.ep * layout.etp))
         return self._each * (dense + expert) + optimizer * (dense / shards[0] + expert / shards[1])
 
-    def _activations(self, layout: Layout, number: int, span: int) -> float:
+    def _activations(self, layout: Layout, number: int) -> float:
         from megatron_scmoe.dry_run.stages import micro_batches_in_flight  # noqa: PLC0415 - imports Megatron
 
         before, unit, behind = (part.kept for part in self._parts(layout))
@@ -133,7 +128,7 @@ class Footprints:
             read = args.seq_length * args.hidden_size * args.params_dtype.itemsize / (layout.tp * model.context)
             # By the time that the last unit runs again, what is behind it on the same virtual stage is gone.
             gone = behind if layout.vp == 1 and number == layout.pp - 1 else 0.0
-            again, unit = max(0.0, unit * span - read - gone), read / span
+            again, unit = max(0.0, unit - read - gone), read
         kept = sum(in_flight) * unit * model.units / (layout.pp * layout.vp)
         kept += before * in_flight[0] * (number == 0) + behind * in_flight[-1] * (number == layout.pp - 1)
         return (kept + again) * layout.micro_batch

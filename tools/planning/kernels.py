@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from planning.hardware import Machine
-from planning.workload import Precision
+from planning.training import Precision
 
 TILES = ((128, 256, 1.0), (128, 128, 0.85))
 """Rows and columns of tiles, and the part of the rate that they reach beside the best: a smaller tile reads more."""

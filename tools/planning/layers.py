@@ -20,7 +20,8 @@ from planning.judging import Judged
 from planning.kernels import Kernel
 from planning.ops import BF16, Ops
 from planning.passes import Pricing
-from planning.workload import Dispatcher, Layout, Moe, Precision, Training, Workload
+from planning.training import Dispatcher, Precision, Training
+from planning.workload import Layout, Moe, Workload
 
 _SHAPES = {
     "Mixtral": (4096, Moe(experts=8, top_k=2, width=14336, gated=False)),

@@ -4,19 +4,8 @@ from __future__ import annotations
 
 from planning.hardware import Machine
 from planning.kernels import Clock, Kernel, Work
-from planning.workload import (
-    Attention,
-    Dispatcher,
-    Embedding,
-    GroupEnd,
-    Mamba,
-    Mlp,
-    Moe,
-    Output,
-    Precision,
-    Single,
-    Workload,
-)
+from planning.training import Dispatcher, Precision
+from planning.workload import Attention, Embedding, GroupEnd, Mamba, Mlp, Moe, Output, Single, Workload
 
 BF16 = 2
 """Bytes."""
@@ -40,8 +29,8 @@ class Ops:
         self.plain = Clock(machine, Precision.BF16, self.training.grad_bytes)
         self.tokens = workload.seq_length * workload.micro_batch / self.layout.cp
         """Of a micro-batch on one rank, those of its tensor parallel group together."""
-        self.own_tokens = self.tokens / self.layout.tp
-        """With sequence parallelism, where tensors are not cut by heads or widths."""
+        self.own_tokens = self.tokens / self.layout.tp if self.training.sequence_parallel else self.tokens
+        """Where tensors are not cut by heads or widths."""
 
     def kernels(self, op: Single) -> list[Kernel]:  # noqa: PLR0911 (a case for each kind)
         """The kernels of an op, norm and residual included."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from planning.judging import Goal, Judged, middle_error
+from planning.notes import of_published
 
 HEAD = """\
 # How near the planner comes
@@ -16,11 +17,11 @@ project measured. Nothing here ran on a GPU of ours.
 """
 NOTES = {
     "published steps": """\
-126 steps of eight families of models from NVIDIA's tables of Megatron-Bridge (`tools/planning/published_steps.csv`;
-settings that the tables leave out are those of the recipes of each release, `published_settings.csv`). Each family is
-predicted by constants that were fitted without it: eight that all share, one factor for each GPU and one for each
-release (`tools/planning/fit.py`). Model FLOP of a token agree with the published ones to 1.5%, but for Nemotron 3
-Nano (6% to 8% below), DeepSeek-V4 (3%) and GPT-OSS before 26.06 (the tables count a fifth less).
+{steps} steps of {families} families of models from NVIDIA's tables of Megatron-Bridge
+(`tools/planning/published_steps.csv`; settings that the tables leave out are those of the recipes of each release,
+`published_settings.csv`). Each family is predicted by constants that were fitted without it: {shared} that all share,
+one factor for each GPU and one for each release (`tools/planning/fit.py`). Model FLOP of a token agree with the
+published ones to {agreed}, but for {otherwise}.
 
 Only constants were held out: which kernels there are, what is expected of them and how settings are read was settled
 while these errors were seen. Fitted constants stand for what is left out, too: a `memory` far below what kernels reach
@@ -74,10 +75,15 @@ def page(sections: Sequence[Section], constants: Mapping[str, Mapping[str, Mappi
     """The whole page."""
     parts = [HEAD, _summary(sections)]
     for section in sections:
-        parts += [f"\n## {_heading(section.goal.name)}\n\n", NOTES[section.goal.name], "\n"]
+        parts += [f"\n## {_heading(section.goal.name)}\n\n", _note(section), "\n"]
         parts += [f"* {cause}\n" for cause in section.causes] + ["\n"] * bool(section.causes)
         parts += [_groups(section), "\n", _figures(section.figures)]
     return "".join([*parts, "\n## Constants\n\n", _constants(constants)])
+
+
+def _note(section: Section) -> str:
+    note = NOTES[section.goal.name]
+    return note.format(**of_published(section.figures)) if section.goal.name == "published steps" else note
 
 
 def _summary(sections: Sequence[Section]) -> str:

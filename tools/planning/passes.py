@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from planning.hardware import Machine
 from planning.kernels import Kernel, Work
 from planning.ops import Ops
 from planning.prediction import Wire
+from planning.tensors import collectives
+from planning.training import Graphs
 from planning.wires import Groups, Sent
-from planning.workload import Attention, Graphs, Mamba, Mlp, Moe, Single, Workload
+from planning.workload import Attention, Embedding, Moe, Output, Single, Workload
 
 OUTSIDE_GRAPHS = ("permute", "experts", "shared expert")
 """Kinds that CUDA graphs in part leave to the host: their shapes follow from routing."""
-
-
+RECOMPUTED = {"moe", "mlp", "shared_experts", "moe_act", "core_attn", "mla_up_proj", "layernorm"}
+"""Modules whose second run forward is priced (--recompute-modules)."""
+FIRST, LAST = ("first", "qkv", "up", "logits"), ("second", "proj")
+"""Parts of an op that are its first and last linear layer on tensor parallel ranks."""
 Seconds = defaultdict[str, float]
 
 
@@ -33,6 +37,13 @@ class Passes:
     forward: Seconds = field(default_factory=lambda: defaultdict(float))
     backward: Seconds = field(default_factory=lambda: defaultdict(float))
     wires: dict[tuple[str, str], Wire] = field(default_factory=dict)
+
+    def again(self, forward: Passes, times: float) -> None:
+        """Let ``forward``, which goes forward alone, run so many times before what runs backward."""
+        for name, seconds in forward.forward.items():
+            self.backward[name] += seconds * times
+        for wire in forward.wires.values():
+            self.send(wire.times(times))
 
     def add(self, other: Passes, count: int = 1) -> None:
         """Add ``other``, so many times."""
@@ -75,16 +86,30 @@ class Pricing:
         self.workload, self.training, self.forward_only = workload, workload.training, forward_only
         self.ops, self.groups = Ops(workload, machine), Groups(workload, machine)
         self._launch_s = machine.constants.launch_s
+        self.forward = self if forward_only else Pricing(workload, machine, forward_only=True)
+
+    @property
+    def runs_again(self) -> float:
+        """How often --recompute-granularity full runs layers forward again, as they ran before; a mean of all."""
+        return self.training.recomputed_layers if "full" in self.training.recompute and not self.forward_only else 0.0
 
     def op(self, op: Single) -> Passes:
-        """An op that waits for its communication."""
-        passes = self.computing(self.ops.kernels(op))
+        """An op that waits for its communication, its layer's second run forward included."""
+        passes = self.op_once(op)
+        if not isinstance(op, Embedding | Output):
+            passes.again(self.forward.op_once(op), self.runs_again)
+        return passes
+
+    def op_once(self, op: Single) -> Passes:
+        """The same, where no whole layer runs again."""
+        kernels = self.ops.kernels(op)
+        passes = self.computing(kernels)
+        idle = self._idle(kernels, passes)
         if isinstance(op, Moe):
             self._experts(op, passes)
-        if isinstance(op, Attention | Mamba | Mlp) or (isinstance(op, Moe) and op.shared):
-            self._sequence(passes)
+        self._tensors(op, kernels, passes, idle)
         if isinstance(op, Attention):
-            self._context(op, passes)
+            self._context(op, kernels, passes, idle)
         return passes
 
     def computing(self, kernels: Iterable[Kernel]) -> Passes:
@@ -107,13 +132,12 @@ class Pricing:
 
     def recomputes_experts(self) -> float:
         """How often their exchanges run again."""
-        return self.training.recomputed_layers if self.training.recompute & {"full", "moe"} else 0.0
+        return self.training.recomputed_layers if "moe" in self.training.recompute else 0.0
 
     def _recomputed(self, kernel: Kernel) -> float:
         chosen, kind = self.training.recompute, kernel.kind
         again = (
-            ("full" in chosen and kind not in ("embedding", "output"))
-            or ("moe" in chosen and kind in ("router", "permute", "experts", "shared expert"))
+            ("moe" in chosen and kind in ("router", "permute", "experts", "shared expert"))
             or ("mlp" in chosen and kind == "mlp")
             or ("shared_experts" in chosen and kind == "shared expert")
             or ("moe_act" in chosen and kind == "experts" and kernel.part == "act")
@@ -128,6 +152,14 @@ class Pricing:
         graphs = self.training.cuda_graphs
         return float(graphs is Graphs.NONE or (graphs is Graphs.PARTIAL and kind in OUTSIDE_GRAPHS))
 
+    def _idle(self, kernels: Iterable[Kernel], passes: Passes) -> list[float]:
+        """Seconds that the device waits for the host, forward and backward: what is sent then costs nothing."""
+        busy_s = [0.0, 0.0]
+        for kernel in kernels:
+            busy_s[0] += kernel.forward.seconds
+            busy_s[1] += kernel.backward.seconds + kernel.forward.seconds * self._recomputed(kernel)
+        return [sum(passes.forward.values()) - busy_s[0], sum(passes.backward.values()) - busy_s[1]]
+
     def _wait(self, passes: Passes, wire: tuple[str, str], sent: Sent, counts: tuple[float, float]) -> None:
         """So many of ``sent`` forward and backward, all waited for."""
         (group, kind), forward = wire, counts[0]
@@ -137,25 +169,46 @@ class Pricing:
         total = sent.times(forward + backward)
         passes.wire(group, kind, total, total.seconds)
 
+    def _hide(
+        self, passes: Passes, wire: tuple[str, str], sent: Sent, beside_s: float, *, idle: list[float], way: int = 1
+    ) -> None:
+        """``sent`` forward (way 0) or backward, beside so many seconds of computation and what the device idles."""
+        if way and self.forward_only:
+            return
+        exposed_s = max(0.0, sent.seconds - beside_s)
+        waited_s = min(exposed_s, idle[way])
+        idle[way] -= waited_s
+        seconds = passes.backward if way else passes.forward
+        seconds[f"exposed {wire[0]}"] += exposed_s - waited_s
+        passes.wire(*wire, sent, exposed_s - waited_s)
+
     def _experts(self, op: Moe, passes: Passes) -> None:
         sent = self.groups.flight(op, self.ops.own_tokens)
         for kind in ("dispatch", "combine"):
             self._wait(passes, ("EP", kind), sent, (1, 1 + self.recomputes_experts()))
 
-    def _sequence(self, passes: Passes) -> None:
-        """Sequence parallelism: a gather before the op and a scatter behind it; backward gathers its input again."""
-        sent = self.groups.sequence(self.ops.tokens)
-        again = self.training.recomputed_layers if "full" in self.training.recompute else 0.0
-        self._wait(passes, ("TP", "all-gather"), sent, (1, 2 + again))
-        self._wait(passes, ("TP", "reduce-scatter"), sent, (1, 1 + again))
+    def _tensors(self, op: Single, kernels: Sequence[Kernel], passes: Passes, idle: list[float]) -> None:
+        own = [kernel for kernel in kernels if not isinstance(op, Moe) or kernel.kind == "shared expert"]
+        first, last = ([kernel for kernel in own if kernel.part in parts] for parts in (FIRST, LAST))
+        # Half of a linear layer's backward pass is for its input, half for its weights.
+        beside_s = sum(kernel.backward.seconds for kernel in first) / 2
+        sequence = self.training.sequence_parallel
+        for one in collectives(op, self.workload.hidden, sequence_parallel=sequence):
+            sent = self.groups.tensors(one.kind, self.ops.tokens, one.width)
+            edge = first if one.kind == "all-gather" else last
+            again = max(map(self._recomputed, edge), default=0.0) * one.forward
+            self._wait(passes, ("TP", one.kind), sent, (one.forward, one.backward + again))
+            if one.beside:
+                self._hide(passes, ("TP", one.kind), sent, beside_s, idle=idle)
 
-    def _context(self, op: Attention, passes: Passes) -> None:
-        """Keys and values go round while scores are computed; backward their gradients, too."""
+    def _context(self, op: Attention, kernels: Sequence[Kernel], passes: Passes, idle: list[float]) -> None:
+        """Keys and values go round while scores are computed; backward with their gradients, and where scores are
+        recomputed once more.
+        """
         width = op.kv_heads / self.workload.layout.tp * (op.head_dim + op.rope_dim + (op.value_dim or op.head_dim))
         sent = self.groups.cp.ring(self.ops.tokens * self.workload.layout.cp * width * 2)
-        core = next(kernel for kernel in self.ops.kernels(op) if kernel.part == "core")
-        for seconds, count, work in ((passes.forward, 1, core.forward), (passes.backward, 2, core.backward)):
-            exposed_s = max(0.0, count * sent.seconds - work.seconds)
-            if count == 1 or not self.forward_only:
-                seconds["exposed CP"] += exposed_s
-                passes.wire("CP", "point-to-point", sent.times(count), exposed_s)
+        core = next(kernel for kernel in kernels if kernel.part == "core")
+        wire, again = ("CP", "point-to-point"), self._recomputed(core)
+        self._hide(passes, wire, sent, core.forward.seconds, idle=idle, way=0)
+        self._hide(passes, wire, sent.times(2), core.backward.seconds, idle=idle)
+        self._hide(passes, wire, sent.times(again), core.forward.seconds * again, idle=idle)

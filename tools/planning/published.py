@@ -16,7 +16,8 @@ from pathlib import Path
 
 from planning.counts import model_flops
 from planning.shapes import SHAPES, stages
-from planning.workload import Dispatcher, Graphs, Layout, Precision, Training, Workload
+from planning.training import Dispatcher, Graphs, Precision, Training
+from planning.workload import Layout, Workload
 
 STEPS = Path(__file__).with_name("published_steps.csv")
 SETTINGS = Path(__file__).with_name("published_settings.csv")

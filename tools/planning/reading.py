@@ -108,7 +108,7 @@ class _Layers:
         for symbols in patterns or ["*E" if self.args.num_experts else "*-"] * (self.args.mtp_num_layers or 0):
             for symbol in symbols:
                 yield self._of_symbol(symbol)
-            yield Output()
+            yield Output(own=False)
 
     def _stock(self, layer: int) -> Iterator[Op]:
         """The ops of a layer that no group has."""
@@ -156,6 +156,7 @@ class _Layers:
                 q_latent=args.q_lora_rank or 0,
                 kv_latent=args.kv_lora_rank,
                 rope_dim=args.qk_pos_emb_head_dim,
+                fused=self._fused,
             )
         in_window = is_layer_window_attention(args.window_size, args.window_attn_skip_freq, layer + 1)
         return Attention(
@@ -164,7 +165,14 @@ class _Layers:
             head_dim=args.kv_channels,
             window=args.window_size[0] + 1 if in_window else 0,
             gated=args.attention_output_gate,
+            fused=self._fused,
         )
+
+    @property
+    def _fused(self) -> bool:
+        """Flash and cuDNN's attention are priced alike; Core's own (--transformer-impl local) writes its scores."""
+        backend = self.args.attention_backend.name
+        return self.args.transformer_impl == "transformer_engine" and backend not in ("unfused", "local")
 
     def _mamba(self) -> Mamba:
         args = self.args
@@ -182,11 +190,11 @@ class _Layers:
     def _mlp(self) -> Mlp:
         return Mlp(width=self.args.ffn_hidden_size, gated=self._gated)
 
-    def _shared(self) -> Mlp | None:
+    def _shared(self, owners: int = 1) -> Mlp | None:
         width = self.args.moe_shared_expert_intermediate_size
-        return Mlp(width=width, gated=self._gated) if width else None
+        return Mlp(width=width, gated=self._gated, owners=owners) if width else None
 
-    def _moe(self, *, shared: bool) -> Moe:
+    def _moe(self, *, shared: bool, owners: int = 1) -> Moe:
         args, zero = self.args, self.scmoe.zero_experts
         each_gate = 2 if self.scmoe.shortcut is Shortcut.DGMOE else 1  # --moe-router-topk 2 stands for one of each
         return Moe(
@@ -198,6 +206,7 @@ class _Layers:
             limited=args.moe_router_group_topk / args.moe_router_num_groups if args.moe_router_group_topk else 1.0,
             bias=args.add_bias_linear,
             shared=self._shared() if shared else None,
+            owners=owners,
         )
 
     def _span(self, first: int) -> Span:
@@ -205,9 +214,10 @@ class _Layers:
         groups = self.groups[first : first + self.scmoe.shortcut_span]
         sizes = [group.num_ops for group in groups]
         shape = self.scmoe.span_shape(first, sizes)
+        owners = self.scmoe.moe_share_groups * len(shape.calls) // len(groups)
         return Span(
             ops=tuple(op for group in groups for op in self._ops_of_group(group)),
-            calls=(self._moe(shared=False),) * len(shape.calls),
+            calls=(self._moe(shared=False, owners=owners),) * len(shape.calls),
             shape=replace(shape, waits_to_pack=self._waits_to_pack),
             overlap=self.scmoe.overlap,
             chunks=self._chunks,
@@ -224,7 +234,7 @@ class _Layers:
             yield self._attention(layer)
             if layer != group.layers[-1]:
                 yield self._mlp()
-        if self.scmoe.shortcut is Shortcut.SCMOE and (shared := self._shared()):
+        if self.scmoe.shortcut is Shortcut.SCMOE and (shared := self._shared(self.scmoe.moe_share_groups)):
             yield shared
         yield GroupEnd()
 

@@ -69,6 +69,7 @@ def result(
         ],
         "usable_bytes": usable,
         "fits": max(stage.total for stage in dry.stages) <= usable,
+        "not_priced": dry.not_priced,
         "step_s": prediction.step_s,
         "tokens_per_s": prediction.tokens_per_s,
         "model_flops": prediction.model_flops,
@@ -92,6 +93,11 @@ def misfit(found: Mapping[str, Any]) -> str:
         f"DOES NOT FIT: a rank holds {in_words(fullest)} and may use {in_words(found['usable_bytes'])} of a GPU; "
         "try --search"
     )
+
+
+def left_out(found: Mapping[str, Any]) -> str:
+    """What a plan says of flags that it has no price for; empty where there are none."""
+    return f"not priced, but predicted as if otherwise: {'; '.join(found['not_priced'])}" if found["not_priced"] else ""
 
 
 def _variant(variant: Variant, its: Prediction, given: Prediction) -> dict[str, Any]:
@@ -143,6 +149,8 @@ def print_tables(found: Mapping[str, Any], console: Console) -> None:
     for title, headings, rows in tables(found):
         console.print(title, style="bold")
         console.print(table(headings, rows))
+    if left := left_out(found):
+        console.print(left, markup=False)
     for one in found["what_if"]:
         runs = f"runs today with {one['flags']}" if one["flags"] else "does not run yet"
         console.print(f"{one['name']}: {runs}{one['note'] and '; '}{one['note']}", style="dim")
@@ -241,6 +249,7 @@ def html(found: Mapping[str, Any], dry_report: str) -> str:
         found=found,
         dry_report=dry_report,
         misfit=misfit(found),
+        left_out=left_out(found),
         tables=[*([found["search"]["table"]] if "search" in found else []), *tables(found)],
         timelines=plots.timelines(lanes, "plan timelines") if lanes else "",
         memory=plots.memory(found["memory"], found["machine"]["hardware"]["memory"]),

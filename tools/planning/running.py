@@ -7,7 +7,8 @@ from argparse import Namespace
 from command_line import UserError
 
 from planning.hardware import Hardware
-from planning.workload import Dispatcher, Graphs, Precision, Training
+from planning.passes import RECOMPUTED
+from planning.training import Dispatcher, Graphs, Precision, Training
 
 _FP8 = {
     "tensorwise": Precision.FP8,
@@ -46,11 +47,37 @@ def training(args: Namespace, num_layers: int) -> Training:
         overlap_moe=args.overlap_moe_expert_parallel_comm,
         overlap_grad_reduce=args.overlap_grad_reduce,
         overlap_param_gather=args.overlap_param_gather,
+        param_bytes=1 if args.fp8_param_gather or args.fp4_param_gather else 2,
+        fused_experts=fuses_experts(args),
         grad_bytes=2 if args.grad_reduce_in_bf16 else 4,
+        update_bytes=_update_bytes(args),
+        sequence_parallel=args.sequence_parallel,
         distributed_optimizer=args.use_distributed_optimizer,
         cuda_graphs=_cuda_graphs(args),
         expert_rows=args.moe_expert_capacity_factor if args.moe_pad_expert_input_to_capacity else 1.0,
     )
+
+
+def fuses_experts(args: Namespace) -> bool:
+    """Whether a rank's experts are one kernel for each product, as Transformer Engine's op fuser makes them in MXFP8.
+
+    It does so where NVTE_CUTEDSL_FUSED_GROUPED_MLP is 1 (Core 0.19.2, transformer/moe/experts.py).
+    """
+    grouped = args.use_transformer_engine_op_fuser and args.moe_grouped_gemm
+    return bool(grouped and args.fp8 and args.fp8_recipe == "mxfp8")
+
+
+def _update_bytes(args: Namespace) -> int:
+    """What the optimizer moves for a parameter (``Training.update_bytes``), by what it keeps (the dry run's count)."""
+    from megatron_scmoe.dry_run.memory import optimizer_bytes_per_parameter  # noqa: PLC0415 - imports Megatron
+
+    kept, gradient, written = optimizer_bytes_per_parameter(args), 4, 2
+    if args.use_precision_aware_optimizer:
+        gradient = args.main_grads_dtype.itemsize
+        if args.bf16 and args.main_params_dtype.itemsize == 4:
+            kept += written  # a parameter is read and written as bf16 and the bits that this lacks
+            written = 0
+    return 2 * gradient + 2 * kept + written
 
 
 def _precision(args: Namespace) -> Precision:
@@ -94,14 +121,20 @@ def _dispatcher(args: Namespace) -> Dispatcher:
 
 
 def _recompute(args: Namespace, num_layers: int) -> tuple[frozenset[str], float]:
-    if args.recompute_granularity == "selective":
-        return frozenset(args.recompute_modules or ()), 1.0
-    if args.recompute_granularity != "full":
-        return frozenset(), 1.0
-    if args.recompute_method != "block":
-        return frozenset({"full"}), 1.0
-    parts = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
-    return frozenset({"full"}), min(1.0, args.recompute_num_layers * parts / num_layers)
+    if args.recompute_granularity == "full":
+        if args.recompute_method != "block":
+            return frozenset({"full"}), 1.0
+        parts = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
+        return frozenset({"full"}), min(1.0, args.recompute_num_layers * parts / num_layers)
+    modules = {"moe"} if args.moe_layer_recompute else set()
+    if args.recompute_granularity == "selective":  # Core takes core_attn where no modules are named
+        modules |= set(["core_attn"] if args.recompute_modules is None else args.recompute_modules)
+    if unknown := modules - RECOMPUTED:
+        raise UserError(
+            f"the model of time knows no recomputation of {min(unknown)}: --recompute-modules has it; use some of "
+            f"{', '.join(sorted(RECOMPUTED))}"
+        )
+    return frozenset(modules), 1.0
 
 
 def _cuda_graphs(args: Namespace) -> Graphs:

@@ -26,7 +26,8 @@ from planning.hardware import HARDWARE, Constants, Machine
 from planning.judging import Judged
 from planning.prediction import Prediction
 from planning.step import predict
-from planning.workload import Attention, Embedding, GroupEnd, Layout, Mlp, Moe, Op, Output, Span, Training, Workload
+from planning.training import Training
+from planning.workload import Attention, Embedding, GroupEnd, Layout, Mlp, Moe, Op, Output, Span, Workload
 
 SEQUENCES = 4
 """Of a language model on each GPU: an assumption, the paper has none."""

@@ -19,7 +19,7 @@ class Shape:
         hidden: width.
         vocabulary: size.
         layers: ops of each layer.
-        predicting: ops of each layer that predicts a further token, an output layer included.
+        predicting: ops of each layer that predicts a further token, the output layer once more included.
     """
 
     size: float
@@ -38,7 +38,9 @@ def _deepseek_v3() -> Shape:
     attention = Attention(heads=128, kv_heads=128, head_dim=128, q_latent=1536, kv_latent=512, rope_dim=64)
     moe = Moe(experts=256, top_k=8, width=2048, shared=Mlp(width=2048), limited=0.5)
     layers = ((attention, Mlp(width=18432)),) * 3 + ((attention, moe),) * 58
-    return Shape(size=671e9, hidden=7168, vocabulary=129280, layers=layers, predicting=((attention, moe, Output()),))
+    return Shape(
+        size=671e9, hidden=7168, vocabulary=129280, layers=layers, predicting=((attention, moe, Output(own=False)),)
+    )
 
 
 def _deepseek_v4_flash() -> Shape:
@@ -53,7 +55,9 @@ def _deepseek_v4_flash() -> Shape:
 
     compressed = (layer(128 + 512), layer(128 + 16))
     layers = (layer(128),) * 2 + compressed * 20 + compressed[:1]
-    return Shape(size=284e9, hidden=4096, vocabulary=129280, layers=layers, predicting=((*layer(128), Output()),))
+    return Shape(
+        size=284e9, hidden=4096, vocabulary=129280, layers=layers, predicting=((*layer(128), Output(own=False)),)
+    )
 
 
 def _gpt_oss_120b() -> Shape:
@@ -88,7 +92,7 @@ def _latent_nemotron_3(size: float, scale: int, width: int, pattern: str) -> Sha
     layers = _pattern(
         pattern, mamba=Mamba(heads=128 * scale, head_dim=64, state=128, groups=8), attention=attention, moe=moe
     )
-    twice = ((attention, moe, Output()),) * 2
+    twice = ((attention, moe, Output(own=False)),) * 2
     return Shape(size=size, hidden=4096 * scale, vocabulary=131072, layers=layers, predicting=twice)
 
 

@@ -60,7 +60,7 @@ class SpanPricing:
 
     def costs(self, span: Span, chunks: int) -> SpanCosts:
         """Of one span at one number of chunks."""
-        ops = [self._pricing.op(op) for op in span.ops]
+        ops = [self._pricing.op_once(op) for op in span.ops]
         calls = [self._call(call, chunks) for call in span.calls]
         forward, backward = (
             PassCosts(
@@ -68,14 +68,21 @@ class SpanPricing:
             )
             for number, way in enumerate(("forward", "backward"))
         )
-        return SpanCosts(forward=forward, backward=backward)
+        return SpanCosts(forward=forward, backward=backward, forward_runs=1 + self._pricing.runs_again)
 
     def passes(self, time: SpanTime) -> Passes:
-        """Forward and backward under the chosen plan: what computes by kind, and the rest as exposed communication."""
+        """Forward and backward under the chosen plan, which holds for what full recomputation runs again, too."""
+        passes = self._played(time)
+        if self._pricing.runs_again:
+            passes.again(SpanPricing(self._pricing.forward)._played(time), self._pricing.runs_again)
+        return passes
+
+    def _played(self, time: SpanTime) -> Passes:
+        """The passes of a span once: what computes by kind, and the rest as exposed communication."""
         span, plan = time.span, time.solution.plan
         passes = Passes()
         for op in span.ops:
-            passes.add(self._pricing.op(op))
+            passes.add(self._pricing.op_once(op))
         for call in span.calls:
             for name, part in self._parts(call, plan.chunks).items():
                 passes.add(part, 1 if name == "route" else plan.chunks)

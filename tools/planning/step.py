@@ -13,11 +13,9 @@ from planning.hardware import Machine
 from planning.passes import Passes, Pricing, Seconds
 from planning.prediction import OpTime, Prediction, SpanTime, StageTime
 from planning.spans import SpanPricing
-from planning.workload import Op, Span, Stage, Training, Workload
+from planning.training import Training
+from planning.workload import Op, Span, Stage, Workload
 
-ADAM_BYTES = 34
-"""Of a parameter that a rank updates, in fp32: gradient read twice, for its norm; parameter and two moments read and
-written; and bf16 written."""
 BUCKETS = 8
 """Parts in which gradients are reduced: the last one has nothing left beside which it could."""
 
@@ -133,7 +131,7 @@ def _finish(parts: Seconds, stage: Passes, pricing: Pricing, machine: Machine) -
             beside[kind] -= hidden_s  # both kinds of parameters hide behind the same pass
             stage.wire(group, kind, sent, sent.seconds - hidden_s)
             parts[f"exposed {group}"] += sent.seconds - hidden_s
-    moved = shard * ADAM_BYTES + sum(held) * training.grad_bytes
+    moved = shard * training.update_bytes + sum(held) * training.grad_bytes
     parts["optimizer"] = moved / (machine.hardware.memory_bandwidth * machine.constants.memory)
 
 

@@ -7,7 +7,8 @@ from math import exp, lgamma
 from typing import NamedTuple
 
 from planning.hardware import Machine
-from planning.workload import Dispatcher, Moe, Workload
+from planning.training import Dispatcher
+from planning.workload import Moe, Workload
 
 BF16 = 2
 
@@ -143,9 +144,10 @@ class Groups:
             sent = Sent(sent.inside + gathered.inside, sent.between + gathered.between, sent.seconds + gathered.seconds)
         return sent
 
-    def sequence(self, tokens: float) -> Sent:
-        """Gathering a tensor parallel group's ``tokens``, or scattering their sums."""
-        return self.tp.ring(tokens * self.workload.hidden * BF16)
+    def tensors(self, kind: str, tokens: float, width: float) -> Sent:
+        """A collective of ``kind`` over a tensor parallel group's ``tokens``; an all-reduce goes round twice."""
+        sent = self.tp.ring(tokens * width * BF16)
+        return sent.times(2) if kind == "all-reduce" else sent
 
     def handed_on(self, tokens: float) -> Sent:
         """What one stage hands to the next of ``tokens`` on this rank."""

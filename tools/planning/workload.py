@@ -6,37 +6,11 @@ before it and the residual behind it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, field
 
 from megatron_scmoe.config.overlap import Overlap
 from megatron_scmoe.contracts import Plan, SpanShape
-
-
-class Precision(StrEnum):
-    """What linear layers multiply in (--bf16, --fp8-recipe, --fp4-format); all else runs in bf16."""
-
-    BF16 = "bf16"
-    FP8 = "fp8"  # one scale for a tensor
-    FP8_BLOCKWISE = "fp8-blockwise"
-    MXFP8 = "mxfp8"
-    NVFP4 = "nvfp4"
-
-
-class Dispatcher(StrEnum):
-    """What carries tokens to experts (--moe-token-dispatcher-type, --moe-flex-dispatcher-backend)."""
-
-    ALLTOALL = "alltoall"
-    DEEPEP = "deepep"
-    HYBRIDEP = "hybridep"
-
-
-class Graphs(StrEnum):
-    """What CUDA graphs hold (--cuda-graph-impl, --cuda-graph-scope)."""
-
-    NONE = "none"
-    PARTIAL = "partial"  # attention, router and what else is not of routed experts
-    FULL = "full"
+from planning.training import Training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +73,12 @@ class Mlp:
     Attributes:
         width: of the middle.
         gated: whether a third matrix makes a gate (SwiGLU).
+        owners: places of the model that share its parameters, and count a part each (--moe-share-groups).
     """
 
     width: int
     gated: bool = True
+    owners: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +96,7 @@ class Moe:
         carried: part of a row's bytes that travels (less than 1 in 8 bits, or where a rank gets a token once).
         limited: part of the experts' groups of which a token has any (--moe-router-group-topk over all of them).
         bias: whether experts have biases (--add-bias-linear).
+        owners: as of an MLP; both calls of a group of dgmoe are such places, too.
     """
 
     experts: int
@@ -132,6 +109,7 @@ class Moe:
     carried: float = 1.0
     limited: float = 1.0
     bias: bool = False
+    owners: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +119,13 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Final norm, output layer and cross entropy."""
+    """Final norm, output layer and cross entropy.
+
+    Attributes:
+        own: whether it has a table of its own; what predicts further tokens reads the model's.
+    """
+
+    own: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +168,7 @@ class Layout:
 
     Attributes:
         gpus: all of them.
-        tp: tensor parallel, with sequence parallelism where it is more than 1.
+        tp: tensor parallel.
         pp: pipeline stages.
         vp: virtual stages of each.
         cp: context parallel.
@@ -223,42 +207,6 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
-    """How a step runs, beside its layout; the names are Megatron's flags.
-
-    Attributes:
-        precision: of linear layers.
-        dispatcher: of tokens.
-        recompute: modules of --recompute-modules; ``full`` for whole layers.
-        recomputed_layers: part of the layers of which ``recompute`` is true.
-        overlap_moe: --overlap-moe-expert-parallel-comm: two micro-batches run interleaved, one's all-to-all beside the
-            other's computation. Of stock layers.
-        overlap_grad_reduce, overlap_param_gather: beside the last backward, and the first forward.
-        grad_bytes, param_bytes: of a gradient as it is reduced (--grad-reduce-in-bf16: 2), of a parameter gathered.
-        distributed_optimizer: whether the optimizer's states are shared by the data parallel ranks.
-        cuda_graphs: what is replayed, so that the launches of the host cost nothing.
-        fused_experts: the experts of a rank are one kernel for each product, with activation and quantization in it.
-        fp8_attention: core attention in 8 bits (--fp8-dot-product-attention).
-        expert_rows: rows that experts compute for each routed one: the capacity factor, or 1.
-    """
-
-    precision: Precision = Precision.BF16
-    dispatcher: Dispatcher = Dispatcher.ALLTOALL
-    recompute: frozenset[str] = frozenset()
-    recomputed_layers: float = 1.0
-    overlap_moe: bool = False
-    overlap_grad_reduce: bool = True
-    overlap_param_gather: bool = True
-    grad_bytes: int = 4
-    param_bytes: int = 2
-    distributed_optimizer: bool = True
-    cuda_graphs: Graphs = Graphs.NONE
-    fused_experts: bool = False
-    fp8_attention: bool = False
-    expert_rows: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """One training step.
 
@@ -284,7 +232,7 @@ class Workload:
     micro_batch: int
     global_batch: int
     layout: Layout
-    training: Training = Training()
+    training: Training = field(default_factory=Training)
     tied: bool = False
 
     def __post_init__(self) -> None:
