@@ -33,14 +33,16 @@ from studies.request import StudyParser
 ABOUT = """\
 Train a small GPT (4 blocks, width 128, an MoE of 4 experts in every second block) on the Python standard library's
 source, once for each model, arm and seed, and compare validation losses at equal tokens. Arms differ in what the all-
-to-all carries and in nothing else: tokens (none), tokens with experts that compute E(x) + x (control), or the
-centroids of LSH-MoE. Three more train none for a part of the steps, as what a codec saves time against. Differences are
-paired by seed; figures are medians over seeds with their range.
+to-all carries and in nothing else: tokens (none), tokens with experts that compute E(x) + x (control), the centroids of
+LSH-MoE, or, on two ranks, tokens that travel to a rank once. One has sums in another order and nothing else (none 2
+chunks): what it does to a loss is noise. Three more train none for a part of the steps, as what a codec saves time
+against. Differences are paired by seed; figures are medians over seeds with their range.
 """
 EPILOG = """\
 examples:
-  # every model and arm, 3 seeds of 1000 steps each (days of a core); a call after ^C goes on where it was
-  .venv/bin/python tools/ablate_codec.py --output study
+  # every model and arm, 3 seeds of 1000 steps each (days of a core), behind all other work of the machine; a call
+  # after ^C goes on where it was
+  nice -n 19 .venv/bin/python tools/ablate_codec.py --output study
 
   # a first look: one model, the three arms that the paper's claim is about, one seed
   .venv/bin/python tools/ablate_codec.py --output look --models top-2 --arms 'none,control,lsh q6' --seeds 1
@@ -63,7 +65,8 @@ models:
   the same parameters, and the routed experts read an earlier tensor). All with one chunk, in layers of this package.
 
 what it does not prove:
-  The model is tiny and its training short; one rank holds every expert, on a CPU, in fp32. The part of rows sent
+  The model is tiny and its training short; one rank holds every expert (two where the arm says so, each with half of a
+  step's sequences), on a CPU, in fp32. The part of rows sent
   depends on model, text, length of training and tokens for each expert: a property of this setting. Seconds of a
   step are those of one rank without a network; tools/ablate_overlap.py measures what sending less saves.
 
@@ -95,7 +98,7 @@ def make_parser() -> StudyParser:
         ("eval-every", 100, "steps between two evaluations; --iterations is a multiple of it"),
         ("eval-sequences", 320, "held-back sequences of 256 tokens of each evaluation, a multiple of the batch"),
         ("tokens-per-expert", 1024, "mean tokens of an expert in a step, on which the rate depends; sets the batch"),
-        ("jobs", len(os.sched_getaffinity(0)), "trainings at once; the default is the number of cores"),
+        ("jobs", len(os.sched_getaffinity(0)), "ranks of trainings at once; the default is the number of cores"),
     ):
         add(f"--{name}", type=positive, default=default, metavar="N", help=f"{what} (default %(default)s)")
     parser.add_shared(section="the figures, and which goals they reach,")
@@ -126,12 +129,19 @@ def check_request(parser: StudyParser, args: argparse.Namespace) -> tuple[list[s
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} needs more than a machine has; use {most}")
     settings = Settings(args.iterations, args.eval_every, args.eval_sequences, args.tokens_per_expert)
     chosen = [arm for arm in arms if arm.name in names]
+    for arm in chosen if args.arms else ():
+        if not any(arm.fits(model) for model in models):
+            parser.error(
+                f"the arm {arm.name!a} is one of models whose tokens have {arm.topk} experts; add --models top-2"
+            )
     for arm in chosen:
         unit, what = arm.share.as_integer_ratio()[1], f"of which the arm {arm.name!a} trains a part"
         _check_multiple(parser, "--eval-every", args.eval_every, unit, what)
     for model in models:
-        what = f"what one sequence gives an expert of {model}"
-        _check_multiple(parser, "--tokens-per-expert", args.tokens_per_expert, MODELS[model].tokens_per_expert, what)
+        per_sequence, what = MODELS[model].tokens_per_expert, f"what one sequence gives an expert of {model}"
+        _check_multiple(parser, "--tokens-per-expert", args.tokens_per_expert, per_sequence, what)
+        ranks, what = max(arm.ranks for arm in chosen), f"what a sequence on each rank gives an expert of {model}"
+        _check_multiple(parser, "--tokens-per-expert", args.tokens_per_expert, ranks * per_sequence, what)
         _check_multiple(parser, "--eval-sequences", args.eval_sequences, settings.batch(model), f"the batch of {model}")
     if args.data is not None and not (args.data / folder.MANIFEST).is_file():
         parser.error(f"--data {str(args.data)!a} has no {folder.MANIFEST}; make it with tools/preprocess_data.py")
@@ -185,10 +195,10 @@ def study(parser: StudyParser, args: argparse.Namespace, command: Command | None
         parser.error(f"{earlier} holds runs of {difference}; give the old value, or another folder")
     # All arms of a seed before the next seed: what is there after a while can be compared.
     seeds = range(1, args.seeds + 1)
-    runs = [Run(model, arm, seed) for seed in seeds for model in models for arm in arms]
-    commit = {name: meta[name] for name in ("commit", "changed_files")}
+    runs = [Run(model, arm, seed) for seed in seeds for model in models for arm in arms if arm.fits(model)]
+    origin = {"commit": meta["commit"], "changed_files": meta["changed_files"], "processor": provenance.processor()}
     command = command or training_command(settings, data)
-    jobs = Jobs(args.output.resolve() / folder.RUNS, settings, command, commit=commit, say=_say)
+    jobs = Jobs(args.output.resolve() / folder.RUNS, settings, command, origin=origin, say=_say)
     try:
         failed = jobs.train(runs, args.jobs)
     finally:  # what there is, after ^C too

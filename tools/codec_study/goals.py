@@ -6,7 +6,7 @@ Figures of quality are medians of paired differences over seeds; beside them sta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from studies.figures import NOT_MEASURED, SIGNS, Figure, Outcome, spread
@@ -21,8 +21,11 @@ from codec_study.arms import (
     HELD_RATE,
     HELD_UNCOMPENSATED,
     NONE,
+    NONE_TWO_RANKS,
     PAPER,
+    REORDERED,
     UNCOMPRESSED,
+    UNIQUE,
     compensated,
     uncompensated,
 )
@@ -30,6 +33,8 @@ from codec_study.arms import (
 BEGIN = "<!-- codec study: begin; tools/ablate_codec.py --write-results writes from here to the end mark -->"
 END = "<!-- codec study: end; what follows is written by hand -->"
 TOLERANCE_PERCENT = 0.5
+CLOSE_PERCENT = 0.1
+"""Of what is said to cost nothing."""
 RATE = 0.20
 RATE_TOLERANCE = 0.10
 SETTLED = 0.2
@@ -52,6 +57,7 @@ class Goal:
         unit: ``percent`` (how much higher a loss is), ``rate`` or ``share``.
         figure: of a model; None where it is about none.
         published: what the paper says.
+        fine: whether its threshold may be less than what rounding alone does, so that a miss may be nothing.
     """
 
     text: str
@@ -60,18 +66,19 @@ class Goal:
     unit: str
     figure: FigureOf | None = None
     published: str = "not given"
+    fine: bool = False
 
     def __str__(self) -> str:
         return f"{self.text}: {self.sign} {words.WRITE[self.unit](self.threshold).lstrip('+')}"
 
 
-def _loss(text: str, arm: str, against: str, *, sign: str, percent: float, published: str = "not given") -> Goal:
+def _loss(text: str, arm: str, against: str, *, sign: str, percent: float, **more: Any) -> Goal:
     """How much higher the loss of an arm is than that of another one."""
 
     def figure(runs: Sequence[RunResult], model: str) -> tuple[str, Figure | None]:
         return arm, spread(analysis.percent_above(runs, model, arm, against))
 
-    return Goal(text=text, figure=figure, sign=sign, threshold=percent, unit="percent", published=published)
+    return Goal(text=text, figure=figure, sign=sign, threshold=percent, unit="percent", **more)
 
 
 def smallest_rate(runs: Sequence[RunResult], model: str) -> tuple[str, Figure | None]:
@@ -106,7 +113,9 @@ def _target(arm: str) -> Goal:
     return Goal(text=text, figure=figure, sign="<=", threshold=RATE_TOLERANCE, unit="share")
 
 
-_ABOVE = f"validation loss at equal tokens, {PAPER} above"
+_AT_EQUAL_TOKENS = "validation loss at equal tokens"
+_ABOVE = f"{_AT_EQUAL_TOKENS}, {PAPER} above"
+_CLOSE: Any = {"sign": "<=", "percent": CLOSE_PERCENT, "fine": True}
 _HOLDS: Any = {"sign": "<=", "percent": TOLERANCE_PERCENT}
 QUALITY = (
     _loss(f"{_ABOVE} {NONE}", PAPER, NONE, **_HOLDS, published="model quality is maintained"),
@@ -139,7 +148,29 @@ REFINEMENT = tuple(
     _loss(f"{_PAYS} {refined} above {plain}", refined, plain, sign="<=", percent=-REFINED_WINS_PERCENT)
     for refined, plain in ((uncompensated(hashes, refined=True), uncompensated(hashes)) for hashes in COMPARED_HASHES)
 )
-GOALS = (*QUALITY, *COMPENSATION, *TARGET, *REFINEMENT)
+EQUAL_PERCENT = 0.01
+"""Of the loss of the first steps, before rounding has grown: what is wrong in kind shows there, and not at the end."""
+
+
+def _first_loss(arm: str, against: str) -> Goal:
+    """How far the mean training loss of the first ten steps is from that of another arm."""
+
+    def figure(runs: Sequence[RunResult], model: str) -> tuple[str, Figure | None]:
+        mine, others = analysis.by_seed(runs, model, arm), analysis.by_seed(runs, model, against)
+        both = sorted(mine.keys() & others.keys())
+        first = [(mine[seed]["train"][0][1], others[seed]["train"][0][1]) for seed in both]
+        return arm, spread(100 * abs(one / other - 1) for one, other in first)
+
+    text = f"{arm}: mean training loss of the first steps, distance from {against}"
+    return Goal(text=text, figure=figure, sign="<=", threshold=EQUAL_PERCENT, unit="fine percent")
+
+
+EXACT = (
+    _first_loss(UNIQUE, NONE_TWO_RANKS),
+    _loss(f"{_AT_EQUAL_TOKENS}, {UNIQUE} above {NONE_TWO_RANKS}", UNIQUE, NONE_TWO_RANKS, **_CLOSE),
+)
+"""Of what changes the order of sums alone."""
+GOALS = (*QUALITY, *COMPENSATION, *TARGET, *REFINEMENT, *EXACT)
 """All that is judged for each model."""
 ENCODING = Goal(
     text=(
@@ -161,7 +192,19 @@ def judge(goal: Goal, runs: Sequence[RunResult], model: str) -> Outcome:
         seeds = (analysis.by_seed(runs, model, name).keys() for name in (NONE, CONTROL, PAPER))
         compared = goal.figure is smallest_rate and set.intersection(*map(set, seeds))
         return Outcome(False, "**missed**", arm) if compared else NOT_MEASURED
-    return _outcome(goal, arm, figure, "the seeds")
+    outcome = _outcome(goal, arm, figure, "the seeds")
+    return _beside_noise(goal, outcome, figure, runs, model) if goal.fine else outcome
+
+
+def _beside_noise(goal: Goal, outcome: Outcome, figure: Figure, runs: Sequence[RunResult], model: str) -> Outcome:
+    """What rounding alone does beside an outcome: a miss by less than that is none, and nothing is met either."""
+    noise = analysis.noise(runs, model)
+    if noise is None:
+        return replace(outcome, words=f"{outcome.words}; what rounding alone does was not measured")
+    beside = f"rounding alone ({REORDERED} against {NONE}) does {words.figure(noise, goal.unit)}"
+    if outcome.met or figure.value > max(abs(noise.low), abs(noise.high)):
+        return replace(outcome, words=f"{outcome.words}; {beside}")
+    return replace(outcome, met=None, words=f"{words.figure(figure, goal.unit)}: within noise, {beside}")
 
 
 def _outcome(goal: Goal, arm: str, figure: Figure, samples: str) -> Outcome:
