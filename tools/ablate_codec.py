@@ -17,62 +17,21 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import atomic
 import provenance
+from ablation import analysis as ablation
 from codec_study import cost, folder
+from codec_study.about import ABOUT, EPILOG
 from codec_study.analysis import rows
 from codec_study.arms import MODELS, SIZES, Arm, Run, Settings, all_arms
 from codec_study.jobs import Command, Jobs, training_command
 from command_line import exit_code, positive, stoppable, stopped_by
 from studies import kept
-from studies.request import StudyParser
-
-ABOUT = """\
-Train a small GPT (4 blocks, width 128, an MoE of 4 experts in every second block) on the Python standard library's
-source, once for each model, arm and seed, and compare validation losses at equal tokens. Arms differ in what the all-
-to-all carries and in nothing else: tokens (none), tokens with experts that compute E(x) + x (control), the centroids of
-LSH-MoE, or, on two ranks, tokens that travel to a rank once. One has sums in another order and nothing else (none 2
-chunks): what it does to a loss is noise. Three more train none for a part of the steps, as what a codec saves time
-against. Differences are paired by seed; figures are medians over seeds with their range.
-"""
-EPILOG = """\
-examples:
-  # every model and arm, 3 seeds of 1000 steps each (days of a core), behind all other work of the machine; a call
-  # after ^C goes on where it was
-  nice -n 19 .venv/bin/python tools/ablate_codec.py --output study
-
-  # a first look: one model, the three arms that the paper's claim is about, one seed
-  .venv/bin/python tools/ablate_codec.py --output look --models top-2 --arms 'none,control,lsh q6' --seeds 1
-
-  # more seeds, or more arms, in the folder of an earlier call: what is trained already is kept
-  .venv/bin/python tools/ablate_codec.py --output study --seeds 5
-
-  # train nothing: show what an earlier call found, and write it into a document
-  .venv/bin/python tools/ablate_codec.py --from study --write-results docs/results/codec.md
-
-  # what encoding costs, on an otherwise idle machine; --from study judges it, too
-  .venv/bin/python tools/ablate_codec.py --encoding-cost --output study
-
-  # show an earlier call, and what none reaches in the same wall time on the slow link that an ablation of step times
-  # has measured: it needs the arms 'none 0.25x steps' and so on, with a whole schedule in fewer steps
-  .venv/bin/python tools/ablate_codec.py --from study --step-times ablation
-
-models:
-  top-2 (the gate weights of both experts add up to 1), shared-expert (top-1 beside a gated shared expert), pos2 (ScMoE:
-  the same parameters, and the routed experts read an earlier tensor). All with one chunk, in layers of this package.
-
-what it does not prove:
-  The model is tiny and its training short; one rank holds every expert (two where the arm says so, each with half of a
-  step's sequences), on a CPU, in fp32. The part of rows sent
-  depends on model, text, length of training and tokens for each expert: a property of this setting. Seconds of a
-  step are those of one rank without a network; tools/ablate_overlap.py measures what sending less saves.
-
-exit codes: 0 done; 1 a training failed (the others went on); 2 bad request or something missing; 129 / 130 / 143
-stopped.
-"""
+from studies.request import Section, StudyParser
 
 MOST = 1 << 16
 """Of sequences, or of tokens of an expert: a training holds them in memory."""
@@ -81,6 +40,8 @@ OF_TRAININGS = (
     *("tokens_per_expert", "jobs"),
 )
 """Options that ``--from`` would ignore."""
+OF_SHOWING = ("write_results", "write_advice", "step_times")
+"""Options that belong to ``--from``."""
 
 
 def make_parser() -> StudyParser:
@@ -102,6 +63,9 @@ def make_parser() -> StudyParser:
     ):
         add(f"--{name}", type=positive, default=default, metavar="N", help=f"{what} (default %(default)s)")
     parser.add_shared(section="the figures, and which goals they reach,")
+    advice = "with --from: write which codec to use, when, and at what price between the marks in this Markdown file; "
+    advice += "step times and bytes are those of --step-times"
+    add("--write-advice", type=Path, metavar="FILE", help=advice)
     times = "with --from: a result of tools/ablate_overlap.py, whose step times make wall time of steps"
     add("--step-times", type=Path, metavar="DIR", help=times)
     encoding = "time hashing, centroids and residuals beside an expert MLP on the same 8192 x 1024 rows, and end; "
@@ -221,20 +185,25 @@ def write(output: Path, meta: dict[str, Any], results: list[dict[str, Any]], enc
 
 def show_again(parser: StudyParser, args: argparse.Namespace) -> None:
     """Print the tables of an earlier call, write its report anew and, if asked for, its section of a document."""
-    from codec_study import goals, render, wall_time  # noqa: PLC0415 - as above
+    from codec_study import advice, goals, render, wall_time  # noqa: PLC0415 - as above
 
     for flag in OF_TRAININGS:
         if getattr(args, flag) != parser.get_default(flag):
             parser.error(f"--from trains nothing and shows all that there is; leave --{flag.replace('_', '-')} out")
     beside: dict[str, Any] = {"encoding": _encoding(parser, args.source)}
+    timed = None
     if args.step_times is not None:
         flag = f"--step-times {str(args.step_times)!a}"
         beside["step_times"] = parser.read(flag, lambda: wall_time.read(args.step_times))
+        timed = ablation.read(args.step_times)
+    advised = partial(advice.section, timed=timed)
     parser.write_again(
         args,
         read=lambda source: {**folder.read(source), **beside},
-        section=render.markdown,
-        marks=(goals.BEGIN, goals.END),
+        sections=[
+            Section("--write-results", args.write_results, (goals.BEGIN, goals.END), render.markdown),
+            Section("--write-advice", args.write_advice, (advice.BEGIN, advice.END), advised),
+        ],
         html=render.html,
         table=render.print_table,
     )
@@ -242,7 +211,8 @@ def show_again(parser: StudyParser, args: argparse.Namespace) -> None:
 
 def time_encoding(parser: StudyParser, args: argparse.Namespace) -> None:
     """Print what encoding costs, and keep it in ``--output`` if given."""
-    for flag, name in {"--from": "source", "--write-results": "write_results", "--step-times": "step_times"}.items():
+    shows = {"--from": "source", **{f"--{name.replace('_', '-')}": name for name in OF_SHOWING}}
+    for flag, name in shows.items():
         if getattr(args, name) is not None:
             parser.error(f"--encoding-cost measures and {flag} shows; leave one of them out")
     if args.output is not None:

@@ -25,7 +25,7 @@ import atomic
 from ablation.arms import MODELS, Arm, all_arms, chosen_arms
 from command_line import exit_code, one_line, positive, stoppable, stopped_by
 from progress import in_words
-from studies.request import StudyParser
+from studies.request import Section, StudyParser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -156,8 +156,9 @@ def show_again(parser: StudyParser, args: argparse.Namespace) -> None:
     if args.output is not None:
         parser.error("--from measures nothing; leave --output out")
     marks = (verdicts.BEGIN, verdicts.END)
-    made: dict[str, Any] = {"section": render.markdown, "html": render.html, "table": render.print_tables}
-    parser.write_again(args, read=analysis.read, marks=marks, **made)
+    sections = [Section("--write-results", args.write_results, marks, render.markdown)]
+    made: dict[str, Any] = {"html": render.html, "table": render.print_tables}
+    parser.write_again(args, read=analysis.read, sections=sections, **made)
 
 
 def start_on_slow_links(args: argparse.Namespace) -> int:

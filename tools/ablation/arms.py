@@ -68,6 +68,7 @@ MODELS = {
     "every-block pos1 span 2": Model("scmoe", "pos1", 1, True, moe_every=1, span=2),
     "top-2 lsh": Model(topk=2, pipelined=True, carries="lsh"),
     "pos2 lsh": Model("scmoe", "pos2", 1, True, carries="lsh"),
+    "pos2 top-2 lsh": Model("scmoe", "pos2", 2, True, carries="lsh"),
     "top-2 unique": Model(topk=2, pipelined=True, carries="unique"),
     "pos2 top-2 unique": Model("scmoe", "pos2", 2, True, carries="unique"),
 }
