@@ -24,6 +24,7 @@ WORDS = {
     "lsh_target_rate": "a number below 1",
     "hang_limit": "a number",
 }
+SEVERAL = {"fp8_transfers": " (one or more)"}
 
 
 def document() -> str:
@@ -33,7 +34,7 @@ def document() -> str:
     for action in parser._actions:
         values = ", ".join(map(str, action.choices)) if action.choices else WORDS.get(action.dest, "a whole number")
         default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
-        several = " (one, or one per group)" if action.nargs == "+" else ""
+        several = SEVERAL.get(action.dest, " (one, or one per group)") if action.nargs == "+" else ""
         rows.append(f"| `{action.option_strings[0]}` | {values}{several} | {default or '-'} | {action.help} |")
     return HEAD + "\n".join(rows) + "\n"
 

@@ -22,7 +22,7 @@ SECTIONS = {
     "With `--shortcut scmoe` or `dgmoe`": refused_flags.REFUSALS,
     "With `--shortcut dgmoe`, also": refused_flags.TWO_GATES_REFUSALS,
     "With `--router longcat`, also": refused_flags.LONGCAT_REFUSALS,
-    "With `--shortcut none` and `--overlap-chunks` above 1, `--a2a-codec lsh` or `--a2a-unique rank`": (
+    "With `--shortcut none` and `--overlap-chunks` above 1, `--a2a-codec` or `--a2a-unique rank`": (
         refused_flags.PIPELINED_REFUSALS
     ),
     "With `--a2a-codec lsh`, also": refused_flags.CODEC_REFUSALS,

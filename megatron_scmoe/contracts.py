@@ -8,13 +8,14 @@ so that settings can be checked before torch is there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
     from torch import Tensor
 
@@ -74,6 +75,33 @@ class RowCounts(Protocol):
         """Tell the dispatcher of a flight what arrives."""
 
 
+class TransferName(StrEnum):
+    """The four transfers of a flight: to the experts and back, and the gradients of both."""
+
+    DISPATCH_FORWARD = "dispatch-forward"
+    COMBINE_FORWARD = "combine-forward"
+    DISPATCH_BACKWARD = "dispatch-backward"
+    COMBINE_BACKWARD = "combine-backward"
+
+    @classmethod
+    def of(cls, collective: str, *, backward: bool) -> TransferName:
+        """That of a ``collective``, "dispatch" or "combine", in one direction."""
+        return cls(f"{collective}-{'backward' if backward else 'forward'}")
+
+
+class Form(Protocol):
+    """What travels in the place of rows, and rows again (``codec/rounding.py``).
+
+    What it changes of them has no gradient of its own (straight-through).
+    """
+
+    def encode(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """What travels of ``rows`` [n, w]: tensors of n rows each."""
+
+    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Rows, [n, w], of ``dtype``, from what arrived of such tensors."""
+
+
 class Cargo(Protocol):
     """What the flights of one routing carry, a chunk each, of n tokens of width h, of which experts read w.
 
@@ -84,10 +112,12 @@ class Cargo(Protocol):
     Attributes:
         dispatchers: of each chunk's flight.
         apart: whether each tensor of ``pack`` travels as a collective of its own; the same on all ranks.
+        forms: in which rows travel, of transfers in which they do not as they are.
     """
 
     dispatchers: list[MoEAlltoAllTokenDispatcher]
     apart: bool
+    forms: Mapping[TransferName, Form]
 
     @property
     def counts(self) -> RowCounts:

@@ -13,6 +13,9 @@ travel as they are, unless --lsh-evaluation centroids asks for what training doe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
@@ -22,6 +25,7 @@ from megatron_scmoe.codec.lloyd import refined
 from megatron_scmoe.codec.lsh import Hasher, cluster, means, owners, restore
 from megatron_scmoe.codec.rate import RateControl
 from megatron_scmoe.config import Compensation, Refinement
+from megatron_scmoe.contracts import Form, TransferName
 from megatron_scmoe.dispatch.exchange import Tag
 from megatron_scmoe.mcore import blocks, token_dispatcher
 from megatron_scmoe.overlap.plan import DECODE, ENCODE
@@ -44,6 +48,7 @@ class Centroids:
     """
 
     apart = False  # centroids travel without weights
+    forms: Mapping[TransferName, Form] = MappingProxyType({})
 
     def __init__(
         self,
@@ -89,23 +94,12 @@ class Centroids:
         ]
         for dispatcher in self.dispatchers:
             dispatcher.probs = probs  # outputs are summed over tensor-parallel ranks in their dtype
-        # Bad tokens are announced as negative counts: the hosts learn of them where they wait anyway.
-        announced = torch.where(finite, self._clusters.per_expert, token_dispatcher.BAD_ROWS)
-        self.counts = token_dispatcher.Counts(self._home, announced)
+        words = f"group {tag.marker.group}: tokens with NaN or infinity cannot be hashed"
+        check = token_dispatcher.Check(finite, words)
+        self.counts = token_dispatcher.Counts(self._home, self._clusters.per_expert, check)
 
     def pack(self, chunk: int) -> tuple[Tensor, ...]:
-        """See ``contracts.Cargo``.
-
-        Raises:
-            ValueError: for tokens with NaN or infinity, on every rank of the expert-parallel group and of the
-                expert-tensor-parallel one.
-        """
-        if ranks := self.counts.ranks_with_bad_rows(chunk):
-            raise ValueError(
-                f"group {self._tag.marker.group}: tokens with NaN or infinity cannot be hashed; rank(s) "
-                f"{', '.join(ranks)} have some: the training has diverged; lower --lr, or load an earlier "
-                "checkpoint (--ckpt-step)"
-            )
+        """See ``contracts.Cargo``."""
         if self._rows is not None:
             self._find_centroids(self._rows)
             self._rows = None  # what compensation does not need is free while the experts run

@@ -1,15 +1,18 @@
-"""What the all-to-all carries: tokens, once for an expert or once for a rank, or centroids (LSH-MoE, 2411.08446)."""
+"""What the all-to-all carries: tokens, once for an expert or once for a rank, rounded, or centroids (LSH-MoE)."""
 
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
-from megatron_scmoe.config.rules import ConfigError, flag_of
+from megatron_scmoe.config.rules import ConfigError, flag_of, shown
+from megatron_scmoe.contracts import TransferName
 
 
 class Codec(StrEnum):
     """What travels in the place of tokens."""
 
     NONE = "none"
+    FP8 = "fp8"
+    BF16 = "bf16"
     LSH = "lsh"
 
 
@@ -58,11 +61,18 @@ class CodecConfig:
     """What the all-to-all carries."""
 
     a2a_codec: Codec = Codec.NONE
-    """What the all-to-all carries. none: tokens. lsh: tokens of one expert that hash alike travel as one row, their
-    mean, in forward and backward (LSH-MoE, arXiv 2411.08446); --lsh-compensation says what becomes of a token's
-    difference from it (nothing, by default). How many rows are left is an outcome, which the log says; TensorBoard and
-    W&B get rate, largest cluster and residual of each group (W&B not of the last step). With --shortcut none it works
-    in the stock MoE layers."""
+    """What the all-to-all carries. none: tokens. fp8: rows in e4m3 with a scale for each 128 values, in the transfers
+    of --fp8-transfers. bf16: rows in bf16, in all transfers of an fp32 model. lsh: tokens of one expert that hash alike
+    travel as one row, their mean, in forward and backward (LSH-MoE, arXiv 2411.08446); --lsh-compensation says what
+    becomes of a token's difference from it (nothing, by default). How many rows are left is an outcome, which the log
+    says; TensorBoard and W&B get rate, largest cluster and residual of each group (W&B not of the last step). With
+    --shortcut none codecs work in the stock MoE layers."""
+
+    fp8_transfers: tuple[TransferName, ...] = (TransferName.DISPATCH_FORWARD, TransferName.COMBINE_BACKWARD)
+    """Transfers of --a2a-codec fp8 in which rows are rounded: tokens to their experts (dispatch-forward), what experts
+    made of them (combine-forward), and the gradients of either, which fly the other way (dispatch-backward,
+    combine-backward). The default are the two towards the experts, as in DeepSeek-V3 (arXiv 2412.19437); the two
+    towards home are summed, with what others send, into what the model goes on with."""
 
     a2a_unique: Unique = Unique.NONE
     """Where a token travels once. none: a row for each of its experts. rank: a row for each rank that has experts of
@@ -113,8 +123,18 @@ class CodecConfig:
 
     @property
     def compresses(self) -> bool:
-        """Whether the all-to-all carries something else than tokens."""
+        """Whether rows, or fewer of them, do not travel as they are."""
         return self.a2a_codec is not Codec.NONE
+
+    @property
+    def sends_centroids(self) -> bool:
+        """Whether one row stands for several tokens."""
+        return self.a2a_codec is Codec.LSH
+
+    @property
+    def rounds(self) -> bool:
+        """Whether rows travel in fewer bits."""
+        return self.compresses and not self.sends_centroids
 
     @property
     def sends_once(self) -> bool:
@@ -123,16 +143,20 @@ class CodecConfig:
 
     def validate_codec(self) -> None:
         """Raise ConfigError where these settings contradict one another."""
-        if not self.compresses:
-            for field in fields(CodecConfig):
-                value = getattr(self, field.name)
-                if field.name.startswith("lsh_") and value != field.default:
-                    flag = flag_of(field.name)
-                    raise ConfigError(
-                        f"{flag} belongs to the codec lsh: it is set to {value} and --a2a-codec is none; "
-                        f"add --a2a-codec lsh or drop {flag}"
-                    )
-        if self.compresses and self.sends_once:
+        for field in fields(CodecConfig):
+            value, codec = getattr(self, field.name), field.name.partition("_")[0]
+            if codec in list(Codec) and codec != self.a2a_codec and value != field.default:
+                flag = flag_of(field.name)
+                raise ConfigError(
+                    f"{flag} belongs to the codec {codec}: it is set to {shown(value)} and --a2a-codec is "
+                    f"{self.a2a_codec}; add --a2a-codec {codec} or drop {flag}"
+                )
+        if not self.fp8_transfers or len(set(self.fp8_transfers)) < len(self.fp8_transfers):
+            raise ConfigError(
+                "a transfer is rounded or not, and one at least is: --fp8-transfers is "
+                f"{shown(self.fp8_transfers) or 'empty'}; name each once, or use --a2a-codec none"
+            )
+        if self.sends_centroids and self.sends_once:
             raise ConfigError(
                 "a centroid is of tokens of one expert, and for it alone: --a2a-codec is "
                 f"{self.a2a_codec} and --a2a-unique is {self.a2a_unique}; drop one of them"

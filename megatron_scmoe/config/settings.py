@@ -139,7 +139,7 @@ class ScMoEConfig(JobConfig, ResumeConfig, CodecConfig, OverlapConfig, Architect
                 "the stock MoE layer sends gate weights by themselves: --shortcut is none and "
                 f"--a2a-weights-apart-above is {above:g}; drop it, or add --overlap-chunks 2 or --shortcut scmoe"
             )
-        if self.compresses and self.lsh_evaluation is Evaluation.CENTROIDS:
+        if self.sends_centroids and self.lsh_evaluation is Evaluation.CENTROIDS:
             raise ConfigError(
                 f"centroids travel without weights: --a2a-codec is {self.a2a_codec}, --lsh-evaluation is "
                 f"{self.lsh_evaluation} and --a2a-weights-apart-above is {above:g}; drop --a2a-weights-apart-above"
@@ -151,7 +151,7 @@ class ScMoEConfig(JobConfig, ResumeConfig, CodecConfig, OverlapConfig, Architect
             raise ConfigError(
                 f"the stock MoE layer has nothing to choose and reports nothing: --shortcut is none, --overlap is "
                 f"{self.overlap} and --overlap-report is {self.overlap_report or 'not set'}; add --overlap-chunks 2, "
-                "--a2a-codec lsh, --a2a-unique rank or --shortcut scmoe"
+                "--a2a-codec fp8, --a2a-unique rank or --shortcut scmoe"
             )
         for name in _NEEDS_SHORTCUT:
             value, flag = getattr(self, name), flag_of(name)

@@ -17,7 +17,7 @@ every collective has its own, so that any number of them fly at once, in any ord
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -26,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_scmoe.dispatch.payload import Column, pack, unpack
+from megatron_scmoe.contracts import Form
+from megatron_scmoe.dispatch.payload import Column, bytes_of_row, pack, unpack
 from megatron_scmoe.overlap.observe import Marker
 
 
@@ -80,9 +81,10 @@ class _Leg:
     announcement may still use that. So it is allocated where it is launched, and the main stream recorded as its user.
     """
 
-    def __init__(self, tag: Tag, *, backward: bool, aside: bool = False) -> None:
+    def __init__(self, tag: Tag, *, backward: bool, form: Form | None, aside: bool = False) -> None:
         self._tag = tag
         self._backward = backward
+        self._form = form
         self._aside = aside
         self._state = _State.NEW
         self._works: list[dist.Work] = []
@@ -91,19 +93,24 @@ class _Leg:
         self._stream: torch.cuda.Stream
         self._sent: tuple[Tensor, ...] = ()
         self._received: tuple[Tensor, ...] = ()
-        self._columns: list[Column] = []
+        self._columns: list[list[Column]] = []  # of each collective
+        self._dtype: torch.dtype
+        self._num_parts = 1  # of the first tensor, as they travel
+        self._plain_bytes = 0  # of a row
 
     def announce(self, exchange: Exchange, tensors: tuple[Tensor, ...]) -> None:
         """Pack ``tensors``, row ranges of which go to each peer: nothing is launched, the host waits for nothing."""
         self._move(_State.NEW, _State.ANNOUNCED)
+        rows, *beside = (tensor.detach() for tensor in tensors)
+        self._dtype = rows.dtype
+        parts = [rows] if self._form is None else [*self._form.encode(rows)]
+        self._num_parts = len(parts)
         if exchange.group.size() == 1:
-            self._received = tuple(tensor.detach() for tensor in tensors)
+            self._received = (*parts, *beside)
             return
-        if exchange.apart or len(tensors) == 1:
-            self._sent = tuple(tensor.detach().contiguous() for tensor in tensors)
-        else:
-            payload, self._columns = pack(tensors)
-            self._sent = (payload,)
+        packed = [pack(together) for together in exchange.collectives(parts, beside)]
+        self._sent, self._columns = tuple(payload for payload, _ in packed), [columns for _, columns in packed]
+        self._plain_bytes = sum(map(bytes_of_row, exchange.collectives([rows], beside)))
         if self._aside:
             self._packed = torch.cuda.current_stream().record_event()
 
@@ -128,6 +135,7 @@ class _Leg:
     def _send(self, exchange: Exchange, send_rows: Rows, receive_rows: Rows) -> None:
         num_rows = self._sent[0].shape[0] if receive_rows is None else sum(receive_rows)
         self._received = tuple(sent.new_empty((num_rows, *sent.shape[1:])) for sent in self._sent)
+        leaving = _rows_to_others(self._sent[0].shape[0], send_rows, exchange.group)
         begin = self._tag.marker.moment()
         self._works = [
             dist.all_to_all_single(received, sent, receive_rows, send_rows, group=exchange.group, async_op=True)
@@ -138,7 +146,7 @@ class _Leg:
             begin,
             self._tag.name,
             self._tag.chunk,
-            sum(_bytes_to_others(sent, send_rows, exchange.group) for sent in self._sent),
+            (leaving * sum(bytes_of_row([sent]) for sent in self._sent), leaving * self._plain_bytes),
             call=self._tag.call,
             backward=self._backward,
         )
@@ -149,7 +157,15 @@ class _Leg:
         self._tag.begins("finish", backward=self._backward)
         self._wait()
         received, self._received = self._received, ()
-        return unpack(received[0], self._columns) if self._columns else received
+        if self._columns:
+            received = tuple(
+                tensor
+                for payload, columns in zip(received, self._columns, strict=True)
+                for tensor in unpack(payload, columns)
+            )
+        if self._form is None:
+            return received
+        return self._form.decode(received[: self._num_parts], self._dtype), *received[self._num_parts :]
 
     def _wait(self) -> None:
         # Under NCCL the current stream waits, under gloo the thread does. Each work is waited for exactly once, and
@@ -186,6 +202,8 @@ class Exchange:
         apart: each tensor travels as a collective of its own; else all of them side by side in one. The same on all
         ranks.
         aside: ``launch`` comes behind what was enqueued since ``announce``, and on a GPU does not wait for it.
+        forms: in which the first tensor travels, forward and backward; None as it is. What stays on this rank takes
+            the same form: numbers do not depend on who has which expert.
     """
 
     def __init__(
@@ -196,12 +214,17 @@ class Exchange:
         blocking: bool,
         apart: bool = False,
         aside: bool = False,
+        forms: tuple[Form | None, Form | None] = (None, None),
     ) -> None:
         self.group = group
         self.blocking = blocking
         self.apart = apart
-        self.forward_leg = _Leg(tag, backward=False, aside=aside)
-        self.backward_leg = _Leg(tag, backward=True)
+        self.forward_leg = _Leg(tag, backward=False, form=forms[0], aside=aside)
+        self.backward_leg = _Leg(tag, backward=True, form=forms[1])
+
+    def collectives(self, rows: Sequence[Tensor], beside: Sequence[Tensor]) -> list[list[Tensor]]:
+        """What travels in one collective each, of what ``rows`` are made of and of what travels with them."""
+        return [[*rows], *([one] for one in beside)] if self.apart else [[*rows, *beside]]
 
     def announce(self, *tensors: Tensor) -> Tensor:
         """Pack ``tensors`` ([rows, ...] each) to be exchanged, and return the token that ``finish`` takes.
@@ -232,10 +255,9 @@ class Exchange:
         return _Finish.apply(self, token)
 
 
-def _bytes_to_others(payload: Tensor, send_rows: Rows, group: dist.ProcessGroup) -> int:
-    """Bytes of ``payload`` that leave this rank."""
-    own_rows = payload.shape[0] // group.size() if send_rows is None else send_rows[group.rank()]
-    return (payload.shape[0] - own_rows) * payload[:1].nbytes if payload.shape[0] else 0
+def _rows_to_others(num_rows: int, send_rows: Rows, group: dist.ProcessGroup) -> int:
+    """Of ``num_rows``, those that leave this rank."""
+    return num_rows - (num_rows // group.size() if send_rows is None else send_rows[group.rank()])
 
 
 class _Announce(torch.autograd.Function):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
-from megatron_scmoe.contracts import Cargo
+from megatron_scmoe.contracts import Cargo, Form, TransferName
 from megatron_scmoe.dispatch.exchange import Exchange, ExchangeOrderError, Tag
 from megatron_scmoe.overlap.plan import DECODE, ENCODE, EXPERTS, WAIT
 
@@ -87,8 +87,14 @@ class Flight:
             blocking=self._blocking,
             apart=self._cargo.apart,
             aside=aside,
+            forms=self._forms_of(name),
         )
         self._token = self._exchange.announce(*tensors)
+
+    def _forms_of(self, name: str) -> tuple[Form | None, Form | None]:
+        forms = self._cargo.forms
+        forward, backward = (TransferName.of(name, backward=backward) for backward in (False, True))
+        return forms.get(forward), forms.get(backward)
 
     @property
     def _flying(self) -> Exchange:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,14 +26,24 @@ class Column(NamedTuple):
         return -(-self.row_shape.numel() * self.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
 
-def pack(tensors: tuple[Tensor, ...]) -> tuple[Tensor, list[Column]]:
+def pack(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Column]]:
     """Lay tensors of the same number of rows side by side, as words: views of their bytes, never a cast.
 
     One payload makes one collective where Core sends tokens and probabilities as two, but two passes over it at either
-    end; so larger ones travel apart.
+    end; so larger ones travel apart. One tensor is a payload as it is, without columns.
     """
+    if len(tensors) == 1:
+        return tensors[0].contiguous(), []
     columns = [Column(tensor.dtype, tensor.shape[1:]) for tensor in tensors]
     return torch.cat([_words(tensor, column) for tensor, column in zip(tensors, columns, strict=True)], dim=1), columns
+
+
+def bytes_of_row(tensors: Sequence[Tensor]) -> int:
+    """Of the payload of ``tensors``."""
+    columns = [Column(tensor.dtype, tensor.shape[1:]) for tensor in tensors]
+    if len(columns) == 1:
+        return columns[0].row_shape.numel() * columns[0].dtype.itemsize
+    return sum(column.nbytes for column in columns)
 
 
 def _words(tensor: Tensor, column: Column) -> Tensor:
@@ -47,6 +58,8 @@ def _words(tensor: Tensor, column: Column) -> Tensor:
 
 def unpack(payload: Tensor, columns: list[Column]) -> tuple[Tensor, ...]:
     """Undo ``pack``; the payload may have another number of rows by now."""
+    if not columns:
+        return (payload,)
     parts = payload.split([column.nbytes // _WORD.itemsize for column in columns], dim=1)
     return tuple(
         # Laid out anew, to be read as another type. (``contiguous`` would leave a single row where it lies.)

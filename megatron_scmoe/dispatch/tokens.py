@@ -1,15 +1,36 @@
-"""Tokens as they are: the cargo of every flight that no codec makes smaller."""
+"""Tokens: the cargo of every flight that carries no centroids."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
+from megatron_scmoe.contracts import Form, TransferName
 from megatron_scmoe.mcore import blocks, token_dispatcher
+
+
+class How(NamedTuple):
+    """How tokens travel.
+
+    Attributes:
+        apart_above: bytes of tokens in one exchange above which what belongs to them travels apart.
+        forms: in which rows travel, of transfers in which they do not as they are.
+        refusal: what is said of tokens with NaN or infinity; empty where they may travel.
+    """
+
+    apart_above: float = math.inf
+    forms: Mapping[TransferName, Form] = MappingProxyType({})
+    refusal: str = ""
+
+
+AS_THEY_ARE = How()
 
 
 class ChunkedTokens:
@@ -22,7 +43,7 @@ class ChunkedTokens:
         probs: gate weights, [n, experts].
         chunks: that the tokens travel in.
         copies: rows that a token makes, at most.
-        apart_above: bytes of tokens in one exchange above which what belongs to them travels apart.
+        how: they travel.
     """
 
     dispatchers: list[MoEAlltoAllTokenDispatcher]
@@ -36,11 +57,13 @@ class ChunkedTokens:
         *,
         chunks: int,
         copies: int,
-        apart_above: float,
+        how: How,
     ) -> None:
         self._moe, self._shape = moe, hidden_states.shape
         self._parts = in_chunks(chunks, hidden_states, routing_map, probs)
-        self.apart = bytes_at_most(moe, hidden_states, chunks=chunks, copies=copies) > apart_above
+        self.apart = bytes_at_most(moe, hidden_states, chunks=chunks, copies=copies) > how.apart_above
+        self.forms = how.forms
+        self._check = token_dispatcher.Check(all_finite(hidden_states), how.refusal) if how.refusal else None
 
     def deliver(self, chunk: int, outputs: Tensor) -> Tensor:
         """See ``contracts.Cargo``."""
@@ -65,7 +88,7 @@ class Tokens(ChunkedTokens):
         routing_map: which expert gets which token, bool, [n, experts].
         chunks: that the tokens travel in.
         travels_topk: whether every token goes to as many experts as the router chose, unless capacity drops some.
-        apart_above: bytes of tokens in one exchange above which their weights travel as a collective of their own.
+        how: they travel; what is beside them are their weights.
     """
 
     def __init__(
@@ -77,17 +100,17 @@ class Tokens(ChunkedTokens):
         *,
         chunks: int,
         travels_topk: bool = True,
-        apart_above: float = math.inf,
+        how: How = AS_THEY_ARE,
     ) -> None:
         routed = moe, hidden_states, routing_map, probs
-        super().__init__(*routed, chunks=chunks, copies=moe.config.moe_router_topk, apart_above=apart_above)
+        super().__init__(*routed, chunks=chunks, copies=moe.config.moe_router_topk, how=how)
         self._travels_topk = travels_topk
         # Padding filled every expert's capacity before tokens were cut into chunks, of which none has that many.
         self.dispatchers = [
             token_dispatcher.dispatcher_for_one_flight(moe, keeps_capacity=chunks == 1) for _ in self._parts
         ]
         rows_per_expert = torch.stack([part_map.sum(dim=0) for _, part_map, _ in self._parts])
-        self.counts = token_dispatcher.Counts(self.dispatchers[0], rows_per_expert)
+        self.counts = token_dispatcher.Counts(self.dispatchers[0], rows_per_expert, self._check)
 
     def pack(self, chunk: int) -> tuple[Tensor, ...]:
         """See ``contracts.Cargo``."""
@@ -114,6 +137,14 @@ def in_chunks(chunks: int, hidden_states: Tensor, *others: Tensor) -> list[tuple
         return [(hidden_states, *others)]
     rows = hidden_states.view(-1, hidden_states.shape[-1])
     return list(zip(*(x.tensor_split(chunks) for x in (rows, *others)), strict=True))
+
+
+@torch.no_grad()
+def all_finite(tokens: Tensor) -> Tensor:
+    """Whether ``tokens`` [..., h] have neither NaN nor infinity; bool, on their device."""
+    if not tokens.numel():
+        return torch.ones((), dtype=torch.bool, device=tokens.device)
+    return torch.stack(torch.aminmax(tokens)).isfinite().all()  # NaN is the smallest and the largest, too
 
 
 def bytes_at_most(moe: MoELayer, hidden_states: Tensor, *, chunks: int, copies: int) -> int:

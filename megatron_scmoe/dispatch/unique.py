@@ -11,14 +11,12 @@ not at all. Backward mirrors it: a row's gradient comes once, and that of its in
 
 from __future__ import annotations
 
-import math
-
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_scmoe.dispatch.payload import Column
-from megatron_scmoe.dispatch.tokens import ChunkedTokens
+from megatron_scmoe.dispatch.tokens import AS_THEY_ARE, ChunkedTokens, How
 from megatron_scmoe.mcore import blocks
 from megatron_scmoe.mcore.unique_rows import UniqueCounts, UniqueRowsDispatcher
 
@@ -40,18 +38,18 @@ class UniqueTokens(ChunkedTokens):
         hidden_states: what the experts read, or their latents are made of, [..., h], n tokens.
         probs: gate weights, [n, experts], 0 where an expert does not get a token.
         chunks: that the tokens travel in.
-        apart_above: bytes of tokens in one exchange above which weights and ids travel as collectives of their own.
+        how: they travel; what is beside them are weights, and maybe ids.
     """
 
     def __init__(
-        self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, *, chunks: int, apart_above: float = math.inf
+        self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, *, chunks: int, how: How = AS_THEY_ARE
     ) -> None:
         topk, num_ranks = moe.config.moe_router_topk, moe.token_dispatcher.ep_size
         routed = moe, hidden_states, probs != 0, probs
-        super().__init__(*routed, chunks=chunks, copies=min(topk, num_ranks), apart_above=apart_above)
+        super().__init__(*routed, chunks=chunks, copies=min(topk, num_ranks), how=how)
         dispatchers = [UniqueRowsDispatcher(moe) for _ in self._parts]
         self.dispatchers = [*dispatchers]
-        self.counts = UniqueCounts(dispatchers[0], [routing_map for _, routing_map, _ in self._parts])
+        self.counts = UniqueCounts(dispatchers[0], [routing_map for _, routing_map, _ in self._parts], self._check)
         self._experts_here = probs.shape[1] // num_ranks
         self._experts_of_row = min(topk, self._experts_here)
         self._sends_ids = ids_are_shorter(probs.dtype, self._experts_of_row, self._experts_here)

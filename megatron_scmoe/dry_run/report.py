@@ -51,6 +51,10 @@ def text(args: Namespace, stages: Sequence[Stage], gone: Sequence[str]) -> str:
             f"counted, but not among the blocks: {stages[-1].predictions} prediction layers on the last stage, and its "
             "copy of the embedding"
         )
+    if args.a2a_codec != "none":
+        lines.append(
+            f"nor rows on their way, which --a2a-codec {args.a2a_codec} makes smaller; it keeps none for backward"
+        )
     if gone:
         lines.append(
             f"built with Megatron's local spec, without {', '.join(gone)}; attention keeps what flash attention keeps"

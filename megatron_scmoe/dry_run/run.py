@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from dataclasses import replace
 
 import torch
 
-from megatron_scmoe.config import ConfigError, ScMoEConfig
+from megatron_scmoe.config import Codec, ConfigError, ScMoEConfig
 from megatron_scmoe.dry_run import local_spec, memory, report
 from megatron_scmoe.dry_run.meta import replaced
 from megatron_scmoe.dry_run.stages import Stage, find_stages
@@ -44,7 +45,8 @@ def estimate() -> tuple[Namespace, list[Stage], list[str]]:
         args, scmoe, _ = parse_and_validate_args(lambda args: gone.extend(local_spec.go_without(args)))
         memory.check_known(args)
         _check_known(args, scmoe)
-        config = model_config_from_args(args, scmoe)
+        # Rows that are rounded live between the halves of an exchange: nothing of them is kept for backward.
+        config = model_config_from_args(args, replace(scmoe, a2a_codec=Codec.NONE) if scmoe.rounds else scmoe)
         if local_spec.TRANSFORMER_ENGINE in gone:
             local_spec.with_flash_attention(config)
         return args, find_stages(args, config), gone
@@ -59,7 +61,7 @@ def _check_world_size() -> None:
 def _check_known(args: Namespace, scmoe: ScMoEConfig) -> None:
     if args.spec is not None:
         raise ConfigError(f"a dry run builds Megatron's own blocks: --spec is {' '.join(args.spec)}; drop it")
-    if scmoe.compresses:
+    if scmoe.sends_centroids:
         raise ConfigError(
             f"how many centroids travel is up to the data: --a2a-codec is {scmoe.a2a_codec} in a dry run; use "
             "--a2a-codec none for it, which needs more memory"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +16,24 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from numpy.typing import NDArray
 from torch import Tensor
 
-BAD_ROWS = -(1 << 40)
-"""Counts that a rank with bad rows gives to ``Counts``: any sum with counts of others is negative."""
+_BAD_ROWS = -(1 << 40)
+"""Counts that a rank with bad rows announces: any sum with counts of others is negative."""
 
 _NEVER = "no_sync"  # a point of Core's that no stage comes by
+
+
+class Check(NamedTuple):
+    """Whether a rank's rows are what they should be, for ``Counts`` to tell the others.
+
+    Attributes:
+        passed: bool, on the device.
+        words: whose rows it is about and what is wrong with those that fail.
+        fix: what to do then.
+    """
+
+    passed: Tensor
+    words: str
+    fix: str = "the training has diverged; lower --lr, or load an earlier checkpoint (--ckpt-step)"
 
 
 def dispatcher_for_one_flight(moe: MoELayer, *, keeps_capacity: bool) -> MoEAlltoAllTokenDispatcher:
@@ -55,15 +70,26 @@ class Counts:
     Args:
         dispatcher: of any of the flights.
         rows_per_expert: what this rank sends, [chunks, experts], or other counts, as many for each rank.
+        check: of this rank's rows; what fails is announced in the place of its counts, so that hosts learn of it where
+            they wait anyway. Nothing tells of it where experts are padded.
+
+    Raises:
+        ValueError: when the host first asks, where a check has failed on a rank: on every rank of the expert-parallel
+            group and of the expert-tensor-parallel one.
     """
 
-    def __init__(self, dispatcher: MoEAlltoAllTokenDispatcher, rows_per_expert: Tensor) -> None:
+    def __init__(
+        self, dispatcher: MoEAlltoAllTokenDispatcher, rows_per_expert: Tensor, check: Check | None = None
+    ) -> None:
         self._dispatcher_groups = dispatcher.ep_group, dispatcher.tp_group
+        self._check = check
         self._padded = dispatcher.drop_and_pad
         if self._padded:
             return
         self._tp_rank = dispatcher.tp_rank
         own = rows_per_expert.long()
+        if check is not None:
+            own = torch.where(check.passed, own, _BAD_ROWS)
         of_ranks = gather_from_sequence_parallel_region(own, group=dispatcher.tp_ep_group)
         of_ranks = of_ranks.view(dispatcher.ep_size, dispatcher.tp_size, *own.shape)
         num_local = own.shape[1] // dispatcher.ep_size
@@ -101,16 +127,17 @@ class Counts:
         by_sender = self._arriving[chunk] if dispatcher.config.moe_permute_fusion else torch.from_numpy(arriving)
         dispatcher.num_global_tokens_per_local_expert = by_sender.view(-1, arriving.shape[-1])
 
-    def ranks_with_bad_rows(self, chunk: int) -> list[str]:
-        """Who gave BAD_ROWS and sends to this rank, or to another of its expert-tensor group."""
-        _, receive_rows = self.split_rows(chunk)
-        if receive_rows is None:
-            return []
+    def _ranks_with_bad_rows(self, arriving: NDArray[np.int64]) -> list[str]:
+        """Who announced bad rows and sends to this rank, or to another of its expert-tensor group.
+
+        Args:
+            arriving: of a chunk, [TP, EP, local experts].
+        """
         ep_group, tp_group = self._dispatcher_groups
-        bad = _with_negative(ep_group, receive_rows)
+        bad = _with_negative(ep_group, arriving[self._tp_rank].sum(axis=-1).tolist())
         if tp_group.size() > 1:
             # Of the others in its tensor group this rank knows what they get from all of their expert-parallel peers.
-            of_group = _with_negative(tp_group, self._on_host[1][chunk].sum(axis=(1, 2)).tolist())
+            of_group = _with_negative(tp_group, arriving.sum(axis=(1, 2)).tolist())
             if ep_group.size() == 1:
                 return of_group
             mine = str(dist.get_rank())
@@ -127,7 +154,10 @@ class Counts:
         """Own rows, [chunks, EP, local experts], and arriving ones, as on the device; the one wait of a routing."""
         self._copied.synchronize()
         own, arriving = np.split(self._copy, [int(np.prod(self._own_shape))])
-        return own.reshape(self._own_shape), arriving.reshape(self._arriving.shape)
+        arriving = arriving.reshape(self._arriving.shape)
+        if self._check is not None and (ranks := self._ranks_with_bad_rows(arriving[0])):
+            raise ValueError(f"{self._check.words}; rank(s) {', '.join(ranks)} have some: {self._check.fix}")
+        return own.reshape(self._own_shape), arriving
 
 
 def sort_nothing_if_empty(dispatcher: MoEAlltoAllTokenDispatcher, num_rows: int) -> None:

@@ -10,7 +10,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_scmoe.mcore.token_dispatcher import Counts, dispatcher_for_one_flight
+from megatron_scmoe.mcore.token_dispatcher import Check, Counts, dispatcher_for_one_flight
 
 
 class UniqueRowsDispatcher(MoEAlltoAllTokenDispatcher):
@@ -98,13 +98,16 @@ class UniqueCounts(Counts):
     Args:
         dispatcher: of any of the flights.
         routing_maps: of each chunk, bool, [n, experts].
+        check: as in ``Counts``.
     """
 
-    def __init__(self, dispatcher: UniqueRowsDispatcher, routing_maps: list[Tensor]) -> None:
+    def __init__(
+        self, dispatcher: UniqueRowsDispatcher, routing_maps: list[Tensor], check: Check | None = None
+    ) -> None:
         size = dispatcher.ep_size
         choices = torch.stack([one.sum(dim=0) for one in routing_maps]).view(len(routing_maps), size, -1)
         rows = torch.stack([ranks_of(one, size).sum(dim=0) for one in routing_maps])
-        super().__init__(dispatcher, torch.cat([choices, rows.unsqueeze(-1)], dim=-1).flatten(1))
+        super().__init__(dispatcher, torch.cat([choices, rows.unsqueeze(-1)], dim=-1).flatten(1), check)
 
     def tell(self, dispatcher: MoEAlltoAllTokenDispatcher, chunk: int) -> None:
         """Tell the dispatcher of a flight what arrives, and how many rows its experts get of that."""

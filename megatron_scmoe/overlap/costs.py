@@ -7,13 +7,13 @@ next one; what a rank waits for is no computation, and is left out.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from statistics import fmean, median
 
-from megatron_scmoe.contracts import SpanShape
+from megatron_scmoe.contracts import SpanShape, TransferName
 from megatron_scmoe.overlap.launch import ONCE
 from megatron_scmoe.overlap.observe import BEGIN, END
 from megatron_scmoe.overlap.plan import (
@@ -52,6 +52,8 @@ class GroupPass:
         idle: when the compute lane may have had nothing enqueued (``Recording.idle``); None without a GPU.
         enqueue_s: what the host took for each dense op: on a GPU to enqueue it, else to compute it.
         enqueue_core_s: the part of it from the core attention on, of ops that are cut there.
+        sent_by: ``sent_bytes`` of each transfer.
+        plain_by: what these would be if no codec rounded.
     """
 
     group: int
@@ -62,6 +64,8 @@ class GroupPass:
     idle: tuple[Interval, ...] | None = None
     enqueue_s: Mapping[int, float] = field(default_factory=dict)
     enqueue_core_s: Mapping[int, float] = field(default_factory=dict)
+    sent_by: Mapping[str, int] = field(default_factory=dict)
+    plain_by: Mapping[str, int] = field(default_factory=dict)
 
 
 def passes_of(recording: Recording) -> list[GroupPass]:
@@ -109,7 +113,16 @@ def _group_pass(marks: Sequence[Mark], transfers: Iterable[Transfer], idle: Sequ
         idle=None if idle is None else tuple(_beginning_within(first.time_s, last.time_s, idle)),
         enqueue_s=_host_s(dense),
         enqueue_core_s=_host_s([pair for pair in dense if pair[0].name == CORE_ATTENTION]),
+        sent_by=_by_transfer((t, t.sent_bytes) for t in mine.values()),
+        plain_by=_by_transfer((t, t.plain_bytes) for t in mine.values()),
     )
+
+
+def _by_transfer(counted: Iterable[tuple[Transfer, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for transfer, nbytes in counted:
+        total[TransferName.of(transfer.name, backward=transfer.backward)] += nbytes
+    return dict(total)
 
 
 def _host_s(pairs: Iterable[tuple[Mark, Mark]]) -> dict[int, float]:

@@ -89,19 +89,28 @@ class Marker:
         begin: Moment | None,
         name: str,
         index: int,
-        sent_bytes: int,
+        nbytes: tuple[int, int],
         *,
         call: int,
         backward: bool,
     ) -> Callable[[dist.Work], None]:
         """A collective was launched at ``begin``, which ``moment`` returned; its end is noted when it comes.
 
+        Args:
+            work: to be waited for.
+            begin: see above.
+            name: as in ``recording.Transfer``, and so ``index``, ``call`` and ``backward``.
+            index: see there.
+            nbytes: ``sent_bytes`` and ``plain_bytes`` of one.
+            call: see there.
+            backward: see there.
+
         Returns:
             What is to be called with the collective just before it is waited for.
         """
         if begin is None:
             return _nothing
-        flying = Flying(name, index, call, self.group, backward, begin, sent_bytes)
+        flying = Flying(name, index, call, self.group, backward, begin, *nbytes)
         for recorded in _listeners:
             recorded.launch(flying)
 

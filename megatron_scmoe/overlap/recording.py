@@ -50,6 +50,7 @@ class Transfer:
         start_s: when it was launched, in seconds since the recording began.
         end_s: when it was complete.
         sent_bytes: what this rank sent to other ranks.
+        plain_bytes: what the same rows would have taken in their own type.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Transfer:
     start_s: float
     end_s: float
     sent_bytes: int
+    plain_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,7 @@ class Flying:
     backward: bool
     start: Moment
     sent_bytes: int
+    plain_bytes: int
     end: Moment | None = None
 
 
@@ -191,8 +194,8 @@ class Recording:
             if one.end is not None:
                 if one.end.event is not None and not one.end.event.query():
                     one.end.event.synchronize()  # on a stream of its own, which nothing of the compute lane waits for
-                times = self._seconds(one.start), self._seconds(one.end)
-                found.append(Transfer(one.name, one.index, one.call, one.group, one.backward, *times, one.sent_bytes))
+                times, nbytes = (self._seconds(one.start), self._seconds(one.end)), (one.sent_bytes, one.plain_bytes)
+                found.append(Transfer(one.name, one.index, one.call, one.group, one.backward, *times, *nbytes))
         return found
 
     @property

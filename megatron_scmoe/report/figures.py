@@ -9,14 +9,15 @@ where Megatron's writers are, and of a codec what it did in each group of the mo
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 
 import torch
 
-from megatron_scmoe.contracts import Launch, Plan
+from megatron_scmoe.config import CodecConfig
+from megatron_scmoe.contracts import Launch, Plan, TransferName
 from megatron_scmoe.overlap.costs import GroupPass
 from megatron_scmoe.overlap.recording import Compression, Load, Recording
 from megatron_scmoe.overlap.spans import communication_s, exposed_s, hidden_share, length
@@ -48,6 +49,8 @@ class GroupRow:
         exposed_ms: the part of it beside which nothing was computed.
         hidden_share: 1 - exposed / communication.
         sent_bytes: what this rank sent to other ranks.
+        sent_by: the same of each transfer.
+        plain_by: what these would be if no codec rounded.
         tokens_per_expert: this rank's tokens for each expert of the model, after capacity, one group after the other.
         tokens_max_over_mean: of these, the largest over the mean.
         dropped_share: part of the tokens' choices that capacity dropped.
@@ -72,6 +75,8 @@ class GroupRow:
     largest_cluster: int = 1
     residual: float = 0.0
     idle_at_most_ms: float | None = None
+    sent_by: Mapping[str, int] = field(default_factory=dict)
+    plain_by: Mapping[str, int] = field(default_factory=dict)
 
 
 def rows_of(passes: Sequence[GroupPass], recording: Recording, plans: Mapping[int, Plan]) -> list[GroupRow]:
@@ -118,14 +123,25 @@ def _row(
         largest_cluster=int(torch.stack([one.largest for one in compressions]).max()) if compressions else 1,
         residual=float(sum(one.rows * one.residual.double() for one in compressions)) / (routed or 1),
         idle_at_most_ms=_sum(None if one.idle is None else length(one.idle) * 1e3 for one in passes),
+        sent_by=_added(one.sent_by for one in passes),
+        plain_by=_added(one.plain_by for one in passes),
     )
+
+
+def _added(by_transfer: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Bytes of each transfer, in their order."""
+    total: Counter[str] = Counter()
+    for one in by_transfer:
+        total.update(one)
+    return {name.value: total[name] for name in TransferName if name in total}
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
     """All groups of a stage, one step: the slowest rank's times, all ranks' tokens. Field names are scalar names.
 
-    ``sent_rate`` and ``residual`` are of a codec and ``idle_at_most_ms`` of a GPU; without one they are not written.
+    ``sent_rate`` and ``residual`` are of centroids, ``sent_by`` and ``plain_by`` (bytes of the rank that sends most) of
+    a codec that rounds and ``idle_at_most_ms`` of a GPU; without one they are not written.
     """
 
     communication_ms: float
@@ -137,21 +153,34 @@ class Summary:
     sent_rate: float = 1.0
     residual: float = 0.0
     idle_at_most_ms: float | None = None
+    sent_by: Mapping[str, int] = field(default_factory=dict)
+    plain_by: Mapping[str, int] = field(default_factory=dict)
 
-    def scalars(self, *, codec: bool) -> dict[str, float]:
+    def scalars(self, scmoe: CodecConfig) -> dict[str, float]:
         """What TensorBoard and W&B get, with or without what only a codec changes."""
-        left_out = () if codec else ("sent_rate", "residual")
-        return {name: value for name, value in asdict(self).items() if value is not None and name not in left_out}
+        left_out = {"sent_by", "plain_by"} | (set() if scmoe.sends_centroids else {"sent_rate", "residual"})
+        found = {name: value for name, value in asdict(self).items() if value is not None and name not in left_out}
+        if scmoe.rounds:
+            found |= {f"sent_mib/{name}": nbytes / 2**20 for name, nbytes in self.sent_by.items()}
+        return found
 
-    def words(self, *, codec: bool) -> str:
+    def words(self, scmoe: CodecConfig) -> str:
         """The log's line, with or without what only a codec changes."""
-        of_codec = f", {self.sent_rate:.1%} of the rows sent, residual {self.residual:.2f} of a token" if codec else ""
+        of_codec = ""
+        if scmoe.sends_centroids:
+            of_codec = f", {self.sent_rate:.1%} of the rows sent, residual {self.residual:.2f} of a token"
+        if scmoe.rounds:
+            of_codec = "".join(f", {name} {_mib(sent, self.plain_by[name])}" for name, sent in self.sent_by.items())
         idle = "unknown" if self.idle_at_most_ms is None else f"{self.idle_at_most_ms:.1f} ms at most"
         return (
             f"{self.communication_ms:.1f} ms of communication, {self.exposed_ms:.1f} ms exposed, "
             f"{self.hidden_share:.0%} hidden, idle {idle}, {self.sent_mib:.3g} MiB sent, busiest expert "
             f"{self.tokens_max_over_mean:.2f} x mean, {self.dropped_share:.1%} dropped{of_codec}"
         )
+
+
+def _mib(sent: int, plain: int) -> str:
+    return f"{sent / 2**20:.3g} MiB" + (f" ({sent / plain:.1%} of what it was)" if plain else "")
 
 
 def summarize(rows_of_ranks: Sequence[Sequence[GroupRow]]) -> Summary:
@@ -163,17 +192,20 @@ def summarize(rows_of_ranks: Sequence[Sequence[GroupRow]]) -> Summary:
     for rows in _by_group(rows_of_ranks).values():
         tokens = [sum(counts) for counts in zip(*(row.tokens_per_expert for row in rows), strict=True)]
         imbalances.append(max(tokens) * len(tokens) / sum(tokens) if sum(tokens) else 0.0)
+    most = max(rows_of_ranks, key=lambda rows: sum(row.sent_bytes for row in rows))
     every_row = [row for rows in rows_of_ranks for row in rows]
     return Summary(
         communication_ms=communication,
         exposed_ms=exposed,
         hidden_share=hidden_share(exposed, communication),
-        sent_mib=max(sum(row.sent_bytes for row in rows) for rows in rows_of_ranks) / 2**20,
+        sent_mib=sum(row.sent_bytes for row in most) / 2**20,
         tokens_max_over_mean=max(imbalances, default=0.0),
         dropped_share=max((row.dropped_share for row in every_row), default=0.0),
         sent_rate=fmean(row.sent_rate for row in every_row) if every_row else 1.0,
         residual=fmean(row.residual for row in every_row) if every_row else 0.0,
         idle_at_most_ms=_sum(row.idle_at_most_ms for row in slowest),
+        sent_by=_added(row.sent_by for row in most),
+        plain_by=_added(row.plain_by for row in most),
     )
 
 
@@ -188,7 +220,7 @@ def _sum(milliseconds: Iterable[float | None]) -> float | None:
 
 
 def codec_scalars(rows_of_ranks: Sequence[Sequence[GroupRow]]) -> dict[str, float]:
-    """What a codec did in each group, by scalar name: means over the ranks, and the largest of all clusters.
+    """What became of tokens in each group, by scalar name: means over the ranks, and the largest of all clusters.
 
     A cluster's mean size is one over the rate.
     """

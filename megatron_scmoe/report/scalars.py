@@ -26,7 +26,7 @@ class Scalars:
 
     def __init__(self, args: Namespace, scmoe: ScMoEConfig) -> None:
         # By what all ranks are sure to agree on: only the last one reads where Megatron writes to.
-        several = args.pipeline_model_parallel_size > 1 and scmoe.compresses
+        several = args.pipeline_model_parallel_size > 1 and scmoe.sends_centroids
         self._mail = stages.StageMail("megatron_scmoe/scalars") if several else None
 
     def add(self, iteration: int, of_stage: Mapping[str, float], of_groups: Mapping[str, float]) -> None:
@@ -35,7 +35,7 @@ class Scalars:
         Args:
             iteration: that ended.
             of_stage: by name; those of the last stage are written.
-            of_groups: by name, which no other stage uses; those of every stage are written. Without a codec none.
+            of_groups: by name, which no other stage uses; those of every stage are written. Without centroids none.
         """
         _write(iteration, {**of_stage, **of_groups})
         # The last rank of a stage is in one pipeline with the last one of all, which cannot be ahead of it.

@@ -10,6 +10,7 @@ from argparse import Namespace
 import torch
 
 from megatron_scmoe.config import (
+    Codec,
     Combine,
     Compensation,
     ConfigError,
@@ -46,8 +47,16 @@ def check_pipelined(args: Namespace, scmoe: ScMoEConfig) -> None:
 
 
 def _check_codec(args: Namespace, scmoe: ScMoEConfig) -> None:
-    if not scmoe.compresses:
-        return
+    if scmoe.a2a_codec is Codec.BF16 and (args.bf16 or args.fp16):
+        flag = "--bf16" if args.bf16 else "--fp16"
+        raise ConfigError(
+            f"rows have 16 bits already: {flag} is set and --a2a-codec is bf16; drop --a2a-codec, or use fp8"
+        )
+    if scmoe.sends_centroids:
+        _check_centroids(args, scmoe)
+
+
+def _check_centroids(args: Namespace, scmoe: ScMoEConfig) -> None:
     # What experts read is what is hashed and mapped.
     width, flag = args.hidden_size, "--hidden-size"
     if args.moe_latent_size:

@@ -194,15 +194,16 @@ class OverlapSession:
             return
         rows_of_ranks = gathered(rows, stages.stage_group())
         summary = summarize(rows_of_ranks)
-        codec = self._scmoe.compresses
         self._scalars.add(
             iteration,
-            {f"overlap/{name}": value for name, value in summary.scalars(codec=codec).items()},
-            {f"codec/{name}": value for name, value in codec_scalars(rows_of_ranks).items()} if codec else {},
+            {f"overlap/{name}": value for name, value in summary.scalars(self._scmoe).items()},
+            {f"codec/{name}": value for name, value in codec_scalars(rows_of_ranks).items()}
+            if self._scmoe.sends_centroids
+            else {},
         )
         if stages.is_stage_root():
             measuring = " (sequential for once, to measure)" if self._tuner and self._tuner.sequential else ""
-            print(f" > overlap at iteration {iteration}: {summary.words(codec=codec)}{measuring}", flush=True)
+            print(f" > overlap at iteration {iteration}: {summary.words(self._scmoe)}{measuring}", flush=True)
             self._warn(summary)
 
     def _warn(self, summary: Summary) -> None:

@@ -580,8 +580,11 @@ def announced_bad(case: Case, bad: int = 1) -> list[str]:
     count = 4 // groups.ep.size()
     here = range(groups.ep.rank() * count, (groups.ep.rank() + 1) * count)
     dispatcher = MoEAlltoAllTokenDispatcher(len(here), list(here), config, pg_collection=groups)
-    rows = torch.full((4,), token_dispatcher.BAD_ROWS if dist.get_rank() == bad else 3)
-    return token_dispatcher.Counts(dispatcher, rows.unsqueeze(0)).ranks_with_bad_rows(0)
+    check = token_dispatcher.Check(torch.tensor(dist.get_rank() != bad), "rows", "fix")
+    counts = token_dispatcher.Counts(dispatcher, torch.full((1, 4), 3), check)
+    with pytest.raises(ValueError, match=r"rows; rank\(s\) .* have some: fix") as caught:
+        counts.split_rows(0)
+    return str(caught.value).removeprefix("rows; rank(s) ").removesuffix(" have some: fix").split(", ")
 
 
 # ---- through the entry script -----------------------------------------------------------------------------------

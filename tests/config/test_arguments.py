@@ -56,6 +56,19 @@ REFUSED = {
         "many gate weights",
         "--moe-apply-probs-on-input is True and --a2a-codec is lsh",
     ],
+    "--a2a-codec bf16 --bf16": ["rows have 16 bits already", "--bf16 is set and --a2a-codec is bf16", "or use fp8"],
+    "--a2a-codec bf16 --fp16 --loss-scale 1": ["--fp16 is set and --a2a-codec is bf16"],
+    "--fp8-transfers combine-forward": [
+        "--fp8-transfers belongs to the codec fp8: it is set to combine-forward and --a2a-codec is none",
+        "add --a2a-codec fp8 or drop --fp8-transfers",
+    ],
+    "--a2a-codec bf16 --fp8-transfers combine-forward": ["belongs to the codec fp8", "--a2a-codec is bf16"],
+    "--a2a-codec fp8 --lsh-hashes 4": ["belongs to the codec lsh", "is set to 4 and --a2a-codec is fp8"],
+    "--a2a-codec fp8 --fp8-transfers combine-forward combine-forward": [
+        "a transfer is rounded or not",
+        "--fp8-transfers is combine-forward combine-forward",
+        "name each once",
+    ],
     "--lsh-kind spherical": ["belongs to the codec lsh", "--a2a-codec is none"],
     "--a2a-codec lsh --lsh-hashes 0": ["1 to 64 functions", "--lsh-hashes is 0", "use 6"],
     "--a2a-codec lsh --lsh-hashes 65": ["1 to 64 functions", "--lsh-hashes is 65"],
@@ -188,7 +201,7 @@ STOCK_REFUSED = {
     "--shortcut-position pos1": ["needs a shortcut", "--shortcut is none", "add --shortcut scmoe"],
     "--overlap adaptive": [
         "nothing to choose",
-        "add --overlap-chunks 2, --a2a-codec lsh, --a2a-unique rank or --shortcut scmoe",
+        "add --overlap-chunks 2, --a2a-codec fp8, --a2a-unique rank or --shortcut scmoe",
     ],
     "--a2a-codec lsh --moe-token-dispatcher-type allgather": ["only the all-to-all", "is allgather"],
     "--lsh-hashes 4": ["--lsh-hashes belongs to the codec lsh", "is set to 4", "add --a2a-codec lsh"],

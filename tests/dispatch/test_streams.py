@@ -141,6 +141,9 @@ LSH = Case(codec="lsh")
 LLOYD = LSH.replace(refinement="lloyd", topk=2, hashes=2)
 LONGCAT = Case(router="longcat", zero_experts=3, topk=3, combine="add")
 UNIQUE = Case(topk=2, unique="rank")
+FP8 = Case(
+    topk=2, codec="fp8", transfers=("dispatch-forward", "combine-forward", "dispatch-backward", "combine-backward")
+)
 
 QUICK = {
     "pos1": Run("train", POS1),
@@ -165,6 +168,8 @@ QUICK = {
     "padded": Run("train", Case(topk=2, capacity=1.0, padded=True)),
     "unique": Run("train", UNIQUE.replace(chunks=2)),
     "unique, evaluation": Run("evaluate", UNIQUE.replace(latent=8)),
+    "fp8": Run("train", FP8.replace(chunks=2)),
+    "fp8, launched behind": Run("launch behind", FP8.replace(dtype=torch.bfloat16)),
     "lsh": Run("train", LSH.replace(chunks=2)),
     "lsh, lloyd, low rank": Run("train", LLOYD.replace(compensation="lowrank")),
     "lsh, held rate": Run("hold rate", LSH.replace(hashes=4)),
@@ -200,6 +205,10 @@ FULL = {
     "unique, full recompute": Run("train", UNIQUE.replace(recompute="full")),
     "unique, a wire that holds nothing": Run("train", UNIQUE, stash=False),
     "unique, measured in sequence": Run("measure", UNIQUE.replace(chunks=2)),
+    "fp8, apart": Run("train", FP8.replace(weights_apart_above=0.0)),
+    "fp8, unique, a wire that holds nothing": Run("train", FP8.replace(unique="rank"), stash=False),
+    "fp8, padded, full recompute": Run("train", FP8.replace(capacity=1.0, padded=True, recompute="full")),
+    "bf16 rows": Run("train", FP8.replace(codec="bf16")),
     "lsh, dgmoe": Run("train", LSH.replace(shortcut="dgmoe")),
     "lsh, no compensation, four chunks": Run("train", LSH.replace(compensation="none", chunks=4)),
     "lsh, full recompute": Run("train", LSH.replace(recompute="full")),

@@ -135,7 +135,7 @@ def flown(case: Flown, unique: bool, mutant: str = "") -> dict[str, Tensor]:
     """Output and gradients of this rank; rows, as they travel there."""
     from megatron_scmoe.dispatch.exchange import Tag
     from megatron_scmoe.dispatch.flights import Flights
-    from megatron_scmoe.dispatch.tokens import Tokens
+    from megatron_scmoe.dispatch.tokens import How, Tokens
     from megatron_scmoe.dispatch.unique import UniqueTokens
     from megatron_scmoe.overlap.observe import Marker
 
@@ -143,7 +143,8 @@ def flown(case: Flown, unique: bool, mutant: str = "") -> dict[str, Tensor]:
     tokens, probs, towards = inputs(case, dist.get_rank(), layer.ep_group.size())
     tokens.requires_grad_()
     probs.requires_grad_()
-    options: dict[str, Any] = {"chunks": case.chunks, "apart_above": -1.0 if case.apart else float("inf")}
+    how = How(apart_above=-1.0 if case.apart else float("inf"))
+    options: dict[str, Any] = {"chunks": case.chunks, "how": how}
     if unique:
         spoil(mutant)
         cargo = UniqueTokens(layer, tokens, probs, **options)

@@ -52,7 +52,8 @@ def recording(*parts: str, group: int = 0, at: float = 0.0) -> SimpleNamespace:
         if "-" in when:
             start, end = (at + float(moment) for moment in when.split("-"))
             *name, index, sent_bytes = words
-            transfers.append(Transfer(" ".join(name), int(index), call, group, backward, start, end, int(sent_bytes)))
+            nbytes = int(sent_bytes), 2 * int(sent_bytes)
+            transfers.append(Transfer(" ".join(name), int(index), call, group, backward, start, end, *nbytes))
         else:
             *parts_of_name, index = words if words[-1].isdigit() else [*words, "0"]
             name = " ".join(parts_of_name)
@@ -672,7 +673,7 @@ def test_a_mark_without_a_listener_looks_at_nothing():
     marker.now("attention")
     marker.in_backward("attention", tensor)
     assert marker.moment() is None
-    marker.transfer(tensor, None, "dispatch", 0, 1, call=0, backward=False)
+    marker.transfer(tensor, None, "dispatch", 0, (1, 1), call=0, backward=False)
     marker.load(tensor, tensor, 1)
     with observe.recording(), pytest.raises(AssertionError, match="was asked for"):
         marker.in_backward("attention", tensor)

@@ -17,6 +17,7 @@ import training
 from test_arguments import DGMOE
 from training import SCMOE, with_flags
 
+from megatron_scmoe.config import Codec, CodecConfig
 from megatron_scmoe.contracts import Launch, Plan
 from megatron_scmoe.overlap.costs import GroupPass
 from megatron_scmoe.overlap.recording import Compression, Load, Recording
@@ -135,10 +136,10 @@ def test_idle_time_is_of_the_slowest_rank_and_said_where_it_is_known():
     slow = [row(0, exposed_ms=6.0, idle_at_most_ms=2.0), row(1, idle_at_most_ms=0.25)]
     known, unknown = summarize([fast, slow]), summarize([fast, [*slow[:1], row(1)]])
     assert (known.idle_at_most_ms, unknown.idle_at_most_ms) == (2.25, None)
-    assert "50% hidden, idle 2.2 ms at most, " in known.words(codec=False)
-    assert "50% hidden, idle unknown, " in unknown.words(codec=False)
-    assert known.scalars(codec=False).keys() - unknown.scalars(codec=False).keys() == {"idle_at_most_ms"}
-    assert known.scalars(codec=True).keys() == set(Summary.__slots__)
+    assert "50% hidden, idle 2.2 ms at most, " in known.words(CodecConfig())
+    assert "50% hidden, idle unknown, " in unknown.words(CodecConfig())
+    assert known.scalars(CodecConfig()).keys() - unknown.scalars(CodecConfig()).keys() == {"idle_at_most_ms"}
+    assert known.scalars(CodecConfig(a2a_codec=Codec.LSH)).keys() == set(Summary.__slots__) - {"sent_by", "plain_by"}
 
 
 def test_a_group_that_was_not_heard_of_has_an_empty_row():
@@ -227,7 +228,7 @@ CHANGES = [
     "--log-interval 2",
 ]
 FLAGS = with_flags(SCMOE, *CHANGES)
-OTHERS = {"sent_rate", "residual", "idle_at_most_ms"}  # of a codec, of a GPU
+OTHERS = {"sent_rate", "residual", "sent_by", "plain_by", "idle_at_most_ms"}  # of codecs, of a GPU
 SCALARS = {f"overlap/{name}" for name in Summary.__slots__ if name not in OTHERS}
 
 

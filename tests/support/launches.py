@@ -53,6 +53,7 @@ CASES = {
     "scmoe, lsh": Case(combine="add", num_groups=1, codec="lsh"),
     "scmoe, top-2": Case(combine="add", num_groups=1, topk=2),
     "scmoe, top-2, unique": Case(combine="add", num_groups=1, topk=2, unique="rank"),
+    "scmoe, top-2, fp8": Case(combine="add", num_groups=1, topk=2, codec="fp8"),
     "dgmoe": Case(shortcut="dgmoe", num_groups=1),
 }
 # Nothing that a GPU would be given: views, allocations, questions.

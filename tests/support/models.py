@@ -48,6 +48,7 @@ class Case:
     recompute_method: str = "uniform"  # of full recompute, in units of that many blocks
     recompute_blocks: int = 1
     codec: str = "none"
+    transfers: tuple[str, ...] = ("dispatch-forward", "combine-backward")  # of the codec fp8
     hashes: int = 1
     width: int = 2
     compensation: str = "paper"
@@ -92,6 +93,7 @@ class Case:
             router_biases=self.router_biases() if self.router == "longcat" else (),
             routed_scaling=ROUTED_SCALING,
             latent_size=self.latent,
+            rounded=self.transfers if self.codec == "fp8" else (),
         )
 
     def router_bias(self, group: int) -> Tensor:
@@ -149,7 +151,7 @@ def settings(case: Case):
         a2a_unique=Unique(case.unique),
         router=Router(case.router),
         zero_experts=case.zero_experts,
-        **lsh_settings(case),
+        **codec_settings(case),
     )
 
 
@@ -181,10 +183,13 @@ def build(case: Case):
     return model
 
 
-def lsh_settings(case: Case) -> dict[str, object]:
+def codec_settings(case: Case) -> dict[str, object]:
     from megatron_scmoe.config import Compensation, Evaluation, Refinement
+    from megatron_scmoe.contracts import TransferName
 
-    if case.codec == "none":
+    if case.codec == "fp8":
+        return {"fp8_transfers": tuple(map(TransferName, case.transfers))}
+    if case.codec != "lsh":
         return {}
     return {
         "lsh_hashes": case.hashes,

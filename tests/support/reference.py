@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from slow_fp8 import travelled
 from torch import Tensor
 
 Params = dict[str, Tensor]
@@ -79,6 +80,10 @@ class ReferenceConfig:
     lsh_compensation: str = "paper"
     lsh_sketches: tuple[Tensor, ...] = ()
     """For each group, the subspace [h, w] in which a token joins the nearest mean of its expert; none: it does not."""
+    rounded: tuple[str, ...] = ()
+    """Transfers in which rows are rounded to fp8: `dispatch-forward`, `combine-backward` and so on."""
+    ranks: int | None = None
+    """That experts are on, where a row is for those of a rank (--a2a-unique rank); None: for one expert."""
 
     def __post_init__(self) -> None:
         """Refuse what the formulas do not define."""
@@ -358,12 +363,25 @@ Choices = list[tuple[int, Tensor]]
 
 
 def experts_output(params: Params, prefix: str, choices: Choices, token: Tensor, cfg: ReferenceConfig) -> Tensor:
-    """sum_i G_i E_i(token) of one token [h] over its chosen experts; a zero expert returns the token."""
+    """sum_i G_i E_i(token) of one token [h] over its chosen experts; a zero expert returns the token.
+
+    With `rounded` sum_r R(sum_{i on r} G_i E_i(R(token))): R rounds what travels, and gradients of what travelled.
+    """
     output = torch.zeros_like(token)
+    places: dict[int, Choices] = {}
     for expert, weight in choices:
-        zero = expert >= cfg.num_experts
-        result = token if zero else feed_forward(params, f"{prefix}experts.local_experts.{expert}.", token, cfg)
-        output = output + weight * result
+        if expert >= cfg.num_experts:
+            output = output + weight * token
+        else:
+            place = expert if cfg.ranks is None else expert // (cfg.num_experts // cfg.ranks)
+            places.setdefault(place, []).append((expert, weight))
+    for here in places.values():
+        arrived = travelled(token, "dispatch", cfg.rounded)
+        results = [
+            weight * feed_forward(params, f"{prefix}experts.local_experts.{expert}.", arrived, cfg)
+            for expert, weight in here
+        ]
+        output = output + travelled(sum(results[1:], results[0]), "combine", cfg.rounded)
     return output
 
 

@@ -380,6 +380,7 @@ REFUSED = {
     ),
     "a flag that is none": (["--gpus", 8, "--gpu", "H100", *FLAGS, "--no-such-flag"], "unrecognized arguments"),
     "fp32": (["--gpus", 8, "--gpu", "H100", "--", *[w for w in BASE if w != "--bf16"]], "add --bf16"),
+    "a codec": (["--gpus", 8, "--gpu", "H100", *FLAGS, "--a2a-codec", "fp8"], "--a2a-codec is fp8; drop it"),
     "a recipe that is none": (["--recipe", "gpt5", "--gpu", "H100"], "gpt5 is no recipe; use one of"),
     "a machine that is none": (["--gpus", 8, "--machine", __file__, *FLAGS], "write one with --calibrate"),
     "a network that is none": (["--gpus", 8, "--gpu", "H100", "--network", 200, *FLAGS], "invalid choice"),

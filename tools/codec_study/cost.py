@@ -40,6 +40,17 @@ def share(cost: Cost, *parts: str) -> Figure:
     return ranged(sum(times) / mlp for *times, mlp in zip(*(seconds[part] for part in (*parts, "mlp")), strict=True))
 
 
+def _of_fp8(cost: Cost) -> str:
+    """Empty of a measurement that is older than that codec."""
+    if "fp8" not in cost["seconds"]:
+        return ""
+    milliseconds, one = median(cost["seconds"]["fp8"]) * 1e3, share(cost, "fp8")
+    return (
+        f"; one transfer in fp8, to codes and back, of all of them {milliseconds:.0f} ms: {one.value:.1%} "
+        f"({one.low:.1%} to {one.high:.1%})"
+    )
+
+
 def described(cost: Cost) -> str:
     """Medians, and the median and range of the paired ratios."""
     middle = {name: median(values) for name, values in cost["seconds"].items()}
@@ -53,6 +64,6 @@ def described(cost: Cost) -> str:
         f"{middle['encode'] * 1e3:.0f} ms, restore {middle['restore'] * 1e3:.0f} ms, with the paper's compensation "
         f"{middle['compensate'] * 1e3:.0f} ms, expert MLP on all of them {middle['mlp'] * 1e3:.0f} ms: "
         f"{part('encode', 'restore')} of it, {part(*COMPENSATED)} with compensation, and "
-        f"{part('refine')} more for --lsh-refinement lloyd; without gradients. Measured "
+        f"{part('refine')} more for --lsh-refinement lloyd{_of_fp8(cost)}; without gradients. Measured "
         f"{cost['time']} with {cost['commit']} on {cost['hardware']['device']}"
     )

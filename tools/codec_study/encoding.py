@@ -1,4 +1,4 @@
-"""What hashing, centroids and residuals cost, beside the experts whose rows they save."""
+"""What hashing, centroids, residuals and fp8 cost, beside the experts whose rows they save."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from codec_study.cost import Cost
 from megatron_scmoe.codec.lloyd import refined
 from megatron_scmoe.codec.lsh import Clusters, Hasher, cluster, means, restore
+from megatron_scmoe.codec.rounding import Fp8
 from megatron_scmoe.cpu import backend as cpu_backend
 
 ROWS, HIDDEN, EXPERTS = 8192, 1024, 8
@@ -32,7 +33,8 @@ def cost_of_encoding(repetitions: int) -> Cost:
 
     Returns:
         With seconds of ``mlp``, ``encode`` (hash, cluster, means), ``refine`` (one step of Lloyd's algorithm),
-        ``restore`` (outputs, weights) and ``compensate`` (the same with residuals, as the paper has it).
+        ``restore`` (outputs, weights), ``compensate`` (the same with residuals, as the paper has it) and ``fp8``
+        (of one transfer: to codes and back).
     """
     whence = provenance.provenance()
     torch.set_num_threads(1)
@@ -45,6 +47,7 @@ def cost_of_encoding(repetitions: int) -> Cost:
     weights = torch.rand(ROWS, generator=generator)
     up = torch.randn(HIDDEN, 4 * HIDDEN, generator=generator) * HIDDEN**-0.5
     down = torch.randn(4 * HIDDEN, HIDDEN, generator=generator) * HIDDEN**-0.5
+    fp8 = Fp8()
     hasher = Hasher(HIDDEN, hashes=HASHES, width=WIDTH, seed=1)
     found: dict[str, list[float]] = defaultdict(list)
 
@@ -62,9 +65,10 @@ def cost_of_encoding(repetitions: int) -> Cost:
             outputs = centroids * 2
             restore_s, _ = _timed(lambda: restore(outputs, clusters, weights))  # noqa: B023
             compensate_s, _ = _timed(lambda: restore(outputs, clusters, weights, (rows, centroids)))  # noqa: B023
+            fp8_s, _ = _timed(lambda: fp8.decode(fp8.encode(rows), rows.dtype))
             if repetition >= 0:
                 seconds = {"mlp": mlp_s, "encode": encode_s, "refine": refine_s, "restore": restore_s}
-                for name, value in {**seconds, "compensate": compensate_s}.items():
+                for name, value in {**seconds, "compensate": compensate_s, "fp8": fp8_s}.items():
                     found[name].append(value)
     return {"rows": ROWS, "hidden": HIDDEN, "rate": len(centroids) / ROWS, "seconds": dict(found), **whence}
 

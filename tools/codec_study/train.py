@@ -47,6 +47,7 @@ class PlusInput:
 
     def __init__(self, cargo: Cargo, hidden_states: Tensor, weights: Tensor) -> None:
         self.dispatchers, self.counts, self.apart = cargo.dispatchers, cargo.counts, cargo.apart
+        self.forms = cargo.forms
         self.pack, self.unpack, self.deliver = cargo.pack, cargo.unpack, cargo.deliver
         self._cargo = cargo
         self._inputs = (hidden_states * weights.view(*hidden_states.shape[:-1], 1)).to(hidden_states.dtype)

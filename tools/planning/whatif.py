@@ -183,9 +183,9 @@ def _less_to_send(run: Run) -> Iterator[Variant]:
             name="unique tokens", workload=_with_moes(workload, carried=once), flags="--a2a-unique rank",
             note=f"a token travels to a rank once: {1 - once:.0%} of the rows less, with even routing",
         )  # fmt: skip
-    half = (0.5 + 2 / FP8_VALUES + 1) / 2
+    half = (0.5 + 0.5 / FP8_VALUES + 1) / 2  # the exponent of a scale is a byte
     yield Variant(
-        name="fp8 dispatch", workload=_with_moes(workload, carried=half),
+        name="fp8 dispatch", workload=_with_moes(workload, carried=half), flags="--a2a-codec fp8",
         note="dispatch forward and combine backward in fp8, the others in bf16",
     )  # fmt: skip
     width = args.hidden_size // 2

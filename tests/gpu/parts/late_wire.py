@@ -41,6 +41,7 @@ CASES = {
     "bf16": Case(dtype=torch.bfloat16),
     "latents": Case(latent=8),
     "unique": Case(topk=2, unique="rank", chunks=2),
+    "fp8": Case(topk=2, codec="fp8", chunks=2),
     "lsh": Case(codec="lsh"),
     "lsh in chunks": Case(codec="lsh", chunks=2),
     "lloyd": Case(codec="lsh", refinement="lloyd"),

@@ -77,7 +77,7 @@ _READ: tuple[tuple[Rule, Any, str], ...] = (
     (SIZE, 64, "mamba_head_dim"),
     (SIZE, 8, "mamba_num_groups"),
     (optional(SIZE), None, "mamba_num_heads"),
-    (one_of("none", "lsh"), "none", "a2a_codec"),
+    (one_of("none", "fp8", "bf16", "lsh"), "none", "a2a_codec"),
     (one_of("paper", "none", "lowrank"), "paper", "lsh_compensation"),
 )
 DEFAULTS = {name: default for _, default, names in _READ for name in names.split()}

@@ -117,6 +117,11 @@ def _notes(args: Namespace) -> Iterator[str]:
             "trained with --a2a-codec lsh, whose means depend on which tokens travel together: the Hugging Face model "
             "sends every token as it is, and gives other numbers than a forward with the codec"
         )
+    elif args.a2a_codec != "none":
+        yield (
+            f"trained with --a2a-codec {args.a2a_codec}, which rounds rows on their way: the Hugging Face model sends "
+            "none, and its numbers differ by that rounding"
+        )
     if getattr(args, "moe_expert_capacity_factor", None) is not None:
         yield (
             f"trained with --moe-expert-capacity-factor {args.moe_expert_capacity_factor}: experts of the Hugging Face "
