@@ -41,8 +41,11 @@ from codec_study import (  # noqa: E402
     words,
 )
 from codec_study.arms import (  # noqa: E402
+    BF16,
     COMPRESSED_CONTROL,
     CONTROL,
+    FP8,
+    FP8_ALL,
     HELD,
     HELD_UNCOMPENSATED,
     MODELS,
@@ -53,6 +56,7 @@ from codec_study.arms import (  # noqa: E402
     SHORTER,
     UNCOMPRESSED,
     UNIQUE,
+    UNIQUE_FP8,
     Run,
     Settings,
     all_arms,
@@ -76,7 +80,7 @@ def make_run(model, arm, seed, above=None):
     percent = ABOVE_NONE.get(arm.name, 0.1) if above is None else above
     steps = [int(step * arm.share) for step in (500, 1000)]
     losses = {step: (4.0 - step / 1000 + NOISE[seed]) * (1 + percent * step / 100_000) for step in steps}
-    rate = RATES.get(arm.name, 0.25) if arm.compresses else 1.0
+    rate = RATES.get(arm.name, 0.25) if arm.compresses and arm.is_of_lsh else 1.0
     if arm.name in (NONE, *SHORTER.values(), NONE_TWO_RANKS):
         losses = {step: 4.0 - step / 1000 + NOISE[seed] for step in losses}
     return {
@@ -90,9 +94,9 @@ def make_run(model, arm, seed, above=None):
         "residual": [[steps[0], 0.3], [steps[1], 0.2 if arm.compresses else 0.0]],
         "final_validation": losses[steps[1]],
         "final_validation_of_tokens": losses[steps[1]] + 0.02 * arm.compresses,
-        "final_rate": rate + 0.01 * (seed - 2) * arm.compresses,
+        "final_rate": rate + 0.01 * (seed - 2) * (rate < 1),
         "final_residual": 0.2 if arm.compresses else 0.0,
-        "final_bytes": (arm.ranks - 1) * (3e6 if arm.name == UNIQUE else 4e6),
+        "final_bytes": (arm.ranks - 1) * (3e6 if "unique" in arm.name else 4e6),
         "seconds_per_step": 0.25 + 0.01 * seed,
         "commit": "0123abc",
         "changed_files": 0,
@@ -361,6 +365,29 @@ def test_a_miss_by_less_than_rounding_alone_does_is_within_noise(result):
     )
 
 
+def test_fp8_is_judged_by_two_transfers_and_four_are_reported(result):
+    two, four, bf16 = judged(result, *goals.ROUNDED)
+    assert (two.arm, four.arm, bf16.arm) == (FP8, FP8_ALL, BF16)
+    noise = "rounding alone (none 2 chunks against none) does +0.10%"
+    assert two.met and median_said(two) == f"+0.10%: met; {noise}"
+    assert four.met is None and median_said(four) == f"+0.10%; {noise}"
+    far = changed(changed(result, FP8, (0.3,) * 3), FP8_ALL, (0.3,) * 3)
+    two, four, _ = judged(far, *goals.ROUNDED)
+    assert two.met is False and four.met is None and median_said(four) == f"+0.30%; {noise}"
+    assert str(goals.ROUNDED[0]).endswith("fp8 (two transfers) above none: <= 0.10%")
+    assert str(goals.ROUNDED[1]).endswith("fp8 four transfers above none: reported")
+
+
+def test_rows_in_fewer_bits_are_no_rows_less(result):
+    """They are within 0.5% of both, and send all rows: that is no rate of LSH-MoE's."""
+    bad = result
+    for arm in all_arms():
+        if arm.compresses and arm.is_of_lsh:
+            bad = changed(bad, arm.name, (3.0,) * 3)
+    assert quality(changed(bad, FP8, (-0.9,) * 3))[-1].arm == "no arm is within 0.5% of both"
+    assert TIMES.step(next(run for run in result["runs"] if run["arm"] == FP8)) is None
+
+
 def test_unique_is_judged_by_its_first_steps(result):
     same, close = judged(result, *goals.EXACT)
     assert same.met is False and same.arm == UNIQUE  # 0.1% above from the start, which no order of sums does
@@ -423,7 +450,7 @@ def by_name(arm):
 
 CARGO_OF = {
     **dict.fromkeys((NONE, *SHORTER.values(), REORDERED, NONE_TWO_RANKS), "tokens"),
-    **{UNIQUE: "package", CONTROL: "tokens-plus-input", COMPRESSED_CONTROL: "codec-plus-input"},
+    **{UNIQUE: "package", UNIQUE_FP8: "package", CONTROL: "tokens-plus-input", COMPRESSED_CONTROL: "codec-plus-input"},
 }
 
 
@@ -434,7 +461,7 @@ def test_arms_differ_in_cargo_and_codec_alone(model):
     for arm in all_arms():
         mine, *flags = flags_of(model, arm)
         assert mine == CARGO_OF.get(arm.name, "codec")
-        if arm.share < 1 or mine == "package":
+        if arm.share < 1 or not arm.is_of_lsh:
             continue
         if arm.ranks > 1:
             assert changed_values(flags, base) == {
@@ -455,6 +482,23 @@ def changed_values(flags, base):
     return {base[place - 1]: one for place, (one, other) in enumerate(zip(flags, base, strict=True)) if one != other}
 
 
+TRANSFERS = ("dispatch-forward", "combine-forward", "dispatch-backward", "combine-backward")
+
+
+@pytest.mark.parametrize(
+    ("arm", "more"),
+    [
+        (BF16, ["--a2a-codec", "bf16"]),
+        (FP8, ["--a2a-codec", "fp8"]),
+        (FP8_ALL, ["--a2a-codec", "fp8", "--fp8-transfers", *TRANSFERS]),
+    ],
+)
+def test_rounding_arms_have_no_flag_of_another_codec(arm, more):
+    _, *base = flags_of("pos2", by_name(NONE))
+    _, *flags = flags_of("pos2", by_name(arm))
+    assert flags == [*base[: base.index("--a2a-codec")], *more]
+
+
 def test_unique_differs_from_none_on_as_many_ranks_in_its_flag_alone():
     """And has none of a codec's, which would make our layers carry something else."""
     _, *base = flags_of("top-2", by_name(NONE_TWO_RANKS))
@@ -462,6 +506,7 @@ def test_unique_differs_from_none_on_as_many_ranks_in_its_flag_alone():
     codec = base.index("--a2a-codec")
     assert base[codec:] == ["--a2a-codec", "lsh", "--lsh-evaluation", "centroids", "--lsh-seed", "1"]
     assert flags == [*base[:codec], "--a2a-unique", "rank"]
+    assert flags_of("top-2", by_name(UNIQUE_FP8))[1:] == [*flags, "--a2a-codec", "fp8"]
     assert [model for model in MODELS if by_name(UNIQUE).fits(model)] == ["top-2"]
 
 
@@ -502,6 +547,8 @@ def test_names_of_runs_are_those_of_folders_and_unique():
 def test_arms_say_which_compensation_they_have():
     """The package's default may change; what was trained under a name may not."""
     for arm in all_arms():
+        if not arm.is_of_lsh:
+            continue
         words = "none" if "no compensation" in arm.name or arm.name == COMPRESSED_CONTROL else "paper"
         words = "lowrank" if "lowrank" in arm.name else words
         assert not arm.compresses or arm.flags[arm.flags.index("--lsh-compensation") + 1] == words
@@ -898,7 +945,7 @@ def test_tables_of_the_report_equal_the_file(result, page):
             )
             cells = shown[model, arm.name]
             assert numbers(cells[3]) == pytest.approx([sorted(losses)[1], min(losses), max(losses)], abs=1e-4)
-            assert cells[7] == {UNIQUE: "0.750", NONE_TWO_RANKS: "1.000"}.get(arm.name, "-")
+            assert cells[7] == {UNIQUE: "0.750", UNIQUE_FP8: "0.750", NONE_TWO_RANKS: "1.000"}.get(arm.name, "-")
             pairs = [(cells[4], none), (cells[5], control)]
             if arm.ranks > 1:
                 assert pairs.pop()[0] == "-"
@@ -1237,6 +1284,7 @@ COST = {
     "seconds": {
         **{"mlp": [1.0, 2.0, 4.0], "encode": [0.01, 0.02, 0.03], "restore": [0.02, 0.02, 0.01]},
         **{"refine": [0.01, 0.03, 0.02], "compensate": [0.03, 0.06, 0.13]},
+        "fp8": [0.03, 0.05, 0.04],
     },
 }
 
@@ -1251,7 +1299,8 @@ def test_cost_of_encoding(monkeypatch):
     assert cost.described(COST) == (
         "8192 x 1024 rows in fp32, one thread, 20.0% of them sent: encode 20 ms, restore 20 ms, with the paper's "
         "compensation 60 ms, expert MLP on all of them 2000 ms: 2.0% (1.0% to 3.0%) of it, 4.0% (4.0% to 4.0%) with "
-        "compensation, and 1.0% (0.5% to 1.5%) more for --lsh-refinement lloyd; without gradients. Measured "
+        "compensation, and 1.0% (0.5% to 1.5%) more for --lsh-refinement lloyd; one transfer in fp8, to codes and "
+        "back, of all of them 40 ms: 2.5% (1.0% to 3.0%); without gradients. Measured "
         "2026-01-02T03:04:05+00:00 with 0123abc on a CPU"
     )
 
@@ -1288,8 +1337,14 @@ def test_cost_of_encoding_is_kept_and_judged(study, tmp_path, capsys):
         kept.write(study / cost.FILE, {**COST, "seconds": {**COST["seconds"], "compensate": compensate}})
         document, report = shown(study)
         (line,) = (line for line in document.splitlines() if line.startswith("| encode, residual"))
+        assert re.search(r"\| encode and decode of fp8, .* \| 2\.50% \[1\.00%, 3\.00%\]: met \|", document)
         assert line.split(" | ")[-2].split(": ")[-1] in said and said.split(" [")[0] in line
         assert "What encoding costs: 8192 x 1024" in document and "What encoding costs: 8192 x 1024" in report
+    older = {name: times for name, times in COST["seconds"].items() if name not in cost.FP8}
+    kept.write(study / cost.FILE, {**COST, "seconds": older})
+    document, _ = shown(study)  # measured before there was fp8
+    assert re.search(r"\| encode and decode of fp8, [^|]* \| - \| +\| not measured in this run \|", document)
+    assert "one transfer in fp8" not in document
     (study / "encoding.json").unlink()
     document, report = shown(study)
     assert "| not measured in this run | not given |" in document and "What encoding costs" not in document + report

@@ -20,8 +20,13 @@ CARRIES: dict[str, dict[str, Any]] = {
         "lsh_evaluation": Evaluation.CENTROIDS,  # forward alone is timed as what it is in training
     },
     "unique": {"a2a_unique": Unique.RANK},
+    "bf16": {"a2a_codec": Codec.BF16},
+    "fp8": {"a2a_codec": Codec.FP8},
+    "unique fp8": {"a2a_unique": Unique.RANK, "a2a_codec": Codec.FP8},
 }
 """What the all-to-all carries, by name: fields of ``ScMoEConfig``."""
+EXACT_OR_ROUNDED = ("unique", "bf16", "fp8", "unique fp8")
+"""Of these, what carries every token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +74,8 @@ MODELS = {
     "top-2 lsh": Model(topk=2, pipelined=True, carries="lsh"),
     "pos2 lsh": Model("scmoe", "pos2", 1, True, carries="lsh"),
     "pos2 top-2 lsh": Model("scmoe", "pos2", 2, True, carries="lsh"),
-    "top-2 unique": Model(topk=2, pipelined=True, carries="unique"),
-    "pos2 top-2 unique": Model("scmoe", "pos2", 2, True, carries="unique"),
+    **{f"top-2 {name}": Model(topk=2, pipelined=True, carries=name) for name in EXACT_OR_ROUNDED},
+    **{f"pos2 top-2 {name}": Model("scmoe", "pos2", 2, True, carries=name) for name in EXACT_OR_ROUNDED},
 }
 
 STOCK = (BASELINE, "top-1", "shared-expert")
@@ -118,7 +123,7 @@ def all_arms() -> list[Arm]:
     arms += [
         Arm(f"{name} {chunks} chunks", f"{name} pipelined", f"chunks {chunks}") for name in STOCK for chunks in (2, 4)
     ]
-    arms += [Arm(f"{name} off", name, "off") for name in ("top-2 lsh", "top-2 unique")]
+    arms += [Arm(f"{name} off", name, "off") for name in ("top-2 lsh", *(f"top-2 {one}" for one in EXACT_OR_ROUNDED))]
     for name in SHORTCUTS:
         arms.append(Arm(f"{name} off", name, "off"))
         if name in EVERY_SLOT:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from ablation.arms import BASELINE
+from ablation.arms import BASELINE, EXACT_OR_ROUNDED
 from megatron_scmoe.config import expected_unique_share
 
 
@@ -120,6 +120,15 @@ GOALS = (
             against=all_rows,
         )
         for unique, all_rows in (("top-2 unique", BASELINE), ("pos2 top-2 unique", "pos2 top-2 off"))
+    ),
+    *(
+        _faster(f"{name}: speed-up over the same model without a codec", (arm,), share, against=base)
+        for name in EXACT_OR_ROUNDED
+        for arm, base in (
+            (f"top-2 {name} off", BASELINE),
+            (f"pos2 top-2 {name} adaptive chunks", "pos2 top-2 adaptive chunks"),
+        )
+        for share in (0.6, 0.8, 0.9)
     ),
     *(
         goal

@@ -5,10 +5,11 @@ from __future__ import annotations
 ABOUT = """\
 Train a small GPT (4 blocks, width 128, an MoE of 4 experts in every second block) on the Python standard library's
 source, once for each model, arm and seed, and compare validation losses at equal tokens. Arms differ in what the all-
-to-all carries and in nothing else: tokens (none), tokens with experts that compute E(x) + x (control), the centroids of
-LSH-MoE, or, on two ranks, tokens that travel to a rank once. One has sums in another order and nothing else (none 2
-chunks): what it does to a loss is noise. Three more train none for a part of the steps, as what a codec saves time
-against. Differences are paired by seed; figures are medians over seeds with their range.
+to-all carries and in nothing else: tokens (none), tokens with experts that compute E(x) + x (control), tokens in bf16
+or fp8, the centroids of LSH-MoE, or, on two ranks, tokens that travel to a rank once, as they are or in fp8. One has
+sums in another order and nothing else (none 2 chunks): what it does to a loss is noise. Three more train none for a
+part of the steps, as what a codec saves time against. Differences are paired by seed; figures are medians over seeds
+with their range.
 """
 EPILOG = """\
 examples:
@@ -18,6 +19,11 @@ examples:
 
   # a first look: one model, the three arms that the paper's claim is about, one seed
   .venv/bin/python tools/ablate_codec.py --output look --models top-2 --arms 'none,control,lsh q6' --seeds 1
+
+  # what is to cost nothing, and what rounding alone does (none and lsh are trained: docs/results/codec-study has them)
+  cp -r docs/results/codec-study study
+  nice -n 19 .venv/bin/python tools/ablate_codec.py --output study --arms \\
+      'none 2 chunks,bf16,fp8,fp8 four transfers,none 2 ranks,unique 2 ranks,unique fp8 2 ranks'
 
   # more seeds, or more arms, in the folder of an earlier call: what is trained already is kept
   .venv/bin/python tools/ablate_codec.py --output study --seeds 5

@@ -17,7 +17,19 @@ from studies.figures import Figure, spread
 
 from codec_study import analysis, words
 from codec_study.analysis import RunResult
-from codec_study.arms import HELD_UNCOMPENSATED, MODELS, NONE, REORDERED, UNIQUE, all_arms, uncompensated
+from codec_study.arms import (
+    BF16,
+    FP8,
+    FP8_ALL,
+    HELD_UNCOMPENSATED,
+    MODELS,
+    NONE,
+    REORDERED,
+    UNIQUE,
+    UNIQUE_FP8,
+    all_arms,
+    uncompensated,
+)
 
 BEGIN = "<!-- which codec: begin; tools/ablate_codec.py --write-advice writes from here to the end mark -->"
 END = "<!-- which codec: end; what follows is written by hand -->"
@@ -49,6 +61,10 @@ CODECS = (
     Codec(
         "`--a2a-unique rank`", "top-k above 1, several experts on a rank: changes the order of sums", UNIQUE, "unique"
     ),
+    Codec("`--a2a-codec bf16`", "models of fp32, whose rows it halves", BF16, "bf16"),
+    Codec("`--a2a-codec fp8`", "rounds the two transfers that bear it, as others do", FP8, "fp8"),
+    Codec("`--a2a-codec fp8 --a2a-unique rank`", "both of these: fewer rows, in fewer bits", UNIQUE_FP8, "unique fp8"),
+    Codec("`--a2a-codec fp8` and all of `--fp8-transfers`", "with a loss of your own beside it", FP8_ALL),
     Codec(
         "`--a2a-codec lsh`",
         "exposed all the same, far from converged: with a validation loss beside it",
