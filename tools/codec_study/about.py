@@ -21,8 +21,7 @@ examples:
   .venv/bin/python tools/ablate_codec.py --output look --models top-2 --arms 'none,control,lsh q6' --seeds 1
 
   # what is to cost nothing, and what rounding alone does (none and lsh are trained: docs/results/codec-study has them)
-  cp -r docs/results/codec-study study
-  nice -n 19 .venv/bin/python tools/ablate_codec.py --output study --arms \\
+  nice -n 19 .venv/bin/python tools/ablate_codec.py --output docs/results/codec-study --arms \\
       'none 2 chunks,bf16,fp8,fp8 four transfers,none 2 ranks,unique 2 ranks,unique fp8 2 ranks'
 
   # more seeds, or more arms, in the folder of an earlier call: what is trained already is kept
