@@ -17,59 +17,21 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import atomic
 import provenance
+from ablation import analysis as ablation
 from codec_study import cost, folder
+from codec_study.about import ABOUT, EPILOG
 from codec_study.analysis import rows
 from codec_study.arms import MODELS, SIZES, Arm, Run, Settings, all_arms
 from codec_study.jobs import Command, Jobs, training_command
 from command_line import exit_code, positive, stoppable, stopped_by
 from studies import kept
-from studies.request import StudyParser
-
-ABOUT = """\
-Train a small GPT (4 blocks, width 128, an MoE of 4 experts in every second block) on the Python standard library's
-source, once for each model, arm and seed, and compare validation losses at equal tokens. Arms differ in what the all-
-to-all carries and in nothing else: tokens (none), tokens with experts that compute E(x) + x (control), or the
-centroids of LSH-MoE. Three more train none for a part of the steps, as what a codec saves time against. Differences are
-paired by seed; figures are medians over seeds with their range.
-"""
-EPILOG = """\
-examples:
-  # every model and arm, 3 seeds of 1000 steps each (days of a core); a call after ^C goes on where it was
-  .venv/bin/python tools/ablate_codec.py --output study
-
-  # a first look: one model, the three arms that the paper's claim is about, one seed
-  .venv/bin/python tools/ablate_codec.py --output look --models top-2 --arms 'none,control,lsh q6' --seeds 1
-
-  # more seeds, or more arms, in the folder of an earlier call: what is trained already is kept
-  .venv/bin/python tools/ablate_codec.py --output study --seeds 5
-
-  # train nothing: show what an earlier call found, and write it into a document
-  .venv/bin/python tools/ablate_codec.py --from study --write-results docs/results/codec.md
-
-  # what encoding costs, on an otherwise idle machine; --from study judges it, too
-  .venv/bin/python tools/ablate_codec.py --encoding-cost --output study
-
-  # show an earlier call, and what none reaches in the same wall time on the slow link that an ablation of step times
-  # has measured: it needs the arms 'none 0.25x steps' and so on, with a whole schedule in fewer steps
-  .venv/bin/python tools/ablate_codec.py --from study --step-times ablation
-
-models:
-  top-2 (the gate weights of both experts add up to 1), shared-expert (top-1 beside a gated shared expert), pos2 (ScMoE:
-  the same parameters, and the routed experts read an earlier tensor). All with one chunk, in layers of this package.
-
-what it does not prove:
-  The model is tiny and its training short; one rank holds every expert, on a CPU, in fp32. The part of rows sent
-  depends on model, text, length of training and tokens for each expert: a property of this setting. Seconds of a
-  step are those of one rank without a network; tools/ablate_overlap.py measures what sending less saves.
-
-exit codes: 0 done; 1 a training failed (the others went on); 2 bad request or something missing; 129 / 130 / 143
-stopped.
-"""
+from studies.request import Section, StudyParser
 
 MOST = 1 << 16
 """Of sequences, or of tokens of an expert: a training holds them in memory."""
@@ -78,6 +40,8 @@ OF_TRAININGS = (
     *("tokens_per_expert", "jobs"),
 )
 """Options that ``--from`` would ignore."""
+OF_SHOWING = ("write_results", "write_advice", "step_times")
+"""Options that belong to ``--from``."""
 
 
 def make_parser() -> StudyParser:
@@ -95,10 +59,13 @@ def make_parser() -> StudyParser:
         ("eval-every", 100, "steps between two evaluations; --iterations is a multiple of it"),
         ("eval-sequences", 320, "held-back sequences of 256 tokens of each evaluation, a multiple of the batch"),
         ("tokens-per-expert", 1024, "mean tokens of an expert in a step, on which the rate depends; sets the batch"),
-        ("jobs", len(os.sched_getaffinity(0)), "trainings at once; the default is the number of cores"),
+        ("jobs", len(os.sched_getaffinity(0)), "ranks of trainings at once; the default is the number of cores"),
     ):
         add(f"--{name}", type=positive, default=default, metavar="N", help=f"{what} (default %(default)s)")
     parser.add_shared(section="the figures, and which goals they reach,")
+    advice = "with --from: write which codec to use, when, and at what price between the marks in this Markdown file; "
+    advice += "step times and bytes are those of --step-times"
+    add("--write-advice", type=Path, metavar="FILE", help=advice)
     times = "with --from: a result of tools/ablate_overlap.py, whose step times make wall time of steps"
     add("--step-times", type=Path, metavar="DIR", help=times)
     encoding = "time hashing, centroids and residuals beside an expert MLP on the same 8192 x 1024 rows, and end; "
@@ -126,12 +93,19 @@ def check_request(parser: StudyParser, args: argparse.Namespace) -> tuple[list[s
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} needs more than a machine has; use {most}")
     settings = Settings(args.iterations, args.eval_every, args.eval_sequences, args.tokens_per_expert)
     chosen = [arm for arm in arms if arm.name in names]
+    for arm in chosen if args.arms else ():
+        if not any(arm.fits(model) for model in models):
+            parser.error(
+                f"the arm {arm.name!a} is one of models whose tokens have {arm.topk} experts; add --models top-2"
+            )
     for arm in chosen:
         unit, what = arm.share.as_integer_ratio()[1], f"of which the arm {arm.name!a} trains a part"
         _check_multiple(parser, "--eval-every", args.eval_every, unit, what)
     for model in models:
-        what = f"what one sequence gives an expert of {model}"
-        _check_multiple(parser, "--tokens-per-expert", args.tokens_per_expert, MODELS[model].tokens_per_expert, what)
+        per_sequence, what = MODELS[model].tokens_per_expert, f"what one sequence gives an expert of {model}"
+        _check_multiple(parser, "--tokens-per-expert", args.tokens_per_expert, per_sequence, what)
+        ranks, what = max(arm.ranks for arm in chosen), f"what a sequence on each rank gives an expert of {model}"
+        _check_multiple(parser, "--tokens-per-expert", args.tokens_per_expert, ranks * per_sequence, what)
         _check_multiple(parser, "--eval-sequences", args.eval_sequences, settings.batch(model), f"the batch of {model}")
     if args.data is not None and not (args.data / folder.MANIFEST).is_file():
         parser.error(f"--data {str(args.data)!a} has no {folder.MANIFEST}; make it with tools/preprocess_data.py")
@@ -185,10 +159,10 @@ def study(parser: StudyParser, args: argparse.Namespace, command: Command | None
         parser.error(f"{earlier} holds runs of {difference}; give the old value, or another folder")
     # All arms of a seed before the next seed: what is there after a while can be compared.
     seeds = range(1, args.seeds + 1)
-    runs = [Run(model, arm, seed) for seed in seeds for model in models for arm in arms]
-    commit = {name: meta[name] for name in ("commit", "changed_files")}
+    runs = [Run(model, arm, seed) for seed in seeds for model in models for arm in arms if arm.fits(model)]
+    origin = {"commit": meta["commit"], "changed_files": meta["changed_files"], "processor": provenance.processor()}
     command = command or training_command(settings, data)
-    jobs = Jobs(args.output.resolve() / folder.RUNS, settings, command, commit=commit, say=_say)
+    jobs = Jobs(args.output.resolve() / folder.RUNS, settings, command, origin=origin, say=_say)
     try:
         failed = jobs.train(runs, args.jobs)
     finally:  # what there is, after ^C too
@@ -211,20 +185,25 @@ def write(output: Path, meta: dict[str, Any], results: list[dict[str, Any]], enc
 
 def show_again(parser: StudyParser, args: argparse.Namespace) -> None:
     """Print the tables of an earlier call, write its report anew and, if asked for, its section of a document."""
-    from codec_study import goals, render, wall_time  # noqa: PLC0415 - as above
+    from codec_study import advice, goals, render, wall_time  # noqa: PLC0415 - as above
 
     for flag in OF_TRAININGS:
         if getattr(args, flag) != parser.get_default(flag):
             parser.error(f"--from trains nothing and shows all that there is; leave --{flag.replace('_', '-')} out")
     beside: dict[str, Any] = {"encoding": _encoding(parser, args.source)}
+    timed = None
     if args.step_times is not None:
         flag = f"--step-times {str(args.step_times)!a}"
         beside["step_times"] = parser.read(flag, lambda: wall_time.read(args.step_times))
+        timed = ablation.read(args.step_times)
+    advised = partial(advice.section, timed=timed)
     parser.write_again(
         args,
         read=lambda source: {**folder.read(source), **beside},
-        section=render.markdown,
-        marks=(goals.BEGIN, goals.END),
+        sections=[
+            Section("--write-results", args.write_results, (goals.BEGIN, goals.END), render.markdown),
+            Section("--write-advice", args.write_advice, (advice.BEGIN, advice.END), advised),
+        ],
         html=render.html,
         table=render.print_table,
     )
@@ -232,7 +211,8 @@ def show_again(parser: StudyParser, args: argparse.Namespace) -> None:
 
 def time_encoding(parser: StudyParser, args: argparse.Namespace) -> None:
     """Print what encoding costs, and keep it in ``--output`` if given."""
-    for flag, name in {"--from": "source", "--write-results": "write_results", "--step-times": "step_times"}.items():
+    shows = {"--from": "source", **{f"--{name.replace('_', '-')}": name for name in OF_SHOWING}}
+    for flag, name in shows.items():
         if getattr(args, name) is not None:
             parser.error(f"--encoding-cost measures and {flag} shows; leave one of them out")
     if args.output is not None:

@@ -25,7 +25,7 @@ import atomic
 from ablation.arms import MODELS, Arm, all_arms, chosen_arms
 from command_line import exit_code, one_line, positive, stoppable, stopped_by
 from progress import in_words
-from studies.request import StudyParser
+from studies.request import Section, StudyParser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,8 +53,9 @@ arms:
   Megatron's top-2, top-1 and shared-expert layers as they are, and pipelined in 2 and 4 chunks; shortcut models at
   every position with overlap off, with each fixed slot, with the plan that the solver finds at one chunk (adaptive) and
   at 1, 2 or 4 (adaptive chunks); dgmoe; an MoE in every block; top-2 and pos2 with LSH-MoE, which sends a fifth of the
-  rows here (as many hash functions count as do that; what it does to a model is another question). --list-arms prints
-  them. Routing is forced to balance unless the arm says real routing.
+  rows here (as many hash functions count as do that; what it does to a model is another question), top-2 and pos2
+  top-2 with unique tokens, rows of bf16 and of fp8, and unique tokens in fp8; rows are of fp32 without, so that codecs
+  save more than of bf16. --list-arms prints them. Routing is forced to balance unless the arm says real routing.
 
 what it does not prove:
   Under torchrun it times this small model (fp32, Megatron's local spec, all ranks one expert-parallel group, so as many
@@ -156,8 +157,9 @@ def show_again(parser: StudyParser, args: argparse.Namespace) -> None:
     if args.output is not None:
         parser.error("--from measures nothing; leave --output out")
     marks = (verdicts.BEGIN, verdicts.END)
-    made: dict[str, Any] = {"section": render.markdown, "html": render.html, "table": render.print_tables}
-    parser.write_again(args, read=analysis.read, marks=marks, **made)
+    sections = [Section("--write-results", args.write_results, marks, render.markdown)]
+    made: dict[str, Any] = {"html": render.html, "table": render.print_tables}
+    parser.write_again(args, read=analysis.read, sections=sections, **made)
 
 
 def start_on_slow_links(args: argparse.Namespace) -> int:

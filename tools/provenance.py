@@ -46,7 +46,17 @@ def provenance(device: str | None = None) -> dict[str, Any]:
     }
 
 
+def processor() -> str:
+    """What decides how a CPU rounds, as far as Linux says it: libraries choose their kernels by the model."""
+    known = {name: value for name in ("cpu family", "model", "stepping") if (value := _of_cpu(name))}
+    return ", ".join([_cpu_name(), *(f"{name} {value}" for name, value in known.items())])
+
+
 def _cpu_name() -> str:
+    return _of_cpu("model name") or "unknown CPU"
+
+
+def _of_cpu(name: str) -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown CPU"
+    values = [value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == name]
+    return values[0] if values else ""

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from megatron_scmoe.config import Position, ScMoEConfig, Shortcut
+from megatron_scmoe.config import Codec, Evaluation, Position, ScMoEConfig, Shortcut, Unique
 
 BASELINE = "top-2"
 """The arm that speed-ups are relative to: Megatron's own layer, with two experts for each token."""
+
+CARRIES: dict[str, dict[str, Any]] = {
+    "tokens": {},
+    "lsh": {
+        **{"a2a_codec": Codec.LSH, "lsh_hashes": 12, "lsh_target_rate": 0.2},
+        "lsh_evaluation": Evaluation.CENTROIDS,  # forward alone is timed as what it is in training
+    },
+    "unique": {"a2a_unique": Unique.RANK},
+    "bf16": {"a2a_codec": Codec.BF16},
+    "fp8": {"a2a_codec": Codec.FP8},
+    "unique fp8": {"a2a_unique": Unique.RANK, "a2a_codec": Codec.FP8},
+}
+"""What the all-to-all carries, by name: fields of ``ScMoEConfig``."""
+EXACT_OR_ROUNDED = ("unique", "bf16", "fp8", "unique fp8")
+"""Of these, what carries every token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +37,7 @@ class Model:
         shared_expert: whether there is one beside the routed experts.
         moe_every: blocks in a group.
         pipelined: for shortcut none, our layer in the place of Megatron's.
-        sent_rate: rows that travel over rows that are routed; below 1 LSH-MoE sends centroids.
+        carries: what travels, key of ``CARRIES``.
         span: groups that run together; in a span of several, routed outputs land one op into the next group.
     """
 
@@ -31,7 +47,7 @@ class Model:
     shared_expert: bool = False
     moe_every: int = 2
     pipelined: bool = False
-    sent_rate: float = 1.0
+    carries: str = "tokens"
     span: int = 1
 
 
@@ -52,8 +68,11 @@ MODELS = {
     "pos2 top-2 span 2": Model("scmoe", "pos2", 2, True, span=2),
     "dgmoe span 2": Model("dgmoe", "pos2", 2, False, span=2),
     "every-block pos1 span 2": Model("scmoe", "pos1", 1, True, moe_every=1, span=2),
-    "top-2 lsh": Model(topk=2, pipelined=True, sent_rate=0.2),
-    "pos2 lsh": Model("scmoe", "pos2", 1, True, sent_rate=0.2),
+    "top-2 lsh": Model(topk=2, pipelined=True, carries="lsh"),
+    "pos2 lsh": Model("scmoe", "pos2", 1, True, carries="lsh"),
+    "pos2 top-2 lsh": Model("scmoe", "pos2", 2, True, carries="lsh"),
+    **{f"top-2 {name}": Model(topk=2, pipelined=True, carries=name) for name in EXACT_OR_ROUNDED},
+    **{f"pos2 top-2 {name}": Model("scmoe", "pos2", 2, True, carries=name) for name in EXACT_OR_ROUNDED},
 }
 
 STOCK = (BASELINE, "top-1", "shared-expert")
@@ -123,7 +142,7 @@ def all_arms() -> list[Arm]:
     arms += [
         Arm(f"{name} {chunks} chunks", f"{name} pipelined", f"chunks {chunks}") for name in STOCK for chunks in (2, 4)
     ]
-    arms.append(Arm("top-2 lsh off", "top-2 lsh", "off"))
+    arms += [Arm(f"{name} off", name, "off") for name in ("top-2 lsh", *(f"top-2 {one}" for one in EXACT_OR_ROUNDED))]
     for name in SHORTCUTS:
         arms.append(Arm(f"{name} off", name, "off"))
         if name in EVERY_SLOT:

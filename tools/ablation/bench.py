@@ -21,9 +21,9 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch import Tensor
 
 from ablation.analysis import KINDS
-from ablation.arms import COST_MODEL, MODELS, Arm, Model, cost_model
+from ablation.arms import CARRIES, COST_MODEL, MODELS, Arm, Model, cost_model
 from megatron_scmoe.codec.rate import adjust_rates
-from megatron_scmoe.config import Codec, Combine, Evaluation, Position, ScMoEConfig, Shortcut
+from megatron_scmoe.config import Combine, Position, ScMoEConfig, Shortcut
 from megatron_scmoe.layers.group import GroupBlock
 from megatron_scmoe.layers.pipelined import PipelinedMoELayer
 from megatron_scmoe.layers.span import GroupSpan
@@ -38,7 +38,6 @@ from megatron_scmoe.overlap.spans import communication_s
 
 COST_STEPS = 3
 VOCAB_SIZE = 512
-LSH_HASHES = 12
 RATE_STEPS = 20
 """Steps in which the codec finds the level of its target rate, before anything is timed."""
 
@@ -105,10 +104,7 @@ def builder(model: Model, sizes: Sizes, **split: Any) -> GPTModelBuilder:
         "seq_length": sizes.tokens,
         "position_embedding_type": "rope",
     }
-    codec: dict[str, Any] = {}
-    if model.sent_rate < 1:
-        codec = {"a2a_codec": Codec.LSH, "lsh_hashes": LSH_HASHES, "lsh_target_rate": model.sent_rate}
-        codec["lsh_evaluation"] = Evaluation.CENTROIDS  # forward alone is timed as what it is in training
+    codec = CARRIES[model.carries]
     if model.shortcut == "none":
         config = GPTModelConfig(**settings)
         if model.pipelined:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from ablation.arms import BASELINE
+from ablation.arms import BASELINE, EXACT_OR_ROUNDED
+from megatron_scmoe.config import expected_unique_share
 
 
 class Measure(StrEnum):
@@ -17,6 +18,7 @@ class Measure(StrEnum):
     HIDDEN_SHARE = "hidden share"
     TIME_RATIO = "time ratio"
     BYTES = "bytes"
+    BYTES_RATIO = "bytes ratio"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +61,11 @@ def _faster(text: str, arms: tuple[str, ...], share: float, forward: float | Non
 
 ONE_CHUNK, CHUNKS, LSH, BOTH = "pos2 adaptive", "pos2 adaptive chunks", "top-2 lsh off", "pos2 lsh adaptive chunks"
 ADAPTIVE, PIPELINED, RECORDED = (ONE_CHUNK, CHUNKS), ("top-2 2 chunks", "top-2 4 chunks"), "pos2 adaptive (recorded)"
-PART, SPEEDUP, HIDDEN, RATIO, BYTES = Measure
+PART, SPEEDUP, HIDDEN, RATIO, BYTES, BYTES_RATIO = Measure
 AT_60, FITTING = "1.43x and 1.66x (8 GPUs, SwinV2)", "0.70 to 1.0; 0.82 to 0.95"
 NOBODY = "nobody combines them"
+UNIQUE = expected_unique_share(8, 2, 2)
+"""Part of the rows of top-2 that travels once, of 8 experts on 2 ranks."""
 LATE = ("pos2", "pos2 top-2", "dgmoe", "every-block pos1")
 GOALS = (
     Goal("speed-up over top-2, as a part of the limit", PART, ADAPTIVE, 0.95, 0.95, shares=(0.15, 0.45, 0.6, 0.8, 0.9)),
@@ -106,6 +110,25 @@ GOALS = (
         BYTES,
         (LSH, CHUNKS, BOTH),
         0.05,
+    ),
+    *(
+        _at_most(
+            f"unique tokens: bytes by the interface counters over those of all rows; predicted {UNIQUE:.3f}",
+            BYTES_RATIO,
+            (f"{unique} off",),
+            1.02 * UNIQUE,
+            against=all_rows,
+        )
+        for unique, all_rows in (("top-2 unique", BASELINE), ("pos2 top-2 unique", "pos2 top-2 off"))
+    ),
+    *(
+        _faster(f"{name}: speed-up over the same model without a codec", (arm,), share, against=base)
+        for name in EXACT_OR_ROUNDED
+        for arm, base in (
+            (f"top-2 {name} off", BASELINE),
+            (f"pos2 top-2 {name} adaptive chunks", "pos2 top-2 adaptive chunks"),
+        )
+        for share in (0.6, 0.8, 0.9)
     ),
     *(
         goal

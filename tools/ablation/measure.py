@@ -45,7 +45,7 @@ class ArmResult:
         sent_bytes: a step's, from the interface counters, summed over ranks, by kind; empty without slow_link.
         tensor_bytes: the same from the sizes of what was sent; empty for Megatron's own layers.
         tokens_max_over_mean: load of the busiest expert in the recorded steps.
-        sent_rate: rows that travelled over rows that were routed, on all ranks, in the last recorded step.
+        sent_rate: centroids over rows that were routed, on all ranks, in the last recorded step; 1 where none travel.
         timeline: spans of one group's passes on rank 0, by kind.
     """
 

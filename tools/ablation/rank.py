@@ -37,7 +37,7 @@ def run_rank(args: argparse.Namespace, arms: list[Arm]) -> int:
     bench = Bench(arms, sizes, args.seed)
     link = Link(Control.from_environment())
     meta = _origin(args, sizes)
-    if any(MODELS[arm.model].sent_rate < 1 for arm in arms):
+    if any(MODELS[arm.model].carries == "lsh" for arm in arms):
         _say("finding how many hash functions send a part of the rows")
         bench.find_rates()
     shares: list[float | None] = [*args.comm_share] if link.adjustable else []

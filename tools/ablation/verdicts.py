@@ -28,7 +28,7 @@ def judge(goal: Goal, kind: str, figure: Figure) -> Outcome:
     met = SIGNS[goal.sign](figure.value, threshold)
     missing = abs(figure.value - threshold)
     verdict = "met" if met else f"**missed by {missing:.3f}** ({missing / threshold:.1%})"
-    if figure.low == figure.high and goal.measure in (Measure.HIDDEN_SHARE, Measure.BYTES):
+    if figure.low == figure.high and goal.measure in (Measure.HIDDEN_SHARE, Measure.BYTES, Measure.BYTES_RATIO):
         text = f"{figure.value:.3f} (one recorded step, no spread)"
     elif figure.low <= threshold <= figure.high:
         verdict += ", within the spread"
@@ -73,6 +73,7 @@ def outcome(point: Point, rows: Rows, goal: Goal, arm: str, kind: str) -> Outcom
     figure = {
         Measure.PART_OF_LIMIT: lambda: row.part_of_limit,
         Measure.BYTES: lambda: bytes_apart(point, arm, kind),
+        Measure.BYTES_RATIO: lambda: bytes_ratio(point, arm, str(against), kind),
         Measure.TIME_RATIO: lambda: analysis.ratio(point, kind, arm, str(against)),
         Measure.SPEEDUP: lambda: analysis.ratio(point, kind, str(against), arm),
     }[goal.measure]()
@@ -86,6 +87,12 @@ def bytes_apart(point: Point, arm: str, kind: str) -> Figure | None:
         return None
     apart = abs(one["sent_bytes"][kind] / one["tensor_bytes"][kind] - 1)
     return Figure(apart, apart, apart)
+
+
+def bytes_ratio(point: Point, arm: str, against: str, kind: str) -> Figure | None:
+    """Bytes of a step by the interface counters over those of another arm; None where nobody counted."""
+    sent, others = (analysis.arm_of(point, name)["sent_bytes"].get(kind) for name in (arm, against))
+    return Figure(*(sent / others,) * 3) if sent and others else None
 
 
 def window_filled(point: Point, sequential: str, kind: str) -> float | None:

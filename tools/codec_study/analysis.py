@@ -8,11 +8,13 @@ from typing import Any
 
 from studies.figures import Figure, ranged, spread
 
-from codec_study.arms import CONTROL, NONE, UNCOMPRESSED
+from codec_study.arms import CONTROL, NONE, NONE_TWO_RANKS, REORDERED, UNCOMPRESSED, all_arms
 
 type RunResult = Mapping[str, Any]
 """What a run's result.json holds."""
 
+NONE_OF = {arm.name: NONE_TWO_RANKS for arm in all_arms() if arm.ranks > 1}
+"""What an arm is compared with in the place of none: on two ranks another balance loss is trained, each rank's own."""
 LOSS, TOKENS_LOSS = "final_validation", "final_validation_of_tokens"
 """What a run ended at, evaluated as it was trained, and with tokens in the place of centroids."""
 
@@ -26,12 +28,13 @@ class Row:
         seeds: that were trained.
         loss: validation loss at the end, nats per token.
         to_none, to_control: how much higher it is than that arm's of the same seed, in percent; None where no seed has
-            both.
+            both. None has as many ranks, and the control one.
         with_tokens: how much higher the same model's loss is where tokens travel in the evaluation, in percent; None
             where tokens travel anyway, or where no seed was evaluated so, as none of the study's first runs was.
         with_tokens_to_none: how much higher that loss is than that of none, in percent; None where either is missing.
         seeds_with_tokens: that were evaluated so.
-        rate: rows sent over rows routed, in the last tenth of the steps.
+        rate: rows sent over rows routed, in the last tenth of the steps; all, where a row is for a rank.
+        bytes: sent over those that none sends on as many ranks, there; None on one rank, which sends none.
         residual: what did not travel, relative to a token, there.
         seconds: of a step, on one rank without any network.
     """
@@ -46,6 +49,7 @@ class Row:
     with_tokens_to_none: Figure | None
     seeds_with_tokens: int
     rate: Figure
+    bytes: Figure | None
     residual: Figure
     seconds: Figure
 
@@ -86,14 +90,34 @@ def over_steps(runs: Sequence[RunResult], model: str, arm: str, curve: str) -> d
     return _spreads([dict(run[curve]) for run in by_seed(runs, model, arm).values()])
 
 
-def percent_above_over_steps(runs: Sequence[RunResult], model: str, arm: str, against: str) -> dict[int, Figure]:
-    """As ``percent_above``, at every evaluation."""
-    mine, others = by_seed(runs, model, arm), by_seed(runs, model, against)
+def percent_above_none(runs: Sequence[RunResult], model: str, arm: str) -> list[float]:
+    """How much higher the final loss is than that of none on as many ranks."""
+    return percent_above(runs, model, arm, NONE_OF.get(arm, NONE))
+
+
+def noise(runs: Sequence[RunResult], model: str) -> Figure | None:
+    """How much higher the loss is where sums have another order and nothing else changes, in percent, over the seeds.
+
+    Trainings that differ in the last bit go apart, so that none can be told from what changes as much.
+    """
+    return spread(percent_above(runs, model, REORDERED, NONE))
+
+
+def percent_above_none_over_steps(runs: Sequence[RunResult], model: str, arm: str) -> dict[int, Figure]:
+    """As ``percent_above_none``, at every evaluation."""
+    mine, others = by_seed(runs, model, arm), by_seed(runs, model, NONE_OF.get(arm, NONE))
     curves = []
     for seed in sorted(mine.keys() & others.keys()):
         base = dict(others[seed]["validation"])
         curves.append({step: 100 * (loss / base[step] - 1) for step, loss in mine[seed]["validation"] if step in base})
     return _spreads(curves)
+
+
+def _bytes_over_none(runs: Sequence[RunResult], model: str, arm: str) -> list[float]:
+    mine, others = by_seed(runs, model, arm), by_seed(runs, model, NONE_OF.get(arm, NONE))
+    both = sorted(mine.keys() & others.keys())
+    pairs = [(mine[seed].get("final_bytes"), others[seed].get("final_bytes")) for seed in both]
+    return [sent / of_none for sent, of_none in pairs if sent and of_none]  # the study's first runs did not count them
 
 
 def _spreads(curves: Sequence[Mapping[int, float]]) -> dict[int, Figure]:
@@ -116,12 +140,13 @@ def _row(runs: Sequence[RunResult], model: str, arm: str) -> Row:
         arm=arm,
         seeds=tuple(sorted(mine)),
         loss=of(LOSS),
-        to_none=spread(percent_above(runs, model, arm, NONE)),
-        to_control=spread(percent_above(runs, model, arm, CONTROL)),
+        to_none=spread(percent_above_none(runs, model, arm)),
+        to_control=spread(() if arm in NONE_OF else percent_above(runs, model, arm, CONTROL)),
         with_tokens=spread(with_tokens),
         with_tokens_to_none=spread(of_tokens(NONE)),
         seeds_with_tokens=len(with_tokens),
         rate=of("final_rate"),
+        bytes=spread(_bytes_over_none(runs, model, arm)),
         residual=of("final_residual"),
         seconds=of("seconds_per_step"),
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_scmoe.contracts import TransferName
+
 NUM_EXPERTS = 4
 NUM_LAYERS = 4
 SEQ_LENGTH = 256
@@ -58,12 +60,24 @@ def uncompensated(hashes: int, *, refined: bool = False) -> str:
 
 NONE, CONTROL, PAPER = "none", "control", compensated(6)
 COMPRESSED_CONTROL = "control lsh q6"
+REORDERED = "none 2 chunks"
+"""Tokens in two chunks: the same sums in another order, so what it differs from none by is what rounding alone does."""
+NONE_TWO_RANKS, UNIQUE, UNIQUE_FP8 = "none 2 ranks", "unique 2 ranks", "unique fp8 2 ranks"
+"""On two ranks, which share the experts: on one there is no rank that a token travels to twice."""
 SHORTER = {share: f"none {share:g}x steps" for share in (0.25, 0.5, 0.75)}
 """Without a codec, by part of the steps: what such a training would be ended at, where a codec saves time."""
-UNCOMPRESSED = (NONE, *SHORTER.values(), CONTROL)
+UNCOMPRESSED = (NONE, *SHORTER.values(), REORDERED, CONTROL, NONE_TWO_RANKS, UNIQUE, UNIQUE_FP8)
+"""What is evaluated once, as it was trained."""
+_UNIQUE = ("--a2a-unique", "rank")
+_FP8 = ("--a2a-codec", "fp8")
 _LLOYD = ("--lsh-refinement", "lloyd")
 COMPARED_HASHES = (4, 6)
 """Of the arms that are there with the paper's compensation and without, and those with refined clusters and without."""
+BF16, FP8, FP8_ALL = "bf16", "fp8", "fp8 four transfers"
+ROUNDING = (BF16, FP8, FP8_ALL)
+"""Every row travels, in fewer bits."""
+PACKAGE = "package"
+"""The cargo of an arm that trains what the package's flags say and replaces nothing."""
 HELD_RATE = 0.2
 HELD = f"lsh q12 at {HELD_RATE:g}"
 HELD_UNCOMPENSATED = f"{HELD} no compensation"
@@ -82,17 +96,30 @@ class Arm:
         cargo: key of ``train.CARGOES``.
         flags: of the codec.
         share: of the study's steps that it trains, with the whole schedule of learning rates in them.
+        ranks: that share the experts and the sequences of a step.
+        topk: experts that a token has at least, in the models for which the arm is one.
     """
 
     name: str
     cargo: str
     flags: tuple[str, ...] = ()
     share: float = 1.0
+    ranks: int = 1
+    topk: int = 1
 
     @property
     def compresses(self) -> bool:
-        """Whether centroids travel."""
+        """Whether rows stand for tokens, or are not as tokens are: these are evaluated without that, too."""
         return self.cargo.startswith("codec")
+
+    @property
+    def is_of_lsh(self) -> bool:
+        """Whether its codec is LSH-MoE, or would be, had train.py not put tokens in the place of what that carries."""
+        return not {"--a2a-codec", "--a2a-unique"}.intersection(self.flags)
+
+    def fits(self, model: str) -> bool:
+        """Whether there is such a training of a model."""
+        return self.topk <= MODELS[model].topk
 
 
 def all_arms() -> list[Arm]:
@@ -101,7 +128,13 @@ def all_arms() -> list[Arm]:
     The compressed control is E(c) + x: the path that compensation adds, for the token and not for its residual alone.
     """
     arms = [Arm(NONE, "tokens"), *(Arm(name, "tokens", share=share) for share, name in SHORTER.items())]
+    arms.append(Arm(REORDERED, "tokens", ("--overlap-chunks", "2")))
     arms.append(Arm(CONTROL, "tokens-plus-input"))
+    arms.append(Arm(NONE_TWO_RANKS, "tokens", ranks=2))
+    for name, flags in ((UNIQUE, _UNIQUE), (UNIQUE_FP8, (*_UNIQUE, *_FP8))):
+        arms.append(Arm(name, PACKAGE, flags, ranks=2, topk=2))
+    arms += [Arm(BF16, "codec", ("--a2a-codec", "bf16")), Arm(FP8, "codec", _FP8)]
+    arms.append(Arm(FP8_ALL, "codec", (*_FP8, "--fp8-transfers", *TransferName)))
     arms += [_lsh(compensated(hashes), hashes) for hashes in (2, 4, 6, 8, 10)]
     arms += [_lsh(uncompensated(hashes), hashes, compensation="none") for hashes in COMPARED_HASHES]
     arms.append(_lsh("lsh q6 lowrank", 6, compensation="lowrank"))
@@ -185,9 +218,11 @@ _FLAGS = """
 --adam-beta2 0.95 --clip-grad 1.0 --split 95,5,0 --num-workers 0 --tokenizer-type SentencePieceTokenizer
 --transformer-impl local --distributed-backend gloo --no-create-attention-mask-in-dataloader --no-persist-layer-norm
 --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-rope-fusion --no-bias-swiglu-fusion
---no-bias-dropout-fusion --log-timers-to-tensorboard --a2a-codec lsh --lsh-evaluation centroids
+--no-bias-dropout-fusion --log-timers-to-tensorboard
 """
-"""Of every run. Evaluation is as in training; ``train.py`` evaluates with tokens as well."""
+"""Of every run."""
+_LSH = ("--a2a-codec", "lsh", "--lsh-evaluation", "centroids")
+"""They put our layers in the stock models, too. Evaluation is as in training; ``train.py`` adds one with tokens."""
 
 
 def run_flags(run: Run, settings: Settings, folder: Path, data: Path) -> list[str]:
@@ -199,7 +234,7 @@ def run_flags(run: Run, settings: Settings, folder: Path, data: Path) -> list[st
     batch = settings.batch(run.model)
     values: Mapping[str, Any] = {
         "moe-router-topk": MODELS[run.model].topk,
-        "micro-batch-size": batch,
+        "micro-batch-size": batch // run.arm.ranks,
         "global-batch-size": batch,
         "train-iters": settings.iterations,
         "lr-warmup-iters": settings.iterations // 50,
@@ -212,7 +247,9 @@ def run_flags(run: Run, settings: Settings, folder: Path, data: Path) -> list[st
         "eval-iters": settings.eval_sequences // batch,
         "tensorboard-dir": folder / "tensorboard",
         "overlap-report": folder / "report",
-        "lsh-seed": run.seed,
+        "expert-model-parallel-size": run.arm.ranks,
     }
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    return [run.arm.cargo, *_FLAGS.format(**SIZES).split(), *flags, *MODELS[run.model].flags.split(), *run.arm.flags]
+    lsh = (*_LSH, "--lsh-seed", str(run.seed)) if run.arm.is_of_lsh else ()
+    all_flags = *_FLAGS.format(**SIZES).split(), *flags, *MODELS[run.model].flags.split(), *lsh, *run.arm.flags
+    return [run.arm.cargo, *all_flags]

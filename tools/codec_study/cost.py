@@ -13,6 +13,8 @@ from studies.figures import Figure, ranged
 FILE = "encoding.json"
 COMPENSATED = ("encode", "compensate")
 """All that the codec does to rows with the paper's compensation."""
+FP8 = ("fp8",)
+"""All that fp8 does to rows in one transfer."""
 
 type Cost = Mapping[str, Any]
 """``seconds``, a list for each part; ``rows``, ``hidden``, ``rate`` (part of the rows that is left); when and where."""
@@ -32,6 +34,11 @@ def read(folder: Path) -> Cost | None:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it holds no measurement: {error!r}") from error
     return cost
+
+
+def measures(cost: Cost, *parts: str) -> bool:
+    """Whether the parts were timed: a measurement may be older than a codec."""
+    return set(parts) <= cost["seconds"].keys()
 
 
 def share(cost: Cost, *parts: str) -> Figure:

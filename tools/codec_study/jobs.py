@@ -1,4 +1,4 @@
-"""Many trainings on the cores of one machine: each a child process on one core, which leaves a folder behind.
+"""Many trainings on the cores of one machine: each a child process, a core for each rank, which leaves a folder behind.
 
 A run is done when its folder has result.json, which is written last and whole; a folder without it is begun anew.
 """
@@ -35,7 +35,11 @@ def training_command(settings: Settings, data: Path) -> Command:
     """The command that trains a run into a folder."""
 
     def command(run: Run, folder: Path) -> Sequence[str]:
-        return [sys.executable, "-m", "codec_study.train", *run_flags(run, settings, folder, data)]
+        training = ["codec_study.train", *run_flags(run, settings, folder, data)]
+        if run.arm.ranks > 1:
+            launcher = ["codec_study.ranks", "--standalone", "--local-addr", "127.0.0.1"]
+            training = [*launcher, "--nproc-per-node", str(run.arm.ranks), "-m", *training]
+        return [sys.executable, "-m", *training]
 
     return command
 
@@ -44,7 +48,7 @@ def training_command(settings: Settings, data: Path) -> Command:
 class _Child:
     run: Run
     folder: Path
-    core: int
+    cores: list[int]
     process: subprocess.Popen[bytes]
     began_s: float
 
@@ -56,7 +60,7 @@ class Jobs:
         folder: of all runs.
         settings: that they share.
         command: that trains one.
-        commit: of the code that trains them; goes into their results.
+        origin: what their results say of the code and the machine that train them.
         say: prints a line.
     """
 
@@ -66,11 +70,11 @@ class Jobs:
         settings: Settings,
         command: Command,
         *,
-        commit: dict[str, Any],
+        origin: dict[str, Any],
         say: Callable[[str], None] = print,
     ) -> None:
         self._folder, self._settings, self._command = folder, settings, command
-        self._commit, self._say = commit, say
+        self._origin, self._say = origin, say
         self._children: list[_Child] = []
         self._began_s = self._said_s = time.monotonic()
         self._done_here = 0.0
@@ -81,7 +85,7 @@ class Jobs:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def train(self, runs: Sequence[Run], at_once: int) -> list[Run]:
-        """Train what is not done yet, ``at_once`` runs at a time; returns those that failed.
+        """Train what is not done yet, ``at_once`` ranks at a time; returns those that failed.
 
         KeyboardInterrupt ends the children and is raised again.
         """
@@ -92,10 +96,10 @@ class Jobs:
         cores = sorted(os.sched_getaffinity(0))
         try:
             while waiting or self._children:
-                while waiting and len(self._children) < at_once:
-                    # The core with the fewest children, the first one of those.
-                    busy = [child.core for child in self._children]
-                    self._start(waiting.pop(0), min(cores, key=busy.count))
+                while waiting and self._has_room(waiting[0], at_once):
+                    # The cores with the fewest ranks, the first ones of those.
+                    run, busy = waiting.pop(0), [core for child in self._children for core in child.cores]
+                    self._start(run, sorted(cores, key=busy.count)[: run.arm.ranks])
                 for child in [child for child in self._children if child.process.poll() is not None]:
                     self._children.remove(child)
                     num_done += self._finish(child, failed)
@@ -107,7 +111,12 @@ class Jobs:
             self._end_children()
         return failed
 
-    def _start(self, run: Run, core: int) -> None:
+    def _has_room(self, run: Run, at_once: int) -> bool:
+        """Whether a run can start: one of more ranks than may run waits until nothing else does."""
+        ranks = sum(child.run.arm.ranks for child in self._children)
+        return not self._children or ranks + run.arm.ranks <= at_once
+
+    def _start(self, run: Run, cores: list[int]) -> None:
         folder = self._folder / run.name
         shutil.rmtree(folder, ignore_errors=True)  # what a run that was killed has left
         folder.mkdir(parents=True)
@@ -131,9 +140,9 @@ class Jobs:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a ^C of the terminal reaches this process alone, which ends its children
             )
-        self._children.append(_Child(run, folder, core, process, time.monotonic()))
+        self._children.append(_Child(run, folder, cores, process, time.monotonic()))
         with suppress(ProcessLookupError):  # it ended at once
-            os.sched_setaffinity(process.pid, {core})
+            os.sched_setaffinity(process.pid, cores)
 
     def _finish(self, child: _Child, failed: list[Run]) -> bool:
         """Write the result of a child that ended, or say why there is none."""
@@ -142,7 +151,7 @@ class Jobs:
         if not problem:
             try:
                 wall_s = time.monotonic() - child.began_s
-                result = {**read_run(child.run, self._settings, child.folder), **self._commit, "wall_s": wall_s}
+                result = {**read_run(child.run, self._settings, child.folder), **self._origin, "wall_s": wall_s}
                 atomic.write_text(child.folder / RESULT, json.dumps(result) + "\n")
             except (OSError, ValueError, KeyError) as error:
                 problem = f"it ended well, but what it recorded cannot be read: {error!r}"
@@ -155,8 +164,8 @@ class Jobs:
         return True
 
     def _sequences(self, run: Run) -> int:
-        """That a run trains on."""
-        return self._settings.batch(run.model) * self._settings.of(run.arm).iterations
+        """That a run trains on, as often as it has ranks, which take as many cores."""
+        return run.arm.ranks * self._settings.batch(run.model) * self._settings.of(run.arm).iterations
 
     def _say_progress(self, num_done: int, total: int, waiting: Sequence[Run]) -> None:
         """How far it is, and how long the rest will take: by what this call has done, in sequences."""
@@ -164,7 +173,7 @@ class Jobs:
         running, words = 0.0, []
         for child in self._children:
             step = steps_done(child.folder)
-            running += self._settings.batch(child.run.model) * step
+            running += child.run.arm.ranks * self._settings.batch(child.run.model) * step
             words.append(f"{child.run.name} at step {step}")
         done = self._done_here + running
         left = sum(self._sequences(run) for run in [*waiting, *(child.run for child in self._children)]) - running

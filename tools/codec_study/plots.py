@@ -20,6 +20,13 @@ from codec_study.wall_time import StepTimes
 COLOURS = {
     NONE: "#111111",
     **dict(zip(SHORTER.values(), ("#c4c4c4", "#9a9a9a", "#5c5c5c"), strict=True)),
+    "none 2 chunks": "#a88f5a",
+    "none 2 ranks": "#777777",
+    "unique 2 ranks": "#0f8a8a",
+    "unique fp8 2 ranks": "#f4978e",
+    "bf16": "#d9b310",
+    "fp8": "#e2711d",
+    "fp8 four transfers": "#9d0208",
     "control": "#3a8f4d",
     "lsh q2": "#c6dbef",
     "lsh q4": "#8fc0e3",
@@ -64,7 +71,7 @@ def over_time(runs: Sequence[RunResult], times: StepTimes) -> str:
 def differences(runs: Sequence[RunResult]) -> str:
     """How much higher the validation loss is than that of none, over the steps."""
     labels = ("step", f"validation loss above {NONE}", "differences")
-    return _lines(runs, partial(analysis.percent_above_over_steps, runs, against=NONE), labels, percent=True)
+    return _lines(runs, partial(analysis.percent_above_none_over_steps, runs), labels, percent=True)
 
 
 def rates(runs: Sequence[RunResult]) -> str:

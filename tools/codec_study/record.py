@@ -27,7 +27,8 @@ def read_run(run: Run, settings: Settings, folder: Path) -> dict[str, Any]:
 
     The validation loss of a step is the mean of all evaluations at it: Megatron makes another one, of other sequences,
     when training is over. The loss of tokens is that of the last step with tokens in the place of centroids. A rate is
-    that of both MoE layers, rows sent over rows routed. The settings are those of the study.
+    that of both MoE layers, rows sent over rows routed; bytes are what the first rank sends to others in a step. The
+    settings are those of the study.
 
     Raises:
         ValueError, KeyError, OSError: where something is missing.
@@ -43,6 +44,7 @@ def read_run(run: Run, settings: Settings, folder: Path) -> dict[str, Any]:
     groups = [(line["iteration"], line["groups"]) for line in lines if line["groups"]]
     rate = [(step, fmean(row["sent_rate"] for row in rows)) for step, rows in groups]
     residual = [(step, fmean(row["residual"] for row in rows)) for step, rows in groups]
+    sent_bytes = [(step, sum(row["sent_bytes"] for row in rows)) for step, rows in groups]
     return {
         "model": run.model,
         "arm": run.arm.name,
@@ -56,6 +58,7 @@ def read_run(run: Run, settings: Settings, folder: Path) -> dict[str, Any]:
         "final_validation_of_tokens": scalars[TOKENS_LOSS][-1][1] if run.arm.compresses else validation[-1][1],
         "final_rate": _final(rate, settings.iterations),
         "final_residual": _final(residual, settings.iterations),
+        "final_bytes": _final(sent_bytes, settings.iterations),
         "seconds_per_step": median(value for _, value in scalars["iteration-time"]),
     }
 

@@ -33,10 +33,11 @@ def write_results(study: Path, result: Mapping[str, Any]) -> None:
 def csv_row(result: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
     """One run; its differences are those to the same seed of none and of the control, where these were trained."""
     above = {}
-    for against in (NONE, CONTROL):
+    control = "" if run["arm"] in analysis.NONE_OF else CONTROL
+    for name, against in ((NONE, analysis.NONE_OF.get(run["arm"], NONE)), (CONTROL, control)):
         twins = [one for one in result["runs"] if (one["arm"], one["seed"]) == (against, run["seed"])]
         found = analysis.percent_above([run, *twins], run["model"], run["arm"], against)
-        above[f"percent_above_{against}"] = found[0] if found else None
+        above[f"percent_above_{name}"] = found[0] if found else None
     names = ("model", "arm", "seed", "final_validation", "final_rate", "final_residual", "seconds_per_step")
     steps, _ = run["validation"][-1]
     return {
@@ -94,7 +95,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def _shared(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "meta": words.machine(result["meta"]),
+        "meta": {**words.machine(result["meta"]), "processors": words.processors(result["runs"])},
         "goals": goals.lines(result),
         "encoding": cost.described(result["encoding"]) if result["encoding"] else "",
         "rows": analysis.rows(result["runs"]),

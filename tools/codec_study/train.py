@@ -23,6 +23,7 @@ if __name__ == "__main__":  # before the slow imports: nobody reads what a study
 from torch import Tensor
 
 import pretrain_gpt_scmoe  # before anything that imports Megatron
+from codec_study.arms import PACKAGE
 from codec_study.record import TOKENS_LOSS
 from megatron_scmoe.codec.maker import CargoMaker
 from megatron_scmoe.contracts import Cargo
@@ -77,6 +78,7 @@ def plus_input(make: MakeCargo) -> MakeCargo:
 
 CODEC, TOKENS = "codec", "tokens"
 CARGOES: dict[str, MakeCargo] = {
+    PACKAGE: CargoMaker.cargo,
     CODEC: CargoMaker.cargo,
     TOKENS: tokens,
     f"{CODEC}-plus-input": plus_input(CargoMaker.cargo),

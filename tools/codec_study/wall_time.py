@@ -24,7 +24,7 @@ from studies.figures import Figure, spread
 
 from codec_study import analysis, words
 from codec_study.analysis import RunResult
-from codec_study.arms import NONE, SHORTER, UNCOMPRESSED
+from codec_study.arms import CONTROL, NONE, ROUNDING, SHORTER, UNCOMPRESSED
 
 SHARE = 0.45
 """The all-to-all's part of the whole step of top-2, at which training is compared."""
@@ -58,8 +58,10 @@ class StepTimes:
         if names is None or not all(name in self.steps for name in names):
             return None
         all_rows, part = (self.steps[name] for name in names)
-        if run["arm"] in UNCOMPRESSED:
+        if run["arm"] in (NONE, *SHORTER.values(), CONTROL):
             return all_rows
+        if run["arm"] in (*UNCOMPRESSED, *ROUNDING):
+            return None
         rate = fmean(rate for _, rate in run["rate"])  # it rises as the model learns
         return part + (all_rows - part) * (rate - self.rates[names[1]]) / (1 - self.rates[names[1]])
 
@@ -139,7 +141,7 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     runs = result["runs"]
     texts = []
     for model in analysis.models_of(runs):
-        arms = [arm for arm in analysis.arms_of(runs, model) if arm not in UNCOMPRESSED]
+        arms = [arm for arm in analysis.arms_of(runs, model) if arm not in (*UNCOMPRESSED, *ROUNDING)]
         kinds = {analysis.LOSS: "as trained", analysis.TOKENS_LOSS: "with tokens (the seeds that were)"}
         for loss, evaluated in kinds.items():
             found = {arm: percent_above_none(runs, times, model, arm, loss) for arm in arms}

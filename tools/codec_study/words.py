@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from studies import report
@@ -13,6 +14,7 @@ from codec_study.analysis import Row
 WRITE: dict[str, Callable[[float], str]] = {
     "loss": "{:.4f}".format,
     "percent": "{:+.2f}%".format,
+    "fine percent": "{:.5f}%".format,
     "rate": "{:.3f}".format,
     "share": "{:.2%}".format,
     "seconds": "{:.3f}".format,
@@ -20,7 +22,7 @@ WRITE: dict[str, Callable[[float], str]] = {
 """By unit."""
 
 HEADINGS = (
-    *("validation loss", "above none", "above the control", "rows sent", "residual"),
+    *("validation loss", "above none", "above the control", "rows sent", "bytes", "residual"),
     *("evaluated with tokens", "that above none", "s/step"),
 )
 """Of ``cells``."""
@@ -41,11 +43,18 @@ def cells(row: Row) -> tuple[str, ...]:
         figure(row.to_none, "percent"),
         figure(row.to_control, "percent"),
         figure(row.rate, "rate"),
+        figure(row.bytes, "rate"),
         figure(row.residual, "rate"),
         figure(row.with_tokens, "percent") + few,
         figure(row.with_tokens_to_none, "percent") + few,
         figure(row.seconds, "seconds"),
     )
+
+
+def processors(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Which ones the runs were trained on: on one of another kind the same training may round otherwise."""
+    counted = Counter(run.get("processor", "not noted") for run in runs)
+    return "; ".join(f"{name} ({number} runs)" for name, number in counted.items())
 
 
 def machine(meta: Mapping[str, Any]) -> dict[str, str]:

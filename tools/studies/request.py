@@ -5,14 +5,31 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import atomic
 from command_line import Parser
 from rich.console import Console
 
 from studies.report import REPORT
+
+
+class Section(NamedTuple):
+    """What a flag has written into a document.
+
+    Attributes:
+        flag: that names the document.
+        path: of it; None where the flag was not given.
+        marks: between which the section stands there.
+        made: the section, from the result.
+    """
+
+    flag: str
+    path: Path | None
+    marks: tuple[str, str]
+    made: Callable[[Any], str]
 
 
 class StudyParser(Parser):
@@ -32,7 +49,7 @@ class StudyParser(Parser):
 
     def check_measuring(self, args: argparse.Namespace, packages: Sequence[str], *, example: str) -> None:
         """Refuse what only ``--from`` has a use for, a missing ``--output``, and a machine without ``packages``."""
-        for flag in ("write_results", "step_times"):
+        for flag in ("write_results", "write_advice", "step_times"):
             if getattr(args, flag, None):
                 self.error(f"--{flag.replace('_', '-')} needs --from DIR, the folder of an earlier run")
         if args.output is None:
@@ -55,44 +72,49 @@ class StudyParser(Parser):
         args: argparse.Namespace,
         *,
         read: Callable[[Path], Any],
-        section: Callable[[Any], str],
-        marks: tuple[str, str],
+        sections: Sequence[Section],
         html: Callable[[Any], str],
         table: Callable[[Any, Console], object],
     ) -> None:
-        """Do what ``--from DIR`` and ``--write-results FILE`` ask of an earlier run, and print its tables.
+        """Do what ``--from DIR`` and flags that write into documents ask of an earlier run, and print its tables.
 
         Nothing is written where anything is refused. Raises OSError where writing fails all the same.
 
         Args:
-            args: with ``source`` and ``write_results``.
+            args: with ``source``.
             read: the result in a folder; raises OSError, ValueError or KeyError where there is none.
-            section: of a document, from the result.
-            marks: between which it stands there.
+            sections: to write; those of one document by one flag.
             html: the report, from the result.
             table: prints the result.
         """
         what, fix = f"--from {str(args.source)!a}", "name a folder of this tool's"
         result = self.read(what, lambda: read(args.source), fix)
         console = Console(highlight=False)
-        self._check_files({"--from": args.source / REPORT, "--write-results": args.write_results})
-        document = self._document(args.write_results, marks) if args.write_results else None
+        self._check_files({"--from": args.source / REPORT, **{one.flag: one.path for one in sections}})
+        wanted = [(one.path, one) for one in sections if one.path is not None]
+        for (path, one), (another, other) in combinations(wanted, 2):
+            if path.resolve() == another.resolve():
+                self.error(f"{str(path)!a}: {one.flag} and {other.flag} both write into it; name two files")
+        documents = [(path, one, *self._document(path, one)) for path, one in wanted]
         try:
             page = html(result)
-            between = f"{marks[0]}\n\n{section(result)}\n\n{marks[1]}" if document else ""
+            texts = {
+                path: f"{before}{one.marks[0]}\n\n{one.made(result)}\n\n{one.marks[1]}{behind}"
+                for path, one, before, behind in documents
+            }
             with console.capture() as printed:
                 table(result, console)
         except Exception as error:  # a file that is not this tool's can hold anything, of which drawing makes anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             self.error(f"{what} holds a result of which no report can be made ({reason!a}); {fix}")
-        if document:
-            atomic.write_text(args.write_results, document[0] + between + document[1])
+        for path, text in texts.items():
+            atomic.write_text(path, text)
         atomic.write_text(args.source / REPORT, page)
         print(printed.get(), end="")
 
-    def _document(self, path: Path, marks: tuple[str, str]) -> tuple[str, str]:
+    def _document(self, path: Path, section: Section) -> tuple[str, str]:
         """What of a document stays: before the first mark, and behind the second one."""
-        flag = f"--write-results {str(path)!a}"
+        flag, marks = f"{section.flag} {str(path)!a}", section.marks
         text = self.read(flag, lambda: path.read_text(encoding="utf-8"))
         begin, end = (text.find(mark) for mark in marks)
         if any(text.count(mark) != 1 for mark in marks) or begin > end:
