@@ -14,6 +14,7 @@ from megatron_scmoe.config.groups import Group, stages_of_pattern
 from megatron_scmoe.config.overlap import Overlap
 from megatron_scmoe.config.rules import ConfigError
 from megatron_scmoe.config.settings import ARCHITECTURE_FIELDS, CODEC_FIELDS, SUBJECTS, Resume, ScMoEConfig
+from megatron_scmoe.config.unique import expected_unique_share
 
 __all__ = [
     "ARCHITECTURE_FIELDS",
@@ -38,5 +39,6 @@ __all__ = [
     "ScMoEConfig",
     "Shortcut",
     "Unique",
+    "expected_unique_share",
     "stages_of_pattern",
 ]

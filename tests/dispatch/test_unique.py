@@ -31,8 +31,7 @@ from test_token_dispatcher import LAYOUTS, layout
 from torch import Tensor
 from training import ROOT
 
-sys.path.insert(0, str(ROOT / "tools"))
-from planning.unique import expected_unique_share
+from megatron_scmoe.config import expected_unique_share
 
 WIDTH = 5
 

@@ -10,10 +10,17 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_scmoe.config import ConfigError, Overlap, Position, Router, ScMoEConfig, Shortcut
+from megatron_scmoe.config import (
+    ConfigError,
+    Overlap,
+    Position,
+    Router,
+    ScMoEConfig,
+    Shortcut,
+    expected_unique_share,
+)
 from planning import reading
 from planning.hardware import Machine
-from planning.unique import expected_unique_share
 from planning.workload import Moe, Span, Workload
 
 RATE = 0.2
