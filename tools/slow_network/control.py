@@ -58,15 +58,15 @@ class Control:
             raise ControlError(answer["error"])
         return answer
 
-    def _told(self, line: str, name: str) -> Any:
+    def _told(self, line: str, name: str, kind: type) -> Any:
         answer = self.request(line)
-        if name not in answer:
+        if not isinstance(answer.get(name), kind):
             raise ControlError(f"no {name} from slow_link at {self.path} but {answer!a:.60}")
         return answer[name]
 
     def rate(self) -> str:
         """Return the rate of every link, such as 50mbit; where these differ, of each rank, with commas between."""
-        return self._told("rate", "rate")
+        return self._told("rate", "rate", str)
 
     def set_rate(self, rate: str, rank: int | None = None) -> None:
         """Give every link, or that of one rank, another rate, such as 100mbit, or 'unlimited'. Raises ControlError."""
@@ -74,7 +74,7 @@ class Control:
 
     def bytes_sent(self) -> list[int]:
         """Return how many bytes each rank has put on the wire so far."""
-        return self._told("bytes", "bytes_sent")
+        return self._told("bytes", "bytes_sent", list)
 
 
 class ControlServer:
