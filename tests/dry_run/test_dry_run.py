@@ -188,6 +188,14 @@ def test_the_command_prints_a_table(tmp_path):
     assert dry_run(flags, RANK="1").stdout == ""
 
 
+def test_rows_that_are_rounded_keep_nothing():
+    """The table is that of rows as they are, and says what it leaves out."""
+    plain, fp8 = (dry_run(with_flags(BASE, EP2, *more)) for more in ((), ("--a2a-codec fp8",)))
+    assert fp8.returncode == 0, fp8.stderr
+    *table, last = fp8.stdout.splitlines()
+    assert table == plain.stdout.splitlines() and "--a2a-codec fp8 makes smaller" in last
+
+
 def test_a_stock_model():
     """With what stands for Transformer Engine's attention in Core's own spec."""
     flags = with_flags([*BASE, *EP2.split()], "--shortcut none", "--moe-layer-freq [0,1]*2")

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +66,32 @@ def row(group: int, **changes: Any) -> GroupRow:
         "dropped_share": 0.0,
     }
     return GroupRow(group=group, **(values | changes))
+
+
+def test_bytes_by_transfer_by_hand():
+    """Of all passes and groups of the rank that sends most, in the order in which they fly; for a codec that rounds."""
+    passes = [
+        replace(
+            one_pass(4, backward=True, compute=(0, 6), communication=(2, 10), sent=30), sent_by=sent, plain_by=plain
+        )
+        for sent, plain in (
+            ({"combine-backward": 10, "dispatch-forward": 20}, {"combine-backward": 40, "dispatch-forward": 40}),
+            ({"dispatch-forward": 30}, {"dispatch-forward": 60}),
+        )
+    ]
+    (found,) = rows_of(passes, Recording(), {4: Plan(((1,),))})
+    assert list(found.sent_by.items()) == [("dispatch-forward", 50), ("combine-backward", 10)]
+    assert found.plain_by == {"dispatch-forward": 100, "combine-backward": 40}
+    less = row(0, sent_bytes=3, sent_by={"dispatch-forward": 3}, plain_by={"dispatch-forward": 3})
+    more = row(0, sent_bytes=2**20, sent_by={"dispatch-forward": 2**20}, plain_by={"dispatch-forward": 2**21})
+    nothing = row(0, sent_bytes=0, sent_by={"combine-forward": 0}, plain_by={"combine-forward": 0})
+    summary = summarize([[less], [more, nothing]])
+    fp8 = CodecConfig(a2a_codec=Codec.FP8)
+    assert summary.words(fp8).endswith(" dropped, dispatch-forward 1 MiB (50.0% of what it was), combine-forward 0 MiB")
+    assert summary.scalars(fp8)["sent_mib/dispatch-forward"] == summary.scalars(fp8)["sent_mib"] == 1
+    for other in (CodecConfig(), CodecConfig(a2a_codec=Codec.LSH)):
+        assert "MiB (" not in summary.words(other) and "sent_mib/dispatch-forward" not in summary.scalars(other)
+    assert "of the rows sent" not in summary.words(fp8) and "residual" not in summary.scalars(fp8)
 
 
 def test_rows_by_hand():

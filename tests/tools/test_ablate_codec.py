@@ -1293,7 +1293,7 @@ def test_cost_of_encoding(monkeypatch):
     for name, value in {"ROWS": 512, "HIDDEN": 64, "CENTRES": 10}.items():
         monkeypatch.setattr(encoding, name, value)
     measured = encoding.cost_of_encoding(repetitions=2)
-    assert measured["seconds"].keys() == COST["seconds"].keys() and COST.keys() <= measured.keys()
+    assert measured["seconds"].keys() == {*COST["seconds"], "fp8"} and COST.keys() <= measured.keys()
     assert all(len(values) == 2 and min(values) > 0 for values in measured["seconds"].values())
     assert 8 * 10 / 512 <= measured["rate"] < 0.5
     assert cost.described(COST) == (
@@ -1303,6 +1303,10 @@ def test_cost_of_encoding(monkeypatch):
         "back, of all of them 40 ms: 2.5% (1.0% to 3.0%); without gradients. Measured "
         "2026-01-02T03:04:05+00:00 with 0123abc on a CPU"
     )
+    mlp = COST["seconds"]["mlp"]
+    with_fp8 = {**COST, "seconds": {**COST["seconds"], "fp8": [0.02 * seconds for seconds in mlp]}}
+    assert "lloyd; one transfer in fp8, to codes and back, of all of them " in cost.described(with_fp8)
+    assert " ms: 2.0% (2.0% to 2.0%); without gradients" in cost.described(with_fp8)
 
 
 @pytest.fixture
