@@ -93,6 +93,11 @@ def check_request(args: argparse.Namespace) -> list[str]:
     missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]
     if "RANK" in os.environ and missing:
         raise UserError(f"RANK is set and {' and '.join(missing)} not; start it with torchrun, or unset RANK")
+    if "RANK" in os.environ:
+        place = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+        if not all(one.isascii() and one.isdigit() for one in place) or int(place[0]) >= int(place[2]):
+            words = "RANK {!a}, LOCAL_RANK {!a} and WORLD_SIZE {!a} are no place in a job".format(*place)
+            raise UserError(f"{words}; start it with torchrun, or unset RANK")
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" not in os.environ and tasks != "1":
         raise UserError(
