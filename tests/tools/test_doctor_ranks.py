@@ -306,6 +306,29 @@ def test_under_torchrun_with_flags(tmp_path):
     assert not (tmp_path / "save").exists() and list(tmp_path.iterdir()) == [tmp_path / "x"]
 
 
+def test_flags_with_virtual_stages_are_examined():
+    flags = with_flags(
+        SCMOE,
+        "--num-layers 8",
+        "--moe-every 2",
+        "--eval-iters 0",
+        "--pipeline-model-parallel-size 2",
+        "--num-virtual-stages-per-pipeline-rank 2",
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", TOOL]
+    done = subprocess.run(
+        [*map(str, command), "--only", "flags,groups,step", "--", *flags],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pretrain_gpt_scmoe.py takes them" in done.stdout and "groups of 2 ranks (pipeline 2)" in done.stdout
+    assert "on every rank; there are no replicas" in done.stdout
+
+
 @pytest.mark.alone
 def test_the_slow_one_of_four_links_is_named(tmp_path):
     """A link of a tenth of the others' rate."""
