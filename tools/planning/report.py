@@ -161,7 +161,8 @@ def tables(found: Mapping[str, Any]) -> list[tuple[str, Sequence[str], list[Sequ
     step = (
         f"A step: {_ms(found['step_s'])} ms, {_rate(found['tokens_per_s'])} tokens/s and "
         f"{_rate(found['model_flops'] / 1e12)} TFLOP/s of a GPU. Communication is "
-        f"{sent_s / found['step_s']:.1%} of it, {exposed_s / found['step_s']:.1%} exposed; the all-to-all {found['a2a_share']:.1%}"
+        f"{sent_s / found['step_s']:.1%} of it, {exposed_s / found['step_s']:.1%} exposed; "
+        f"the all-to-all {found['a2a_share']:.1%}"
     )
     parts = [(name, _ms(seconds), f"{seconds / found['step_s']:.1%}") for name, seconds in found["parts"].items()]
     made: list[tuple[str, Sequence[str], list[Sequence[str]]]] = [
