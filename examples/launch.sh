@@ -168,6 +168,7 @@ if [[ ${DOCTOR:-0} != 0 ]]; then
   read -ra options <<<"${DOCTOR_OPTIONS:-}"
   script=("$root/tools/doctor.py" "${options[@]}" --)
 fi
+# -- ahead of the script: torchrun would take away the first one behind it, which is the doctor's
 exec torchrun --nnodes "$nodes" --node-rank "$node_rank" --nproc-per-node "$gpus" \
   --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-29500}" \
-  --max-restarts "${RESTARTS:-0}" --shutdown-timeout "${STOP_WITHIN:-240}" "${script[@]}" "${words[@]}"
+  --max-restarts "${RESTARTS:-0}" --shutdown-timeout "${STOP_WITHIN:-240}" -- "${script[@]}" "${words[@]}"

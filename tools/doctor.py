@@ -35,13 +35,13 @@ examples:
   tools/doctor.py
 
   # all ranks of a node, and the flags that they are to train with
-  torchrun --nproc-per-node 8 tools/doctor.py -- <flags of pretrain_gpt_scmoe.py>
+  torchrun --nproc-per-node 8 -- tools/doctor.py -- <flags of pretrain_gpt_scmoe.py>
 
   # a recipe, on all of its nodes, started as the training will be (by hand, or under Slurm)
   DOCTOR=1 DATA=/data/corpus SAVE=/checkpoints/8b sbatch --nodes 8 examples/slurm.sbatch scmoe-8b
 
   # which link is slow?
-  torchrun ... tools/doctor.py --only network --network-seconds 60 --json network.json
+  torchrun ... -- tools/doctor.py --only network --network-seconds 60 --json network.json
 
 without a GPU:
   The same checks run on gloo ranks. What there is no GPU for is told as 'not tried', and why; it is never 'ok'.
@@ -61,6 +61,10 @@ what it leaves behind:
 exit codes: 0 ready, as far as was tried; 1 problems, a rank that failed among them; 2 bad request, and 3 a rank that
 ended before all had met (torchrun turns both into 1); 130 / 143 stopped by ^C / SIGTERM.
 """
+
+FLAGS_BEHIND = """\
+flags of pretrain_gpt_scmoe.py stand behind --; torchrun takes away the first --, so give it one: \
+torchrun ... -- tools/doctor.py -- FLAGS"""
 
 
 def make_parser() -> Parser:
@@ -89,6 +93,11 @@ def check_request(args: argparse.Namespace) -> list[str]:
     missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]
     if "RANK" in os.environ and missing:
         raise UserError(f"RANK is set and {' and '.join(missing)} not; start it with torchrun, or unset RANK")
+    if "RANK" in os.environ:
+        place = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+        if not all(one.isascii() and one.isdigit() for one in place) or int(place[0]) >= int(place[2]):
+            words = "RANK {!a}, LOCAL_RANK {!a} and WORLD_SIZE {!a} are no place in a job".format(*place)
+            raise UserError(f"{words}; start it with torchrun, or unset RANK")
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" not in os.environ and tasks != "1":
         raise UserError(
@@ -118,7 +127,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     cut = argv.index("--") if "--" in argv else len(argv)
-    args = make_parser().parse_args(argv[:cut])
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(argv[:cut])
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)[:80]}; {FLAGS_BEHIND}")
     return exit_code("doctor.py", lambda: run(args, argv[cut + 1 :] if cut < len(argv) else None))
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-import psutil
 import torch.distributed as dist
 
+from megatron_scmoe.job import neighbours
 from megatron_scmoe.mcore.nodes import boot
 
 BEAT_S = 3.0
@@ -30,7 +30,6 @@ ASKED_AGAIN_S = 15.0
 """Between two looks at all ranks where a step takes too long: several signs of life."""
 PATIENCE = 10.0
 _BEAT = "beat/"
-_SILENT_STATES = {psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}  # one that is debugged speaks again
 
 
 @dataclass(frozen=True)
@@ -99,12 +98,7 @@ def this_machine() -> str:
 
 def _cannot_speak(beat: Beat) -> bool:
     """Whether the rank's process can be seen from here, and is stopped or gone."""
-    if beat.machine != this_machine():
-        return False
-    try:
-        return psutil.Process(beat.pid).status() in _SILENT_STATES
-    except psutil.NoSuchProcess:
-        return True
+    return beat.machine == this_machine() and neighbours.cannot_speak(beat.pid)
 
 
 def heard(store: dist.Store, rank: int) -> Beat | None:

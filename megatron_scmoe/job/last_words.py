@@ -138,8 +138,10 @@ def describe(error: BaseException) -> str:
 
 
 def say_once(line: str) -> None:
-    """Let one rank of each machine print why it ends, before any of them does."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """Let one rank of each machine, the first that can, print why it ends before any of them does."""
+    from megatron_scmoe.job import neighbours  # noqa: PLC0415 - psutil, which few need
+
+    if neighbours.is_spokesman():
         print(f"{_OWN.script}: {line}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)  # torchrun ends all processes as soon as one has: let the one that prints be the first

@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
+import queue
+import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,6 +18,9 @@ import torch.distributed as dist
 from megatron_scmoe.config import ConfigError
 from megatron_scmoe.job import last_words, roll_call
 from megatron_scmoe.mcore.job_store import job_store
+
+ANSWERS_WITHIN_S = 10.0
+"""How much later than torch's constructor, which has more to say, a rank gives up reaching the store."""
 
 
 class Meeting:
@@ -43,7 +50,7 @@ class Meeting:
         Raises:
             ConfigError: where the others cannot be reached, do not come, or refuse to start.
         """
-        store = job_store(self._args)
+        store = _reached(lambda: job_store(self._args), self.limit_s, self.limit)
         with store_lives():
             place = roll_call.answered(store, self.rank, self.world_size, self.limit_s, self.limit)
             return dist.PrefixStore(place, store)
@@ -90,6 +97,40 @@ class Meeting:
             f"rank 0 decides for all: it has not said within {self.limit} what follows for '{name}'; "
             "see what it printed"
         )
+
+
+def _reached(reach: Callable[[], dist.Store], limit_s: float, limit: str) -> dist.Store:
+    """The store that ``reach`` returns, in a time with an end, and not in silence.
+
+    Torch's constructor has a limit for its attempts, but none for an answer: where another program listens, or the
+    first node is frozen, it would wait for ever, and ^C with it. So it runs in a thread, which may be left behind.
+
+    Raises:
+        ConfigError: where it takes longer, and what ``reach`` raises.
+    """
+    found: queue.SimpleQueue[dist.Store | Exception] = queue.SimpleQueue()
+
+    def put() -> None:
+        try:
+            found.put(reach())
+        except Exception as error:  # raised again by who waits
+            found.put(error)
+
+    where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    threading.Thread(target=put, name="store", daemon=True).start()
+    began_s = time.monotonic()
+    until_s = began_s + limit_s + ANSWERS_WITHIN_S
+    while (left_s := until_s - time.monotonic()) > 0:
+        with contextlib.suppress(queue.Empty):
+            answer = found.get(timeout=min(roll_call.SAY_EVERY_S, left_s))
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        print(f" > waiting for the job's store at {where} for {time.monotonic() - began_s:.0f} s", flush=True)
+    raise ConfigError(
+        f"ranks find one another at MASTER_ADDR:MASTER_PORT: what listens at {where} has not answered within {limit}; "
+        "see whether rank 0 runs there, and whether something else has the port"
+    )
 
 
 @contextlib.contextmanager

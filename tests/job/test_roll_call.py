@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -260,3 +262,62 @@ def test_where_no_store_is_a_rank_ends_all_the_same():
     began_s = time.monotonic()
     assert rank_that_ends("import sys; sys.exit(4)", port=1) == 4
     assert time.monotonic() - began_s < 60
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
+
+
+def test_what_listens_and_never_answers_is_waited_for_aloud_and_not_for_ever(monkeypatch, capsys):
+    """As where the first node is frozen: torch's own constructor has no limit for an answer."""
+    monkeypatch.setattr(roll_call, "SAY_EVERY_S", 0.2)
+    monkeypatch.setattr(meeting, "ANSWERS_WITHIN_S", 0.3)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", f"{port}")
+        began_s = time.monotonic()
+        with pytest.raises(ConfigError, match=f"what listens at localhost:{port} has not answered within 2 s; see"):
+            Meeting(Namespace(rank=1, world_size=2, distributed_timeout_minutes=0.01), limit="2 s").store  # noqa: B018
+    assert time.monotonic() - began_s < 20
+    assert f" > waiting for the job's store at localhost:{port} for 0 s" in capsys.readouterr().out
+
+
+def test_what_the_store_says_is_not_lost():
+    def fails() -> dist.Store:
+        raise ConfigError("no such node; give another")
+
+    with pytest.raises(ConfigError, match="no such node; give another"):
+        meeting._reached(fails, 5.0, "5 s")
+    store = dist.HashStore()
+    assert meeting._reached(lambda: store, 5.0, "5 s") is store
+
+
+# --- who speaks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first_rank", "number", "speaks"),
+    [
+        ({"LOCAL_RANK": "0"}, None, False),
+        ({"LOCAL_RANK": "0"}, signal.SIGSTOP, True),
+        ({"LOCAL_RANK": "0"}, signal.SIGKILL, True),
+        ({"LOCAL_RANK": "2"}, None, True),
+        ({"LOCAL_RANK": "0", "MASTER_PORT": "2"}, None, True),  # another job's
+    ],
+)
+def test_the_first_rank_of_a_machine_that_can_speak_does(first_rank, number, speaks):
+    job = os.environ | {"MASTER_ADDR": "node0", "MASTER_PORT": "1", "WORLD_SIZE": "3"}
+    ask = "from megatron_scmoe.job import neighbours; print(neighbours.is_spokesman())"
+    first = subprocess.Popen(["sleep", "60"], env=job | first_rank)
+    try:
+        if number is not None:
+            first.send_signal(number)
+            time.sleep(0.2)
+        second = subprocess.run(
+            [sys.executable, "-c", ask], env=job | {"LOCAL_RANK": "1"}, capture_output=True, text=True, check=True
+        )
+    finally:
+        first.kill()
+        first.wait()
+    assert second.stdout == f"{speaks}\n"

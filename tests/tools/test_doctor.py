@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -62,7 +63,10 @@ def fake(path: Path, text: str) -> None:
         ("--json /nowhere/x.json", "--json '/nowhere/x.json' cannot be written: /nowhere is no folder"),
         ("--json /tmp", "it is a folder"),
         ("--bogus", "unrecognized arguments: --bogus"),
-        ("--lr 1", "unrecognized arguments: --lr 1"),
+        (
+            "--lr 1",
+            "unrecognized arguments: --lr 1; flags of pretrain_gpt_scmoe.py stand behind --; torchrun takes away",
+        ),
     ],
 )
 def test_bad_requests_are_refused_in_one_line(capsys, monkeypatch, words, expected):
@@ -224,6 +228,9 @@ def test_a_right_environment_is_explained(clean):
         ({"TORCH_DISTRIBUTED_DEBUG": "detail"}, ["is 'detail'", "compare each collective", "unset it"]),
         ({"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}, ["wait for it for ever", "unset it"]),
         ({"NCCL_P2P_DISABLE": "1"}, ["without NVLink", "unset it"]),
+        ({"NCCL_P2P_LEVEL": "LOC"}, ["is 'LOC'", "without NVLink", "unset it"]),
+        ({"NCCL_IB_HCA": "mlx5_99:1"}, ["is 'mlx5_99:1'", "no InfiniBand adapter of this machine", "ibstat"]),
+        ({"NCCL_BLOCKING_WAIT": "1"}, ["stands still in each wait", "unset it"]),
         ({"NCCL_SHM_DISABLE": "1"}, ["speak by the network", "unset it"]),
         ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, ["each allocation waits", "unset it"]),
         ({"OMP_NUM_THREADS": "all"}, ["is 'all'", "no number of threads", "cores / ranks"]),
@@ -246,6 +253,36 @@ def test_timing_in_one_queue_and_unused_adapters_are_named(clean):
     assert "TORCH_NCCL_ENABLE_TIMING is '1'" in timing and "143890" in timing
     assert "NCCL_IB_DISABLE is '1': NCCL goes by TCP though there is InfiniBand" in adapter
     assert len(problems(judged(Seen(variables, ["lo", "eth0"], [], side_by_side=False)))) == 1  # negative control
+
+
+def test_adapters_and_levels_are_read_as_nccl_does(clean):
+    from doctoring.environment import Seen, judged
+
+    def wrong(adapters: list[str], **variables: str) -> list[str]:
+        return problems(judged(Seen(variables, ["lo", "eth0"], adapters, side_by_side=False)))
+
+    four = [f"mlx5_{number}" for number in range(4)]
+    for right in ("mlx5", "mlx5_1:1,mlx5_3:1", "^mlx5_0", "=mlx5_2", "^=mlx5"):
+        assert wrong(four, NCCL_IB_HCA=right) == []
+    for names in ("mlx4", "^mlx5", "=mlx5"):
+        (found,) = wrong(four, NCCL_IB_HCA=names)
+        assert found.startswith(f"NCCL_IB_HCA is '{names}': no InfiniBand adapter of this machine has such a name")
+    (found,) = wrong(four, NCCL_NET_GDR_LEVEL="LOC")
+    assert "by way of host memory, though there is InfiniBand; unset it" in found
+    assert wrong(four, NCCL_NET_GDR_LEVEL="SYS", NCCL_P2P_LEVEL="NVL") == [] == wrong([], NCCL_NET_GDR_LEVEL="LOC")
+
+
+def test_what_a_variable_does_is_said_or_that_nobody_knows(clean):
+    clean.setenv("NCCL_SOMETHING_NEW", "7")
+    clean.setenv("NCCL_VERSION", "2.27")
+    clean.setenv("NCCL_MAX_CTAS", "4")
+    clean.setenv("NCCL_P2P_DISABLE", "1")  # a problem hides nothing else
+    found = of_environment()
+    assert ["P2P_DISABLE" in one for one in problems(found)] == [True]
+    assert [one.text for one in found if one.status is Status.NOT_TRIED] == [
+        "what these do to overlap is not known here: NCCL_SOMETHING_NEW"
+    ]
+    assert any(one.text.startswith("NCCL_MAX_CTAS=4: collectives take at most") for one in found)
 
 
 def test_ranks_with_other_variables_are_named(clean):
@@ -450,6 +487,47 @@ def test_a_full_or_strange_folder_is_named(tmp_path, monkeypatch):
     assert "want of inodes" in of_folder(tmp_path)[0] and status.f_bavail
 
 
+@pytest.mark.parametrize(
+    ("options", "fails", "fix"),
+    [
+        ("size=1536k", "No space left on device", "make room, or give another folder"),
+        ("size=64m,nr_inodes=2", "No space left on device", "make room, or give another folder"),
+        ("size=64m,ro", "Read-only file system", "give a folder that this user may write to"),
+        ("size=64m", "", ""),
+    ],
+)
+def test_a_file_system_that_is_full_or_read_only_is_named(tmp_path, options, fails, fix):
+    """A real one; of the last there is enough, and nothing is wrong with it."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", tmp_path], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode()}")
+    try:
+        found = of_folder(tmp_path, free_bytes=50 * 10**6)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert len(found) == bool(fails) and all(fails in one and one.endswith(fix) for one in found), found
+
+
+@pytest.mark.parametrize(("options", "words"), [("size=64m", "64.0 MiB, and 1.0 GiB are needed"), ("size=2g", "")])
+def test_shared_memory_of_a_container_is_seen(tmp_path, monkeypatch, options, words):
+    from doctoring import storage
+
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", tmp_path], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode()}")
+    monkeypatch.setattr(storage, "SHARED_MEMORY", tmp_path)
+    job: Any = SimpleNamespace(host="a", args=None, flags=None, local_rank=0)
+    try:
+        found = problems(storage.Storage().judge(job, [storage.Storage().look(job)]))
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert len(found) == bool(words) and all(words in one and "--shm-size" in one for one in found), found
+
+
 def test_small_shared_memory_is_named():
     from doctoring import storage
 
@@ -589,11 +667,16 @@ def norms(*own: float, norm: float = 2.0, replicas: tuple[int, ...] | None = Non
             norms(1.0, 1.01, 1.0),
             ["rank 1 on a computed a gradient norm of 1.01, and others 1 of the same tokens", "dcgmi"],
         ),
-        (norms(1.0, 1.01), ["ranks 0 and 1 computed gradient norms 1 and 1.01 of the same tokens", "dcgmi"]),
+        (
+            norms(1.0, 1.01),
+            ["ranks 0-1 computed gradient norms of the same tokens that differ: rank 0 on 1; rank 1 on 1.01", "dcgmi"],
+        ),
+        (norms(1.0, 1.01, 1.0, 1.01), ["that differ: ranks 0, 2 on 1; ranks 1, 3 on 1.01; one's memory"]),
+        (norms(1.0, 1.0, 1.1, 1.2), ["that differ: ranks 0-1 on 1; rank 2 on 1.1; rank 3 on 1.2"]),
         (norms(1.0, float("nan"), 1.0), ["rank 1: the gradient norm of a tiny step is no number", "dcgmi"]),
         (
             [*norms(1.0), *norms(1.0), *norms(1.0, norm=2.1)],
-            ["summed over all ranks, is 2 to 2.1; on rank 2 it is not the 2 of others", "set NCCL_NVLS_ENABLE=0"],
+            ["summed over all ranks, is 2 on ranks 0-1; 2.1 on rank 2", "set NCCL_NVLS_ENABLE=0"],
         ),
     ],
 )
@@ -730,12 +813,43 @@ def test_a_rank_takes_its_gpu_or_the_start_is_refused(tmp_path, local_rank, text
     assert finding["text"].startswith(text) and finding["fix"].startswith(fix)
 
 
+def unmet(report: Path) -> tuple[int, str]:
+    """Exit code and last line of a rank whose store never answers."""
+    from megatron_scmoe.job.meeting import Meeting
+
+    rank = alone()
+    rank.MEETING_S = 0.1
+    asked = arguments(report)
+    asked.check_seconds = asked.network_seconds = 0.05
+    Meeting.store = property(lambda _self: time.sleep(20))  # type: ignore[assignment]
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        sys.stderr = os.fdopen(writer, "w")
+        rank.run_rank(asked, ["environment"], None)
+        os._exit(77)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(writer)
+    return code, os.read(reader, 1000).decode()
+
+
+def test_a_rank_that_meets_nobody_ends_with_a_line(tmp_path):
+    ((code, line),) = ranks.run(unmet, 1, tmp_path / "x", distributed=False)
+    assert (code, line.split(".py: ")[-1]) == (1, "ended: before the first check: not over after 0 s\n"), line
+    assert not json.loads((tmp_path / "x").read_text())["ready"]
+
+
 def test_a_rank_that_is_told_half_is_refused(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     code, _, error = main([], capsys)
     assert code == 2 and "RANK is set and LOCAL_RANK not; start it with torchrun" in error
+    for local_rank, rank in (("0", "2"), ("0", "x"), ("-1", "1")):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        monkeypatch.setenv("RANK", rank)
+        code, _, error = main([], capsys)
+        assert code == 2 and f"RANK '{rank}', LOCAL_RANK '{local_rank}' and WORLD_SIZE '2' are no place" in error
 
 
 def test_the_watch_leaves_no_trace():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -236,6 +237,50 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | more
 
 
+ENDS = """
+import os, signal, sys, time
+sys.path.insert(0, {tools!r})
+import doctor
+from doctoring import rank, watch
+watch.LATER_S = 1.0
+if os.environ["RANK"] == "0":
+    rank.Clocks.look = lambda self, job: time.sleep(2) or os.kill(os.getpid(), signal.{signal})  # all have met
+sys.exit(doctor.main(["--only", "clocks,step", "--check-seconds", "5"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        ("SIGSTOP", "ended: check clocks: not over after 5 s; rank 0 has not ended it: see whether it is stopped"),
+        ("SIGKILL", "ended: the job's store is gone, with the first node: "),
+    ],
+)
+def test_ranks_end_with_a_line_where_the_first_one_is_frozen_or_gone(number, line):
+    """And with it the store, which is rank 0's where no torchrun has one."""
+    code = ENDS.format(tools=str(TOOL.parent), signal=number)
+    with socket.create_server(("localhost", 0)) as server:
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{server.getsockname()[1]}", "WORLD_SIZE": "3"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(**place, RANK=f"{rank}", LOCAL_RANK=f"{rank}", TORCH_CPP_LOG_LEVEL="ERROR"),
+        )
+        for rank in range(3)
+    ]
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in processes[1:]]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes[1:]] == [1, 1], errors
+    said = [[one for one in error.splitlines() if one.startswith("doctor.py: ")] for error in errors]
+    assert len(said[0]) == 1 and said[0][0].startswith(f"doctor.py: {line}") and said[1] == [], said
+    assert "Traceback" not in "".join(errors)
+
+
 def test_under_torchrun_with_flags(tmp_path):
     """All checks but those whose result is up to what else this machine does; what is found is written."""
     flags = with_flags(
@@ -259,6 +304,29 @@ def test_under_torchrun_with_flags(tmp_path):
     assert by_name["network"]["status"] == by_name["storage"]["status"] == "ok"
     assert f"--save is in {tmp_path}" in by_name["storage"]["findings"][0]["text"]
     assert not (tmp_path / "save").exists() and list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def test_flags_with_virtual_stages_are_examined():
+    flags = with_flags(
+        SCMOE,
+        "--num-layers 8",
+        "--moe-every 2",
+        "--eval-iters 0",
+        "--pipeline-model-parallel-size 2",
+        "--num-virtual-stages-per-pipeline-rank 2",
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", TOOL]
+    done = subprocess.run(
+        [*map(str, command), "--only", "flags,groups,step", "--", *flags],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pretrain_gpt_scmoe.py takes them" in done.stdout and "groups of 2 ranks (pipeline 2)" in done.stdout
+    assert "on every rank; there are no replicas" in done.stdout
 
 
 @pytest.mark.alone

@@ -367,6 +367,7 @@ def test_the_command_plans(tmp_path):
     assert done.stdout.startswith("Dry run on 16 GPUs")
     kept = json.loads(found.read_text())
     assert kept["machine"]["hardware"]["network"] == 12.5e9 and kept["request"]["gpus"] == 16
+    assert kept["units"].startswith("times in seconds, memory and what is on the wire in bytes")
     for words in ("A step:", "On the wire", "slots", "With other overlaps", "not yet", f"{kept['a2a_share']:.1%}"):
         assert words in done.stdout
     assert page.read_text().startswith("<!DOCTYPE html>") and "DOES NOT FIT" not in done.stdout
@@ -581,6 +582,18 @@ def test_a_measured_machine_prices_what_was_measured(tmp_path):
     assert Clock(slower, Precision.BF16).product(1024, 1024, 1024) > 1.5 * by_op["product"]  # negative control
     planned = plan("--gpus", 1, "--machine", path, *FLAGS)
     assert planned.returncode == 0 and "this CPU" in planned.stdout, planned.stderr
+
+
+def test_rates_of_a_cpu_are_not_rounded_away():
+    from planning import report
+
+    assert [report._rate(one) for one in (0.01234, 7.25, 99.6, 390.4, 40487.4)] == [
+        "0.0123",
+        "7.25",
+        "99.6",
+        "390",
+        "40,487",
+    ]
 
 
 def test_user_errors_are_those_of_tools():

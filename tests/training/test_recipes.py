@@ -18,6 +18,7 @@ import ranks
 import training
 from checkpoint_files import TOOLS
 from checkpoints.mappings.longcat_settings import megatron_args
+from torch.distributed.run import parse_args as torchrun_args
 from training import PLAIN, ROOT, with_flags, without_flag
 
 assert TOOLS  # it makes them importable
@@ -407,6 +408,10 @@ def test_the_doctor_examines_the_ranks_that_would_train(tmp_path):
     assert str(ROOT / "pretrain_gpt_scmoe.py") not in doctor
     plain = launch(tmp_path, "scmoe-8b", DOCTOR="1", **given).stdout.splitlines()
     assert plain[plain.index(str(ROOT / "tools/doctor.py")) + 1] == "--"
+    for words, first in ((doctor, "--skip"), (plain, "--")):  # torchrun itself reads them
+        read = torchrun_args(words)
+        assert Path(read.training_script).name == "doctor.py" and read.training_script_args[0] == first
+        assert "--" in read.training_script_args
 
 
 PRINTS_ENVIRONMENT = "#!/bin/sh\nenv\n"

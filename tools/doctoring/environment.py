@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from doctoring.check import Finding, by_ranks, ok, problem
+from doctoring.check import Finding, by_ranks, not_tried, ok, problem
 from doctoring.job import Job
 from megatron_scmoe.config import ConfigError
 from megatron_scmoe.job import sameness
@@ -24,6 +24,8 @@ EFFECTS = {
     "NVTE_BWD_LAYERNORM_SM_MARGIN": "backward norms leave so many multiprocessors to NCCL",
     "NCCL_MAX_CTAS": "collectives take at most so many multiprocessors from the products beside them",
     "NCCL_MIN_CTAS": "collectives take at least so many multiprocessors from the products beside them",
+    "NCCL_MAX_NCHANNELS": "collectives use at most so many channels, each of which takes a multiprocessor",
+    "NCCL_MIN_NCHANNELS": "collectives use at least so many channels, each of which takes a multiprocessor",
     "NCCL_ALGO": "NCCL chooses no algorithm by itself",
     "NCCL_PROTO": "NCCL chooses no protocol by itself",
     "NCCL_SOCKET_IFNAME": "interfaces of NCCL's first contacts, and of all its traffic without InfiniBand",
@@ -38,6 +40,9 @@ EFFECTS = {
     "CUDA_VISIBLE_DEVICES": "GPUs that ranks see",
 }
 """What variables do that do no harm by being set."""
+
+_OF_FILES = re.compile("_(VERSION|HOME|PATH|ROOT|DIR|FILE)$")
+"""Variables that say where something is, and what: images of containers set dozens."""
 
 
 class Seen(NamedTuple):
@@ -85,13 +90,24 @@ def _is_no_interface(value: str, seen: Seen) -> bool:
 
 
 def _matches_no_interface(value: str, seen: Seen) -> bool:
-    """NCCL takes beginnings of names; = makes them whole, and ^ names what is left out."""
+    return "lo" not in value.lstrip("=").split(",") and not _matching(value, [x for x in seen.interfaces if x != "lo"])
+
+
+def _matches_no_adapter(value: str, seen: Seen) -> bool:
+    return not _matching(re.sub(r":[0-9]+", "", value), seen.infiniband)  # of which a port may be named
+
+
+def _matching(value: str, names: Sequence[str]) -> list[str]:
+    """What NCCL takes of ``names``: by their beginnings; = makes them whole, and ^ names what is left out."""
     found = re.fullmatch(r"(\^?)(=?)(.*)", value)
     assert found is not None
-    leaves_out, whole, names = bool(found[1]), bool(found[2]), found[3].split(",")
-    others = [one for one in seen.interfaces if one != "lo"]
-    matching = [one for one in others if any(one == name if whole else one.startswith(name) for name in names)]
-    return len(matching) == len(others) if leaves_out else not matching and "lo" not in names
+    leaves_out, whole, words = bool(found[1]), bool(found[2]), found[3].split(",")
+    matching = [one for one in names if any(one == word if whole else one.startswith(word) for word in words)]
+    return [one for one in names if one not in matching] if leaves_out else matching
+
+
+def _is_never(value: str, _seen: Seen) -> bool:
+    return value.upper() in ("LOC", "0")
 
 
 _SLOW = "it is for finding faults"
@@ -122,6 +138,13 @@ RULES = (
         "unset it",
     ),
     Rule(("NCCL_P2P_DISABLE",), _is_true, "GPUs of a node go without NVLink, by way of host memory", "unset it"),
+    Rule(("NCCL_P2P_LEVEL",), _is_never, "GPUs of a node go without NVLink, by way of host memory", "unset it"),
+    Rule(
+        ("NCCL_NET_GDR_LEVEL",),
+        lambda value, seen: _is_never(value, seen) and bool(seen.infiniband),
+        "what travels between nodes goes by way of host memory, though there is InfiniBand",
+        "unset it",
+    ),
     Rule(("NCCL_SHM_DISABLE",), _is_true, "GPUs of a node without NVLink speak by the network", "unset it"),
     Rule(
         ("NCCL_IB_DISABLE",),
@@ -156,22 +179,31 @@ RULES = (
         "no interface of this machine has such a name",
         "name one of ip link",
     ),
+    Rule(
+        ("NCCL_IB_HCA",),
+        _matches_no_adapter,
+        "no InfiniBand adapter of this machine has such a name, and NCCL goes by TCP",
+        "name one of ibstat -l",
+    ),
 )
 
 
 def judged(seen: Seen) -> list[Finding]:
     """What there is to say of one rank's variables."""
-    found = []
+    found, wrong = [], set()
     for rule in RULES:
         for name in rule.names:
             value = seen.variables.get(name)
             if value is not None and rule.harms(value, seen):
+                wrong.add(name)
                 found.append(problem(f"{name} is {value!r}: {rule.why}", rule.fix))
-    if not found:
-        known = [name for name in EFFECTS if name in seen.variables]
-        found += [ok(f"{name}={seen.variables[name]}: {EFFECTS[name]}") for name in known]
-        if queues.VARIABLE not in known:
-            found.append(ok(f"{queues.VARIABLE} is not set, which is 8 queues; examples/launch.sh sets 32"))
+    harmless = [name for name in EFFECTS if name in seen.variables and name not in wrong]
+    found += [ok(f"{name}={seen.variables[name]}: {EFFECTS[name]}") for name in harmless]
+    if queues.VARIABLE not in seen.variables:
+        found.append(ok(f"{queues.VARIABLE} is not set, which is 8 queues; examples/launch.sh sets 32"))
+    known = {*EFFECTS, *(name for rule in RULES for name in rule.names)}
+    if unknown := sorted(name for name in seen.variables if name not in known and not _OF_FILES.search(name)):
+        found.append(not_tried(f"what these do to overlap is not known here: {', '.join(unknown)}"))
     return found
 
 

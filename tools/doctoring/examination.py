@@ -16,6 +16,7 @@ from doctoring.job import Job
 from doctoring.watch import GRACE_S, Watch
 from megatron_scmoe.job.beats import Beat, heard
 from megatron_scmoe.job.last_words import describe
+from megatron_scmoe.job.meeting import store_lives
 from megatron_scmoe.job.roll_call import in_words
 from megatron_scmoe.mcore.silence import silence
 
@@ -65,6 +66,11 @@ class Examination:
         self._failed_s: float | None = None
         self.outcomes: list[Outcome] = []
 
+    @property
+    def place(self) -> str:
+        """Where it is."""
+        return "between two checks" if self._under_way is None else f"check {self._under_way.name}"
+
     def run(self, watch: Watch) -> None:
         """Go through the checks."""
         lost = ""  # why nothing more is tried, alike on all ranks
@@ -89,8 +95,10 @@ class Examination:
                 seen = {"seen": check.look(self._job)}
         except Exception as error:  # whatever it is: the others must hear of it
             seen = {"failed": describe(error)}
-            self._store.set(_failed(check), f"rank {self._job.rank}: {seen['failed']}")
-        self._store.set(_key(check, self._job.rank), json.dumps(seen))
+        with store_lives():
+            if "failed" in seen:
+                self._store.set(_failed(check), f"rank {self._job.rank}: {seen['failed']}")
+            self._store.set(_key(check, self._job.rank), json.dumps(seen))
         return self._job.meeting.told(check.name, lambda: self._judge(check, began_s))
 
     def _judge(self, check: Check, began_s: float) -> str:

@@ -75,9 +75,10 @@ def run_rank(args: argparse.Namespace, names: Sequence[str], flags: list[str] | 
 
     write([NOT_OVER])  # in the place of an earlier one, whatever ends this process
     try:
-        take_gpu()
-        store: dist.Store = meeting.store.clone()  # type: ignore[attr-defined]  # the main thread may wait in the other
-        read = entry_flags.agreed(entry_flags.read(flags, meeting), meeting) if flags is not None else None
+        with Watch(_not_met, str, rank) as watch, watch.limited(2 * limit_s):  # a frozen store never answers
+            take_gpu()
+            store: dist.Store = meeting.store.clone()  # type: ignore[attr-defined]  # the main thread may wait in it
+            read = entry_flags.agreed(entry_flags.read(flags, meeting), meeting) if flags is not None else None
     except ConfigError as error:  # all ranks hear of it
         last_words.leave(f"{error}", is_refusal=True)
         last_words.say_once(f"problem: start: {error}")
@@ -104,15 +105,18 @@ def _examined(job: Job, examination: Examination, store: dist.Store, write: Call
         if rank == 0:
             report(examination.cut_short(why, store))
         else:
-            last_words.say_once(f"ended: {why}")
+            last_words.say_once(f"ended: {examination.place}: {why}")
 
     def look() -> str:
         pulse.say(0, "examination")
         return examination.lost_hope(store) if rank == 0 else ""
 
     pulse = Pulse(store, rank)
-    with Watch(cut_short, look, rank) as watch:
-        examination.run(watch)
+    try:
+        with Watch(cut_short, look, rank) as watch:
+            examination.run(watch)
+    except SystemExit:  # another rank has ended, as this one has said; a training has a code for it
+        return 1
     # Behind the watch: what ends this process from now on takes nothing back.
     if rank == 0:
         report(examination.outcomes)
@@ -122,6 +126,10 @@ def _examined(job: Job, examination: Examination, store: dist.Store, write: Call
         meeting.missing(_left, range(job.world_size))
     last_words.all_is_said()
     return code
+
+
+def _not_met(why: str) -> None:
+    last_words.say_once(f"ended: before the first check: {why}")
 
 
 def _left(rank: int) -> str:

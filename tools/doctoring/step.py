@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from statistics import median, median_low
 from typing import Any
 
 import torch
@@ -136,10 +135,8 @@ def judged(seen: Sequence[dict[str, Any]]) -> list[Finding]:
     for ranks in sorted({tuple(one["replicas"]) for one in seen}):
         found += _odd_ones({rank: seen[rank]["own"] for rank in ranks}, seen)
     norms = [one["norm"] for one in seen]
-    if max(norms) - min(norms) > ROUNDING * max(norms):
-        usual = median_low(norms)
-        odd = [rank for rank, norm in enumerate(norms) if 2 * abs(norm - usual) > ROUNDING * max(norms)]
-        values = f"{min(norms):.6g} to {max(norms):.6g}; on {in_words(odd)} it is not the {usual:.6g} of others"
+    if len(groups := _alike(dict(enumerate(norms)))) > 1:
+        values = "; ".join(f"{norms[ranks[0]]:.6g} on {in_words(ranks)}" for ranks in groups)
         found.append(
             problem(
                 f"the norm of all gradients, summed over all ranks, is {values}",
@@ -156,18 +153,31 @@ def judged(seen: Sequence[dict[str, Any]]) -> list[Finding]:
 
 
 def _odd_ones(norms: dict[int, float], seen: Sequence[dict[str, Any]]) -> list[Finding]:
-    """Those of replicas that computed something else than most."""
-    usual = median(norms.values())
-    odd = [rank for rank, norm in norms.items() if abs(norm - usual) > ROUNDING * usual]
-    if len(norms) == 2 and odd:  # nobody knows which
-        (one, first), (other, second) = norms.items()
-        text = f"ranks {one} and {other} computed gradient norms {first:.6g} and {second:.6g} of the same tokens"
+    """Those of replicas that computed something else than most; where no most are alike, who agrees with whom."""
+    groups = _alike(norms)
+    if len(groups) == 1:
+        return []
+    usual, *others = sorted(groups, key=len, reverse=True)
+    if 2 * len(usual) <= len(norms):  # nobody knows which are right
+        agree = "; ".join(f"{in_words(ranks)} on {norms[ranks[0]]:.6g}" for ranks in groups)
+        text = f"{in_words(sorted(norms))} computed gradient norms of the same tokens that differ: {agree}"
         return [problem(text, _FIX.replace("its", "one's", 1))]
     return [
         problem(
             f"rank {rank} on {seen[rank]['host']} computed a gradient norm of {norms[rank]:.6g}, and others "
-            f"{usual:.6g} of the same tokens",
+            f"{norms[usual[0]]:.6g} of the same tokens",
             _FIX,
         )
-        for rank in odd
+        for rank in sorted(rank for ranks in others for rank in ranks)
     ]
+
+
+def _alike(norms: dict[int, float]) -> list[list[int]]:
+    """Ranks whose norms differ by rounding alone, by their first rank: runs of the sorted norms without a gap."""
+    groups: list[list[int]] = []
+    for rank in sorted(norms, key=lambda rank: norms[rank]):
+        if groups and norms[rank] - norms[groups[-1][-1]] <= ROUNDING * norms[rank]:
+            groups[-1].append(rank)
+        else:
+            groups.append([rank])
+    return sorted(sorted(ranks) for ranks in groups)

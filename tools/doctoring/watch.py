@@ -40,6 +40,7 @@ class Watch:
         self._until_s = float("inf")
         self._stopped_s = float("inf")
         self._limit_s, self._code, self._why = 0.0, 1, ""
+        self._missed = "; rank 0 has not ended it: see whether it is stopped, or its node out of reach" if rank else ""
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
     def __enter__(self) -> Self:
@@ -74,8 +75,10 @@ class Watch:
                     return
                 if numbers[0] in _SIGNALS:  # the kernel tells of children, too
                     self._stop(signal.Signals(numbers[0]))
-            elif time.monotonic() > min(self._until_s, self._stopped_s):
-                self._end(self._why or f"not over after {self._limit_s:.0f} s", self._code)
+            elif time.monotonic() > self._stopped_s:
+                self._end(self._why, self._code)
+            elif time.monotonic() > self._until_s:
+                self._end(f"not over after {self._limit_s:.0f} s{self._missed}", 1)
             elif why := self._looked():
                 self._end(why, self._code)
 

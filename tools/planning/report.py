@@ -30,6 +30,9 @@ HERE = Path(__file__).parent
 GIB = 2**30
 type Row = Mapping[str, Any]
 
+UNITS = "times in seconds, memory and what is on the wire in bytes, rates in bytes or operations a second"
+"""Of what --json holds."""
+
 
 def result(
     request: Mapping[str, Any],
@@ -53,6 +56,7 @@ def result(
         what_if: the same with something else.
     """
     return {
+        "units": UNITS,
         "request": dict(request),
         "machine": machine.as_json(),
         "memory": [
@@ -163,9 +167,10 @@ def tables(found: Mapping[str, Any]) -> list[tuple[str, Sequence[str], list[Sequ
     sent_s = sum(wire["seconds"] for wire in found["wires"])
     exposed_s = sum(wire["exposed_s"] for wire in found["wires"])
     step = (
-        f"A step: {_ms(found['step_s'])} ms, {found['tokens_per_s']:,.0f} tokens/s and "
-        f"{found['model_flops'] / 1e12:,.0f} TFLOP/s of a GPU. Communication is {sent_s / found['step_s']:.1%} of it, "
-        f"{exposed_s / found['step_s']:.1%} exposed; the all-to-all {found['a2a_share']:.1%}"
+        f"A step: {_ms(found['step_s'])} ms, {_rate(found['tokens_per_s'])} tokens/s and "
+        f"{_rate(found['model_flops'] / 1e12)} TFLOP/s of a GPU. Communication is "
+        f"{sent_s / found['step_s']:.1%} of it, {exposed_s / found['step_s']:.1%} exposed; "
+        f"the all-to-all {found['a2a_share']:.1%}"
     )
     parts = [(name, _ms(seconds), f"{seconds / found['step_s']:.1%}") for name, seconds in found["parts"].items()]
     made: list[tuple[str, Sequence[str], list[Sequence[str]]]] = [
@@ -220,6 +225,11 @@ def _ms(seconds: float) -> str:
     """Milliseconds with four digits, or all before the point; rounding is nothing."""
     value = seconds * 1e3 if seconds > 1e-12 else 0.0
     return f"{value:,.0f}" if value >= 1000 or not value else f"{value:.4g}"
+
+
+def _rate(value: float) -> str:
+    """Three digits, or all before the point: of a CPU no TFLOP/s are left else."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
