@@ -18,7 +18,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +82,8 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--gpus", type=positive, metavar="N", help="GPUs of the job (default: the recipe's)")
     what.add_argument("flags", nargs="*", metavar="-- FLAGS", help="flags of pretrain_gpt_scmoe.py")
     on = parser.add_argument_group("on what")
-    on.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(HARDWARE)}")
+    gpu = f"one of {', '.join(HARDWARE)}; with --calibrate whose peaks count, or 'measured' (default: the device's own)"
+    on.add_argument("--gpu", metavar="NAME", help=gpu)
     on.add_argument(
         "--network", choices=NETWORKS, help="Gb/s of each GPU's port between nodes (default: the standard machine's)"
     )
@@ -139,12 +139,9 @@ def _named(args: argparse.Namespace) -> Machine:
         except ValueError as error:
             raise UserError(str(error)) from error
     try:
-        found = Machine.from_json(json.loads(args.machine.read_text(encoding="utf-8")))
+        return Machine.from_json(json.loads(args.machine.read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"--machine {args.machine} cannot be read: {error}; write one with --calibrate") from error
-    if args.network:
-        found = replace(found, hardware=replace(found.hardware, network=NETWORKS[args.network]))
-    return found
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -248,7 +245,7 @@ def main() -> int:
         if args.calibrate:
             from planning import calibrate  # noqa: PLC0415 - imports torch
 
-            return calibrate.run(args.calibrate)
+            return calibrate.run(args.calibrate, args.gpu)
         return check() if args.check else plan(args)
 
     return exit_code("plan.py", work)

@@ -389,10 +389,15 @@ REFUSED = {
     "a check and a plan": (["--check", "--json", "x"], "--check is work of its own and has no use for --json"),
     "a check and a search": (["--check", "--search"], "has no use for --search"),
     "a calibration and a check": (["--calibrate", "x", "--check"], "--calibrate is work of its own"),
+    "a calibration and a machine": (["--calibrate", "x", "--machine", "m"], "has no use for --machine"),
     "a calibration and flags": (["--calibrate", "x", *FLAGS], "has no use for flags behind --"),
     "a release of a machine": (
         ["--gpus", 8, "--machine", "m", "--release", "1", *FLAGS],
         "--release chooses among",
+    ),
+    "a network of a machine": (
+        ["--gpus", 8, "--machine", "m", "--network", "100", *FLAGS],
+        "--network is the port of a --gpu, and a --machine has the rate that was measured",
     ),
     "more memory than there is": (
         ["--gpus", 8, "--gpu", "H100", "--memory", "81", *FLAGS],
@@ -531,29 +536,6 @@ def test_a_search_is_reported_and_written(tmp_path):
 
 def step_of(found):
     return predict(run_of(found).workload, H100).step_s
-
-
-# ---- measuring ------------------------------------------------------------------------------------------------------
-
-
-def test_a_measured_machine_prices_what_was_measured(tmp_path):
-    path = tmp_path / "machine.json"
-    done = plan("--calibrate", path)
-    assert done.returncode == 0 and f"plan with --machine {path}" in done.stdout, done.stderr
-    kept = json.loads(path.read_text())
-    machine = hardware.Machine.from_json(kept)
-    assert "links are not measured" in machine.source
-    by_op = {op: float(ms) / 1e3 for op, size, ms, *_ in kept["measured"]}
-    from planning.kernels import Clock
-    from planning.workload import Precision
-
-    clock = Clock(machine, Precision.BF16)
-    assert clock.product(1024, 1024, 1024) == pytest.approx(by_op["product"], rel=0.02)
-    assert clock.moving(2 << 26).seconds == pytest.approx(by_op["copy"], rel=0.02)
-    slower = replace(machine, constants=replace(machine.constants, gemm=machine.constants.gemm / 2))
-    assert Clock(slower, Precision.BF16).product(1024, 1024, 1024) > 1.5 * by_op["product"]  # negative control
-    planned = plan("--gpus", 1, "--machine", path, *FLAGS)
-    assert planned.returncode == 0 and "this CPU" in planned.stdout, planned.stderr
 
 
 def test_user_errors_are_those_of_tools():
