@@ -47,7 +47,7 @@ class UniqueTokens(ChunkedTokens):
         self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, *, chunks: int, apart_above: float = math.inf
     ) -> None:
         topk, num_ranks = moe.config.moe_router_topk, moe.token_dispatcher.ep_size
-        routed = moe, hidden_states, probs != 0, probs
+        routed = moe, hidden_states, experts_of_tokens(probs), probs
         super().__init__(*routed, chunks=chunks, copies=min(topk, num_ranks), apart_above=apart_above)
         dispatchers = [UniqueRowsDispatcher(moe) for _ in self._parts]
         self.dispatchers = [*dispatchers]
@@ -74,6 +74,11 @@ class UniqueTokens(ChunkedTokens):
             (experts,) = ids
             weights = weights.new_zeros(len(rows), self._experts_here).scatter(1, experts.view(_ID).long(), weights)
         return rows, weights
+
+
+def experts_of_tokens(probs: Tensor) -> Tensor:
+    """Which expert gets which token, bool, [n, experts], by the gate weights, in that shape."""
+    return probs != 0
 
 
 def ids_are_shorter(dtype: torch.dtype, experts_of_row: int, experts_here: int) -> bool:

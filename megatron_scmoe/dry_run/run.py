@@ -6,13 +6,14 @@ world, and Megatron's local spec for Transformer Engine. WORLD_SIZE says for how
 
 from __future__ import annotations
 
+import contextlib
 import os
 from argparse import Namespace
 
 import torch
 
 from megatron_scmoe.config import ConfigError, ScMoEConfig
-from megatron_scmoe.dry_run import local_spec, memory, report
+from megatron_scmoe.dry_run import local_spec, memory, report, unique
 from megatron_scmoe.dry_run.meta import replaced
 from megatron_scmoe.dry_run.stages import Stage, find_stages
 from megatron_scmoe.mcore.silence import silence
@@ -47,7 +48,13 @@ def estimate() -> tuple[Namespace, list[Stage], list[str]]:
         config = model_config_from_args(args, scmoe)
         if local_spec.TRANSFORMER_ENGINE in gone:
             local_spec.with_flash_attention(config)
-        return args, find_stages(args, config), gone
+        even = (
+            unique.chosen_evenly(args.moe_router_topk, args.num_experts + scmoe.zero_experts)
+            if scmoe.sends_once
+            else contextlib.nullcontext()
+        )
+        with even:
+            return args, find_stages(args, config), gone
 
 
 def _check_world_size() -> None:
@@ -63,9 +70,4 @@ def _check_known(args: Namespace, scmoe: ScMoEConfig) -> None:
         raise ConfigError(
             f"how many centroids travel is up to the data: --a2a-codec is {scmoe.a2a_codec} in a dry run; use "
             "--a2a-codec none for it, which needs more memory"
-        )
-    if scmoe.sends_once:
-        raise ConfigError(
-            f"to how many ranks a token goes is up to the data: --a2a-unique is {scmoe.a2a_unique} in a dry run; use "
-            "--a2a-unique none for it"
         )

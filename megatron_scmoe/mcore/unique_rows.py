@@ -61,7 +61,11 @@ class UniqueRowsDispatcher(MoEAlltoAllTokenDispatcher):
         num_spread = int(rows_per_expert.numpy().sum())
         self._arrived_shape, self._spread_fused = rows.shape, self._fused(num_spread)
         rows, weights, self._spread_mapping, _, _ = permute(
-            rows, weights != 0, probs=weights, num_out_tokens=num_spread, fused=self._spread_fused
+            rows,
+            experts_of_rows(weights, rows_per_expert),
+            probs=weights,
+            num_out_tokens=num_spread,
+            fused=self._spread_fused,
         )
         return rows, rows_per_expert, weights
 
@@ -85,6 +89,11 @@ class UniqueRowsDispatcher(MoEAlltoAllTokenDispatcher):
     def _fused(self, num_rows: int) -> bool:
         # Without rows Transformer Engine's inverse gives back what it got, whatever the shape should be.
         return self.config.moe_permute_fusion and num_rows > 0
+
+
+def experts_of_rows(weights: Tensor, _rows_per_expert: Tensor) -> Tensor:
+    """Which expert gets which arrived row, bool, [rows, experts], by the weights, in that shape; so many for each."""
+    return weights != 0
 
 
 def ranks_of(routing_map: Tensor, ep_size: int) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import atomic
 import provenance
@@ -167,8 +168,8 @@ def _check_alike(its: Bench, nodes: links.Nodes) -> None:
 
 def _peaks(its: Bench, flops: float, bandwidth: float, nodes: links.Nodes) -> Hardware:
     """What was measured as the peak; of links nothing is known, but that they are no faster than memory."""
-    measured = {"bf16": flops, "fp8": flops, "fp4": flops, "memory_bandwidth": bandwidth, "link": bandwidth}
-    measured |= {"domain": nodes.each, "network": NETWORK}
+    measured: dict[str, Any] = dict.fromkeys(("bf16", "fp8", "fp4"), flops)
+    measured |= {"memory_bandwidth": bandwidth, "link": bandwidth, "domain": nodes.each, "network": NETWORK}
     if not its.on_gpu:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / nodes.each
         return Hardware(name="this CPU", sms=1, memory=memory, **measured)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from planning.hardware import Machine
 from planning.kernels import Clock, Kernel, Work
+from planning.rows import BF16, computed, travelling
 from planning.workload import (
     Attention,
     Dispatcher,
@@ -18,10 +19,10 @@ from planning.workload import (
     Workload,
 )
 
-BF16 = 2
-"""Bytes."""
 CHUNK = 128
 """Tokens that the state-space kernels compute as one matrix (Mamba-2, section 6)."""
+UNIQUE_LAUNCHES = 14
+"""Forward, beside those of tokens that go to each expert (docs/launches.md)."""
 ALIGNED = {Precision.BF16: 1, Precision.FP8: 16, Precision.FP8_BLOCKWISE: 16, Precision.MXFP8: 32, Precision.NVFP4: 32}
 """Rows of an expert are padded to multiples of these."""
 
@@ -90,13 +91,14 @@ class Ops:
         """What computes of one of ``chunks`` flights: packing, unpacking, experts, packing again, delivering."""
         tokens = self.own_tokens / chunks
         width = op.latent or self.workload.hidden
-        rows = tokens * op.top_k * op.sent * self.training.expert_rows
-        pack, sort = self._permuting(tokens, rows, width, op.experts // self.layout.ep)
+        rows = computed(op, tokens, self.training)
+        pack, sort = self._permuting(op, tokens, rows, width)
+        more = self.plain.moving(0, 0 if op.once is None else UNIQUE_LAUNCHES)
         down = [self.clock.linear("router", "encode", tokens, op.latent, self.workload.hidden)] if op.latent else []
         up = [self.clock.linear("router", "decode", tokens, self.workload.hidden, op.latent)] if op.latent else []
         return [
             *down,
-            Kernel("permute", "encode", pack, pack),
+            Kernel("permute", "encode", pack + more, pack),
             Kernel("permute", "unpack", sort, sort),
             *self.experts(op, rows * self.layout.etp, width),
             Kernel("permute", "repack", sort, sort),
@@ -120,9 +122,13 @@ class Ops:
             Kernel("experts", "bias", self.plain.moving(biases, 2 * op.bias), self.plain.moving(biases, 2 * op.bias)),
         ]
 
-    def _permuting(self, tokens: float, rows: float, width: float, local: int) -> tuple[Work, Work]:
-        """Packing tokens for their ranks (and as much to deliver), and sorting what arrives by expert."""
-        move = self.plain.moving
+    def _permuting(self, op: Moe, tokens: float, rows: float, width: float) -> tuple[Work, Work]:
+        """Packing tokens for their ranks (and as much to deliver), and sorting or spreading what arrives by expert."""
+        move, local = self.plain.moving, op.experts // self.layout.ep
+        if op.once is not None:
+            sent = travelling(op, tokens, self.training)
+            spread = move((sent + rows) * self.layout.etp * width * BF16, 2)
+            return move((tokens + sent) * width * BF16, 4), spread
         if self.training.dispatcher is Dispatcher.ALLTOALL:
             sort = move(2 * rows * width * BF16, 2) if local > 1 and self.layout.ep > 1 else Work()
             return move((tokens + rows) * width * BF16, 4), sort

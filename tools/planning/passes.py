@@ -128,26 +128,26 @@ class Pricing:
         graphs = self.training.cuda_graphs
         return float(graphs is Graphs.NONE or (graphs is Graphs.PARTIAL and kind in OUTSIDE_GRAPHS))
 
-    def _wait(self, passes: Passes, wire: tuple[str, str], sent: Sent, counts: tuple[float, float]) -> None:
-        """So many of ``sent`` forward and backward, all waited for."""
-        (group, kind), forward = wire, counts[0]
-        backward = 0.0 if self.forward_only else counts[1]
-        passes.forward[f"exposed {group}"] += forward * sent.seconds
-        passes.backward[f"exposed {group}"] += backward * sent.seconds
-        total = sent.times(forward + backward)
+    def _wait(self, passes: Passes, wire: tuple[str, str], forward: Sent, backward: Sent) -> None:
+        """What is sent forward and backward, all waited for."""
+        group, kind = wire
+        backward = backward.times(not self.forward_only)
+        passes.forward[f"exposed {group}"] += forward.seconds
+        passes.backward[f"exposed {group}"] += backward.seconds
+        total = forward.then(backward)
         passes.wire(group, kind, total, total.seconds)
 
     def _experts(self, op: Moe, passes: Passes) -> None:
-        sent = self.groups.flight(op, self.ops.own_tokens)
-        for kind in ("dispatch", "combine"):
-            self._wait(passes, ("EP", kind), sent, (1, 1 + self.recomputes_experts()))
+        flights = self.groups.flights(op, self.ops.own_tokens, self.recomputes_experts())
+        for kind, (forward, backward) in flights.items():
+            self._wait(passes, ("EP", kind), forward, backward)
 
     def _sequence(self, passes: Passes) -> None:
         """Sequence parallelism: a gather before the op and a scatter behind it; backward gathers its input again."""
         sent = self.groups.sequence(self.ops.tokens)
         again = self.training.recomputed_layers if "full" in self.training.recompute else 0.0
-        self._wait(passes, ("TP", "all-gather"), sent, (1, 2 + again))
-        self._wait(passes, ("TP", "reduce-scatter"), sent, (1, 1 + again))
+        self._wait(passes, ("TP", "all-gather"), sent, sent.times(2 + again))
+        self._wait(passes, ("TP", "reduce-scatter"), sent, sent.times(1 + again))
 
     def _context(self, op: Attention, passes: Passes) -> None:
         """Keys and values go round while scores are computed; backward their gradients, too."""

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from planning.hardware import Machine
+from planning.rows import BF16, Leg, nbytes, travelling
 from planning.workload import Dispatcher, Moe, Workload
-
-BF16 = 2
 
 
 class Sent(NamedTuple):
@@ -27,6 +26,10 @@ class Sent(NamedTuple):
     def times(self, count: float) -> Sent:
         """So many of them, one after the other."""
         return Sent(self.inside * count, self.between * count, self.seconds * count)
+
+    def then(self, other: Sent) -> Sent:
+        """Both, one after the other."""
+        return Sent(self.inside + other.inside, self.between + other.between, self.seconds + other.seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,18 +123,29 @@ class Groups:
         self.expert_dp = Group(machine, layout.expert_dp, layout.etp * layout.ep)
         self.pp = Group(machine, layout.pp, layout.gpus // layout.pp)
 
-    def flight(self, op: Moe, tokens: float) -> Sent:
-        """Carrying ``tokens`` of this rank to their experts, or what these made of them back."""
-        width = (op.latent or self.workload.hidden) * op.carried
-        rows = tokens * op.top_k * op.sent * self.workload.training.expert_rows
+    def flight(self, op: Moe, tokens: float, leg: Leg) -> Sent:
+        """Carrying ``tokens`` of this rank to their experts, what these made of them back, or gradients of either."""
+        rows = travelling(op, tokens, self.workload.training)
+        each = nbytes(op, self.workload.hidden, leg)
         if self.workload.training.dispatcher is Dispatcher.ALLTOALL:
-            sent = self.ep.all_to_all(rows * width * BF16)
+            sent = self.ep.all_to_all(rows * each)
         else:
-            sent = self.ep.unique(tokens * op.sent, op.top_k, width * BF16, op.limited)
+            sent = self.ep.unique(tokens * op.sent, op.top_k, each, op.limited)
         if self.etp.size > 1:  # all ranks of an expert get all of its rows
-            gathered = self.etp.ring(rows * width * BF16 * self.etp.size)
-            sent = Sent(sent.inside + gathered.inside, sent.between + gathered.between, sent.seconds + gathered.seconds)
+            gathered = self.etp.ring(rows * each * self.etp.size)
+            sent = sent.then(gathered)
         return sent
+
+    def flights(self, op: Moe, tokens: float, again: float = 0.0) -> dict[str, tuple[Sent, Sent]]:
+        """Dispatch and combine of ``tokens``, each forward and backward; forward ``again`` times within backward."""
+        found = {}
+        for kind, forward, backward in (
+            ("dispatch", Leg.DISPATCH, Leg.DISPATCH_BACKWARD),
+            ("combine", Leg.COMBINE, Leg.COMBINE_BACKWARD),
+        ):
+            there = self.flight(op, tokens, forward)
+            found[kind] = there, self.flight(op, tokens, backward).then(there.times(again))
+        return found
 
     def sequence(self, tokens: float) -> Sent:
         """Gathering a tensor parallel group's ``tokens``, or scattering their sums."""

@@ -117,7 +117,10 @@ class Moe:
         latent: width in which tokens travel and experts read (--moe-latent-size); 0: the hidden size.
         shared: the shared expert.
         sent: part of the rows that travel and are computed (less than 1 with a codec).
-        carried: part of a row's bytes that travels (less than 1 in 8 bits, or where a rank gets a token once).
+        carried: part of a row's bytes that travels (less than 1 in 8 bits).
+        once: part of the rows that travels where a rank gets a token once (--a2a-unique); None: a row for each expert.
+        beside: bytes of gate weights, and of which experts they are, that a row takes along.
+        beside_back: bytes of the weights' gradients that come back with a row's.
         limited: part of the experts' groups of which a token has any (--moe-router-group-topk over all of them).
         bias: whether experts have biases (--add-bias-linear).
     """
@@ -130,6 +133,9 @@ class Moe:
     shared: Mlp | None = None
     sent: float = 1.0
     carried: float = 1.0
+    once: float | None = None
+    beside: float = 0.0
+    beside_back: float = 0.0
     limited: float = 1.0
     bias: bool = False
 
