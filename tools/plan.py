@@ -16,6 +16,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,10 +61,10 @@ what is predicted:
   Experts get even shares of tokens. docs/planner.md compares it with published steps.
 
 what a search chooses:
-  tensor, pipeline, virtual, expert and expert-tensor parallel sizes, micro-batch and recomputation; and of a shortcut
-  position, span, overlap and chunks. --keep keeps some of them as the flags have them: position and span are other
-  models. Every layout is held against the GPU's memory first. What is reported has passed the entry script's own dry
-  run; what it refuses is counted, by reason.
+  tensor, pipeline, virtual, expert and expert-tensor parallel sizes, micro-batch, where stages are cut, and what is
+  computed again, all or modules; and of a shortcut position, span, overlap and chunks. --keep keeps some of them as the
+  flags have them: position and span are other models. Every layout is held against the GPU's memory first. What is
+  reported has passed the entry script's own dry run; what it refuses is counted, by reason. It says what it leaves out.
 
 exit codes: 0 done; 1 failed, or --check found an error above its bound; 2 bad request; 130 / 143 stopped
 """
@@ -208,10 +209,10 @@ def search(args: argparse.Namespace, its: Machine, gpus: int, flags: Sequence[st
     from planning import chosen  # noqa: PLC0415 - see above
     from planning.choosing import Chooser  # noqa: PLC0415
 
-    memory = usable(args, its)
+    memory, begin = usable(args, its), time.monotonic()
     with priced():
         choices = Chooser(flags, gpus, its, memory, args.keep).choose(args.top or TOP)
-    found = chosen.as_json(choices, memory)
+    found = chosen.as_json(choices, memory, time.monotonic() - begin)
     chosen.print_choices(found)
     if not choices.best:
         raise UserError(chosen.none_passes(choices))
