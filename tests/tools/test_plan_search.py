@@ -22,6 +22,7 @@ from planning import choosing, chosen, dry, probing, recipe, search, space
 from planning import settings as plan_settings
 from planning.settings import FULL, Form, Layout
 from planning.step import predict
+from planning.units import units_of
 
 
 @settings(max_examples=60, deadline=None)
@@ -97,6 +98,7 @@ def test_what_is_kept_is_what_flags_mean():
         (spans[:2], "span"),
         (["--num-layers-per-virtual-pipeline-stage", "2"], "vp"),
         (["--pipeline-model-parallel-layout", "Et|tL"], "pp"),
+        (["--account-for-loss-in-pipeline-split"], "pp"),
         (["--micro-batch-size", "one"], "micro-batch"),
         ([], "micro-batch"),  # Megatron has no default
     ):
@@ -301,7 +303,7 @@ def work_of_a_large_search(gpus):
 
 
 def test_a_search_on_16384_gpus_prices_little():
-    """A minute is about 10,000 steps priced on one core; the tool says how many, and how long it took."""
+    """Of more layouts than steps; the tool says how many, and how long it took."""
     ((of_recipe, layouts, priced, best),) = ranks.run(
         work_of_a_large_search, 1, 16384, distributed=False, timeout_s=500
     )
@@ -321,6 +323,9 @@ def test_a_search_is_reported_and_written(tmp_path):
     first, second = kept["best"]
     assert first["step_s"] <= second["step_s"] and first["flags"] != second["flags"]
     assert kept["layouts"] >= kept["fit"] >= 2
+    assert (
+        kept["not_searched"][0].startswith("uneven stages where the layers divide") and "not searched:" in done.stdout
+    )
     assert f"priced {kept['priced']:,} steps; the search took {kept['seconds']:,.1f} s" in done.stdout
     launch = subprocess.run(
         [ROOT / "examples" / "launch.sh", mine], env={"PATH": "/usr/bin:/bin", "DRY_RUN": "flags"},
@@ -351,3 +356,19 @@ def test_a_pattern_is_written_with_its_cuts(tmp_path):
 
 def step_of(found):
     return predict(run_of(found).workload, H100).step_s
+
+
+def probed(flags):
+    probe = probing.Probe.of(flags, units_of(flags))
+    args = probe(1, 1).args
+    found, refused = probing.accepted(probe, probing.modules_of(args, probe.units.segments))
+    return sorted(found), refused
+
+
+def test_modules_that_are_not_computed_again_are_named():
+    """What the entry script refuses, in its words; and what no dry run can build."""
+    ((found, refused),) = ranks.run(probed, 1, SMALL, distributed=False, timeout_s=500)
+    assert found == ["core_attn", "mlp", "shared_experts"] and set(refused) == {"moe_act", "layernorm", "moe"}
+    assert "it frees the normed tensor" in refused["layernorm"] and "moe_grouped_gemm" in refused["moe_act"]
+    ((_, grouped),) = ranks.run(probed, 1, [*SMALL, "--moe-grouped-gemm"], distributed=False, timeout_s=500)
+    assert grouped["moe_act"].endswith("nobody knows what it frees") and grouped["moe"] == refused["moe"]

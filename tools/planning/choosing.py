@@ -225,7 +225,7 @@ class Chooser:
                 f"of more than {space.MOST_CUTS} ways to cut the pattern into so many stages one alone, whose slowest "
                 "stage is fastest"
             )
-        if any(layout.sizes for layout in layouts) and not self.model.hybrid:
+        if any(layout.pp > 1 for layout in layouts) and not self.model.hybrid:
             yield "uneven stages where the layers divide; other ones than the first and last; several on a rank"
         for module, why in self._refused.items():
             yield f"--recompute-modules {module}: {why}"

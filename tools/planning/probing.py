@@ -15,6 +15,7 @@ from planning.dry import DryRun, dry_run
 from planning.settings import PATTERN
 from planning.units import Units
 
+GROUPED = "--moe-grouped-gemm"
 ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 """What Megatron insists on with tensor or context parallelism, up to Hopper."""
 
@@ -101,9 +102,12 @@ def modules_of(args: Namespace, segments: Sequence[str]) -> list[str]:
 
 
 def accepted(probe: Probe, modules: Sequence[str]) -> tuple[Mapping[str, DryRun], Mapping[str, str]]:
-    """Dry runs that compute each of ``modules`` again, and why the entry script refuses the others."""
+    """Dry runs that compute each of ``modules`` again, and why there are none of the others."""
     found, refused = {}, {}
     for module in modules:
+        if module == "moe_act" and GROUPED in probe.flags:
+            refused[module] = f"it needs {GROUPED}, without which dry runs build experts: nobody knows what it frees"
+            continue
         try:
             found[module] = probe(1, 1, module)
         except UserError as error:

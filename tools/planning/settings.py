@@ -26,12 +26,15 @@ _FOLLOW = (
     *("--num-layers-per-virtual-pipeline-stage", "--pipeline-model-parallel-layout", "--sequence-parallel"),
     *("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"),
     *("--recompute-granularity", "--recompute-method", "--recompute-num-layers", "--recompute-modules"),
+    *("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"),
     *("--recompute-activations", "--shortcut-landing", "--overlap", "--overlap-chunks", "--expert-slot", PATTERN),
 )
 """Flags that follow from what is chosen."""
 _UNEVEN = {
     "--num-layers-per-virtual-pipeline-stage": "vp",
     "--pipeline-model-parallel-layout": "pp",
+    "--account-for-embedding-in-pipeline-split": "pp",
+    "--account-for-loss-in-pipeline-split": "pp",
 }
 """Flags that cut a model in ways that no search tries, and what cannot be kept beside them."""
 KEEPABLE = tuple(_CHOSEN.values())
