@@ -16,9 +16,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,10 +62,10 @@ what is predicted:
   published steps.
 
 what a search chooses:
-  tensor, pipeline, virtual, expert and expert-tensor parallel sizes, micro-batch and recomputation; and of a shortcut
-  position, span, overlap and chunks. --keep keeps some of them as the flags have them: position and span are other
-  models. Every layout is held against the GPU's memory first. What is reported has passed the entry script's own dry
-  run; what it refuses is counted, by reason.
+  tensor, pipeline, virtual, expert and expert-tensor parallel sizes, micro-batch, where stages are cut, and what is
+  computed again, all or modules; and of a shortcut position, span, overlap and chunks. --keep keeps some of them as the
+  flags have them: position and span are other models. Every layout is held against the GPU's memory first. What is
+  reported has passed the entry script's own dry run; what it refuses is counted, by reason. It says what it leaves out.
 
 exit codes: 0 done; 1 failed, or --check found an error above its bound; 2 bad request; 130 / 143 stopped
 """
@@ -84,7 +84,8 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--gpus", type=positive, metavar="N", help="GPUs of the job (default: the recipe's)")
     what.add_argument("flags", nargs="*", metavar="-- FLAGS", help="flags of pretrain_gpt_scmoe.py")
     on = parser.add_argument_group("on what")
-    on.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(HARDWARE)}")
+    gpu = f"one of {', '.join(HARDWARE)}; with --calibrate whose peaks count, or 'measured' (default: the device's own)"
+    on.add_argument("--gpu", metavar="NAME", help=gpu)
     on.add_argument(
         "--network", choices=NETWORKS, help="Gb/s of each GPU's port between nodes (default: the standard machine's)"
     )
@@ -140,12 +141,9 @@ def _named(args: argparse.Namespace) -> Machine:
         except ValueError as error:
             raise UserError(str(error)) from error
     try:
-        found = Machine.from_json(json.loads(args.machine.read_text(encoding="utf-8")))
+        return Machine.from_json(json.loads(args.machine.read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"--machine {args.machine} cannot be read: {error}; write one with --calibrate") from error
-    if args.network:
-        found = replace(found, hardware=replace(found.hardware, network=NETWORKS[args.network]))
-    return found
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -212,10 +210,10 @@ def search(args: argparse.Namespace, its: Machine, gpus: int, flags: Sequence[st
     from planning import chosen  # noqa: PLC0415 - see above
     from planning.choosing import Chooser  # noqa: PLC0415
 
-    memory = usable(args, its)
+    memory, begin = usable(args, its), time.monotonic()
     with priced():
         choices = Chooser(flags, gpus, its, memory, args.keep).choose(args.top or TOP)
-    found = chosen.as_json(choices, memory)
+    found = chosen.as_json(choices, memory, time.monotonic() - begin)
     chosen.print_choices(found)
     if not choices.best:
         raise UserError(chosen.none_passes(choices))
@@ -249,7 +247,7 @@ def main() -> int:
         if args.calibrate:
             from planning import calibrate  # noqa: PLC0415 - imports torch
 
-            return calibrate.run(args.calibrate)
+            return calibrate.run(args.calibrate, args.gpu)
         return check() if args.check else plan(args)
 
     return exit_code("plan.py", work)

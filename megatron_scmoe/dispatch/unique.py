@@ -47,7 +47,7 @@ class PlacedTokens(ChunkedTokens):
         self, moe: MoELayer, hidden_states: Tensor, probs: Tensor, *, places: int, chunks: int, how: How
     ) -> None:
         topk = moe.config.moe_router_topk
-        routed = moe, hidden_states, probs != 0, probs
+        routed = moe, hidden_states, experts_of_tokens(probs), probs
         super().__init__(*routed, chunks=chunks, copies=min(topk, places), how=how)
         self._placing = [UniqueRowsDispatcher(moe, places) for _ in self._parts]
         self.dispatchers = [*self._placing]
@@ -114,6 +114,11 @@ class WeightsBeside:
             return weights
         weights, experts = beside
         return weights.new_zeros(len(weights), self._experts).scatter(1, experts.view(_ID).long(), weights)
+
+
+def experts_of_tokens(probs: Tensor) -> Tensor:
+    """Which expert gets which token, bool, [n, experts], by the gate weights, in that shape."""
+    return probs != 0
 
 
 def ids_are_shorter(dtype: torch.dtype, experts_of_row: int, experts_here: int) -> bool:

@@ -6,6 +6,7 @@ world, and Megatron's local spec for Transformer Engine. WORLD_SIZE says for how
 
 from __future__ import annotations
 
+import contextlib
 import os
 from argparse import Namespace
 from dataclasses import replace
@@ -13,8 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_scmoe.config import Codec, ConfigError, ScMoEConfig
-from megatron_scmoe.dry_run import local_spec, memory, report
+from megatron_scmoe.config import Codec, ConfigError, ScMoEConfig, Unique
+from megatron_scmoe.dry_run import local_spec, memory, report, unique
 from megatron_scmoe.dry_run.meta import replaced
 from megatron_scmoe.dry_run.stages import Stage, find_stages
 from megatron_scmoe.mcore.silence import silence
@@ -50,7 +51,13 @@ def estimate() -> tuple[Namespace, list[Stage], dict[str, Any]]:
         config = model_config_from_args(args, replace(scmoe, a2a_codec=Codec.NONE) if scmoe.rounds else scmoe)
         if "transformer_impl" in gone and not local_spec.keeps_scores(args):
             local_spec.with_flash_attention(config)
-        return args, find_stages(args, config), gone
+        even = (
+            unique.chosen_evenly(args.moe_router_topk, args.num_experts + scmoe.zero_experts)
+            if scmoe.sends_once
+            else contextlib.nullcontext()
+        )
+        with even:
+            return args, find_stages(args, config), gone
 
 
 def _check_world_size() -> None:
@@ -67,8 +74,8 @@ def _check_known(args: Namespace, scmoe: ScMoEConfig) -> None:
             f"how many centroids travel is up to the data: --a2a-codec is {scmoe.a2a_codec} in a dry run; use "
             "--a2a-codec none for it, which needs more memory"
         )
-    if scmoe.sends_once:
+    if scmoe.a2a_unique is Unique.NODE:
         raise ConfigError(
-            f"to how many {scmoe.a2a_unique}s a token goes is up to the data: --a2a-unique is {scmoe.a2a_unique} in a "
-            "dry run; use --a2a-unique none for it"
+            "to how many nodes a token goes is up to the data, and where these lie to the job: --a2a-unique is node in "
+            "a dry run; use --a2a-unique rank for it"
         )

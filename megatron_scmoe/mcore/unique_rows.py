@@ -89,7 +89,11 @@ class UniqueRowsDispatcher(MoEAlltoAllTokenDispatcher):
         num_spread = int(rows_per_expert.numpy().sum())
         self._arrived_shape, self._spread_fused = rows.shape, _fuses_rows(self.config.moe_permute_fusion, num_spread)
         rows, weights, self._spread_mapping, _, _ = permute(
-            rows, weights != 0, probs=weights, num_out_tokens=num_spread, fused=self._spread_fused
+            rows,
+            experts_of_rows(weights, rows_per_expert),
+            probs=weights,
+            num_out_tokens=num_spread,
+            fused=self._spread_fused,
         )
         return rows, rows_per_expert, weights
 
@@ -103,6 +107,11 @@ class UniqueRowsDispatcher(MoEAlltoAllTokenDispatcher):
     def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
         """The sum of each token's rows, [..., w], from those that came back, [rows, w]."""
         return self._placed.sums(permutated_local_input_tokens).view(self.hidden_shape)
+
+
+def experts_of_rows(weights: Tensor, _rows_per_expert: Tensor) -> Tensor:
+    """Which expert gets which arrived row, bool, [rows, experts], by the weights, in that shape; so many for each."""
+    return weights != 0
 
 
 def _fuses_rows(fuses: bool, num_rows: int) -> bool:

@@ -12,8 +12,10 @@ import ranks
 import torch
 from training import ROOT, SCMOE, with_flags, without_flag
 
+from megatron_scmoe.config import expected_unique_share
 from megatron_scmoe.dry_run.meta import FlashAttention, SavedForBackward, balanced_map
 from megatron_scmoe.dry_run.stages import Stage, micro_batches_in_flight
+from megatron_scmoe.dry_run.unique import even_choices
 
 # Large enough for buckets' padding, and for the counts of random experts, to be small.
 BASE = with_flags(
@@ -52,6 +54,14 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "padded capacity": (2, (EP2, "--moe-expert-capacity-factor 2.0", "--moe-pad-expert-input-to-capacity")),
     "chunks": (2, (EP2, "--overlap-chunks 2")),
     "latents": (2, (EP2, "--moe-latent-size 16")),
+    "unique tokens": (2, (EP2, "--a2a-unique rank", "--num-experts 8", "--moe-router-topk 4", "--bf16")),
+    "unique tokens in chunks": (
+        4,
+        (
+            *("--expert-model-parallel-size 4", "--a2a-unique rank", "--num-experts 8", "--moe-router-topk 2"),
+            *("--overlap-chunks 2", "--moe-latent-size 16"),
+        ),
+    ),
     "cp2 ep2": (2, ("--context-parallel-size 2", EP2, "--use-distributed-optimizer")),
     "prediction layer": (2, (PP2, "--mtp-num-layers 1", "--untie-embeddings-and-output-weights")),
     "prediction layer recomputed": (
@@ -60,7 +70,13 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     ),
     "fused activations": (2, (EP2, "--cross-entropy-loss-fusion", "--moe-router-dtype fp32")),
 }
-QUICK = {"prediction layer", "ep2 bf16 distributed optimizer", "pp2 interleaved", "recompute full uniform"}
+QUICK = {
+    "unique tokens",
+    "prediction layer",
+    "ep2 bf16 distributed optimizer",
+    "pp2 interleaved",
+    "recompute full uniform",
+}
 
 
 def estimated(flags: list[str], num_ranks: int) -> list[Stage]:
@@ -146,6 +162,22 @@ def test_micro_batches_in_flight(stage, stages, chunks, micro_batches, expected)
 def test_balanced_experts():
     routing_map = balanced_map(6, torch.tensor([3, 3, 3, 3]))
     assert routing_map.sum(dim=0).tolist() == [3, 3, 3, 3] and routing_map.sum(dim=1).tolist() == [2] * 6
+
+
+@pytest.mark.parametrize(
+    "tokens, topk, experts, zero, ranks_", [(4096, 8, 64, 0, 8), (1024, 2, 8, 0, 2), (1000, 12, 512, 256, 32)]
+)
+def test_even_choices(tokens, topk, experts, zero, ranks_):
+    """Each as many, all about as often, and to as many ranks as chance has it."""
+    found = even_choices(tokens, topk, experts + zero)
+    assert set(found.sum(dim=1).tolist()) == {topk}
+    of_ranks = found[:, :experts].unflatten(1, (ranks_, -1))
+    sent = of_ranks.any(dim=-1).sum().item() / of_ranks.sum().item()
+    assert sent == pytest.approx(expected_unique_share(experts, topk, ranks_, zero), rel=0.025)
+    shares = of_ranks.sum(dim=(0, 2)).float()
+    assert shares.max() <= shares.mean() * 1.05
+    in_turn = balanced_map(tokens, found[:, :experts].sum(dim=0)).unflatten(1, (ranks_, -1))  # negative control
+    assert in_turn.any(dim=-1).sum().item() / in_turn.sum().item() > 1.03 * sent
 
 
 def test_attention_keeps_what_a_flash_attention_keeps():
@@ -235,10 +267,9 @@ REFUSED = {
         "Core saves moments at the wrong places",
     ),
     "a codec": (["--a2a-codec lsh"], "--a2a-codec is lsh in a dry run"),
-    "unique tokens": (["--a2a-unique rank", "--moe-router-topk 2"], "--a2a-unique is rank in a dry run"),
     "unique tokens of nodes": (
         ["--a2a-unique node", "--moe-router-topk 2", "--expert-model-parallel-size 2"],
-        "to how many nodes a token goes is up to the data: --a2a-unique is node in a dry run",
+        "--a2a-unique is node in a dry run; use --a2a-unique rank for it",
     ),
     "blocks of another spec": (["--shortcut none", "--spec here there"], "--spec is here there"),
     "an optimizer": (["--optimizer muon"], "--optimizer is muon"),

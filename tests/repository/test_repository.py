@@ -32,7 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "layers": {"codec", "config", "contracts", "dispatch", "mcore", "overlap"},
     "models": {"config", "layers", "mcore"},
     "training": {"codec", "config", "job", "layers", "mcore", "overlap", "report"},
-    "dry_run": {"config", "layers", "mcore", "models", "training"},
+    "dry_run": {"config", "dispatch", "layers", "mcore", "models", "training"},
 }
 
 

@@ -21,7 +21,7 @@ from planning.judging import Goal, Judged
 from planning.kernels import Clock
 from planning.page import Section, page
 from planning.published import steps
-from planning.workload import Precision
+from planning.training import Precision
 
 FEW = [step for step in steps() if step.gpu == "GB300" and step.release in ("26.04.01", "26.06")]
 ALONE = Machine(hardware=HARDWARE["H100"], constants=Constants())

@@ -1,260 +1,182 @@
 """Measures the machine at hand: products, attention, grouped products, copies, launches, and all-to-alls between ranks.
 
-The constants are those with which the model of time prices the measured ops as they were measured. Medians of
-repetitions; under torchrun every rank measures, and the slowest one counts.
+The constants are those with which the model of time prices the measured ops as they were measured.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import atomic
 import provenance
 import torch
 import torch.distributed as dist
+from command_line import UserError
 from progress import progress
 from rich.console import Console
 
+from planning import bench, links
+from planning.bench import EXPERTS, HEAD, Bench, Sizes
 from planning.hardware import HARDWARE, Constants, Hardware, Machine
 from planning.kernels import Clock
 from planning.report import table
 from planning.training import Precision
 
-REPETITIONS = 9
-LEAST_S = 0.02
-"""Of one repetition, which runs an op as often as that takes."""
 NETWORK = 12.5e9
-"""Bytes/s between nodes where one node alone is there: 100 Gb/s."""
+"""Bytes/s between nodes that is assumed where nothing says it: 100 Gb/s."""
+MEASURED = "measured"
+"""In the place of a GPU's name: peaks are what is measured."""
+DEVICES = {
+    "NVIDIA A30": "A30-PCIe",
+    "NVIDIA A800-SXM4-80GB": "A800-NVLink",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H200": "H200",
+    "NVIDIA B200": "B200",
+    "NVIDIA GB200": "GB200",
+    "NVIDIA GB300": "GB300",
+}
+"""Rows of the table, by the whole name that CUDA gives a device: an H100 NVL is no H100, and a GB200 no B200."""
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """One op.
+def run(path: Path, gpu: str | None) -> int:
+    """Measure, print, and write the machine to ``path``; returns the exit code.
 
-    Attributes:
-        op: its kind.
-        size: in words.
-        seconds: median.
-        low_s: fastest repetition.
-        high_s: slowest.
+    Args:
+        path: of the file.
+        gpu: whose row of the table has the peaks, or ``MEASURED``; None: the device's own.
+
+    Raises:
+        UserError: where it is not known which machine this is, or its links cannot be measured; the first rank says it
+            for all.
     """
-
-    op: str
-    size: str
-    seconds: float
-    low_s: float
-    high_s: float
-
-
-class Bench:
-    """Times ops on this rank's device."""
-
-    def __init__(self) -> None:
-        self.on_gpu = torch.cuda.is_available()
-        self.device = (
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if self.on_gpu else torch.device("cpu")
-        )
-        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
-        self.measured: list[Measured] = []
-        if self.on_gpu:
-            torch.cuda.set_device(self.device)
-
-    def tensor(self, *shape: int) -> torch.Tensor:
-        """Random numbers."""
-        return torch.randn(*shape, device=self.device, dtype=self.dtype)
-
-    def time(
-        self, op: str, size: str, call: Callable[[], object], *, calls: int = 1, least_s: float = LEAST_S
-    ) -> float:
-        """Median seconds of one call, of which ``call`` makes ``calls``; every rank says the slowest rank's."""
-        call()
-        once = self._timed(call, 1)
-        number = max(1, math.ceil(least_s / max(self._slowest([once])[0], 1e-9)))
-        times = self._slowest([self._timed(call, number) / (number * calls) for _ in range(REPETITIONS)])
-        self.measured.append(Measured(op, size, median(times), min(times), max(times)))
-        return median(times)
-
-    def _timed(self, call: Callable[[], object], number: int) -> float:
-        self._synchronize()
-        begin = time.perf_counter()
-        for _ in range(number):
-            call()
-        self._synchronize()
-        return time.perf_counter() - begin
-
-    def _synchronize(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize(self.device)
-
-    def _slowest(self, seconds: Sequence[float]) -> list[float]:
-        if not dist.is_initialized():
-            return list(seconds)
-        found = torch.tensor(seconds, dtype=torch.float64, device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return found.tolist()
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What is measured: a GPU has to be full, and a CPU to end.
-
-    Attributes:
-        product: of square matrices.
-        rows: of all experts together.
-        widths: of the middle of experts.
-        hidden: their input.
-        length: tokens of a sequence.
-        heads: of attention.
-        copied: bytes.
-        sent: bytes of all-to-alls.
-    """
-
-    product: int
-    rows: int
-    widths: tuple[int, ...]
-    hidden: int
-    length: int
-    heads: int
-    copied: int
-    sent: tuple[int, ...]
-
-
-ON_GPU = Sizes(8192, 32768, (768, 1408, 2048, 4096), 4096, 8192, 16, 1 << 30, (1 << 16, 1 << 20, 1 << 24, 1 << 27))
-ON_CPU = Sizes(1024, 512, (64, 128, 256, 512), 512, 512, 8, 1 << 26, (1 << 12, 1 << 16, 1 << 20, 1 << 23))
-EXPERTS, HEAD = 8, 128
-
-
-def run(path: Path) -> int:
-    """Measure, print, and write the machine to ``path``; returns the exit code."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=5))
+    with _said_once():
+        nodes = links.Nodes.of_this_job()
+        its = Bench()
+        peaks = row_of(torch.cuda.get_device_properties(its.device).name if its.on_gpu else None, gpu)
+    if nodes.ranks > 1:
+        dist.init_process_group("nccl" if its.on_gpu else "gloo", timeout=timedelta(minutes=5))
     try:
-        bench = Bench()
-        found = measure(bench, ON_GPU if bench.on_gpu else ON_CPU)
+        with _said_once():
+            found = measure(its, bench.ON_GPU if its.on_gpu else bench.ON_CPU, nodes, peaks)
         if _is_first():
-            rows = [
-                (one.op, one.size, *(f"{s * 1e3:.4g}" for s in (one.seconds, one.low_s, one.high_s)))
-                for one in bench.measured
-            ]
-            console = Console(highlight=False)
-            console.print(found.source, style="bold")
-            console.print(table(("op", "size", "ms", "least", "most"), rows))
-            written = found.as_json() | {"measured": rows, "provenance": provenance.provenance(found.hardware.name)}
-            atomic.write_text(path, json.dumps(written, indent=1) + "\n")
-            print(f"wrote {path}; plan with --machine {path}")
+            _tell(found, its, path)
     finally:
-        if ranks > 1:
+        if nodes.ranks > 1:
             dist.destroy_process_group()
     return 0
+
+
+def _tell(found: Machine, its: Bench, path: Path) -> None:
+    rows = [
+        (one.op, one.size, *(f"{s * 1e3:.4g}" for s in (one.seconds, one.low_s, one.high_s))) for one in its.measured
+    ]
+    console = Console(highlight=False)
+    for line in found.source.split("; "):
+        console.print(line, style="bold")
+    console.print(table(("op", "size", "ms", "least", "most"), rows))
+    written = found.as_json() | {"measured": rows, "provenance": provenance.provenance(found.hardware.name)}
+    atomic.write_text(path, json.dumps(written, indent=1) + "\n")
+    print(f"wrote {path}; plan with --machine {path}")
 
 
 def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def measure(bench: Bench, sizes: Sizes) -> Machine:
-    """This machine, by the ops of ``sizes``."""
-    steps = 4 + len(sizes.widths) + len(sizes.sent) * dist.is_initialized()
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Inside, what all ranks refuse ends all of them, and one of them says it."""
+    try:
+        yield
+    except UserError:
+        if _is_first():
+            raise
+        sys.exit(2)
+
+
+def row_of(device: str | None, gpu: str | None) -> Hardware | None:
+    """The row of the table that has the peaks of a machine; None where peaks are what is measured.
+
+    Args:
+        device: CUDA's whole name of it; None: this is a CPU.
+        gpu: the row that the user names, or ``MEASURED``.
+
+    Raises:
+        UserError: where nobody says which row it is.
+    """
+    if gpu not in (None, MEASURED, *HARDWARE):
+        raise UserError(f"--gpu {gpu} is no row of the table: use {MEASURED}, or one of {', '.join(HARDWARE)}")
+    if device is None:
+        if gpu not in (None, MEASURED):
+            raise UserError(f"there is no GPU here, and --gpu says that peaks are those of {gpu}; drop it")
+        return None
+    if gpu == MEASURED:
+        return None
+    if gpu is None and device not in DEVICES:
+        raise UserError(
+            f"no table has {device}: say whose peaks count, --gpu {MEASURED} or one of {', '.join(HARDWARE)}"
+        )
+    return HARDWARE[gpu or DEVICES[device]]
+
+
+def measure(its: Bench, sizes: Sizes, nodes: links.Nodes, peaks: Hardware | None) -> Machine:
+    """This machine, by the ops of ``sizes``; where no table has its peaks, they are what is measured."""
+    _check_alike(its, nodes)
+    steps = 4 + its.has_fp8 + len(sizes.widths) + len(sizes.sent) * ((nodes.each > 1) + (nodes.count > 1))
     with progress("measure", steps, in_bytes=False) if _is_first() else nullcontext(lambda _: None) as advance:
 
         def done[T](value: T) -> T:
             advance(1)
             return value
 
-        product_s = done(_product_s(bench, sizes.product))
-        copy_s = done(_copy_s(bench, sizes.copied))
-        launch_s = done(_launch_s(bench))
-        attention_s = done(_attention_s(bench, sizes))
-        grouped = [(width, done(_grouped_s(bench, sizes, width))) for width in sizes.widths]
-        sent = [(size, done(_all_to_all_s(bench, size))) for size in sizes.sent] if dist.is_initialized() else []
-    hardware = _hardware(bench, 2 * sizes.product**3 / product_s, 2 * sizes.copied / copy_s)
+        product_s = done(bench.product_s(its, sizes.product))
+        fp8_s = done(bench.product_in_fp8_s(its, sizes.product)) if its.has_fp8 else None
+        copy_s = done(bench.copy_s(its, sizes.copied))
+        launch_s = done(bench.launch_s(its))
+        attention_s = done(bench.attention_s(its, sizes))
+        grouped = [(width, done(bench.grouped_s(its, sizes, width))) for width in sizes.widths]
+        sent = links.measure(its, nodes, sizes.sent, lambda: done(None))
+    hardware = peaks or _peaks(its, 2 * sizes.product**3 / product_s, 2 * sizes.copied / copy_s, nodes)
     flops = 2 * sizes.length * sizes.heads * sizes.length / 2 * 2 * HEAD
     constants = Constants(
         gemm=1.0, grouped=1.0, memory=2 * sizes.copied / copy_s / hardware.memory_bandwidth,
         attention=flops / attention_s / hardware.bf16, launch_s=launch_s, gap_s=0.0, tile_s=0.0, link=1.0, network=1.0,
     )  # fmt: skip
     machine = _with_products(Machine(hardware=hardware, constants=constants), sizes, product_s, grouped)
-    return _with_links(machine, sent)
+    machine = links.with_links(machine, nodes, sent, "from the table" if peaks else "assumed")
+    return with_fp8(machine, sizes.product, fp8_s)
 
 
-def _product_s(bench: Bench, size: int) -> float:
-    one, other = bench.tensor(size, size), bench.tensor(size, size)
-    return bench.time("product", f"{size} x {size} x {size}", lambda: one @ other)
+def _check_alike(its: Bench, nodes: links.Nodes) -> None:
+    """Raise UserError where ranks have different GPUs: constants are one machine's."""
+    if nodes.ranks == 1 or not its.on_gpu:
+        return
+    names: list[str] = [""] * nodes.ranks
+    dist.all_gather_object(names, torch.cuda.get_device_properties(its.device).name)
+    if len(set(names)) > 1:
+        raise UserError(f"ranks have different GPUs, {' and '.join(sorted(set(names)))}: measure each kind by itself")
 
 
-def _copy_s(bench: Bench, size: int) -> float:
-    source = torch.zeros(size // 4, device=bench.device)
-    target = torch.empty_like(source)
-    return bench.time("copy", f"{size >> 20} MiB", lambda: target.copy_(source))
-
-
-def _launch_s(bench: Bench) -> float:
-    """What the host takes for one small kernel; on a CPU it computes it, too."""
-    one = torch.zeros(16, device=bench.device)
-
-    def launch_some() -> None:
-        for _ in range(200):
-            one.add_(1)
-
-    return bench.time("launch", "16 numbers", launch_some, calls=200)
-
-
-def _attention_s(bench: Bench, sizes: Sizes) -> float:
-    query, key, value = (bench.tensor(1, sizes.heads, sizes.length, HEAD) for _ in range(3))
-    attend = torch.nn.functional.scaled_dot_product_attention
-    size = f"{sizes.heads} heads, {sizes.length} tokens"
-    return bench.time("attention", size, lambda: attend(query, key, value, is_causal=True))
-
-
-def _grouped_s(bench: Bench, sizes: Sizes, width: int) -> float:
-    """Experts of [rows, hidden] to ``width``, as many rows each."""
-    rows, weights = bench.tensor(sizes.rows, sizes.hidden), bench.tensor(EXPERTS, sizes.hidden, width)
-    each = sizes.rows // EXPERTS
-    size = f"{EXPERTS} x {each} x {width} x {sizes.hidden}"
-    if bench.on_gpu and hasattr(torch.nn.functional, "grouped_mm"):
-        ends = torch.arange(each, sizes.rows + 1, each, device=bench.device, dtype=torch.int32)
-        return bench.time("grouped product", size, lambda: torch.nn.functional.grouped_mm(rows, weights, offs=ends))
-    parts = rows.chunk(EXPERTS)
-    return bench.time(
-        "grouped product", size, lambda: [part @ weight for part, weight in zip(parts, weights, strict=True)]
-    )
-
-
-def _all_to_all_s(bench: Bench, size: int) -> float:
-    """Of all ranks, each of which sends ``size`` bytes in all."""
-    sent = torch.zeros(max(1, size // 4 // dist.get_world_size()) * dist.get_world_size(), device=bench.device)
-    received = torch.empty_like(sent)
-    return bench.time("all-to-all", f"{size >> 10} KiB", lambda: dist.all_to_all_single(received, sent))
-
-
-def _hardware(bench: Bench, flops: float, bandwidth: float) -> Hardware:
-    """The table's, where it has this GPU; else what was measured is the peak."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    if not bench.on_gpu:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Hardware(
-            name="this CPU", bf16=flops, fp8=flops, fp4=flops, sms=1, memory_bandwidth=bandwidth, memory=memory / local,
-            link=bandwidth, domain=local, network=NETWORK,
-        )  # fmt: skip
-    properties = torch.cuda.get_device_properties(bench.device)
-    known = [name for name in HARDWARE if name.split("-")[0] in properties.name]
-    if known:
-        return HARDWARE[max(known, key=len)]
+def _peaks(its: Bench, flops: float, bandwidth: float, nodes: links.Nodes) -> Hardware:
+    """What was measured as the peak; of links nothing is known, but that they are no faster than memory."""
+    measured: dict[str, Any] = dict.fromkeys(("bf16", "fp8", "fp4"), flops)
+    measured |= {"memory_bandwidth": bandwidth, "link": bandwidth, "domain": nodes.each, "network": NETWORK}
+    if not its.on_gpu:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / nodes.each
+        return Hardware(name="this CPU", sms=1, memory=memory, **measured)
+    properties = torch.cuda.get_device_properties(its.device)
     return Hardware(
-        name=properties.name, bf16=flops, fp8=flops, fp4=flops, sms=properties.multi_processor_count,
-        memory_bandwidth=bandwidth, memory=properties.total_memory, link=bandwidth, domain=local, network=NETWORK,
-    )  # fmt: skip
+        name=properties.name, sms=properties.multi_processor_count, memory=properties.total_memory, **measured
+    )
 
 
 def _with_products(machine: Machine, sizes: Sizes, product_s: float, grouped: Sequence[tuple[int, float]]) -> Machine:
@@ -266,20 +188,22 @@ def _with_products(machine: Machine, sizes: Sizes, product_s: float, grouped: Se
     return replace(machine, constants=replace(machine.constants, gemm=gemm, grouped=median(parts)))
 
 
-def _with_links(machine: Machine, sent: Sequence[tuple[int, float]]) -> Machine:
-    """``machine`` with the rate of its all-to-alls, where there were any, and what a small one costs for each peer."""
-    hardware, constants = machine.hardware, machine.constants
-    unknown = f"links between nodes are not measured: {hardware.network * 8 / 1e9:g} Gb/s of each GPU"
-    if not sent:
-        inside = f"{hardware.link / 1e9:.3g} GB/s"
-        return replace(machine, source=f"measured on one {hardware.name}; links are not measured: {inside}; {unknown}")
-    ranks = dist.get_world_size()
-    (small, small_s), (large, large_s) = sent[0], sent[-1]
-    rate = (large - small) * (ranks - 1) / ranks / max(large_s - small_s, 1e-9)
-    constants = replace(constants, message_s=min(seconds for _, seconds in sent) / (ranks - 1))
-    source = f"measured on {ranks} ranks of {hardware.name}"
-    if ranks <= hardware.domain:
-        constants = replace(constants, link=rate / hardware.link)
-        return replace(machine, constants=constants, source=f"{source}; {unknown}")
-    between = rate * (ranks - hardware.domain) / (ranks - 1)
-    return replace(machine, constants=replace(constants, network=between / hardware.network), source=source)
+def with_fp8(machine: Machine, size: int, fp8_s: float | None) -> Machine:
+    """``machine`` with the peak in 8 bits at which its products take as long as measured; its source says which.
+
+    Args:
+        machine: with the part of the peak that products in 16 bits reach, which counts in 8 bits, too.
+        size: of the square matrices.
+        fp8_s: of their product in 8 bits; None: not measured.
+    """
+    hardware = machine.hardware
+    if fp8_s is None:
+        return replace(machine, source=f"{machine.source}; products in fp8 are not measured: there are none here")
+    taken = Clock(machine, Precision.FP8).product(size, size, size)
+    fp8 = hardware.fp8 * taken / fp8_s
+    said = (
+        f"products in fp8 are measured: {2 * size**3 / fp8_s / 1e12:.4g} TFLOP/s, as of a peak of {fp8 / 1e12:.4g}, "
+        f"and not of {hardware.fp8 / 1e12:.4g}; grouped ones and fp4 are not measured"
+    )
+    fp4 = hardware.fp4 if hardware.fp4 > hardware.fp8 else fp8  # equal to that of fp8 where there is none
+    return replace(machine, hardware=replace(hardware, fp8=fp8, fp4=fp4), source=f"{machine.source}; {said}")

@@ -11,8 +11,9 @@ from command_line import UserError
 from rich.console import Console
 
 from planning import recipe, settings
-from planning.choosing import ENVIRONMENT, GIB, Choice, Choices
+from planning.choosing import GIB, Choice, Choices
 from planning.dry import dry_run
+from planning.probing import ENVIRONMENT
 from planning.report import table
 
 OF_DATA = (
@@ -22,7 +23,7 @@ OF_DATA = (
 """Flags that the launcher makes of its own variables."""
 
 
-HEADINGS = ("step ms", "over first", "GiB", "tp", "pp", "vp", "ep", "etp", "micro", "recompute", "shortcut")
+HEADINGS = ("step ms", "over first", "GiB", "tp", "pp", "vp", "ep", "etp", "micro", "units", "recompute", "shortcut")
 
 
 def print_choices(found: Mapping[str, Any]) -> None:
@@ -33,15 +34,19 @@ def print_choices(found: Mapping[str, Any]) -> None:
     console.print(table(headings, rows))
     for reason, count in found["dropped"].items():
         console.print(f"dropped, {count}: {reason}", style="dim")
+    for what in found["not_searched"]:
+        console.print(f"not searched: {what}", style="dim")
+    console.print(f"priced {found['priced']:,} steps; the search took {found['seconds']:,.1f} s", style="dim")
 
 
 def _row(choice: Choice, first_s: float) -> list[str]:
     layout = choice.layout
     sizes = (layout.tp, layout.pp, layout.vp, layout.ep, layout.etp, layout.micro_batch)
     gib = f"{choice.nbytes / GIB:.1f}"
-    again = "full" if layout.recompute else "none"
+    again = ", ".join(layout.recompute) or "none"
     times = (f"{choice.step_s * 1e3:,.1f}", f"{choice.step_s / first_s:.3f}")
-    return [*times, gib, *map(str, sizes), again, _in_words(choice)]
+    stages = "/".join(map(str, layout.sizes)) or "even"
+    return [*times, gib, *map(str, sizes), stages, again, _in_words(choice)]
 
 
 def _in_words(choice: Choice) -> str:
@@ -50,12 +55,13 @@ def _in_words(choice: Choice) -> str:
     return ", ".join(filter(None, [*words, f"{form.chunks} chunks" * (form.chunks > 1)])) or "none"
 
 
-def as_json(choices: Choices, memory: float) -> dict[str, Any]:
+def as_json(choices: Choices, memory: float, seconds: float) -> dict[str, Any]:
     """What a search has found.
 
     Args:
         choices: settings.
         memory: bytes of a GPU that might be used.
+        seconds: that it took.
     """
     title = (
         f"The fastest of {choices.layouts:,} layouts, {choices.fit:,} of which memory allows "
@@ -65,6 +71,9 @@ def as_json(choices: Choices, memory: float) -> dict[str, Any]:
         "layouts": choices.layouts,
         "fit": choices.fit,
         "dropped": dict(choices.dropped.most_common()),
+        "not_searched": choices.not_searched,
+        "priced": choices.priced,
+        "seconds": seconds,
         "best": [{"step_s": one.step_s, "bytes": one.nbytes, "flags": one.flags} for one in choices.best],
         "table": [title, HEADINGS, [_row(choice, choices.best[0].step_s) for choice in choices.best]],
     }

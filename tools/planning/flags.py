@@ -37,7 +37,7 @@ PRICED = _names("""
     use-precision-aware-optimizer main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype
     grad-reduce-in-bf16 overlap-grad-reduce overlap-param-gather overlap-moe-expert-parallel-comm
     shortcut shortcut-position shortcut-span shortcut-landing moe-every moe-share-groups zero-experts overlap
-    overlap-chunks expert-slot
+    overlap-chunks expert-slot a2a-codec fp8-transfers a2a-unique
 """)
 """What the model of time reads."""
 COUNTED = _names("""
@@ -46,7 +46,7 @@ COUNTED = _names("""
     microbatch-group-size-per-virtual-pipeline-stage accumulate-allreduce-grads-in-fp32 max-position-embeddings
     position-embedding-type no-position-embedding optimizer-cpu-offload optimizer-offload-fraction
     use-torch-optimizer-for-cpu-offload overlap-cpu-optimizer-d2h-h2d no-pin-cpu-* muon-* lion-* spec
-    use-checkpoint-args use-mp-args-from-checkpoint-args a2a-codec a2a-unique
+    use-checkpoint-args use-mp-args-from-checkpoint-args
     encoder-num-layers encoder-seq-length router add-qkv-bias moe-shared-expert-gate
 """)
 """What the dry run reads alone, or refuses: stages, memory, optimizers."""

@@ -1,18 +1,19 @@
-"""What ranks of many layouts hold, from a few dry runs: one of three stages with a unit of layers each.
+"""What ranks of many layouts hold, from a few dry runs of stages with a unit of layers each (``probing.py``).
 
-The first of these stages has the embedding, the last one the output layer, and so the three of them tell what a unit,
-what is before all units and what is behind them need: parameters, and bytes that autograd keeps. A search prunes by it;
-what it reports was dry-run as it is.
+The first of these stages has the embedding, the last one the output layer, and each has a like without: so they tell
+what a unit, what is before all units and what is behind them need: parameters, and bytes that autograd keeps. A search
+prunes by it; what it reports was dry-run as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from planning.dry import DryRun
-from planning.settings import Layout, Model
+from planning.settings import FULL, Layout, Model, units_of_stages
 
 if TYPE_CHECKING:
     from megatron_scmoe.dry_run.stages import Stage
@@ -42,28 +43,41 @@ class Part:
         return Part(self.dense * number, self.expert * number, self.kept * number)
 
 
-Parts = tuple[Part, Part, Part]
-"""What is before all units, a unit, and what is behind all units."""
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What is before all units, each kind of unit by its symbols, and what is behind all units."""
+
+    before: Part
+    units: Mapping[str, Part]
+    behind: Part
+
+    def of_tensor_ranks(self, halves: Parts, tp: int) -> Parts:
+        """On ``tp`` ranks, where these are on one, and ``halves`` on two: what they share is cut by their number."""
+
+        def cut(one: Part, half: Part) -> Part:
+            return (one - half).times(2 / tp) + half.times(2) - one
+
+        units = {name: cut(one, halves.units[name]) for name, one in self.units.items()}
+        return Parts(cut(self.before, halves.before), units, cut(self.behind, halves.behind))
 
 
 PROBED = ((1, 1), (2, 1), (2, 2))
 """Tensor and expert-tensor parallel ranks."""
 
 
-def _parts_of(dry: DryRun) -> Parts:
-    first, unit, last = (Part.of(stage, dry.args.expert_model_parallel_size) for stage in dry.stages)
-    return first - unit, unit, last - unit
+def _parts_of(dry: DryRun, segments: Sequence[str]) -> Parts:
+    first, *units, last = (Part.of(stage, dry.args.expert_model_parallel_size) for stage in dry.stages)
+    by_kind = dict(zip(dict.fromkeys(segments), units, strict=True))
+    return Parts(first - by_kind[segments[0]], by_kind, last - by_kind[segments[-1]])
 
 
 class Footprints:
     """Memory of layouts.
 
-    What tensor parallel ranks share is cut by their number, the rest is not: so 1 and 2 of them tell the others.
-
     Args:
         model: of which.
-        probes: dry runs of three stages of a unit each, by tensor and expert-tensor parallel ranks: ``PROBED``, or
-            the first of them where ranks cannot share the model.
+        probes: dry runs by tensor and expert-tensor parallel ranks: ``PROBED``, or the first of them where ranks cannot
+            share the model.
         gpus: of the job.
     """
 
@@ -71,32 +85,47 @@ class Footprints:
         self._model, self._gpus = model, gpus
         self._args, unit = probes[1, 1].args, probes[1, 1].stages[1]
         self._each = (unit.standing.weights + unit.standing.gradients) / unit.held.total
-        self._probed = {pair: _parts_of(dry) for pair, dry in probes.items()}
+        self._probed = {pair: _parts_of(dry, model.segments) for pair, dry in probes.items()}
+        self._freed: dict[str, dict[str, float]] = {}
+        self._known: dict[tuple[int, int], Parts] = {}
+
+    def computing_again(self, probes: Mapping[str, DryRun]) -> tuple[str, ...]:
+        """Take note of dry runs that compute one module each again, by its name; returns those that keep less."""
+        whole = self._probed[1, 1].units
+        for module, dry in probes.items():
+            its = _parts_of(dry, self._model.segments).units
+            freed = {name: part.kept - its[name].kept for name, part in whole.items()}
+            if min(freed.values()) >= 0 < max(freed.values()):
+                self._freed[module] = freed
+        return tuple(self._freed)
 
     def _parts(self, layout: Layout) -> Parts:
-        whole = self._probed[1, 1]
-        if layout.tp == 1:
-            return whole
-        halves = self._probed[2, min(2, layout.etp)]
-        before, unit, behind = (
-            (one - half).times(2 / layout.tp) + half.times(2) - one for one, half in zip(whole, halves, strict=True)
-        )
-        return before, unit, behind
+        pair = (layout.tp, min(2, layout.etp))
+        if pair not in self._known:
+            whole = self._probed[1, 1]
+            self._known[pair] = whole if layout.tp == 1 else whole.of_tensor_ranks(self._probed[2, pair[1]], layout.tp)
+        return self._known[pair]
 
     def nbytes(self, layout: Layout) -> float:
         """What the rank that needs most of ``layout`` holds, in bytes; units are computed again one by one."""
-        return max(self._stage(layout, number) for number in {0, layout.pp - 1})
+        stages = units_of_stages(layout, self._model)
+        alike = not layout.sizes and len(set(self._model.segments)) == 1
+        looked_at = {0, layout.pp - 1} if alike else range(layout.pp)
+        return max(self._stage(layout, stages, number) for number in looked_at)
 
-    def _stage(self, layout: Layout, number: int) -> float:
-        before, unit, behind = self._parts(layout)
-        args, of_stage = self._args, unit.times(self._model.units / layout.pp)
+    def _stage(self, layout: Layout, stages: Sequence[Sequence[range]], number: int) -> float:
+        parts, args = self._parts(layout), self._args
+        segments = [self._model.segments[unit] for units in stages[number] for unit in units]
+        of_stage = Part(0, 0, 0)
+        for name, count in Counter(segments).items():
+            of_stage += parts.units[name].times(count)
         if number == 0:
-            of_stage += before
+            of_stage += parts.before
         if number == layout.pp - 1:
-            of_stage += behind
+            of_stage += parts.behind
         if layout.pp == 1 and not args.untie_embeddings_and_output_weights:
             of_stage -= Part(args.padded_vocab_size * args.hidden_size / layout.tp, 0, 0)
-        return self._standing(layout, of_stage) + self._activations(layout, number)
+        return self._standing(layout, of_stage) + self._activations(layout, stages[number], number)
 
     def _standing(self, layout: Layout, part: Part) -> float:
         from megatron_scmoe.dry_run.memory import optimizer_bytes_per_parameter  # noqa: PLC0415 - imports Megatron
@@ -110,11 +139,10 @@ class Footprints:
             shards = (ranks / layout.tp, ranks / (layout.ep * layout.etp))
         return self._each * (dense + expert) + optimizer * (dense / shards[0] + expert / shards[1])
 
-    def _activations(self, layout: Layout, number: int) -> float:
+    def _activations(self, layout: Layout, chunks: Sequence[range], number: int) -> float:
         from megatron_scmoe.dry_run.stages import micro_batches_in_flight  # noqa: PLC0415 - imports Megatron
 
-        before, unit, behind = (part.kept for part in self._parts(layout))
-        model, args = self._model, self._args
+        parts, model, args = self._parts(layout), self._model, self._args
         data = self._gpus // (layout.tp * layout.pp * model.context)
         in_flight = micro_batches_in_flight(
             stage=number,
@@ -123,12 +151,23 @@ class Footprints:
             round_size=layout.pp,
             num_micro_batches=model.global_batch // (layout.micro_batch * data),
         )
+        outside = (parts.before.kept * in_flight[0] * (number == 0), parts.behind.kept * (number == layout.pp - 1))
+        kept = {name: unit.kept - self._less(layout, name) for name, unit in parts.units.items()}
         again = 0.0
-        if layout.recompute:
+        if layout.recompute == FULL:
             read = args.seq_length * args.hidden_size * args.params_dtype.itemsize / (layout.tp * model.context)
             # By the time that the last unit runs again, what is behind it on the same virtual stage is gone.
-            gone = behind if layout.vp == 1 and number == layout.pp - 1 else 0.0
-            again, unit = max(0.0, unit - read - gone), read
-        kept = sum(in_flight) * unit * model.units / (layout.pp * layout.vp)
-        kept += before * in_flight[0] * (number == 0) + behind * in_flight[-1] * (number == layout.pp - 1)
-        return (kept + again) * layout.micro_batch
+            gone = outside[1] if layout.vp == 1 else 0.0
+            largest = max(kept[model.segments[unit]] for units in chunks for unit in units)
+            again, kept = max(0.0, largest - read - gone), dict.fromkeys(kept, read)
+        of_chunks = (
+            flying * sum(kept[name] * count for name, count in Counter(model.segments[unit] for unit in units).items())
+            for flying, units in zip(in_flight, chunks, strict=True)
+        )
+        return (sum(of_chunks) + outside[0] + outside[1] * in_flight[-1] + again) * layout.micro_batch
+
+    def _less(self, layout: Layout, name: str) -> float:
+        """What a unit keeps less for what is computed again; tensor parallel ranks share all of that."""
+        if layout.recompute == FULL:
+            return 0.0
+        return sum(self._freed[module][name] for module in layout.recompute) / layout.tp

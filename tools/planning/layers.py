@@ -92,9 +92,14 @@ def by_others(figures: list[Judged]) -> str:
 def _layer_s(moe: Moe, workload: Workload, machine: Machine) -> tuple[float, float]:
     """Seconds forward and backward."""
     pricing = Pricing(workload, machine)
-    ops, sent = pricing.ops, pricing.groups.flight(moe, pricing.ops.own_tokens)
+    ops = pricing.ops
+    flights = pricing.groups.flights(moe, ops.own_tokens).values()
     passes = pricing.computing([ops.route(moe), *ops.flight(moe), _weighing(moe, ops), *_padding(moe, ops)])
-    return sum(passes.forward.values()) + 2 * sent.seconds, sum(passes.backward.values()) + 2 * sent.seconds
+    sent_s = (sum(flight[way].seconds for flight in flights) for way in (0, 1))
+    forward_s, backward_s = (
+        sum(seconds.values()) + its_s for seconds, its_s in zip((passes.forward, passes.backward), sent_s, strict=True)
+    )
+    return forward_s, backward_s
 
 
 def _weighing(moe: Moe, ops: Ops) -> Kernel:

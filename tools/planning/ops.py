@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from megatron_scmoe.contracts import TransferName
 from planning.hardware import Machine
 from planning.kernels import Clock, Kernel, Work
+from planning.rows import BF16, computed, travelling, values
 from planning.training import Dispatcher, Precision
 from planning.workload import Attention, Embedding, GroupEnd, Mamba, Mlp, Moe, Output, Single, Workload
 
-BF16 = 2
-"""Bytes."""
 CHUNK = 128
 """Tokens that the state-space kernels compute as one matrix (Mamba-2, section 6)."""
+UNIQUE_LAUNCHES = 14
+"""Forward, beside those of tokens that go to each expert (docs/launches.md)."""
 ALIGNED = {Precision.BF16: 1, Precision.FP8: 16, Precision.FP8_BLOCKWISE: 16, Precision.MXFP8: 32, Precision.NVFP4: 32}
 """Rows of an expert are padded to multiples of these."""
 
@@ -79,19 +81,33 @@ class Ops:
         """What computes of one of ``chunks`` flights: packing, unpacking, experts, packing again, delivering."""
         tokens = self.own_tokens / chunks
         width = op.latent or self.workload.hidden
-        rows = tokens * op.top_k * op.sent * self.training.expert_rows
-        pack, sort = self._permuting(tokens, rows, width, op.experts // self.layout.ep)
+        rows = computed(op, tokens, self.training)
+        pack, sort = self._permuting(op, tokens, rows, width)
+        more = self.plain.moving(0, 0 if op.once is None else UNIQUE_LAUNCHES)
         down = [self.clock.linear("router", "encode", tokens, op.latent, self.workload.hidden)] if op.latent else []
         up = [self.clock.linear("router", "decode", tokens, self.workload.hidden, op.latent)] if op.latent else []
+        there, there_back, back, back_again = (
+            self._rounding(op, tokens, TransferName.of(kind, backward=way))
+            for kind in ("dispatch", "combine")
+            for way in (False, True)
+        )
         return [
             *down,
-            Kernel("permute", "encode", pack, pack),
-            Kernel("permute", "unpack", sort, sort),
+            Kernel("permute", "encode", pack + more + there, pack + there_back),
+            Kernel("permute", "unpack", sort + there, sort + there_back),
             *self.experts(op, rows * self.layout.etp, width),
-            Kernel("permute", "repack", sort, sort),
-            Kernel("permute", "decode", pack, pack.times(2)),
+            Kernel("permute", "repack", sort + back, sort + back_again),
+            Kernel("permute", "decode", pack + back, pack.times(2) + back_again),
             *up,
         ]
+
+    def _rounding(self, op: Moe, tokens: float, transfer: TransferName) -> Work:
+        """Rows to codes where they leave, or back where they arrive: one kernel each, if the transfer is rounded."""
+        if transfer not in op.rounded:
+            return Work()
+        hidden = self.workload.hidden
+        each = (op.latent or hidden) * BF16 + values(op, hidden, transfer)
+        return self.plain.moving(travelling(op, tokens, self.training) * each, 1)
 
     def experts(self, op: Moe, rows: float, width: float) -> list[Kernel]:
         """This rank's experts on ``rows`` rows of ``width``, balanced."""
@@ -122,9 +138,13 @@ class Ops:
         forward = self.plain.moving(first * BF16 + 28 * second, 1 + 2 * groups + 2)
         return Kernel("experts", "bias", forward, self.plain.moving(first * BF16 + 40 * second, 1 + 5 * groups + 2))
 
-    def _permuting(self, tokens: float, rows: float, width: float, local: int) -> tuple[Work, Work]:
-        """Packing tokens for their ranks (and as much to deliver), and sorting what arrives by expert."""
-        move = self.plain.moving
+    def _permuting(self, op: Moe, tokens: float, rows: float, width: float) -> tuple[Work, Work]:
+        """Packing tokens for their ranks (and as much to deliver), and sorting or spreading what arrives by expert."""
+        move, local = self.plain.moving, op.experts // self.layout.ep
+        if op.once is not None:
+            sent = travelling(op, tokens, self.training)
+            spread = move((sent + rows) * self.layout.etp * width * BF16, 2)
+            return move((tokens + sent) * width * BF16, 4), spread
         if self.training.dispatcher is Dispatcher.ALLTOALL:
             sort = move(2 * rows * width * BF16, 2) if local > 1 and self.layout.ep > 1 else Work()
             return move((tokens + rows) * width * BF16, 4), sort

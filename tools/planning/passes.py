@@ -160,13 +160,13 @@ class Pricing:
             busy_s[1] += kernel.backward.seconds + kernel.forward.seconds * self._recomputed(kernel)
         return [sum(passes.forward.values()) - busy_s[0], sum(passes.backward.values()) - busy_s[1]]
 
-    def _wait(self, passes: Passes, wire: tuple[str, str], sent: Sent, counts: tuple[float, float]) -> None:
-        """So many of ``sent`` forward and backward, all waited for."""
-        (group, kind), forward = wire, counts[0]
-        backward = 0.0 if self.forward_only else counts[1]
-        passes.forward[f"exposed {group}"] += forward * sent.seconds
-        passes.backward[f"exposed {group}"] += backward * sent.seconds
-        total = sent.times(forward + backward)
+    def _wait(self, passes: Passes, wire: tuple[str, str], forward: Sent, backward: Sent) -> None:
+        """What is sent forward and backward, all waited for."""
+        group, kind = wire
+        backward = backward.times(not self.forward_only)
+        passes.forward[f"exposed {group}"] += forward.seconds
+        passes.backward[f"exposed {group}"] += backward.seconds
+        total = forward.then(backward)
         passes.wire(group, kind, total, total.seconds)
 
     def _hide(
@@ -183,9 +183,9 @@ class Pricing:
         passes.wire(*wire, sent, exposed_s - waited_s)
 
     def _experts(self, op: Moe, passes: Passes) -> None:
-        sent = self.groups.flight(op, self.ops.own_tokens)
-        for kind in ("dispatch", "combine"):
-            self._wait(passes, ("EP", kind), sent, (1, 1 + self.recomputes_experts()))
+        flights = self.groups.flights(op, self.ops.own_tokens, self.recomputes_experts())
+        for kind, (forward, backward) in flights.items():
+            self._wait(passes, ("EP", kind), forward, backward)
 
     def _tensors(self, op: Single, kernels: Sequence[Kernel], passes: Passes, idle: list[float]) -> None:
         own = [kernel for kernel in kernels if not isinstance(op, Moe) or kernel.kind == "shared expert"]
@@ -197,7 +197,7 @@ class Pricing:
             sent = self.groups.tensors(one.kind, self.ops.tokens, one.width)
             edge = first if one.kind == "all-gather" else last
             again = max(map(self._recomputed, edge), default=0.0) * one.forward
-            self._wait(passes, ("TP", one.kind), sent, (one.forward, one.backward + again))
+            self._wait(passes, ("TP", one.kind), sent.times(one.forward), sent.times(one.backward + again))
             if one.beside:
                 self._hide(passes, ("TP", one.kind), sent, beside_s, idle=idle)
 

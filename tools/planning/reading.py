@@ -13,6 +13,7 @@ from command_line import UserError
 from megatron_scmoe.config import Overlap, ScMoEConfig, Shortcut
 from megatron_scmoe.config.groups import MOE, Group, layers_of_pattern, predicted_by_pattern
 from megatron_scmoe.contracts import Plan, RoutedCall, SpanShape
+from planning import sending
 from planning.running import training
 from planning.workload import (
     Attention,
@@ -207,6 +208,7 @@ class _Layers:
             bias=args.add_bias_linear,
             shared=self._shared() if shared else None,
             owners=owners,
+            **sending.of_rows(args, self.scmoe),
         )
 
     def _span(self, first: int) -> Span:
@@ -260,4 +262,5 @@ class _Layers:
 
     @property
     def _waits_to_pack(self) -> bool:
-        return bool(self.scmoe.zero_experts) or self.args.moe_expert_capacity_factor is not None
+        keeps_some = bool(self.scmoe.zero_experts) or self.args.moe_expert_capacity_factor is not None
+        return self.scmoe.sends_once or keeps_some

@@ -19,8 +19,8 @@ _OF_A_SEARCH = ("write_recipe", "keep", "top")
 def check(args: Namespace) -> None:
     """Raise UserError for what cannot be done, before anything is."""
     given = [name for name, value in vars(args).items() if value not in (None, False, [])]
-    for work in ("calibrate", "check"):
-        if work in given and (others := [name for name in given if name != work]):
+    for work, goes_with in (("calibrate", "gpu"), ("check", "")):
+        if work in given and (others := [name for name in given if name not in (work, goes_with)]):
             raise UserError(f"{_flag(work)} is work of its own and has no use for {_flag(others[0])}; drop one of them")
     _check_outputs(args)
     if args.calibrate or args.check:
@@ -33,6 +33,10 @@ def check(args: Namespace) -> None:
         raise UserError(f"a plan is for one kind of GPU: give --gpu, one of {', '.join(HARDWARE)}, or --machine FILE")
     if args.release and args.machine:
         raise UserError("--release chooses among the constants of a --gpu, and a --machine has its own; drop one")
+    if args.network and args.machine:
+        raise UserError(
+            "--network is the port of a --gpu, and a --machine has the rate that was measured, or its own; drop one"
+        )
     if unused := [name for name in _OF_A_SEARCH if name in given and not args.search]:
         raise UserError(f"{_flag(unused[0])} is for a search: add --search")
 

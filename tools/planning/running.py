@@ -33,11 +33,6 @@ def training(args: Namespace, num_layers: int) -> Training:
         raise UserError(
             "the model of time multiplies in 16 bits or fewer: neither --bf16 nor --fp16 is set; add --bf16"
         )
-    if args.a2a_codec != "none":
-        raise UserError(
-            f"the model of time sends rows as they are: --a2a-codec is {args.a2a_codec}; drop it, and read what the "
-            "page says of fp8 dispatch"
-        )
     recompute, part = _recompute(args, num_layers)
     return Training(
         precision=_precision(args),

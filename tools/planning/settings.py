@@ -1,15 +1,16 @@
-"""The settings that a search chooses among: layouts, and what of the shortcut may differ. As flags, and as a space."""
+"""The settings that a search chooses among: layouts, and what of the shortcut may differ. As flags."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import product, takewhile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise, takewhile
 
 from command_line import UserError
 
-MICRO_BATCHES = (1, 2, 4, 8)
-MOST_TENSOR = 8
+PATTERN = "--hybrid-layer-pattern"
+FULL = ("full",)
+"""Of what is computed again: all groups."""
 _CHOSEN = {
     "--tensor-model-parallel-size": "tp",
     "--pipeline-model-parallel-size": "pp",
@@ -25,14 +26,15 @@ _FOLLOW = (
     *("--num-layers-per-virtual-pipeline-stage", "--pipeline-model-parallel-layout", "--sequence-parallel"),
     *("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"),
     *("--recompute-granularity", "--recompute-method", "--recompute-num-layers", "--recompute-modules"),
-    *("--recompute-activations", "--shortcut-landing", "--overlap", "--overlap-chunks", "--expert-slot"),
+    *("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"),
+    *("--recompute-activations", "--shortcut-landing", "--overlap", "--overlap-chunks", "--expert-slot", PATTERN),
 )
 """Flags that follow from what is chosen."""
 _UNEVEN = {
     "--num-layers-per-virtual-pipeline-stage": "vp",
     "--pipeline-model-parallel-layout": "pp",
-    "--decoder-first-pipeline-num-layers": "pp",
-    "--decoder-last-pipeline-num-layers": "pp",
+    "--account-for-embedding-in-pipeline-split": "pp",
+    "--account-for-loss-in-pipeline-split": "pp",
 }
 """Flags that cut a model in ways that no search tries, and what cannot be kept beside them."""
 KEEPABLE = tuple(_CHOSEN.values())
@@ -49,7 +51,8 @@ class Layout:
         ep: --expert-model-parallel-size.
         etp: --expert-tensor-parallel-size.
         micro_batch: --micro-batch-size.
-        recompute: whether all groups are computed again.
+        sizes: units of each virtual stage, in the order of the model; empty where they are as many everywhere.
+        recompute: --recompute-modules, or ``FULL``.
     """
 
     tp: int = 1
@@ -58,7 +61,8 @@ class Layout:
     ep: int = 1
     etp: int = 1
     micro_batch: int = 1
-    recompute: bool = False
+    sizes: tuple[int, ...] = ()
+    recompute: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -89,8 +93,10 @@ class Model:
 
     Attributes:
         flags: without those that a search chooses.
-        unit: layers of the smallest part that no stage cuts.
-        units: of these.
+        unit: layers of the smallest part that no stage cuts; of a hybrid model they differ.
+        segments: symbols of each such part of a hybrid model; empty words for blocks.
+        behind: what a hybrid model's pattern has behind all stages.
+        weights: what each part takes, of a hybrid model, by which it is cut.
         heads: of queries.
         key_heads: of keys and values.
         experts: of each MoE; 0 without any.
@@ -104,7 +110,7 @@ class Model:
 
     flags: tuple[str, ...]
     unit: int
-    units: int
+    segments: tuple[str, ...]
     heads: int
     key_heads: int
     experts: int
@@ -114,6 +120,44 @@ class Model:
     positions: tuple[str, ...] = ("",)
     spans: tuple[int, ...] = (1,)
     kept: Mapping[str, str] | None = None
+    behind: str = ""
+    weights: tuple[float, ...] = ()
+
+    @property
+    def units(self) -> int:
+        """Of these parts."""
+        return len(self.segments)
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether it has a pattern."""
+        return bool(self.segments[0])
+
+    @property
+    def num_layers(self) -> int:
+        """Of the whole model."""
+        return sum(self.layers_of(unit) for unit in range(self.units))
+
+    def layers_of(self, unit: int) -> int:
+        """Layers of one part."""
+        return len(self.segments[unit]) or self.unit
+
+    def pattern(self, layout: Layout) -> str:
+        """--hybrid-layer-pattern with the cuts of ``layout``; empty for blocks."""
+        cut = "|".join("".join(self.segments[first:end]) for first, end in pairwise(_ends(layout, self)))
+        return cut + self.behind
+
+
+def _ends(layout: Layout, model: Model) -> list[int]:
+    """Units before each virtual stage, and all of them."""
+    parts = layout.pp * layout.vp
+    return [0, *accumulate(layout.sizes or (model.units // parts,) * parts)]
+
+
+def units_of_stages(layout: Layout, model: Model) -> list[list[range]]:
+    """Units of each stage, a range for each of its virtual stages: as Megatron deals these out, stage by stage."""
+    cut = [range(first, end) for first, end in pairwise(_ends(layout, model))]
+    return [cut[stage :: layout.pp] for stage in range(layout.pp)]
 
 
 def split_values(flags: Sequence[str]) -> list[str]:
@@ -163,7 +207,9 @@ def kept(flags: Sequence[str], names: Collection[str]) -> dict[str, str]:
     """
     for flag, name in _UNEVEN.items():
         if flag in flags and name in names:
-            raise UserError(f"a search cuts a model evenly and cannot keep {name} beside {flag}; drop either")
+            raise UserError(
+                f"a search cuts a model in ways of its own and cannot keep {name} beside {flag}; drop either"
+            )
     return {name: _kept(flags, name) for name in names}
 
 
@@ -175,6 +221,11 @@ def _kept(flags: Sequence[str], name: str) -> str:
         if len(set(given)) != 1:
             raise UserError(f"a search gives all groups one position: {flag} is {' '.join(given)}; do not keep it")
         return given[0]
+    if name == "vp" and PATTERN in flags:
+        stages = value_of(flags, PATTERN).split("/", maxsplit=1)[0].count("|") + 1
+        return str(max(1, stages // int(_kept(flags, "pp"))))
+    if name == "micro-batch" and flag not in flags:
+        raise UserError(f"there is no micro-batch to keep: {flag} is not set; add it, or do not keep micro-batch")
     value = whole_of(flags, flag, _kept(flags, "tp") if name == "etp" else "1")
     if name == "span" and (landing := value_of(flags, "--shortcut-landing", "0")) != str(Form(span=value).landing):
         raise UserError(
@@ -190,11 +241,19 @@ def flags_of(layout: Layout, form: Form, model: Model) -> list[str]:
     flags += ["--expert-model-parallel-size", layout.ep, "--micro-batch-size", layout.micro_batch]
     if layout.tp > 1:
         flags += ["--sequence-parallel", "--expert-tensor-parallel-size", layout.etp]
-    if layout.vp > 1:
+    if model.hybrid:
+        flags += [PATTERN, model.pattern(layout)]
+    elif layout.sizes:
+        flags += ["--decoder-first-pipeline-num-layers", layout.sizes[0] * model.unit]
+        flags += ["--decoder-last-pipeline-num-layers", layout.sizes[-1] * model.unit]
+    elif layout.vp > 1:
         flags += ["--num-virtual-stages-per-pipeline-rank", layout.vp]
-    if layout.recompute:
+    if layout.recompute == FULL:
         flags += ["--recompute-granularity", "full", "--recompute-method", "uniform"]
-        flags += ["--recompute-num-layers", model.unit * form.span]
+        # Of a hybrid model's parts, which differ, the last layer runs each, whatever is counted.
+        flags += ["--recompute-num-layers", 1 if model.hybrid else model.unit * form.span]
+    elif layout.recompute:
+        flags += ["--recompute-granularity", "selective", "--recompute-modules", *layout.recompute]
     if form.position:
         flags += ["--shortcut-position", form.position]
     if form.span > 1:
@@ -204,53 +263,3 @@ def flags_of(layout: Layout, form: Form, model: Model) -> list[str]:
     if form.chunks > 1:
         flags += ["--overlap-chunks", form.chunks]
     return [str(word) for word in flags]
-
-
-def layouts(model: Model, gpus: int) -> Iterator[Layout]:
-    """Every layout of ``model`` on so many GPUs; what the entry script says of it is another question."""
-    by_tensor = [tp for tp in (1, 2, 4, 8) if can_share(model, tp)]
-    sizes = (by_tensor, _divisors(model.units), _divisors(model.experts or 1))
-    for tp, pp, ep in product(*sizes):
-        if gpus % (tp * pp * model.context):
-            continue
-        data = gpus // (tp * pp * model.context)
-        for etp in sorted({1, tp}) if model.experts else (tp,):
-            if gpus % (ep * etp * pp):
-                continue
-            for micro_batch, recompute in product(MICRO_BATCHES, (False, True)):
-                if model.global_batch % (micro_batch * data):
-                    continue
-                micro_batches = model.global_batch // (micro_batch * data)
-                for vp in _divisors(model.units // pp) if pp > 1 and micro_batches % pp == 0 else (1,):
-                    layout = Layout(tp=tp, pp=pp, vp=vp, ep=ep, etp=etp, micro_batch=micro_batch, recompute=recompute)
-                    if _as_kept(layout, model.kept or {}):
-                        yield layout
-
-
-def forms(model: Model, layout: Layout) -> Iterator[Form]:
-    """Every form of ``model`` at ``layout`` with the most that an overlap can do: solved, and in chunks."""
-    for position, span in product(model.positions, model.spans):
-        if (model.units // (layout.pp * layout.vp)) % span == 0:
-            yield Form(position=position, span=span, overlap="adaptive" if position else "fixed", chunks=4)
-
-
-def simpler(model: Model, layout: Layout) -> Iterator[Form]:
-    """Every form at ``layout``, in the order of preference: the model as it is, and the least of an overlap."""
-    ways = (("fixed", 1), ("adaptive", 1), ("fixed", 2), ("fixed", 4), ("adaptive", 4))
-    for form in forms(model, layout):
-        for overlap, chunks in ways if form.position else [way for way in ways if way[0] == "fixed"]:
-            yield replace(form, overlap=overlap, chunks=chunks)
-
-
-def can_share(model: Model, tp: int) -> bool:
-    """Whether so many tensor parallel ranks share ``model``."""
-    return tp <= MOST_TENSOR and not (model.heads % tp or model.key_heads % tp or model.sequence % (tp * model.context))
-
-
-def _as_kept(layout: Layout, values: Mapping[str, str]) -> bool:
-    found = {name.replace("_", "-"): str(value) for name, value in asdict(layout).items()}
-    return all(found[name] == value for name, value in values.items() if name in found)
-
-
-def _divisors(number: int) -> list[int]:
-    return [one for one in range(1, number + 1) if number % one == 0]

@@ -123,22 +123,23 @@ class SpanPricing:
     def _call(self, call: Moe, chunks: int) -> tuple[CallCosts, CallCosts]:
         """Costs of one call, forward and backward."""
         ops, groups = self._pricing.ops, self._pricing.groups
-        sent = groups.flight(call, ops.own_tokens / chunks).seconds
+        flights = groups.flights(call, ops.own_tokens / chunks, self._pricing.recomputes_experts())
         priced = self._parts(call, chunks)
         forward = {name: sum(its.forward.values()) for name, its in priced.items()}
         backward = {name: sum(its.backward.values()) for name, its in priced.items()}
-        again = 1 + self._pricing.recomputes_experts()
-        return (
-            CallCosts(**forward, dispatch=sent, combine=sent),
-            CallCosts(**backward, dispatch=sent * again, combine=sent * again),
-        )
+        there, back = ({kind: sent[way].seconds for kind, sent in flights.items()} for way in (0, 1))
+        return CallCosts(**forward, **there), CallCosts(**backward, **back)
 
     def _wires(self, span: Span, passes: Passes) -> None:
         ops, groups = self._pricing.ops, self._pricing.groups
         exposed_s = passes.forward["exposed EP"] + passes.backward["exposed EP"]
-        ways = 1 if self._forward_only else 2 + self._pricing.recomputes_experts()
-        sent = [groups.flight(call, ops.own_tokens).times(ways) for call in span.calls]
-        total_s = 2 * sum(one.seconds for one in sent)
-        for one in sent:
-            for kind in ("dispatch", "combine"):
-                passes.wire("EP", kind, one, exposed_s * one.seconds / total_s if total_s else 0.0)
+        sent = [
+            (kind, forward if self._forward_only else forward.then(backward))
+            for call in span.calls
+            for kind, (forward, backward) in groups.flights(
+                call, ops.own_tokens, self._pricing.recomputes_experts()
+            ).items()
+        ]
+        total_s = sum(one.seconds for _, one in sent)
+        for kind, one in sent:
+            passes.wire("EP", kind, one, exposed_s * one.seconds / total_s if total_s else 0.0)

@@ -10,23 +10,13 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_scmoe.config import (
-    ConfigError,
-    Overlap,
-    Position,
-    Router,
-    ScMoEConfig,
-    Shortcut,
-    expected_unique_share,
-)
-from planning import reading
+from megatron_scmoe.config import Codec, ConfigError, Overlap, Position, Router, ScMoEConfig, Shortcut, Unique
+from planning import reading, sending
 from planning.hardware import Machine
 from planning.workload import Moe, Span, Workload
 
 RATE = 0.2
 """Part of the rows that LSH-MoE sends (arXiv 2411.08446, section 4.1: between 10% and 20%)."""
-FP8_VALUES = 128
-"""That share one fp32 scale, as in DeepSeek-V3's dispatch (arXiv 2412.19437, section 3.3)."""
 MOST_CHUNKS = 4
 
 
@@ -184,18 +174,13 @@ def _as_scmoe(run: Run) -> tuple[Run, str] | None:
 def _less_to_send(run: Run) -> Iterator[Variant]:
     workload, args = run.workload, run.args
     moe = next(_moes(workload))
-    ranks = args.expert_model_parallel_size
-    once = expected_unique_share(args.num_experts, args.moe_router_topk, ranks, run.scmoe.zero_experts)
-    if once < 1 and run.scmoe.shortcut is not Shortcut.DGMOE:  # each of its gates chooses one expert
+    yield from _unique(run)
+    rounded = None if run.scmoe.rounds else run.changed(replace(run.scmoe, a2a_codec=Codec.FP8))
+    if rounded is not None:
         yield Variant(
-            name="unique tokens", workload=_with_moes(workload, carried=once), flags="--a2a-unique rank",
-            note=f"a token travels to a rank once: {1 - once:.0%} of the rows less, with even routing",
+            name="fp8 dispatch", workload=rounded.workload, flags="--a2a-codec fp8",
+            note="dispatch forward and combine backward in fp8, the others in bf16",
         )  # fmt: skip
-    half = (0.5 + 0.5 / FP8_VALUES + 1) / 2  # the exponent of a scale is a byte
-    yield Variant(
-        name="fp8 dispatch", workload=_with_moes(workload, carried=half), flags="--a2a-codec fp8",
-        note="dispatch forward and combine backward in fp8, the others in bf16",
-    )  # fmt: skip
     width = args.hidden_size // 2
     if not moe.latent:
         yield Variant(
@@ -203,9 +188,34 @@ def _less_to_send(run: Run) -> Iterator[Variant]:
             flags=f"--moe-latent-size {width}", note="another model, whose experts compute less",
         )  # fmt: skip
     yield Variant(
-        name=f"LSH-MoE, {RATE:.0%} of the rows", workload=_with_moes(workload, sent=RATE),
-        flags=f"--a2a-codec lsh --lsh-target-rate {RATE}", note="without the cost of hashing; changes the model",
+        name=f"LSH-MoE, {RATE:.0%} of the rows",
+        workload=_with_moes(workload, sent=RATE, once=None, beside=0.0, beside_back=0.0, rounded=frozenset()),
+        flags=f"{_without(run.scmoe)}--a2a-codec lsh --lsh-target-rate {RATE}",
+        note="without the cost of hashing; changes the model",
     )  # fmt: skip
+
+
+def _without(scmoe: ScMoEConfig) -> str:
+    """Flags that undo what ``scmoe`` has and no codec of centroids takes."""
+    default = ScMoEConfig().fp8_transfers
+    transfers = f"--fp8-transfers {' '.join(default)} " if scmoe.fp8_transfers != default else ""
+    return "--a2a-unique none " * scmoe.sends_once + transfers
+
+
+def _unique(run: Run) -> Iterator[Variant]:
+    """Each token once to each rank, where that is less."""
+    topk, ranks = run.args.moe_router_topk, run.args.expert_model_parallel_size
+    if run.scmoe.sends_once or topk == 1 or ranks == 1 or sending.unknown(run.args, run.scmoe):
+        return
+    other = run.changed(replace(run.scmoe, a2a_unique=Unique.RANK))
+    once = 1.0 if other is None else next(_moes(other.workload)).once
+    if other is not None and once is not None and once < 1:
+        yield Variant(
+            name="unique tokens",
+            workload=other.workload,
+            flags="--a2a-unique rank",
+            note=f"a token travels to a rank once: {1 - once:.0%} of the rows less, with even routing",
+        )
 
 
 def _with_moes(workload: Workload, **changes: Any) -> Workload:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from math import exp, lgamma
 from typing import NamedTuple
 
+from megatron_scmoe.contracts import TransferName
 from planning.hardware import Machine
+from planning.rows import BF16, nbytes, nbytes_gathered, travelling
 from planning.training import Dispatcher
 from planning.workload import Moe, Workload
-
-BF16 = 2
 
 
 class Sent(NamedTuple):
@@ -29,6 +29,10 @@ class Sent(NamedTuple):
     def times(self, count: float) -> Sent:
         """So many of them, one after the other."""
         return Sent(self.inside * count, self.between * count, self.seconds * count)
+
+    def then(self, other: Sent) -> Sent:
+        """Both, one after the other."""
+        return Sent(self.inside + other.inside, self.between + other.between, self.seconds + other.seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,18 +135,27 @@ class Groups:
         self.expert_dp = Group(machine, layout.expert_dp, layout.etp * layout.ep)
         self.pp = Group(machine, layout.pp, layout.gpus // layout.pp)
 
-    def flight(self, op: Moe, tokens: float) -> Sent:
-        """Carrying ``tokens`` of this rank to their experts, or what these made of them back."""
-        width = (op.latent or self.workload.hidden) * op.carried
-        rows = tokens * op.top_k * op.sent * self.workload.training.expert_rows
+    def flight(self, op: Moe, tokens: float, transfer: TransferName) -> Sent:
+        """Carrying ``tokens`` of this rank to their experts, what these made of them back, or gradients of either."""
+        rows = travelling(op, tokens, self.workload.training)
+        each = nbytes(op, self.workload.hidden, transfer)
         if self.workload.training.dispatcher is Dispatcher.ALLTOALL:
-            sent = self.ep.all_to_all(rows * width * BF16)
+            sent = self.ep.all_to_all(rows * each)
         else:
-            sent = self.ep.unique(tokens * op.sent, op.top_k, width * BF16, experts=op.experts, limited=op.limited)
+            sent = self.ep.unique(tokens * op.sent, op.top_k, each, experts=op.experts, limited=op.limited)
         if self.etp.size > 1:  # all ranks of an expert get all of its rows
-            gathered = self.etp.ring(rows * width * BF16 * self.etp.size)
-            sent = Sent(sent.inside + gathered.inside, sent.between + gathered.between, sent.seconds + gathered.seconds)
+            each = nbytes_gathered(op, self.workload.hidden, transfer)
+            sent = sent.then(self.etp.ring(rows * each * self.etp.size))
         return sent
+
+    def flights(self, op: Moe, tokens: float, again: float = 0.0) -> dict[str, tuple[Sent, Sent]]:
+        """Dispatch and combine of ``tokens``, each forward and backward; forward ``again`` times within backward."""
+        found = {}
+        for kind in ("dispatch", "combine"):
+            forward, backward = (TransferName.of(kind, backward=way) for way in (False, True))
+            there = self.flight(op, tokens, forward)
+            found[kind] = there, self.flight(op, tokens, backward).then(there.times(again))
+        return found
 
     def tensors(self, kind: str, tokens: float, width: float) -> Sent:
         """A collective of ``kind`` over a tensor parallel group's ``tokens``; an all-reduce goes round twice."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_scmoe.config.overlap import Overlap
-from megatron_scmoe.contracts import Plan, SpanShape
+from megatron_scmoe.contracts import Plan, SpanShape, TransferName
 from planning.training import Training
 
 
@@ -93,7 +93,11 @@ class Moe:
         latent: width in which tokens travel and experts read (--moe-latent-size); 0: the hidden size.
         shared: the shared expert.
         sent: part of the rows that travel and are computed (less than 1 with a codec).
-        carried: part of a row's bytes that travels (less than 1 in 8 bits, or where a rank gets a token once).
+        carried: part of a row's bytes that travels; 0 where a bound leaves out all that flies.
+        rounded: transfers in which values have 8 bits (--fp8-transfers with --a2a-codec fp8).
+        once: part of the rows that travels where a rank gets a token once (--a2a-unique); None: a row for each expert.
+        beside: bytes of gate weights, and of which experts they are, that a row takes along.
+        beside_back: bytes of the weights' gradients that come back with a row's.
         limited: part of the experts' groups of which a token has any (--moe-router-group-topk over all of them).
         bias: whether experts have biases (--add-bias-linear).
         owners: as of an MLP; both calls of a group of dgmoe are such places, too.
@@ -107,6 +111,10 @@ class Moe:
     shared: Mlp | None = None
     sent: float = 1.0
     carried: float = 1.0
+    rounded: frozenset[TransferName] = frozenset()
+    once: float | None = None
+    beside: float = 0.0
+    beside_back: float = 0.0
     limited: float = 1.0
     bias: bool = False
     owners: int = 1
