@@ -13,12 +13,13 @@ those of rows travel in a form of their own, or as they are.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 BLOCK = 128
 """Values that share a scale."""
@@ -99,19 +100,22 @@ def _in_blocks(rows: Tensor) -> Tensor:
 
 
 def _run[R](function: Callable[..., R], rows: Tensor, *args: Any) -> R:
-    """``function(rows, *args)``; on a GPU as one kernel, if torch can make it, and else operation by operation."""
-    if rows.is_cuda and function not in _not_compiled:
+    """``function(rows, *args)``; on a GPU as one kernel, if torch can make it, and else operation by operation.
+
+    One kernel serves all numbers of rows but 0 and 1, which torch would compile for themselves, maybe in mid-training.
+    """
+    if rows.is_cuda and rows.shape[0] > 1 and function not in _not_compiled:
         try:
             return _compiled(function)(rows, *args)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             _not_compiled.add(function)
             why = str(error).strip().partition("\n")[0]
-            print(
-                f" > codec: torch cannot compile {function.__name__} of fp8, which takes longer so: {why}", flush=True
-            )
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # its neighbours have the same device and compiler
+                what = f"{function.__name__} of fp8, which takes longer so"
+                print(f" > codec: torch cannot compile {what}: {why}", flush=True)
     return function(rows, *args)
 
 
 @functools.cache
 def _compiled[R](function: Callable[..., R]) -> Callable[..., R]:
-    return torch.compile(function)
+    return torch.compile(function, dynamic=True, fullgraph=True)

@@ -47,7 +47,7 @@ SUBJECTS = {
 
 ARCHITECTURE_FIELDS = (
     *(field.name for field in fields(ArchitectureConfig)),
-    *("a2a_codec", "lsh_compensation", "lsh_rank"),
+    *("a2a_codec", "fp8_transfers", "lsh_compensation", "lsh_rank"),
 )
 """Fields that decide what the parameters mean. A checkpoint of other values loads without an error, since the names and
 shapes are the same, and is wrong: so they are compared on resume."""

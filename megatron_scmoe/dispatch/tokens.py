@@ -81,7 +81,7 @@ class ChunkedTokens:
 
 
 class Tokens(ChunkedTokens):
-    """Tokens as the experts read them, with their gate weights (``--a2a-codec none``).
+    """Tokens as the experts read them, with their gate weights, rounded on their way or not.
 
     With --moe-latent-size they are projected chunk by chunk, just before a chunk leaves and behind its arrival, so that
     the projections of one chunk run while others travel. A chunk has all experts of its tokens, so that a token's sum

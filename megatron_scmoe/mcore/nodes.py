@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_scmoe.config import ConfigError
 
@@ -40,8 +41,8 @@ def boot() -> str:
 
 
 def this_node() -> str:
-    """What NCCL, too, takes for one machine: one boot, or what NCCL_HOSTID says."""
-    return os.environ.get("NCCL_HOSTID") or boot()
+    """What NCCL, too, takes for one machine: one boot under one host name, or what NCCL_HOSTID says."""
+    return os.environ.get("NCCL_HOSTID") or f"{socket.gethostname()} {boot()}"
 
 
 @functools.cache
@@ -100,7 +101,9 @@ def _like(group: dist.ProcessGroup, ranks: list[int], description: str) -> dist.
     if nccl:
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=own.is_high_priority_stream)
         options.config = own.config
-    made = dist.new_group(
+    # Known to Core, which changes the timeouts of its groups later. As ranks of other groups stay away, each rank must
+    # be in as many process groups so far: of Core's all ranks of a stage are.
+    made = parallel_state.create_group(
         ranks,
         timeout=own._timeout,
         backend=backend,

@@ -58,7 +58,7 @@ class GroupPass:
         idle: when the compute lane may have had nothing enqueued (``Recording.idle``); None without a GPU.
         enqueue_s: what the host took for each dense op: on a GPU to enqueue it, else to compute it.
         enqueue_core_s: the part of it from the core attention on, of ops that are cut there.
-        sent_by: ``sent_bytes`` of each transfer.
+        sent_by: ``sent_bytes`` of each transfer, without hops inside a node.
         plain_by: what these would be if no codec rounded.
     """
 

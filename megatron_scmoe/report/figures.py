@@ -45,11 +45,11 @@ class GroupRow:
         group: index of its first group over the whole model.
         slots: of its plan, for each call and chunk.
         launch: of its dispatches, where that can be: before, within or behind the op at the tap.
-        communication_ms: time in which a collective was under way, all micro-batches.
+        communication_ms: time in which a collective was under way, all micro-batches, without hops inside a node.
         exposed_ms: the part of it beside which nothing was computed.
         hidden_share: 1 - exposed / communication.
         sent_bytes: what this rank sent to other ranks.
-        sent_by: the same of each transfer.
+        sent_by: the same of each transfer, without hops inside a node.
         plain_by: what these would be if no codec rounded.
         tokens_per_expert: this rank's tokens for each expert of the model, after capacity, one group after the other.
         tokens_max_over_mean: of these, the largest over the mean.
@@ -171,6 +171,8 @@ class Summary:
             of_codec = f", {self.sent_rate:.1%} of the rows sent, residual {self.residual:.2f} of a token"
         if scmoe.rounds:
             of_codec = "".join(f", {name} {_mib(sent, self.plain_by[name])}" for name, sent in self.sent_by.items())
+            hops = round(self.sent_mib * 2**20) - sum(self.sent_by.values())
+            of_codec += f", inside nodes {_mib(hops, 0)}" * (hops > 0)
         idle = "unknown" if self.idle_at_most_ms is None else f"{self.idle_at_most_ms:.1f} ms at most"
         return (
             f"{self.communication_ms:.1f} ms of communication, {self.exposed_ms:.1f} ms exposed, "

@@ -141,6 +141,8 @@ def parse_and_validate_args(
             print(f" > overlap warning: {warning}", flush=True)
         if warning := slower.unique_warning(args, scmoe):
             print(f" > unique warning: {warning}", flush=True)
+        if warning := slower.codec_warning(args, scmoe):
+            print(f" > codec warning: {warning}", flush=True)
         for words in untried.found_in(args, scmoe):
             print(f" > untried: {words}", flush=True)
     return args, scmoe, meeting

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron_scmoe.config import ARCHITECTURE_FIELDS, CODEC_FIELDS, Overlap, Sc
 from megatron_scmoe.layers.pipelined import PipelinedMoELayer
 from megatron_scmoe.layers.span import GroupSpan
 from megatron_scmoe.mcore import stages
+from megatron_scmoe.mcore.nodes import this_node
 from megatron_scmoe.overlap.adaptive import Tuner, chunk_counts
 from megatron_scmoe.overlap.kept import Plans, from_saved_form
 from megatron_scmoe.training import queues
@@ -132,5 +134,7 @@ def conditions(args: Namespace, stage: dist.ProcessGroup) -> dict[str, Any]:
         *("moe_permute_fusion", "moe_router_fusion", "moe_grouped_gemm", "sequence_parallel"),
     )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    found = {name: getattr(args, name) for name in names} | {"device": ", ".join(sorted(set(gathered(device, stage))))}
+    devices, nodes = zip(*gathered((device, this_node()), stage), strict=True)
+    found = {name: getattr(args, name) for name in names}
+    found |= {"device": ", ".join(sorted(set(devices))), "ranks on nodes": sorted(Counter(nodes).values())}
     return json.loads(json.dumps(found))  # as a checkpoint gives them back: no tuples

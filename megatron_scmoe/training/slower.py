@@ -18,6 +18,21 @@ def one_queue_warning(scmoe: ScMoEConfig, *, one_queue: bool) -> str | None:
     return ONE_QUEUE if scmoe.flies_side_by_side and one_queue else None
 
 
+def codec_warning(args: Namespace, scmoe: ScMoEConfig) -> str | None:
+    """Where rows are rounded and do not travel; not refused, as numbers must not depend on the layout.
+
+    Args:
+        args: Megatron's namespace, validated.
+        scmoe: the settings of this run.
+    """
+    if not scmoe.rounds or args.expert_model_parallel_size > 1:
+        return None
+    return (
+        f"no token travels, and rows are rounded all the same: --a2a-codec is {scmoe.a2a_codec} and "
+        "--expert-model-parallel-size 1; nothing is saved, drop --a2a-codec"
+    )
+
+
 def unique_warning(args: Namespace, scmoe: ScMoEConfig) -> str | None:
     """Where ``--a2a-unique`` costs something and can save nothing; not refused, as the layout may change on resume.
 

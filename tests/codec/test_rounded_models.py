@@ -115,6 +115,15 @@ def test_unique_tokens_and_partial_sums_are_rounded(ep):
     assert off(test_layer.run(case, ep), test_layer.run_reference(config)) > 1e-4
 
 
+def test_across_nodes_rows_are_rounded_and_inside_them_not():
+    """A row for a node, its gradient, the sum that comes back and that sum's gradient; hops carry them as they are."""
+    case = FOUR.replace(unique="node", topk=3, experts=8)
+    config = case.reference_config()
+    found = test_layer.run(case, 4)
+    assert off(found, test_layer.run_reference(replace(config, ranks=2))) < 1e-5  # of as many places
+    assert off(found, test_layer.run_reference(replace(config, ranks=4))) > 1e-4  # each rank's sum
+
+
 def test_bf16_is_near_fp32_and_not_equal():
     error = off(joined(run(BF16, 2)), joined(run(BF16.replace(codec="none"), 2)))
     assert 1e-4 < error < 1e-2
@@ -301,6 +310,11 @@ NAMED = (
 )
 def test_bad_tokens_are_named_on_every_rank(changes, value):
     assert ranks.run(poisoned, 2, FP8.replace(**changes), value, layout=EP[2]) == [NAMED] * 2
+
+
+def test_bad_tokens_are_named_across_nodes():
+    case = FP8.replace(unique="node", experts=8)
+    assert ranks.run(poisoned, 4, case, float("nan"), layout=EP[4]) == [NAMED] * 4
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import slow_fp8
@@ -71,6 +72,39 @@ def test_compiled_it_gives_the_same_bits(backend):
     assert all(torch.equal(one, other) for one, other in zip(compiled, encoded, strict=True))
     decode = torch.compile(rounding._decode, backend=backend)
     assert torch.equal(decode(*encoded, torch.bfloat16), Fp8().decode(encoded, torch.bfloat16))
+
+
+def test_one_kernel_serves_all_numbers_of_rows(monkeypatch):
+    """Ranks whose rows change in number must not compile while others wait; by a compiler that counts."""
+    graphs = []
+
+    def counting(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    rounding._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
+    encode, decode = rounding._compiled(rounding._encode), rounding._compiled(rounding._decode)
+    for number in (7, 9, 300, 2, 64, 65, 128, 1000, 3):
+        values = random_rows(number, 256, torch.float32)
+        found = encode(values)
+        assert all(torch.equal(one, other) for one, other in zip(found, Fp8().encode(values), strict=True))
+        assert torch.equal(decode(*found, torch.float32), arrived(values))
+    assert len(graphs) == 2  # one for each half
+    rounding._compiled.cache_clear()
+
+
+def test_no_row_and_one_are_not_compiled(monkeypatch):
+    """For each torch would make a kernel of its own."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(rounding, "_compiled", lambda function: pytest.fail(function.__name__))
+    for number in (0, 1):
+        values = random_rows(number, 128, torch.float32)
+        codes, _ = Fp8().encode(values.as_subclass(OnGpu))
+        assert torch.equal(codes.as_subclass(Tensor), Fp8().encode(values)[0])
 
 
 # ---- by hand ----------------------------------------------------------------------------------------------------
@@ -161,7 +195,7 @@ def test_what_cannot_be_compiled_is_said_once_and_runs_all_the_same(monkeypatch,
     """On a GPU; here a tensor that says it is there."""
     attempts = []
 
-    def refuses(function):
+    def refuses(function, **_options):
         attempts.append(function)
         raise torch._dynamo.exc.InternalTorchDynamoError("no compiler\nand more")
 
@@ -171,7 +205,14 @@ def test_what_cannot_be_compiled_is_said_once_and_runs_all_the_same(monkeypatch,
     rounding._compiled.cache_clear()
     monkeypatch.setattr(rounding, "_not_compiled", set())
     monkeypatch.setattr(torch, "compile", refuses)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # whose neighbour says it
     values = random_rows(2, 128, torch.float32)
+    Fp8().encode(values.as_subclass(OnGpu))
+    assert attempts == [rounding._encode] and capsys.readouterr().out == ""
+    attempts.clear()
+    rounding._not_compiled.clear()
+    rounding._compiled.cache_clear()
+    monkeypatch.setenv("LOCAL_RANK", "0")
     for _ in range(2):
         codes, _ = Fp8().encode(values.as_subclass(OnGpu))
         assert torch.equal(codes.as_subclass(Tensor), Fp8().encode(values)[0])

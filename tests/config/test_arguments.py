@@ -632,6 +632,19 @@ def test_unique_tokens_that_save_nothing_are_warned_of(experts, ep, unique, why)
     assert found is None if why is None else (found.startswith(why) and found.endswith("drop --a2a-unique"))
 
 
+@pytest.mark.parametrize(
+    ("ep", "codec", "warns"),
+    [(1, "fp8", True), (1, "bf16", True), (2, "fp8", False), (1, "none", False), (1, "lsh", False)],
+)
+def test_rounding_that_saves_nothing_is_warned_of(ep, codec, warns):
+    from megatron_scmoe.config import Codec, ScMoEConfig
+    from megatron_scmoe.training.slower import codec_warning
+
+    found = codec_warning(argparse.Namespace(expert_model_parallel_size=ep), ScMoEConfig(a2a_codec=Codec(codec)))
+    assert (found is not None) == warns
+    assert not warns or f"--a2a-codec is {codec} and --expert-model-parallel-size 1" in found
+
+
 ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 

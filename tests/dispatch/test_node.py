@@ -141,9 +141,8 @@ def test_where_nothing_repeats_no_bit_changes(layout_name):
 def spoil(mutant: str) -> None:
     """Put a fault into the hops inside a node."""
     from megatron_scmoe.dispatch.node import NodeTokens
-    from megatron_scmoe.mcore.unique_rows import NodeCounts
 
-    hop, split = NodeTokens._hop, NodeCounts.split_inside
+    hop = NodeTokens._hop
 
     def of_own_rank_alone(self, name, chunk, tensors, sent, received):
         arrived = hop(self, name, chunk, tensors, sent, received)
@@ -163,7 +162,6 @@ def spoil(mutant: str) -> None:
 
     changed = {"sums of one rank": of_own_rank_alone, "rows of a neighbour": shifted, "hop skipped": skipped}
     NodeTokens._hop = changed[mutant]
-    NodeCounts.split_inside = split
 
 
 def spoiled(layout_name: str, mutant: str) -> dict[tuple[str, str], dict[str, Tensor]]:
@@ -404,9 +402,12 @@ def test_new_groups_have_the_settings_of_the_expert_parallel_one(monkeypatch):
     own = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     own.config.max_ctas, own._timeout = 4, timedelta(minutes=7)
     group = SimpleNamespace(_get_backend=lambda device: SimpleNamespace(options=own) if device.type == "cuda" else None)
-    monkeypatch.setattr(nodes.dist, "new_group", new_group)
+    monkeypatch.setattr(torch.distributed, "new_group", new_group)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(parallel_state, "_global_process_group_list", [None])
     monkeypatch.setattr(nodes.dist, "get_backend", lambda _group: "nccl")
     nodes._like(group, [1, 3], "two of four")
+    assert len(parallel_state._global_process_group_list) == 2  # whose timeouts Core changes when training has begun
     options = made.pop("pg_options")
     assert (options.is_high_priority_stream, options.config.max_ctas) == (True, 4) and options is not own
     assert made == {

@@ -487,9 +487,10 @@ THERE = {"seq_length": 16, "a2a_codec": "none", "device": "cpu"}
         ({**THERE, "seq_length": 32}, {"conditions": THERE}, "seq_length 16, now 32"),
         ({**THERE, "a2a_codec": "lsh"}, {"conditions": THERE}, "a2a_codec none, now lsh"),
         ({**THERE, "device": "NVIDIA H200"}, {"conditions": THERE}, "device cpu, now NVIDIA H200"),
+        ({**THERE, "ranks on nodes": [4, 4]}, {"conditions": THERE}, "ranks on nodes unknown, now [4, 4]"),
         (THERE, {}, "seq_length unknown, now 16"),  # a checkpoint of before they were saved
     ],
-    ids=["same", "sizes", "codec", "device", "older"],
+    ids=["same", "sizes", "codec", "device", "nodes", "older"],
 )
 def test_plans_of_a_checkpoint_hold_under_its_conditions(monkeypatch, capsys, here, beside, why):
     one = continued(monkeypatch, here, hidden_share=0.9, **beside)
@@ -560,7 +561,11 @@ def test_conditions_are_what_a_checkpoint_gives_back(monkeypatch):
     args = Namespace(**dict.fromkeys(names, 1) | {"shortcut_position": ("pos2", "pos1"), "recompute_modules": ["mlp"]})
     monkeypatch.setattr(kept_plans, "gathered", lambda mine, _group: [mine, mine])
     found = kept_plans.conditions(args, None)
-    assert found.keys() == {*names, "device"} and json.loads(json.dumps(found)) == found
+    assert (
+        found.keys() == {*names, "device", "ranks on nodes"}
+        and found["ranks on nodes"] == [2]
+        and json.loads(json.dumps(found)) == found
+    )
 
 
 def test_a_recording_ends_where_an_evaluation_begins():
@@ -755,7 +760,10 @@ def test_every_plan_on_the_way_gives_the_numbers_of_off(tmp_path, layout):
     assert slots_of == expected and len(expected) == 2
     for one in seen[0].saved.values():
         assert 0 <= one["hidden_share"] <= 1
-        assert one["conditions"].keys() == {*ARCHITECTURE_FIELDS, *CODEC_FIELDS, *OTHER_CONDITIONS, "device"}
+        assert one["conditions"].keys() == {
+            *(*ARCHITECTURE_FIELDS, *CODEC_FIELDS, *OTHER_CONDITIONS),
+            *("device", "ranks on nodes"),
+        }
         assert one["iteration"] == SETTLED_AT
         assert (
             one["conditions"].items()
