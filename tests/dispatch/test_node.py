@@ -391,6 +391,8 @@ def test_groups_lie_across_nodes_and_inside_them():
 
 def test_new_groups_have_the_settings_of_the_expert_parallel_one(monkeypatch):
     """Of NCCL, too, which this machine may not have."""
+    from megatron.core import parallel_state
+
     from megatron_scmoe.mcore import nodes
 
     made: dict[str, Any] = {}
