@@ -91,7 +91,7 @@ class TransferName(StrEnum):
 
 
 class Form(Protocol):
-    """What travels in the place of rows, and rows again; straight-through, without gradient (``codec/rounding.py``)."""
+    """What travels in the place of rows, and rows again (``codec/rounding.py``); gradients go straight through."""
 
     def encode(self, rows: Tensor) -> tuple[Tensor, ...]:
         """What travels of ``rows`` [n, w]: tensors of n rows each."""

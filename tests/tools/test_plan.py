@@ -139,7 +139,9 @@ def test_what_is_said_is_what_was_found():
     by_name = {one["name"]: one for one in found["overlaps"]}
     assert by_name["adaptive"]["step_s"] <= by_name["fixed"]["step_s"] <= by_name["off"]["step_s"] * (1 + 1e-9)
     variants = {one["name"]: one for one in found["what_if"]}
-    assert variants["fp8 dispatch"]["flags"] == "" and "--shortcut none" in variants["no shortcut"]["flags"]
+    assert (
+        variants["fp8 dispatch"]["flags"] == "--a2a-codec fp8" and "--shortcut none" in variants["no shortcut"]["flags"]
+    )
     assert variants["fp8 dispatch"]["a2a_s"] < found["a2a_s"]
     shown = [title for title, _, _ in report.tables(found)]
     assert len(shown) == 5 and f"{found['a2a_share']:.1%}" in shown[0]
@@ -202,7 +204,14 @@ def test_the_command_plans(tmp_path):
     kept = json.loads(found.read_text())
     assert kept["machine"]["hardware"]["network"] == 12.5e9 and kept["request"]["gpus"] == 16
     assert kept["units"].startswith("times in seconds, memory and what is on the wire in bytes")
-    for words in ("A step:", "On the wire", "slots", "With other overlaps", "not yet", f"{kept['a2a_share']:.1%}"):
+    for words in (
+        "A step:",
+        "On the wire",
+        "slots",
+        "With other overlaps",
+        "runs today with --a2a-codec fp8",
+        f"{kept['a2a_share']:.1%}",
+    ):
         assert words in done.stdout
     assert page.read_text().startswith("<!DOCTYPE html>") and "DOES NOT FIT" not in done.stdout
     assert kept["fits"] and kept["usable_bytes"] == 0.9 * 80 * GIB and "DOES NOT FIT" not in page.read_text()
