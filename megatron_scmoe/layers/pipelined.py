@@ -39,7 +39,7 @@ class PipelinedMoELayer(MoELayer):
         # The shared expert runs while the first chunk travels to its experts.
         chunks = scmoe.overlap_chunks if scmoe.overlap is Overlap.FIXED else 1
         slots = (self._call.num_slots,) * chunks
-        self.plan = self.forward_plan = Plan((slots,), blocking=scmoe.overlap is Overlap.OFF)
+        self.plan = self.forward_plan = self.first_plan = Plan((slots,), blocking=scmoe.overlap is Overlap.OFF)
         self.scmoe = scmoe
         blocks.let_experts_run_repeatedly(self)
 

@@ -72,6 +72,7 @@ class GroupSpan:
         shape: what a plan has to know.
         plan: by which a training step runs.
         forward_plan: by which an evaluation runs.
+        first_plan: before anything was measured.
     """
 
     def __init__(self, groups: Sequence[Member], scmoe: ScMoEConfig) -> None:
@@ -86,7 +87,7 @@ class GroupSpan:
         )
         assert self.shape.num_ops == len(self._ops)
         self._cut = self.shape.cut
-        self.plan = self.forward_plan = scmoe.plan(self.group_index, sizes)
+        self.plan = self.forward_plan = self.first_plan = scmoe.plan(self.group_index, sizes)
         self._marker = Marker(self.group_index)
 
     @property

@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from statistics import fmean, median
 
-from megatron_scmoe.contracts import SpanShape
+from megatron_scmoe.contracts import Plan, SpanShape
 from megatron_scmoe.overlap.candidates import Candidate, candidates_of
 from megatron_scmoe.overlap.costs import GroupPass, costs_of, mean_costs
 from megatron_scmoe.overlap.kept import Plans, described
 from megatron_scmoe.overlap.plan import sequential_plan
 from megatron_scmoe.overlap.solver import SpanCosts
-from megatron_scmoe.overlap.trial import TURNS, judge
+from megatron_scmoe.overlap.trial import TIE, TURNS, judge
 
 WARM_UP_STEPS = 3
 MEASURE_STEPS = 3
@@ -81,6 +81,7 @@ class Tuner:
     Args:
         shapes: of the stage's groups, by their index over the whole model.
         plans: what they start with.
+        fixed: what they run with --overlap fixed, in one chunk.
         counts: numbers of chunks to choose from.
         interval: steps after which to measure again; 0: never.
         settled_for: steps for which ``plans`` of a checkpoint have been settled; None where they are not from one.
@@ -95,6 +96,7 @@ class Tuner:
         shapes: Mapping[int, SpanShape],
         plans: Mapping[int, Plans],
         *,
+        fixed: Mapping[int, Plan],
         counts: Sequence[int],
         interval: int,
         settled_for: int | None = None,
@@ -104,7 +106,7 @@ class Tuner:
         self.decision: Decision | None = None
         self.hidden_share = hidden_share
         self._shapes = dict(shapes)
-        self._incumbent = dict(plans)
+        self._incumbent, self._fixed = dict(plans), dict(fixed)
         self._counts = tuple(counts)
         self._interval = interval
         self._done = settled_for or 0
@@ -206,7 +208,7 @@ class Tuner:
                 if len(known) < len(of_ranks):
                     return self._unmeasured(group)
                 costs[chunks][group] = mean_costs(known)
-        solved = candidates_of(self._shapes, costs, self._incumbent)
+        solved = candidates_of(self._shapes, costs, self._incumbent, self._fixed)
         text = f"{described(solved.best)}, predicted {solved.predicted_s * 1e3:.1f} ms"
         if not solved.exact:
             text += " (the search was cut short: there may be a better plan)"
@@ -232,37 +234,38 @@ class Tuner:
         training, forward = judge(seconds), judge([[turn[1] for turn in its] for its in turns])
         best = self._candidates[training.best]
         plans = {group: Plans(best.plans[group], self._candidates[forward.best].plans[group]) for group in self._shapes}
-        taken, known_to = max(map(len, turns)), max(training.known_to, forward.known_to)
-        if training.left or forward.left:
-            left = tuple(sorted({training.best, *training.left, forward.best, *forward.left}))
+        taken, known_to = max(map(len, turns)), training.known_to
+        if training.left:  # training pays for the turns: what is not known of forward by then stays so
+            left = tuple(sorted({*training.left, forward.best, *forward.left}))
             text = f"times scatter, and ratios are known to {known_to:.1%}: {len(left)} plans get {TURNS} turns more"
             return Decision(plans, best.hidden_share, text, left=left)
-        text = self._said(plans, best, median(seconds[training.best]), seconds)
+        text = self._said(plans, best, seconds)
         if taken > TURNS:
-            text += f"; {taken} turns, as times scatter: ratios are known to {known_to:.1%}"
+            text += f"; {taken} turns, as times scatter"
+            text += f": ratios are known to {known_to:.1%}" * (known_to > 0)  # 0: no other plan is left
         return Decision(plans, best.hidden_share, text)
 
-    def _said(self, plans: Mapping[int, Plans], best: Candidate, best_s: float, seconds: list[list[float]]) -> str:
-        """The plans of training, with what they took beside those that ran before and those that were solved for."""
-        before = {group: its.training for group, its in self._incumbent.items()}
-        ((before_s, kept),) = [
-            (median(s), one is best) for one, s in zip(self._candidates, seconds, strict=True) if one.plans == before
-        ]
-        times = f"predicted {best.predicted_s * 1e3:.1f} ms, measured {best_s * 1e3:.1f} ms"
-        text = f"{described(plans)}, " + (f"stays: {times}" if kept else f"{times}, before {before_s * 1e3:.1f} ms")
+    def _said(self, plans: Mapping[int, Plans], best: Candidate, seconds: list[list[float]]) -> str:
+        """The plans of training, with what they took beside those that ran before and those that were solved for.
+
+        Times are medians over the turns that all three have: one that was out early has seen no later load.
+        """
         assert self.decision is not None
-        solved = {group: its.training for group, its in self.decision.plans.items()}
-        if solved != best.plans:
-            ((solved_s, predicted),) = [
-                (median(s), one.predicted_s)
-                for one, s in zip(self._candidates, seconds, strict=True)
-                if one.plans == solved
-            ]
-            text += (
-                f"; {described(self.decision.plans)} was not faster: predicted {predicted * 1e3:.1f} ms, "
-                f"measured {solved_s * 1e3:.1f} ms"
-            )
+        before = self._number_of({group: its.training for group, its in self._incumbent.items()})
+        solved = self._number_of({group: its.training for group, its in self.decision.plans.items()})
+        chosen = self._number_of(best.plans)
+        shared = min(len(seconds[number]) for number in (before, solved, chosen))
+        took = [f"measured {median(its[:shared]) * 1e3:.1f} ms" for its in seconds]
+        times = f"predicted {best.predicted_s * 1e3:.1f} ms, {took[chosen]}"
+        before_ms = took[before].replace("measured", "before")
+        text = f"{described(plans)}, " + (f"stays: {times}" if before == chosen else f"{times}, {before_ms}")
+        if solved != chosen:
+            predicted = f"predicted {self._candidates[solved].predicted_s * 1e3:.1f} ms"
+            text += f"; {described(self.decision.plans)} was not faster by {TIE:.0%}: {predicted}, {took[solved]}"
         return text
+
+    def _number_of(self, plans: Mapping[int, Plan]) -> int:
+        return next(number for number, one in enumerate(self._candidates) if one.plans == plans)
 
     def _enter(self, phase: Phase) -> None:
         self.phase = phase

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_scmoe.contracts import Launch, Plan, SpanShape
 from megatron_scmoe.overlap.kept import Plans
-from megatron_scmoe.overlap.plan import even_plan, sequential_plan
+from megatron_scmoe.overlap.plan import sequential_plan
 from megatron_scmoe.overlap.solver import (
     MAX_STEPS,
     Solution,
@@ -61,13 +61,16 @@ class Solved:
     candidates: tuple[Candidate, ...]
 
 
-def candidates_of(shapes: Mapping[int, SpanShape], costs: Costs, running: Mapping[int, Plans]) -> Solved:
+def candidates_of(
+    shapes: Mapping[int, SpanShape], costs: Costs, running: Mapping[int, Plans], fixed: Mapping[int, Plan]
+) -> Solved:
     """Solve for every number of chunks, and choose what is to be tried beside the plans that run.
 
     Args:
         shapes: of the stage's spans.
         costs: of each at each number of chunks that may be chosen.
         running: the plans that they have.
+        fixed: those that they have with --overlap fixed, in one chunk.
     """
     kinds = (False, True)  # forward alone or not
     found = {only: _solved(shapes, costs, only, MAX_STEPS) for only in kinds}
@@ -78,7 +81,7 @@ def candidates_of(shapes: Mapping[int, SpanShape], costs: Costs, running: Mappin
     stage_plans: list[StagePlan] = [
         {index: plans.training for index, plans in running.items()},
         {index: plans.forward for index, plans in running.items()},
-        {index: even_plan(shape, 1) for index, shape in shapes.items()},
+        dict(fixed),
         *best.values(),
         *({index: one.plan for index, one in its.items()} for its in alternatives),
         {index: sequential_plan(shape) for index, shape in shapes.items()},

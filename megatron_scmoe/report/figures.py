@@ -45,6 +45,7 @@ class GroupRow:
         group: index of its first group over the whole model.
         slots: of its plan, for each call and chunk.
         launch: of its dispatches, where that can be: before, within or behind the op at the tap.
+        blocking: whether its plan waits for each collective where it starts.
         communication_ms: time in which a collective was under way, all micro-batches, without hops inside a node.
         exposed_ms: the part of it beside which nothing was computed.
         hidden_share: 1 - exposed / communication.
@@ -64,6 +65,7 @@ class GroupRow:
     group: int
     slots: tuple[tuple[int, ...], ...]
     launch: Launch
+    blocking: bool
     communication_ms: float
     exposed_ms: float
     hidden_share: float
@@ -112,6 +114,7 @@ def _row(
         group=group,
         slots=plan.slots,
         launch=plan.launch,
+        blocking=plan.blocking,
         communication_ms=communication * 1e3,
         exposed_ms=exposed * 1e3,
         hidden_share=hidden_share(exposed, communication),

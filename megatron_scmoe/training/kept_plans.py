@@ -111,6 +111,7 @@ class KeptPlans:
         return Tuner(
             {index: group.shape for index, group in groups.items()},
             {index: Plans(group.plan, group.forward_plan) for index, group in groups.items()},
+            fixed={index: group.first_plan for index, group in groups.items()},
             counts=self._counts,
             interval=self._scmoe.overlap_interval,
             settled_for=iteration - 1 - kept[0]["iteration"] if kept else None,

@@ -202,8 +202,9 @@ class OverlapSession:
             else {},
         )
         if stages.is_stage_root():
-            measuring = " (sequential for once, to measure)" if self._tuner and self._tuner.sequential else ""
-            print(f" > overlap at iteration {iteration}: {summary.words(self._scmoe)}{measuring}", flush=True)
+            purpose = {Phase.MEASURE: " (sequential for once, to measure)", Phase.CHECK: " (trying plans)"}
+            doing = purpose.get(self._tuner.phase, "") if self._tuner else ""
+            print(f" > overlap at iteration {iteration}: {summary.words(self._scmoe)}{doing}", flush=True)
             self._warn(summary)
 
     def _warn(self, summary: Summary) -> None:

@@ -57,6 +57,7 @@ def row(group: int, **changes: Any) -> GroupRow:
     values = {
         "slots": ((1,),),
         "launch": Launch.BEFORE,
+        "blocking": False,
         "communication_ms": 10.0,
         "exposed_ms": 4.0,
         "hidden_share": 0.6,
@@ -91,6 +92,8 @@ def test_bytes_by_transfer_by_hand():
     assert summary.scalars(fp8)["sent_mib/dispatch-forward"] == summary.scalars(fp8)["sent_mib"] == 1
     for other in (CodecConfig(), CodecConfig(a2a_codec=Codec.LSH)):
         assert "MiB (" not in summary.words(other) and "sent_mib/dispatch-forward" not in summary.scalars(other)
+    hops = row(0, sent_bytes=3 * 2**20, sent_by={"dispatch-forward": 2**20}, plain_by={"dispatch-forward": 2**21})
+    assert summarize([[hops]]).words(fp8).endswith("what it was), inside nodes 2 MiB")
     assert "of the rows sent" not in summary.words(fp8) and "residual" not in summary.scalars(fp8)
 
 
@@ -109,12 +112,15 @@ def test_rows_by_hand():
         ],
         compressions=[compression(4, 12, 3, 5, 0.25), compression(4, 4, 1, 4, 0.75)],
     )
-    rows = rows_of(passes, recording, {7: Plan(((1,),)), 4: Plan(((1, 3), (1, 1)), launch=Launch.BEHIND)})
+    rows = rows_of(
+        passes, recording, {7: Plan(((1,),), blocking=True), 4: Plan(((1, 3), (1, 1)), launch=Launch.BEHIND)}
+    )
     assert rows == [
         GroupRow(
             group=4,
             slots=((1, 3), (1, 1)),
             launch=Launch.BEHIND,
+            blocking=False,
             communication_ms=10_000,
             exposed_ms=6_000,
             hidden_share=1 - 6 / 10,
@@ -130,6 +136,7 @@ def test_rows_by_hand():
             group=7,
             slots=((1,),),
             launch=Launch.BEFORE,
+            blocking=True,
             communication_ms=2_000,
             exposed_ms=0,
             hidden_share=1,

@@ -121,6 +121,7 @@ def _solve(
         + sum(limit_s(shape, costs[kind][1][i], forward_only=only[kind]) for i, shape in shapes.items())
         for kind in KINDS
     }
+    tried: dict[tuple[tuple[int, ...], str], tuple[dict[int, Plan], list[dict[str, Any]]]] = {}
     for result in results:
         counts_of = result.arm.chunk_counts
         of_group = {
@@ -135,8 +136,10 @@ def _solve(
         result.predicted_s, result.limit_s = dict(rest_s), limits
         for kind in KINDS:
             if result.arm.adaptive:
-                of_counts = {chunks: costs[kind][chunks] for chunks in counts_of}
-                chosen[kind], result.tried[kind] = try_by_turns(bench, model, shapes, of_counts, kind)
+                if (counts_of, kind) not in tried:  # arms that differ in recording alone have one plan
+                    of_counts = {chunks: costs[kind][chunks] for chunks in counts_of}
+                    tried[counts_of, kind] = try_by_turns(bench, model, shapes, of_counts, kind)
+                chosen[kind], result.tried[kind] = tried[counts_of, kind]
             else:
                 chosen[kind] = {index: _plan(result.arm, shape) for index, shape in shapes.items()}
             for index, ops in of_group.items():

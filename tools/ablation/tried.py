@@ -33,7 +33,8 @@ def try_by_turns(
         kind: of step.
     """
     fixed = {index: even_plan(shape, 1) for index, shape in shapes.items()}
-    candidates = candidates_of(shapes, costs, {index: Plans(plan, plan) for index, plan in fixed.items()}).candidates
+    running = {index: Plans(plan, plan) for index, plan in fixed.items()}
+    candidates = candidates_of(shapes, costs, running, fixed).candidates
     both = [{index: Plans(plan, plan) for index, plan in one.plans.items()} for one in candidates]
     seconds: list[list[float]] = [[] for _ in candidates]
     left: Sequence[int] = range(len(candidates))
