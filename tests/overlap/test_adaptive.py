@@ -689,7 +689,7 @@ def train(flags: list[str]) -> str:
 
 
 MOST_CANDIDATES = 8
-"""At most, of two numbers of chunks: what runs, twice fixed or solved for each number and both kinds of step, and off."""
+"""At most, of two numbers of chunks: what runs, fixed, what is solved for each number and kind of step, and off."""
 
 
 def train_and_look(

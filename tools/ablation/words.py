@@ -91,6 +91,6 @@ def machine(meta: Mapping[str, Any]) -> dict[str, str]:
         **report.origin(meta, computing=f", load {meta['hardware']['load']:.1f} at the end"),
         "ranks": f"{meta['ranks']}, threads of each: {meta['threads']}; links save up {meta['burst']} when idle",
         "model": ", ".join(f"{name} {size}" for name, size in meta["sizes"].items()),
-        "repetitions": f"{meta['repetitions']} steps of each arm and kind, by turns; adaptive arms choose among plans in "
-        f"steps before these; seed {meta['seed']}",
+        "repetitions": f"{meta['repetitions']} steps of each arm and kind, by turns; adaptive arms choose their plans "
+        f"in steps before these; seed {meta['seed']}",
     }
