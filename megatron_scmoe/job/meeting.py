@@ -108,12 +108,12 @@ def _reached(reach: Callable[[], dist.Store], limit_s: float, limit: str) -> dis
     Raises:
         ConfigError: where it takes longer, and what ``reach`` raises.
     """
-    found: queue.SimpleQueue[dist.Store | Exception] = queue.SimpleQueue()
+    found: queue.SimpleQueue[dist.Store | BaseException] = queue.SimpleQueue()
 
     def put() -> None:
         try:
             found.put(reach())
-        except Exception as error:  # raised again by who waits
+        except BaseException as error:
             found.put(error)
 
     where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
@@ -123,7 +123,7 @@ def _reached(reach: Callable[[], dist.Store], limit_s: float, limit: str) -> dis
     while (left_s := until_s - time.monotonic()) > 0:
         with contextlib.suppress(queue.Empty):
             answer = found.get(timeout=min(roll_call.SAY_EVERY_S, left_s))
-            if isinstance(answer, Exception):
+            if isinstance(answer, BaseException):
                 raise answer
             return answer
         print(f" > waiting for the job's store at {where} for {time.monotonic() - began_s:.0f} s", flush=True)

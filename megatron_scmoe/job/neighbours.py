@@ -21,10 +21,12 @@ def is_spokesman() -> bool:
     """Whether this is the first rank that one launcher has started here and that can still speak.
 
     Torchrun's are its children, which know the same store. Ranks that others have started do not see one another, and
-    each speaks.
+    each speaks. Where processes took their places after their start, these cannot be seen, and the first one speaks.
     """
     mine = _place(os.environ)
     try:
+        if _place(psutil.Process().environ()) != mine:
+            return mine[1] == 0
         others = psutil.Process(os.getppid()).children()
     except psutil.Error:
         return True

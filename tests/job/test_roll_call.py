@@ -19,7 +19,7 @@ import torch.distributed as dist
 from training import ROOT
 
 from megatron_scmoe.config import ConfigError
-from megatron_scmoe.job import last_words, meeting, roll_call
+from megatron_scmoe.job import last_words, meeting, neighbours, roll_call
 from megatron_scmoe.job.last_words import LastWords
 from megatron_scmoe.job.meeting import Meeting
 
@@ -294,6 +294,13 @@ def test_what_the_store_says_is_not_lost():
 
 
 # --- who speaks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("local_rank", "speaks"), [(0, True), (1, False)])
+def test_where_places_cannot_be_seen_the_first_speaks(monkeypatch, local_rank, speaks):
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert neighbours.is_spokesman() == speaks
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_a_transfer_whose_end_is_late_is_waited_for(device):
         begin = recording.Moment.now()
         late = recording.Moment(device.host_s, Event(enable_timing=True))
         late.event.reached_s = device.host_s + MS
-        recorded.launch(recording.Flying("dispatch", 0, 0, 0, False, begin, 1, end=late))
+        recorded.launch(recording.Flying("dispatch", 0, 0, 0, False, begin, 1, 1, end=late))
         assert not late.event.query()
     assert device.synchronised == 1
     (transfer,) = recorded.transfers

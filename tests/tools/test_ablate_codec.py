@@ -27,6 +27,7 @@ TOOL = ROOT / "tools" / "ablate_codec.py"
 sys.path.insert(0, str(TOOL.parent))
 import ablate_codec as tool  # noqa: E402
 import provenance  # noqa: E402
+from ablation.analysis import FORMAT  # noqa: E402
 from codec_study import (  # noqa: E402
     analysis,
     arms,
@@ -1089,7 +1090,7 @@ def ablation_of(folder, share=0.42):
     }
     folder.mkdir()
     others = [{**point, "step_share": 0.7, "arms": []}, {**point, "step_share": None}]
-    (folder / "result.json").write_text(json.dumps({"points": [*others, point]}))
+    (folder / "result.json").write_text(json.dumps({"format": FORMAT, "points": [*others, point]}))
     return folder
 
 
@@ -1122,10 +1123,10 @@ def test_step_times_are_refused_in_one_line(result, tmp_path, capsys):
     keep(result, tmp_path)
     check_refusal(["--output", "x", "--step-times", "y"], "--step-times needs --from DIR", capsys)
     check_refusal(["--from", str(tmp_path), "--step-times", str(tmp_path / "none")], "cannot be read", capsys)
-    (tmp_path / "result.json").write_text(json.dumps({"points": []}))
+    (tmp_path / "result.json").write_text(json.dumps({"format": FORMAT, "points": []}))
     check_refusal(["--from", str(tmp_path), "--step-times", str(tmp_path)], "no link whose share", capsys)
     for points in ([1], [{"step_share": "x"}], [{"step_share": 0.4, "arms": [{"arm": []}]}]):
-        (tmp_path / "result.json").write_text(json.dumps({"points": points}))
+        (tmp_path / "result.json").write_text(json.dumps({"format": FORMAT, "points": points}))
         check_refusal(["--from", str(tmp_path), "--step-times", str(tmp_path)], "not as this tool writes it", capsys)
 
 

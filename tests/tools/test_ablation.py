@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -866,6 +867,9 @@ def measure_on_ranks(folder: Path) -> int:
     import torch.distributed as dist
     from ablation.rank import run_rank
 
+    from megatron_scmoe.overlap import candidates, trial
+
+    candidates.HOPELESS, trial.MOST_TURNS = math.inf, trial.TURNS  # all are tried, whatever they take here
     parser = tool.make_parser()
     args = parser.parse_args(["--output", str(folder), "--arms", "pos2 off,pos2 adaptive", "--repetitions", "2", *TINY])
     arms = tool.check_request(parser, args)

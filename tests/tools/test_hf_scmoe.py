@@ -691,6 +691,7 @@ OTHER_VALUES = {
     **{"overlap": "adaptive", "overlap_chunks": 4, "expert_slot": ["1,3"], "a2a_weights_apart_above": 2.5},
     **{"overlap_interval": 7, "overlap_report": "/home/somebody/report", "a2a_codec": "lsh", "a2a_unique": "rank"},
     **{"lsh_kind": "spherical", "lsh_hashes": 5, "lsh_width": 3, "lsh_refinement": "lloyd", "lsh_seed": 99},
+    "fp8_transfers": ["combine-forward"],
     **{"lsh_compensation": "paper", "lsh_rank": 3, "lsh_target_rate": 0.3, "lsh_evaluation": "centroids"},
 }
 

@@ -449,7 +449,7 @@ def test_a_start_goes_on_from_what_was_saved(tmp_path):
         assert words[words.index(name) + 1] == value and words.count(name) == 1
     assert "--finetune" not in words and "--exit-signal-handler" in words
     before = words[: words.index(str(ROOT / "pretrain_gpt_scmoe.py"))]
-    assert before[-4:] == ["--max-restarts", "3", "--shutdown-timeout", "60"]
+    assert before[-5:] == ["--max-restarts", "3", "--shutdown-timeout", "60", "--"]
     default = launch(tmp_path, "scmoe-8b", **given | {"RESTARTS": "", "STOP_WITHIN": ""}).stdout.split()
     assert default[default.index("--max-restarts") + 1] == "0"
 
