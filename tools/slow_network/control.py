@@ -72,7 +72,7 @@ class Control:
         return self._told("rate", "rate", str)
 
     def set_rate(self, rate: str, rank: int | None = None) -> None:
-        """Give every link, or that of one rank (and its node), a rate, such as 100mbit, or 'unlimited'. Raises ControlError."""
+        """Give every link, or that of one rank and its node, a rate (100mbit, 'unlimited'). Raises ControlError."""
         self.request(f"rate {rate}" if rank is None else f"rate {rate} {rank}")
 
     def bytes_sent(self) -> list[int]:
