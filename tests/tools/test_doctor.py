@@ -229,7 +229,6 @@ def test_a_right_environment_is_explained(clean):
         ({"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}, ["wait for it for ever", "unset it"]),
         ({"NCCL_P2P_DISABLE": "1"}, ["without NVLink", "unset it"]),
         ({"NCCL_P2P_LEVEL": "LOC"}, ["is 'LOC'", "without NVLink", "unset it"]),
-        ({"NCCL_IB_HCA": "mlx5_99:1"}, ["is 'mlx5_99:1'", "no InfiniBand adapter of this machine", "ibstat"]),
         ({"NCCL_BLOCKING_WAIT": "1"}, ["stands still in each wait", "unset it"]),
         ({"NCCL_SHM_DISABLE": "1"}, ["speak by the network", "unset it"]),
         ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, ["each allocation waits", "unset it"]),
@@ -264,9 +263,11 @@ def test_adapters_and_levels_are_read_as_nccl_does(clean):
     four = [f"mlx5_{number}" for number in range(4)]
     for right in ("mlx5", "mlx5_1:1,mlx5_3:1", "^mlx5_0", "=mlx5_2", "^=mlx5"):
         assert wrong(four, NCCL_IB_HCA=right) == []
-    for names in ("mlx4", "^mlx5", "=mlx5"):
+    for names in ("mlx4", "^mlx5", "=mlx5", "mlx5_99:1"):
         (found,) = wrong(four, NCCL_IB_HCA=names)
         assert found.startswith(f"NCCL_IB_HCA is '{names}': no InfiniBand adapter of this machine has such a name")
+        assert found.endswith("name one of ibstat -l")
+        assert wrong([], NCCL_IB_HCA=names) == []  # where there is none, no name would mend it
     (found,) = wrong(four, NCCL_NET_GDR_LEVEL="LOC")
     assert "by way of host memory, though there is InfiniBand; unset it" in found
     assert wrong(four, NCCL_NET_GDR_LEVEL="SYS", NCCL_P2P_LEVEL="NVL") == [] == wrong([], NCCL_NET_GDR_LEVEL="LOC")
@@ -663,6 +664,11 @@ def norms(*own: float, norm: float = 2.0, replicas: tuple[int, ...] | None = Non
     ("seen", "words"),
     [
         (norms(1.0, 1.0 + 1e-6, 1.0), []),
+        (norms(*(1.0 + 0.9e-4 * step for step in (0, 2, 1))), ["rank 1 on a computed a gradient norm of 1.00018"]),
+        (
+            [*norms(1.0), *norms(1.0, norm=2.00018), *norms(1.0, norm=2.00036)],
+            ["summed over all ranks, is 2 on ranks 0-1; 2.00036 on rank 2"],
+        ),
         (
             norms(1.0, 1.01, 1.0),
             ["rank 1 on a computed a gradient norm of 1.01, and others 1 of the same tokens", "dcgmi"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -244,21 +245,28 @@ import doctor
 from doctoring import rank, watch
 watch.LATER_S = 1.0
 if os.environ["RANK"] == "0":
-    rank.Clocks.look = lambda self, job: time.sleep(2) or os.kill(os.getpid(), signal.{signal})  # all have met
-sys.exit(doctor.main(["--only", "clocks,step", "--check-seconds", "5"]))
+    {moment} = lambda *_: time.sleep(2) or os.kill(os.getpid(), signal.{signal})  # all have met
+sys.exit(doctor.main(["--only", "clocks", "--check-seconds", "5"]))
 """
 
 
+IN_A_CHECK, BEHIND_THE_LAST = "rank.Clocks.look", "rank.print_report"
+FROZEN = "not over after 5 s; rank 0 has not ended it: see whether it is stopped"
+GONE = r"(check clocks: |between checks, or after them: )?the job's store is gone, with the first node: "
+
+
 @pytest.mark.parametrize(
-    ("number", "line"),
+    ("moment", "number", "line"),
     [
-        ("SIGSTOP", "ended: check clocks: not over after 5 s; rank 0 has not ended it: see whether it is stopped"),
-        ("SIGKILL", "ended: the job's store is gone, with the first node: "),
+        (IN_A_CHECK, "SIGSTOP", f"check clocks: {FROZEN}"),
+        (IN_A_CHECK, "SIGKILL", GONE),
+        (BEHIND_THE_LAST, "SIGSTOP", f"between checks, or after them: {FROZEN}"),
+        (BEHIND_THE_LAST, "SIGKILL", GONE),
     ],
 )
-def test_ranks_end_with_a_line_where_the_first_one_is_frozen_or_gone(number, line):
+def test_ranks_end_with_a_line_where_the_first_one_is_frozen_or_gone(moment, number, line):
     """And with it the store, which is rank 0's where no torchrun has one."""
-    code = ENDS.format(tools=str(TOOL.parent), signal=number)
+    code = ENDS.format(tools=str(TOOL.parent), moment=moment, signal=number)
     with socket.create_server(("localhost", 0)) as server:
         place = {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{server.getsockname()[1]}", "WORLD_SIZE": "3"}
     processes = [
@@ -277,7 +285,7 @@ def test_ranks_end_with_a_line_where_the_first_one_is_frozen_or_gone(number, lin
             process.kill()
     assert [process.returncode for process in processes[1:]] == [1, 1], errors
     said = [[one for one in error.splitlines() if one.startswith("doctor.py: ")] for error in errors]
-    assert len(said[0]) == 1 and said[0][0].startswith(f"doctor.py: {line}") and said[1] == [], said
+    assert len(said[0]) == 1 and re.match(f"doctor.py: ended: {line}", said[0][0]) and said[1] == [], said
     assert "Traceback" not in "".join(errors)
 
 

@@ -115,12 +115,12 @@ def _sent(point: Point, name: str) -> float | None:
 
 
 def _losses(runs: Sequence[RunResult], codec: Codec) -> list[str]:
-    """How much higher the loss of each model is, and whether rounding alone does as much."""
+    """How much higher the loss of each model is, and whether rounding alone does as much at every seed."""
     (arm,) = (one for one in all_arms() if one.name == codec.arm)
     cells = []
     for model in MODELS:
-        above, noise = spread(analysis.percent_above_none(runs, model, arm.name)), analysis.noise(runs, model)
-        within = above and noise and arm.name != NONE and above.value <= max(abs(noise.low), abs(noise.high))
+        above = spread(analysis.percent_above_none(runs, model, arm.name))
+        within = above and arm.name != NONE and analysis.is_noise(runs, model, arm.name, above)
         said = _percent(above) + " (noise)" * bool(within)
         cells.append(said if arm.fits(model) else "one expert a token")
     return cells

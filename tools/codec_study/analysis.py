@@ -103,6 +103,19 @@ def noise(runs: Sequence[RunResult], model: str) -> Figure | None:
     return spread(percent_above(runs, model, REORDERED, NONE))
 
 
+def is_noise(runs: Sequence[RunResult], model: str, arm: str, above: Figure) -> bool:
+    """Whether rounding alone does as much at each seed as an arm does, in percent.
+
+    The whole range of the arm has to lie in that of ``noise``, signs and all, or between that and zero. One seed of
+    noise says nothing of three: there are as many as of the arm, or it is none.
+    """
+    found = noise(runs, model)
+    seeds = by_seed(runs, model, REORDERED).keys() & by_seed(runs, model, NONE).keys()
+    if found is None or len(seeds) < len(by_seed(runs, model, arm)):
+        return False
+    return min(found.low, 0.0) <= above.low and above.high <= max(found.high, 0.0)
+
+
 def percent_above_none_over_steps(runs: Sequence[RunResult], model: str, arm: str) -> dict[int, Figure]:
     """As ``percent_above_none``, at every evaluation."""
     mine, others = by_seed(runs, model, arm), by_seed(runs, model, NONE_OF.get(arm, NONE))

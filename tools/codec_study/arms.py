@@ -130,7 +130,7 @@ def all_arms() -> list[Arm]:
     arms = [Arm(NONE, "tokens"), *(Arm(name, "tokens", share=share) for share, name in SHORTER.items())]
     arms.append(Arm(REORDERED, "tokens", ("--overlap-chunks", "2")))
     arms.append(Arm(CONTROL, "tokens-plus-input"))
-    arms.append(Arm(NONE_TWO_RANKS, "tokens", ranks=2))
+    arms.append(Arm(NONE_TWO_RANKS, "tokens", ranks=2, topk=2))  # what is compared with it is so
     for name, flags in ((UNIQUE, _UNIQUE), (UNIQUE_FP8, (*_UNIQUE, *_FP8))):
         arms.append(Arm(name, PACKAGE, flags, ranks=2, topk=2))
     arms += [Arm(BF16, "codec", ("--a2a-codec", "bf16")), Arm(FP8, "codec", _FP8)]

@@ -208,12 +208,12 @@ def judge(goal: Goal, runs: Sequence[RunResult], model: str) -> Outcome:
 
 
 def _beside_noise(goal: Goal, outcome: Outcome, figure: Figure, runs: Sequence[RunResult], model: str) -> Outcome:
-    """What rounding alone does beside an outcome: a miss by less than that is none, and nothing is met either."""
+    """What rounding alone does beside an outcome: a miss that is noise at all seeds is none, and nothing is met."""
     noise = analysis.noise(runs, model)
     if noise is None:
         return replace(outcome, words=f"{outcome.words}; what rounding alone does was not measured")
     beside = f"rounding alone ({REORDERED} against {NONE}) does {words.figure(noise, goal.unit)}"
-    if outcome.met is not False or figure.value > max(abs(noise.low), abs(noise.high)):
+    if outcome.met is not False or not analysis.is_noise(runs, model, outcome.arm, figure):
         return replace(outcome, words=f"{outcome.words}; {beside}")
     return replace(outcome, met=None, words=f"{words.figure(figure, goal.unit)}: within noise, {beside}")
 

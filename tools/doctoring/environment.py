@@ -29,7 +29,7 @@ EFFECTS = {
     "NCCL_ALGO": "NCCL chooses no algorithm by itself",
     "NCCL_PROTO": "NCCL chooses no protocol by itself",
     "NCCL_SOCKET_IFNAME": "interfaces of NCCL's first contacts, and of all its traffic without InfiniBand",
-    "NCCL_IB_HCA": "InfiniBand adapters that NCCL uses",
+    "NCCL_IB_HCA": "InfiniBand adapters that NCCL uses, where there are any",
     "NCCL_DEBUG": "NCCL says what it does",
     "TORCH_NCCL_HIGH_PRIORITY": "every collective is scheduled before products, not the all-to-all alone",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "what torch does where a collective fails or takes too long",
@@ -94,6 +94,8 @@ def _matches_no_interface(value: str, seen: Seen) -> bool:
 
 
 def _matches_no_adapter(value: str, seen: Seen) -> bool:
+    if not seen.infiniband:  # in a job that goes by TCP as it is: there is none to name
+        return False
     return not _matching(re.sub(r":[0-9]+", "", value), seen.infiniband)  # of which a port may be named
 
 

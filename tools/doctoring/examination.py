@@ -56,11 +56,12 @@ class Examination:
         limit_s: of each check, to which the network's time comes.
 
     Attributes:
+        limit_s: as given.
         outcomes: of the checks that are done; on rank 0 alone.
     """
 
     def __init__(self, job: Job, checks: Sequence[Check], limit_s: float) -> None:
-        self._job, self._checks, self._limit_s = job, checks, limit_s
+        self._job, self._checks, self.limit_s = job, checks, limit_s
         self._store: dist.Store = job.meeting.store
         self._under_way: Check | None = None
         self._failed_s: float | None = None
@@ -69,13 +70,13 @@ class Examination:
     @property
     def place(self) -> str:
         """Where it is."""
-        return "between two checks" if self._under_way is None else f"check {self._under_way.name}"
+        return "between checks, or after them" if self._under_way is None else f"check {self._under_way.name}"
 
     def run(self, watch: Watch) -> None:
         """Go through the checks."""
         lost = ""  # why nothing more is tried, alike on all ranks
         for number, check in enumerate(self._checks, start=1):
-            limit_s = self._limit_s + (self._job.network_s if check.name == "network" else 0.0)
+            limit_s = self.limit_s + (self._job.network_s if check.name == "network" else 0.0)
             if lost:
                 self.outcomes.append(Outcome(check.name, [not_tried(lost)]))
                 continue

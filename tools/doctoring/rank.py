@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -41,13 +42,15 @@ from doctoring.report import as_json, is_ready, print_report
 from doctoring.step import Step
 from doctoring.storage import Storage
 from doctoring.versions import Versions
-from doctoring.watch import Watch
+from doctoring.watch import LOOK_S, Watch
 from megatron_scmoe.config import ConfigError
 from megatron_scmoe.job.beats import Pulse
-from megatron_scmoe.job.meeting import Meeting
+from megatron_scmoe.job.meeting import Meeting, store_lives
 
 MEETING_S = 600.0
 """How long ranks may take to come: nodes of a large job start minutes apart."""
+LINGER_S = 2 * LOOK_S
+"""How long a rank stays that has said why it ends: those of its machine that look later see it, and say nothing."""
 NOT_OVER = Outcome("start", [problem("the examination did not come to its end", "see what the ranks printed")])
 
 CHECKS: tuple[Check, ...] = (
@@ -106,24 +109,32 @@ def _examined(job: Job, examination: Examination, store: dist.Store, write: Call
             report(examination.cut_short(why, store))
         else:
             last_words.say_once(f"ended: {examination.place}: {why}")
+            time.sleep(LINGER_S)
 
     def look() -> str:
         pulse.say(0, "examination")
         return examination.lost_hope(store) if rank == 0 else ""
 
+    def told() -> int:
+        return meeting.told("exit code", lambda: 0 if is_ready(examination.outcomes) else 1)
+
     pulse = Pulse(store, rank)
     try:
         with Watch(cut_short, look, rank) as watch:
             examination.run(watch)
+            if rank > 0:  # inside, since the first rank may be frozen, and the store with it
+                with watch.limited(examination.limit_s):
+                    code = told()
+        if rank == 0:  # behind the watch: what ends this process from now on takes nothing back
+            report(examination.outcomes)
+            code = told()
+        with store_lives():
+            meeting.store.set(_left(rank), "")
+            if rank == 0:  # with which the store may end
+                meeting.missing(_left, range(job.world_size))
     except SystemExit:  # another rank has ended, as this one has said; a training has a code for it
+        time.sleep(LINGER_S)
         return 1
-    # Behind the watch: what ends this process from now on takes nothing back.
-    if rank == 0:
-        report(examination.outcomes)
-    code = meeting.told("exit code", lambda: 0 if is_ready(examination.outcomes) else 1)
-    meeting.store.set(_left(rank), "")
-    if rank == 0:  # with which the store may end
-        meeting.missing(_left, range(job.world_size))
     last_words.all_is_said()
     return code
 

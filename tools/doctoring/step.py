@@ -173,10 +173,13 @@ def _odd_ones(norms: dict[int, float], seen: Sequence[dict[str, Any]]) -> list[F
 
 
 def _alike(norms: dict[int, float]) -> list[list[int]]:
-    """Ranks whose norms differ by rounding alone, by their first rank: runs of the sorted norms without a gap."""
+    """Ranks whose norms differ by rounding alone, by their first rank.
+
+    Each is compared with the smallest of its run: by its neighbours many small differences would pass for none.
+    """
     groups: list[list[int]] = []
     for rank in sorted(norms, key=lambda rank: norms[rank]):
-        if groups and norms[rank] - norms[groups[-1][-1]] <= ROUNDING * norms[rank]:
+        if groups and norms[rank] - norms[groups[-1][0]] <= ROUNDING * norms[rank]:
             groups[-1].append(rank)
         else:
             groups.append([rank])

@@ -65,15 +65,18 @@ class Control:
         return answer[name]
 
     def rate(self) -> str:
-        """Return the rate of every link, such as 50mbit; where these differ, of each rank, with commas between."""
+        """Return the rate of every link, such as 50mbit; where these differ, that of each one, with commas between.
+
+        A link is that of one rank, or of all ranks of a node.
+        """
         return self._told("rate", "rate", str)
 
     def set_rate(self, rate: str, rank: int | None = None) -> None:
-        """Give every link, or that of one rank, another rate, such as 100mbit, or 'unlimited'. Raises ControlError."""
+        """Give every link, or that of one rank and its node, a rate (100mbit, 'unlimited'). Raises ControlError."""
         self.request(f"rate {rate}" if rank is None else f"rate {rate} {rank}")
 
     def bytes_sent(self) -> list[int]:
-        """Return how many bytes each rank has put on the wire so far."""
+        """Return how many bytes have been put on the wire so far, link by link: by a rank, or by a node's ranks."""
         return self._told("bytes", "bytes_sent", list)
 
 

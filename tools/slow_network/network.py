@@ -156,7 +156,7 @@ class SlowNetwork:
 
     @property
     def rate(self) -> str:
-        """The rate of every link; where these differ, that of each rank, with commas between."""
+        """The rate of every link; where these differ, that of each one, with commas between."""
         rates = [format_rate(bucket.rate) for bucket in self._buckets]
         return rates[0] if len(set(rates)) == 1 else ",".join(rates)
 
