@@ -212,7 +212,7 @@ def test_the_command_plans(tmp_path):
         "On the wire",
         "slots",
         "With other overlaps",
-        "not yet",
+        "runs today with --a2a-codec fp8",
         f"{kept['a2a_share']:.1%}",
     ):
         assert words in done.stdout
@@ -250,10 +250,8 @@ def test_numbers_of_gpus_that_a_layout_takes():
     """The nearest ones, of all that tensor, context and pipeline ranks, experts' ranks and batch divide."""
     rule = "Megatron's own rule: world size is not divisible by it"
     words = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 3 --expert-model-parallel-size 4"
-    flags = [
-        *words.split(),
-        *["--expert-tensor-parallel-size", "1", "--micro-batch-size", "2", "--global-batch-size", "24"],
-    ]
+    words += " --expert-tensor-parallel-size 1 --micro-batch-size 2 --global-batch-size 24"
+    flags = words.split()
     assert "--gpus 12 or 24, or" in request.gpus_instead(rule, flags, 18)
     assert "--gpus 72, or" in request.gpus_instead(rule, flags, 96) and "or 24" not in request.gpus_instead(
         rule, flags, 1
@@ -272,7 +270,7 @@ REFUSED = {
     "an unknown kind": (["--gpus", 8, "--gpu", "V100", *FLAGS], "V100 is not known: choose one of A30-PCIe"),
     "GPUs that do not divide": (
         ["--gpus", 9, "--gpu", "H100", "--", *with_flags(BASE, "--expert-model-parallel-size 8")],
-        "size (8); this layout and batch take --gpus 8 or 16, or give other sizes",
+        "data_parallel_size (9); this layout and batch take --gpus 8 or 16, or give other sizes",
     ),
     "what the entry script refuses": (
         ["--gpus", 8, "--gpu", "H100", *FLAGS, "--moe-every", "3"],
