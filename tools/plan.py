@@ -148,6 +148,8 @@ def _named(args: argparse.Namespace) -> Machine:
 
 def plan(args: argparse.Namespace) -> int:
     """Print and write a plan of the command line; returns the exit code."""
+    if not args.write_recipe:  # which is written last, and whose loss is said
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # what reads us may end first: head, less
     its = machine_of(args)
     gpus, flags = args.gpus, args.flags
     if args.recipe:
@@ -159,13 +161,17 @@ def plan(args: argparse.Namespace) -> int:
         return search(args, its, gpus, flags, asked)
     from planning.dry import dry_run  # noqa: PLC0415 - Megatron takes seconds to import
 
-    show(args, its, dry_run(flags, gpus), {**asked, "flags": " ".join(flags)})
+    try:
+        dry = dry_run(flags, gpus)
+    except UserError as error:
+        raise UserError(f"{error}{request.gpus_instead(str(error), flags, gpus)}") from error
+    show(args, its, dry, {**asked, "flags": " ".join(flags)})
     return 0
 
 
 def show(args: argparse.Namespace, its: Machine, dry: DryRun, asked: dict[str, Any], **more: Any) -> None:
     """Print the dry run and what it takes, and write both to the files that are asked for."""
-    from planning import report, running, whatif  # noqa: PLC0415 - see above
+    from planning import chosen, report, running, whatif  # noqa: PLC0415 - see above
     from planning.step import predict  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
 
@@ -181,14 +187,16 @@ def show(args: argparse.Namespace, its: Machine, dry: DryRun, asked: dict[str, A
         )
     memory = usable(args, its)
     found = report.result(asked, dry, its, usable=memory, prediction=given, overlaps=overlaps, what_if=what_if) | more
+    if args.json:  # before anything is printed: who reads it may have enough after a few lines
+        atomic.write_text(args.json, json.dumps(found, indent=1) + "\n")
+    if args.html:
+        atomic.write_text(args.html, report.html(found, dry.report) + "\n")
+    if "search" in more:
+        chosen.print_choices(more["search"])
     print(dry.report, end="\n\n")
     if misfit := report.misfit(found):
         print(misfit, end="\n\n")
     report.print_tables(found, Console(highlight=False))
-    if args.json:
-        atomic.write_text(args.json, json.dumps(found, indent=1) + "\n")
-    if args.html:
-        atomic.write_text(args.html, report.html(found, dry.report) + "\n")
 
 
 def usable(args: argparse.Namespace, its: Machine) -> float:
@@ -214,8 +222,8 @@ def search(args: argparse.Namespace, its: Machine, gpus: int, flags: Sequence[st
     with priced():
         choices = Chooser(flags, gpus, its, memory, args.keep).choose(args.top or TOP)
     found = chosen.as_json(choices, memory, time.monotonic() - begin)
-    chosen.print_choices(found)
     if not choices.best:
+        chosen.print_choices(found)
         raise UserError(chosen.none_passes(choices))
     best = choices.best[0]
     show(args, its, best.dry, {**asked, "flags": " ".join(best.flags)}, search=found)

@@ -39,6 +39,11 @@ def progress(label: str, total: int, done: int = 0, *, in_bytes: bool = True) ->
         bar.update(task, total=total or 1, completed=total or 1)
 
 
+def say(text: str) -> None:
+    """A line on stderr, at once; also while a bar is shown, which it does not break."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def _line_writer(label: str, total: int, before: int, words: Callable[[float], str]) -> Advance:
     start_s = last_s = time.monotonic()
     done = before

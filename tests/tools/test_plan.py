@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -205,7 +206,9 @@ def test_the_command_plans(tmp_path):
     assert kept["machine"]["hardware"]["network"] == 12.5e9 and kept["request"]["gpus"] == 16
     assert kept["units"].startswith("times in seconds, memory and what is on the wire in bytes")
     for words in (
+        "constants: published steps",
         "A step:",
+        "in sequence where everything waits",
         "On the wire",
         "slots",
         "With other overlaps",
@@ -232,6 +235,31 @@ def test_the_command_as_a_user_calls_it():
     assert shown.returncode == 0 and all(name in shown.stdout for name in hardware.HARDWARE)
 
 
+def test_who_reads_a_plan_may_end_first(tmp_path):
+    """As head does: no word of it, and the files are there."""
+    found = tmp_path / "plan.json"
+    words = [sys.executable, TOOL, "--gpus", "8", "--gpu", "H100", "--json", found, *FLAGS]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as tool:
+        tool.stdout.close()
+        said = tool.stderr.read()
+    assert (tool.returncode, said) == (-signal.SIGPIPE, "")
+    assert json.loads(found.read_text())["request"]["gpus"] == 8
+
+
+def test_numbers_of_gpus_that_a_layout_takes():
+    """The nearest ones, of all that tensor, context and pipeline ranks, experts' ranks and batch divide."""
+    rule = "Megatron's own rule: world size is not divisible by it"
+    words = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 3 --expert-model-parallel-size 4"
+    words += " --expert-tensor-parallel-size 1 --micro-batch-size 2 --global-batch-size 24"
+    flags = words.split()
+    assert "--gpus 12 or 24, or" in request.gpus_instead(rule, flags, 18)
+    assert "--gpus 72, or" in request.gpus_instead(rule, flags, 96) and "or 24" not in request.gpus_instead(
+        rule, flags, 1
+    )
+    for refusal, its, gpus in ((rule, flags, 24), ("another rule", flags, 18), (rule, flags[:-2], 18)):
+        assert request.gpus_instead(refusal, its, gpus) == ""
+
+
 FLAGS = ["--", *BASE]
 KEPT = ["--", *SMALL]
 REFUSED = {
@@ -242,7 +270,7 @@ REFUSED = {
     "an unknown kind": (["--gpus", 8, "--gpu", "V100", *FLAGS], "V100 is not known: choose one of A30-PCIe"),
     "GPUs that do not divide": (
         ["--gpus", 9, "--gpu", "H100", "--", *with_flags(BASE, "--expert-model-parallel-size 8")],
-        "pretrain_gpt_scmoe.py refuses: Megatron's own rule",
+        "data_parallel_size (9); this layout and batch take --gpus 8 or 16, or give other sizes",
     ),
     "what the entry script refuses": (
         ["--gpus", 8, "--gpu", "H100", *FLAGS, "--moe-every", "3"],

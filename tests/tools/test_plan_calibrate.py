@@ -34,6 +34,10 @@ def test_a_measured_machine_prices_what_was_measured(tmp_path):
     for words in ("inside a node are not measured", "between nodes are not measured", "fp8 are not measured"):
         assert words in machine.source and words in done.stdout
     assert "are measured" not in machine.source and "from the table" not in machine.source  # a CPU has no row
+    assert machine.source.startswith("measured on 1 rank (CPU), 1 a node; ")
+    words = ["--recipe", "gpt2-moe-small", "--machine", path, "--memory", machine.hardware.memory / 2**31]
+    shown = run_command(TOOL, *words, env=CPU)
+    assert shown.returncode == 0 and f"constants: {machine.source} A step:" in " ".join(shown.stdout.split())
     by_op = {op: float(ms) / 1e3 for op, size, ms, *_ in kept["measured"]}
     clock = Clock(machine, Precision.BF16)
     assert clock.product(1024, 1024, 1024) == pytest.approx(by_op["product"], rel=0.02)

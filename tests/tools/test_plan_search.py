@@ -368,6 +368,7 @@ def test_a_search_is_reported_and_written(tmp_path):
     words = ["--recipe", "gpt2-moe-small", "--gpus", 16, "--gpu", "H100", "--search", "--top", 2]
     done = plan(*words, "--keep", "position,span", "--json", found, "--write-recipe", mine)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("search: loads Megatron") and "dry run of setting 1 of 2, ETA " in done.stderr
     assert "The fastest of" in done.stdout and f"wrote {mine}" in done.stdout
     kept = json.loads(found.read_text())["search"]
     assert len(kept["table"][2]) == 2 and kept["table"][0] in " ".join(done.stdout.split())

@@ -56,6 +56,7 @@ def test_goals_are_missed_where_one_figure_or_the_middle_is_too_far_off(predicte
         text = page([Section(Goal(name="published steps", each=0.3, middle=0.15), tuple(figures))], _no_constants())
         assert ("**missed**" not in text) is met
         assert f"\n{len(figures)} steps of 1 families" in text and "{" not in text
+        assert "| measured (ratio) | predicted (ratio) |" in text
 
 
 def _no_constants() -> dict[str, dict[str, dict[str, float]]]:
@@ -150,6 +151,8 @@ def test_the_page_has_the_figures_of_this_code():
     assert len(written) >= len(figures) > 60
     assert len({one.what for one in figures}) == len(figures)
     assert [one.what for one in figures if written.get(one.what) != pytest.approx(one.predicted, rel=2e-3)] == []
+    headings = re.findall(r"measured \((.*?)\) \| predicted \((.*?)\)", PAGE.read_text())
+    assert headings == [("s", "s"), ("s", "s"), ("ratio", "ratio"), ("s", "s")]
     causes = [*layers.causes(layers.judged(ALONE)), *scmoe_bounds.causes(shared)]
     causes += [cause for arms in ARMS for cause in slow_links.causes(arms)]
     assert len(causes) > 15 and [cause for cause in causes if f"* {cause}\n" not in PAGE.read_text()] == []

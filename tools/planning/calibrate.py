@@ -172,7 +172,7 @@ def _peaks(its: Bench, flops: float, bandwidth: float, nodes: links.Nodes) -> Ha
     measured |= {"memory_bandwidth": bandwidth, "link": bandwidth, "domain": nodes.each, "network": NETWORK}
     if not its.on_gpu:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / nodes.each
-        return Hardware(name="this CPU", sms=1, memory=memory, **measured)
+        return Hardware(name="CPU", sms=1, memory=memory, **measured)
     properties = torch.cuda.get_device_properties(its.device)
     return Hardware(
         name=properties.name, sms=properties.multi_processor_count, memory=properties.total_memory, **measured

@@ -70,9 +70,9 @@ def run(target: Path = PAGE, constants: Path = CONSTANTS_FILE, advance: Advance 
     fitted_layer = layers.judged(replace(alone, constants=Constants(**table["H100"][max(table["H100"])])))
     outcome = Outcome(
         (
-            Section(Goal(name="published steps", each=0.30, part=0.9, middle=0.15), held_out(advance)),
+            Section(Goal(name="published steps", each=0.30, part=0.9, middle=0.15, unit="s"), held_out(advance)),
             Section(
-                Goal(name="one layer on H100", each=0.20),
+                Goal(name="one layer on H100", each=0.20, unit="s"),
                 tuple(layer),
                 (*layers.causes(layer), layers.by_others(fitted_layer)),
             ),
@@ -82,7 +82,7 @@ def run(target: Path = PAGE, constants: Path = CONSTANTS_FILE, advance: Advance 
                 tuple(scmoe_bounds.causes(nearest)),
             ),
             Section(
-                Goal(name="arms on the slow link", each=0.10),
+                Goal(name="arms on the slow link", each=0.10, unit="s"),
                 tuple(figure for folder in ARMS for figure in slow_links.judged(folder)),
                 tuple(cause for folder in ARMS for cause in slow_links.causes(folder)),
             ),

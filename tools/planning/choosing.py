@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from command_line import UserError
-from progress import progress
+from progress import progress, say
 
 from planning import probing, search, settings, space
 from planning.dry import DryRun, dry_run, load
@@ -94,14 +95,17 @@ class Chooser:
     ) -> None:
         self.gpus, self.memory = gpus, memory
         settings.kept(flags, keep)  # refused before anything is looked at
+        say("search: loads Megatron, tries parts of the model, prices layouts, tries the fastest")
         load()
         units = units_of(flags)
         self._probe = probing.Probe.of(flags, units)
         from megatron_scmoe.training.arguments import scmoe_config_from_args
 
         with progress("dry runs", len(PROBED), in_bytes=False) as advance:
-            first = PROBED[0]
+            first, begin = PROBED[0], time.monotonic()
             probes = {first: self._probe(*first)}
+            self._dry_s = time.monotonic() - begin
+            advance(1)
             args = probes[first].args
             check_precision(args, machine.hardware)
             scmoe = scmoe_config_from_args(args)
@@ -110,8 +114,8 @@ class Chooser:
             if self.model.hybrid:
                 self.model = self.pricer.model = replace(self.model, weights=self.pricer.weights(self._probe.ep))
             for pair in PROBED[1:] if space.can_share(self.model, 2) else ():
-                advance(1)
                 probes[pair] = self._probe(*pair)
+                advance(1)
         self._args = args
         self._footprints = Footprints(self.model, probes, gpus)
         self._refused: Mapping[str, str] = {}
@@ -158,8 +162,12 @@ class Chooser:
     def _modules(self) -> tuple[str, ...]:
         """What frees memory when it is computed again by itself; asked for where some layout needs it."""
         modules = probing.modules_of(self._args, self.model.segments)
+        say(f"search: dry runs that compute each of {len(modules)} modules again, {self._to_go(len(modules))}")
         found, self._refused = probing.accepted(self._probe, modules)
         return self._footprints.computing_again(found)
+
+    def _to_go(self, runs: int) -> str:
+        return f"ETA {max(1, round(runs * self._dry_s))} s"
 
     def _raise_nearest(self, layouts: Sequence[Layout]) -> None:
         sizes = {
@@ -184,6 +192,7 @@ class Chooser:
             if place in done or layout in done:
                 continue
             done.add(layout)
+            say(f"search: dry run of setting {len(best) + 1} of {top}, {self._to_go(top - len(best))}")
             its, simple = search.simplest(layout, seconds, space.simpler(self.model, layout), self.pricer.step_s)
             try:
                 best.append(self._checked(layout, simple, its))

@@ -38,12 +38,14 @@ class Goal:
         each: largest error that ``part`` of the figures may have.
         part: of the figures.
         middle: largest median of the errors; None: no such goal.
+        unit: of what is measured and predicted; speed-ups and shares are ratios.
     """
 
     name: str
     each: float
     part: float = 1.0
     middle: float | None = None
+    unit: str = "ratio"
 
     def within(self, figures: Sequence[Judged]) -> int:
         """How many are within ``each``."""

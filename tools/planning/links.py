@@ -113,7 +113,7 @@ def with_links(machine: Machine, nodes: Nodes, sent: dict[str, Sent], nominal: s
         peers = {"inside a node": nodes.each - 1, "between nodes": nodes.count - 1}
         changes["message_s"] = max(min(took for _, took in timed) / peers[where] for where, timed in sent.items())
     constants = replace(machine.constants, **changes)
-    source = f"measured on {nodes.ranks} rank{'s' * (nodes.ranks > 1)} of {hardware.name}, {nodes.each} a node"
+    source = f"measured on {nodes.ranks} rank{'s' * (nodes.ranks > 1)} ({hardware.name}), {nodes.each} a node"
     return replace(machine, hardware=hardware, constants=constants, source="; ".join([source, *said]))
 
 

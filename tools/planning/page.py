@@ -77,7 +77,7 @@ def page(sections: Sequence[Section], constants: Mapping[str, Mapping[str, Mappi
     for section in sections:
         parts += [f"\n## {_heading(section.goal.name)}\n\n", _note(section), "\n"]
         parts += [f"* {cause}\n" for cause in section.causes] + ["\n"] * bool(section.causes)
-        parts += [_groups(section), "\n", _figures(section.figures)]
+        parts += [_groups(section), "\n", _figures(section)]
     return "".join([*parts, "\n## Constants\n\n", _constants(constants)])
 
 
@@ -114,9 +114,12 @@ def _groups(section: Section) -> str:
     return "".join(lines)
 
 
-def _figures(figures: Sequence[Judged]) -> str:
-    lines = ["| | measured | predicted | error |\n|---|---|---|---|\n"]
-    lines += [f"| {one.what} | {one.measured:.4g} | {one.predicted:.4g} | {one.error:+.0%} |\n" for one in figures]
+def _figures(section: Section) -> str:
+    unit = section.goal.unit
+    lines = [f"| | measured ({unit}) | predicted ({unit}) | error |\n|---|---|---|---|\n"]
+    lines += [
+        f"| {one.what} | {one.measured:.4g} | {one.predicted:.4g} | {one.error:+.0%} |\n" for one in section.figures
+    ]
     return "".join(lines)
 
 

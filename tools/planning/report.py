@@ -32,6 +32,10 @@ type Row = Mapping[str, Any]
 
 UNITS = "times in seconds, memory and what is on the wire in bytes, rates in bytes or operations a second"
 """Of what --json holds."""
+SPANS = (
+    "spans: ms is one span as it is planned, in sequence where everything waits for everything, limit what no plan of "
+    "these ops beats; docs/overlap.md says what slots are"
+)
 
 
 def result(
@@ -150,9 +154,12 @@ def _span(one: SpanTime) -> dict[str, Any]:
 
 def print_tables(found: Mapping[str, Any], console: Console) -> None:
     """Print what a plan says beside the dry run, as wide as the terminal is."""
+    console.print(f"constants: {found['machine']['source']}", markup=False)
     for title, headings, rows in tables(found):
         console.print(title, style="bold")
         console.print(table(headings, rows))
+    if found["spans"]:
+        console.print(SPANS, style="dim")
     if left := left_out(found):
         console.print(left, markup=False)
     for one in found["what_if"]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from itertools import combinations
 from os.path import realpath
 
 import atomic
 from command_line import UserError
 
-from planning import recipe
+from planning import recipe, settings
 from planning.hardware import CONSTANTS_FILE, HARDWARE
 
 _OUTPUTS = ("json", "html", "write_recipe", "calibrate")
@@ -55,6 +56,40 @@ def _check_outputs(args: Namespace) -> None:
     for (first, path), (second, other) in combinations(outputs, 2):
         if realpath(path) == realpath(other):
             raise UserError(f"{first} and {second} are both {path}; name two files")
+
+
+def gpus_instead(refusal: str, flags: Sequence[str], gpus: int) -> str:
+    """What to add to Megatron's refusal of a number of GPUs that it cannot split; empty for what else it refuses.
+
+    Args:
+        refusal: in the entry script's words.
+        flags: of the entry script.
+        gpus: of the job.
+    """
+    if "Megatron's own rule" not in refusal or "divisible" not in refusal:
+        return ""
+    try:
+        tp, cp, pp, ep, micro = (
+            settings.whole_of(flags, name, "1")
+            for name in (
+                *("--tensor-model-parallel-size", "--context-parallel-size", "--pipeline-model-parallel-size"),
+                *("--expert-model-parallel-size", "--micro-batch-size"),
+            )
+        )
+        etp = settings.whole_of(flags, "--expert-tensor-parallel-size", str(tp))
+        batch = settings.whole_of(flags, "--global-batch-size")
+    except UserError:
+        return ""  # the layout is not known by these flags
+    replica, experts = tp * cp * pp, ep * etp * pp
+    good = [
+        replica * data
+        for data in range(1, batch // micro + 1)
+        if batch % (micro * data) == 0 and replica * data % experts == 0
+    ]
+    if gpus in good or not good:
+        return ""
+    nearest = [max((one for one in good if one < gpus), default=0), min((one for one in good if one > gpus), default=0)]
+    return f"; this layout and batch take --gpus {' or '.join(str(one) for one in nearest if one)}, or give other sizes"
 
 
 def _flag(name: str) -> str:
