@@ -279,10 +279,10 @@ def test_codes_and_scales_are_one_collective():
 def poisoned(case: Case, value: float) -> str:
     """What this rank raises, or which of its losses are no numbers, where rank 1 has one bad token."""
     model = models.build(case)
+    ((tokens, labels, positions),) = models.my_batch()
     if dist.get_rank() == 1:
         with torch.no_grad():
-            model.embedding.word_embeddings.weight[models.batch()[0][-1, 0], 3] = value
-    ((tokens, labels, positions),) = models.my_batch()
+            model.embedding.word_embeddings.weight[tokens[-1, 0], 3] = value
     try:
         loss = model(tokens, positions, None, labels=labels)
     except ValueError as error:

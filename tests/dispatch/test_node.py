@@ -397,8 +397,8 @@ def test_new_groups_have_the_settings_of_the_expert_parallel_one(monkeypatch):
 
     made: dict[str, Any] = {}
 
-    def new_group(members: list[int], **options: Any) -> dist.ProcessGroup:
-        made.update(options, members=members)
+    def new_group(ranks: list[int], **options: Any) -> dist.ProcessGroup:
+        made.update(options, ranks=ranks)
         return dist.ProcessGroup(0, 1)
 
     own = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
@@ -413,7 +413,7 @@ def test_new_groups_have_the_settings_of_the_expert_parallel_one(monkeypatch):
     options = made.pop("pg_options")
     assert (options.is_high_priority_stream, options.config.max_ctas) == (True, 4) and options is not own
     assert made == {
-        "members": [1, 3],
+        "ranks": [1, 3],
         "timeout": timedelta(minutes=7),
         "backend": "nccl",
         "use_local_synchronization": True,
