@@ -212,7 +212,7 @@ def test_the_command_plans(tmp_path):
         "On the wire",
         "slots",
         "With other overlaps",
-        "runs today with --a2a-codec fp8",
+        "fp8 dispatch: with --a2a-codec fp8",
         f"{kept['a2a_share']:.1%}",
     ):
         assert words in done.stdout

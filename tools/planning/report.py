@@ -163,8 +163,7 @@ def print_tables(found: Mapping[str, Any], console: Console) -> None:
     if left := left_out(found):
         console.print(left, markup=False)
     for one in found["what_if"]:
-        runs = f"runs today with {one['flags']}" if one["flags"] else "does not run yet"
-        console.print(f"{one['name']}: {runs}{one['note'] and '; '}{one['note']}", style="dim")
+        console.print(f"{one['name']}: with {one['flags']}{one['note'] and '; '}{one['note']}", style="dim")
 
 
 def tables(found: Mapping[str, Any]) -> list[tuple[str, Sequence[str], list[Sequence[str]]]]:
@@ -200,7 +199,7 @@ def tables(found: Mapping[str, Any]) -> list[tuple[str, Sequence[str], list[Sequ
         headings = ("overlap", "step ms", "speed-up", "exposed all-to-all ms", "slots")
         made.append(("With other overlaps", headings, [_overlap(one) for one in found["overlaps"]]))
     if found["what_if"]:
-        headings = ("what if", "step ms", "speed-up", "all-to-all ms", "exposed ms", "GiB sent", "runs today")
+        headings = ("what if", "step ms", "speed-up", "all-to-all ms", "exposed ms", "GiB sent")
         made.append(("With something else", headings, [_what_if(one) for one in found["what_if"]]))
     return made
 
@@ -223,9 +222,8 @@ def _overlap(one: Row) -> Sequence[str]:
 
 def _what_if(one: Row) -> Sequence[str]:
     times = (_ms(one["a2a_s"]), _ms(one["a2a_exposed_s"]))
-    runs = "yes" if one["flags"] else "not yet"
     sent = f"{one['a2a_bytes'] / GIB:.2f}"
-    return (one["name"], _ms(one["step_s"]), f"{one['speedup']:.3f}", *times, sent, runs)
+    return (one["name"], _ms(one["step_s"]), f"{one['speedup']:.3f}", *times, sent)
 
 
 def _ms(seconds: float) -> str:

@@ -27,13 +27,13 @@ class Variant:
     Attributes:
         name: what.
         workload: of a step.
-        flags: with which it runs today; empty where it does not run yet.
+        flags: with which it runs.
         note: what else to know, such as that it is another model.
     """
 
     name: str
     workload: Workload
-    flags: str = ""
+    flags: str
     note: str = ""
 
 
