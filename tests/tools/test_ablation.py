@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import ranks
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -205,6 +205,7 @@ def test_ratio_and_best_fixed(result):
     assert analysis.best_fixed(point, "dgmoe", "forward") is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=15))
 def test_interval_contains_the_median_and_is_the_same_again(values):
     first = analysis.estimate(values)
