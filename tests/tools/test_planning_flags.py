@@ -96,6 +96,17 @@ def test_what_is_not_priced_is_named_with_its_value(known):
         assert one._replace(only=lambda _: False).found_in(Namespace(**{name: other})) == ""
 
 
+@pytest.mark.parametrize("kind", ["tensor", "expert_tensor"])
+@pytest.mark.parametrize(("ranks_", "named"), [(8, False), (4, True)])
+def test_weights_in_more_parts_than_ranks_are_named(kind, ranks_, named):
+    """Core's default is one for each rank of a tensor-parallel group."""
+    flag = f"--{kind.replace('_', '-')}-parallel-num-weight-shards"
+    (one,) = [one for one in UNPRICED if one.flag == flag]
+    size = "tensor_model_parallel_size" if kind == "tensor" else "expert_tensor_parallel_size"
+    words = one.found_in(Namespace(**{f"{kind}_parallel_num_weight_shards": 8, size: ranks_}))
+    assert words == (f"{flag} 8 (priced: off)" if named else "")
+
+
 def test_switches_are_shown_as_they_are_given():
     off = Unpriced("--no-rope-fusion", (True,), "apply_rope_fusion")
     assert off.found_in(Namespace(apply_rope_fusion=False)) == "--no-rope-fusion on (priced: off)"

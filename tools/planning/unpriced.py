@@ -114,8 +114,16 @@ UNPRICED = (
     Unpriced("--hierarchical-context-parallel-sizes"),
     Unpriced("--tp-comm-overlap"),
     Unpriced("--symmetric-ar-type"),
-    Unpriced("--tensor-parallel-num-weight-shards", (None, 1)),
-    Unpriced("--expert-tensor-parallel-num-weight-shards", (None, 1)),
+    Unpriced(
+        "--tensor-parallel-num-weight-shards",
+        (None, 1),
+        only=lambda args: args.tensor_parallel_num_weight_shards > args.tensor_model_parallel_size,
+    ),
+    Unpriced(
+        "--expert-tensor-parallel-num-weight-shards",
+        (None, 1),
+        only=lambda args: args.expert_tensor_parallel_num_weight_shards > args.expert_tensor_parallel_size,
+    ),
     Unpriced("--use-tp-pp-dp-mapping"),
     Unpriced("--pipeline-model-parallel-comm-backend", (None, "nccl")),
     Unpriced("--use-ring-exchange-p2p"),
