@@ -255,13 +255,14 @@ class Tuner:
         solved = self._number_of({group: its.training for group, its in self.decision.plans.items()})
         chosen = self._number_of(best.plans)
         shared = min(len(seconds[number]) for number in (before, solved, chosen))
-        took = [f"measured {median(its[:shared]) * 1e3:.1f} ms" for its in seconds]
-        times = f"predicted {best.predicted_s * 1e3:.1f} ms, {took[chosen]}"
-        before_ms = took[before].replace("measured", "before")
-        text = f"{described(plans)}, " + (f"stays: {times}" if before == chosen else f"{times}, {before_ms}")
+        took = [f"{median(its[:shared]) * 1e3:.1f} ms" for its in seconds]
+        times = f"predicted {best.predicted_s * 1e3:.1f} ms, measured {took[chosen]}"
+        text = f"{described(plans)}, " + (f"stays: {times}" if before == chosen else f"{times}, before {took[before]}")
         if solved != chosen:
             predicted = f"predicted {self._candidates[solved].predicted_s * 1e3:.1f} ms"
-            text += f"; {described(self.decision.plans)} was not faster by {TIE:.0%}: {predicted}, {took[solved]}"
+            text += (
+                f"; {described(self.decision.plans)} was not faster by {TIE:.0%}: {predicted}, measured {took[solved]}"
+            )
         return text
 
     def _number_of(self, plans: Mapping[int, Plan]) -> int:

@@ -88,19 +88,20 @@ def candidates_of(
     ]
     seconds = [{only: _predicted_s(shapes, costs, plans, only) for only in kinds} for plans in stage_plans]
     least = {only: min(of_kind[only] for of_kind in seconds) for only in kinds}
-    tried: list[StagePlan] = []
-    for plans, of_kind in zip(stage_plans, seconds, strict=True):
-        runs = plans is stage_plans[0] or plans is stage_plans[1]
+    tried: list[Candidate] = []
+    for number, (plans, of_kind) in enumerate(zip(stage_plans, seconds, strict=True)):
+        runs = number < len(kinds)
         hopeful = any(of_kind[only] <= HOPELESS * least[only] for only in kinds)
-        if (runs or hopeful) and plans not in tried:
-            tried.append(plans)
+        if (runs or hopeful) and all(plans != one.plans for one in tried):
+            shares = (predicted_hidden_share(shapes[i], costs[plan.chunks][i], plan) for i, plan in plans.items())
+            tried.append(Candidate(plans, of_kind[False], min(shares)))
     tried.sort(key=_complexity)  # stable: of equals what runs comes first, and what hides nothing last
     return Solved(
         {index: Plans(best[False][index], best[True][index]) for index in shapes},
         sum(one.predicted_s for one in found[False].values()),
         min(one.hidden_share for one in found[False].values()),
         all(one.exact for its in found.values() for one in its.values()),
-        tuple(_candidate(shapes, costs, plans) for plans in tried),
+        tuple(tried),
     )
 
 
@@ -119,11 +120,7 @@ def _predicted_s(shapes: Mapping[int, SpanShape], costs: Costs, plans: StagePlan
     )
 
 
-def _candidate(shapes: Mapping[int, SpanShape], costs: Costs, plans: StagePlan) -> Candidate:
-    shares = (predicted_hidden_share(shapes[i], costs[plan.chunks][i], plan) for i, plan in plans.items())
-    return Candidate(plans, _predicted_s(shapes, costs, plans, forward_only=False), min(shares))
-
-
-def _complexity(plans: StagePlan) -> tuple[int, int]:
+def _complexity(one: Candidate) -> tuple[int, int]:
     """Fewer chunks are simpler, and so is a launch before the op at the tap."""
-    return max(plan.chunks for plan in plans.values()), sum(plan.launch is not Launch.BEFORE for plan in plans.values())
+    plans = one.plans.values()
+    return max(plan.chunks for plan in plans), sum(plan.launch is not Launch.BEFORE for plan in plans)

@@ -43,8 +43,8 @@ def judge(seconds: Sequence[Sequence[float]]) -> Verdict:
     """Compare candidates, the simplest first.
 
     A ratio's middle half is about 1.35 standard deviations wide, and its mean known to about 1.1 of these over the
-    square root of the turns: so to its width over that root. A candidate is out
-    where it is no tie, by twice as much.
+    square root of the turns: so to its width over that root. A candidate is out where it is slower than a tie by twice
+    as much.
 
     Args:
         seconds: of each candidate in each of its turns. One that was out earlier has fewer turns than others, and stays

@@ -38,7 +38,7 @@ from test_overlap import (
 )
 from test_slow_link import slow_links  # noqa: F401 - a fixture
 from test_token_dispatcher import layout
-from test_unique import FLOWN, Flown, assert_equal, choices_of, flown, in_loops, rows_and_bytes
+from test_unique import FLOWN, Flown, assert_equal, choices_of, flown, in_loops, rows_and_bytes, wired
 from torch import Tensor
 from training import ROOT, SCMOE, with_flags
 
@@ -189,21 +189,7 @@ def test_a_fault_is_noticed(mutant):
 # ---- models -----------------------------------------------------------------------------------------------------
 
 NODE = Case(topk=2, unique="node", experts=8)
-LONGCAT = NODE.replace(router="longcat", zero_experts=3, topk=3, combine="add")
-MODELS = {
-    "pos2": NODE,
-    "pos1, every block": NODE.replace(position=("pos1",), moe_every=1),
-    "pos3, added, chunks": NODE.replace(position=("pos3",), combine="add", chunks=3),
-    "top-8 of 8": NODE.replace(topk=8),
-    "one expert on each rank": NODE.replace(experts=4),
-    "ids": NODE.replace(experts=64),
-    "late landing": NODE.replace(num_groups=4, span=2, landing=1),
-    "farskip": NODE.replace(span=2, landing=1, moe_every=1, position=("farskip",)),
-    "shared": NODE.replace(share_groups=2, combine="cg2"),
-    "longcat": LONGCAT,
-    "longcat, latents, chunks": LONGCAT.replace(latent=8, chunks=2),
-    "latents": NODE.replace(latent=8),
-}
+MODELS = wired(NODE) | {"top-8 of 8": NODE.replace(topk=8), "one expert on each rank": NODE.replace(experts=4)}
 
 
 @pytest.mark.parametrize("name", cases(MODELS, ("pos2", "late landing", "longcat, latents, chunks")))
